@@ -1,0 +1,55 @@
+# `make demo` and `make test` need Python >= 3.11 with pip, nothing else: they set up .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+TORCH = $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench wheel clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "  Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), ARGS (passed on, as in: make test ARGS='-k masks')"
+
+setup: $(READY) ## create the environment (the others do it when needed)
+
+# torch first and by itself: any other order lets pip replace the build that fits this machine.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "prunenet needs Python 3.11 or later, $(PYTHON) is older; try make PYTHON=python3.11"; exit 1; }
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  $(TORCH)"
+	@$(PIP_INSTALL) "$(TORCH)"
+	@echo "  prunenet and what it needs"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(READY) ## train a policy, prune a real model, compare: results in demo/
+	@$(BIN)/prunenet demo --out demo $(ARGS)
+
+test: $(READY) ## run the tests (a few minutes)
+	@$(BIN)/pytest $(ARGS)
+
+test-slow: $(READY) ## run the tests that need the real model (fetch it first: make demo)
+	@$(BIN)/pytest -m slow $(ARGS)
+
+check: $(READY) ## ruff, mypy --strict, import floors
+	@failed=; \
+	for tool in 'ruff check .' 'ruff format --check .' 'mypy' 'lint-imports --no-logo'; do \
+		echo "== $$tool"; $(BIN)/$$tool || failed="$$failed [$$tool]"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make check: failed:$$failed"; exit 1; fi
+
+bench: $(READY) ## run the benchmarks; the command behind each number is in benchmarks/README.md
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: $(READY) ## build the source archive, and the wheel from it, into dist/
+	@$(BIN)/python -m build --outdir dist .
+
+clean: ## remove everything that make made
+	@rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

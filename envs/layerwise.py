@@ -1,0 +1,164 @@
+"""The environment for one sweep at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.envs.rewards import Reward, SpectralReward
+from prunenet.envs.sweep import PROGRESS, Sweep, View, draw_ratio
+from prunenet.layers import iter_ffns
+
+Observation = dict[str, NDArray[Any]]
+BOUND = 4.0
+
+
+def observation_space(view: View, *, channels: bool = True) -> spaces.Dict:
+    """The space of one observation; without `channels`, only the layer's number and the context."""
+    n_context = view.context.shape[1] + len(PROGRESS)
+    parts: dict[str, spaces.Space[Any]] = {
+        "context": spaces.Box(-BOUND, BOUND, (n_context,), np.float32),
+        "layer": spaces.Discrete(view.layers),
+    }
+    if channels:
+        parts["channels"] = spaces.Box(-BOUND, BOUND, (view.statistics[0].numel(),), np.float32)
+    return spaces.Dict(parts)
+
+
+class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[np.int8]]):
+    """Prune a language model's FFN channels, layer by layer, at a target ratio.
+
+    ## Description
+    One episode is one sweep over the decoder layers of a causal language model, first to last. At each layer the agent sees
+    statistics of the layer's FFN channels and says which channels stay. The model is read, never copied and never changed: after
+    `close()` it is as it was. It stays on its device, and so do the statistics and the masks' evaluation.
+
+    ## Action Space
+    `MultiBinary(d_ff)`: the keep mask of the current layer, 1 where the channel stays. A mask that keeps fewer than `min_width`
+    channels, has another length, or keeps so many that later layers could not keep `min_width` within the budget (plus
+    `slack`), is a `ValueError`.
+
+    ## Observation Space
+    A `Dict`:
+
+    | key | space | meaning |
+    |---|---|---|
+    | `channels` | `Box(-4, 4, (d_ff * n_stats,))` | `prunenet.stats.channel_statistics` of the layer, row by row: reshape to `(d_ff, n_stats)` |
+    | `context` | `Box(-4, 4, (n_context + 3,))` | `prunenet.stats.layer_context`, then `ratio`, `target` (share of d_ff that spends the budget evenly over the layers left) and `budget_left` (share not yet spent) |
+    | `layer` | `Discrete(layers)` | number of the layer |
+
+    ## Reward
+    The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at each step, sweep terms at the last one.
+    By default the bounded spectral reward, 1 - KS distance of singular values, averaged over the FFN's matrices: in [0, 1] a step. At
+    the last step the term `overdraft` takes off what the sweep kept beyond its budget, as a share of d_ff.
+
+    ## Starting State
+    The first layer with the whole budget, (1 - ratio) * layers * d_ff channels. With a range of ratios, each `reset` draws one.
+
+    ## Episode End
+    Terminated after the last layer; never truncated.
+
+    ## Information
+    `width` (channels kept in the layer just masked), `parameters_removed` (so far in this sweep), `ratio`, `budget_left` (in
+    channels), and `reward/<term>` for each term. `reset` gives `ratio` and `budget_left`.
+
+    ## Arguments
+    * `model`: a causal LM of a supported family.
+    * `reward`: an object with the methods of `prunenet.envs.rewards.Reward`; default `SpectralReward(model)`.
+    * `ratio`: share of FFN channels removed, in [0, 1), or a range `(low, high)`. Default 0.3.
+    * `min_width`: fewest channels that a layer may keep, default 1.
+    * `slack`: how far a sweep may overdraw its budget, as a share of one layer's d_ff, in [0, 1]; default 0.25.
+    * `view`: the statistics, if they have been computed already.
+
+    `reset(options={"ratio": r})` fixes the ratio of one sweep.
+
+    ## Version History
+    * v0: first version.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        reward: Reward | None = None,
+        ratio: float | Sequence[float] = 0.3,
+        min_width: int = 1,
+        slack: float = 0.25,
+        view: View | None = None,
+    ) -> None:
+        draw_ratio(ratio, 0.5)
+        self.model = model
+        self.ratio = ratio
+        self._view = view or View.of(model)
+        self._sweep = Sweep(self._view, reward or SpectralReward(model), min_width=min_width, slack=slack)
+        self._channel_parameters = channel_parameters(model)
+        self.observation_space = observation_space(self._view)
+        self.action_space = spaces.MultiBinary(self._view.d_ff)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Starts a sweep; see the class."""
+        super().reset(seed=seed)
+        ratio = (options or {}).get("ratio", self.ratio)
+        self._sweep.start(draw_ratio(ratio, float(self.np_random.random())))
+        self._removed = 0
+        return self._observe(), self._budget_info()
+
+    def step(self, action: NDArray[np.int8]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Plays the keep mask of the current layer; see the class.
+
+        Raises:
+            ValueError: the mask breaks a rule; the sweep stays where it was.
+            RuntimeError: the sweep is over.
+        """
+        if self._sweep.done:
+            raise RuntimeError("the sweep is over: call reset() before the next step()")
+        keep = as_keep(action, self._sweep).unsqueeze(0)
+        layer = self._sweep.layer
+        reward, terms = self._sweep.play(keep)
+        width = int(keep.sum())
+        self._removed += (self._view.d_ff - width) * self._channel_parameters[layer]
+        info = {"width": width, "parameters_removed": self._removed, **self._budget_info()}
+        info |= {f"reward/{name}": float(value) for name, value in terms.items()}
+        return self._observe(), float(reward), self._sweep.done, False, info
+
+    def _observe(self) -> Observation:
+        layer = min(self._sweep.layer, self._view.layers - 1)
+        return {
+            "channels": self._view.statistics[layer].flatten().cpu().numpy(),
+            "context": self._sweep.context()[0].cpu().numpy(),
+            "layer": np.int64(layer),  # type: ignore[dict-item]
+        }
+
+    def _budget_info(self) -> dict[str, Any]:
+        return {"ratio": self._sweep.ratio, "budget_left": int(self._sweep.left)}
+
+
+def channel_parameters(model: PreTrainedModel) -> list[int]:
+    """Parameters that go away with one channel, for each layer."""
+    return [ffn.channel_parameters for ffn in iter_ffns(model)]
+
+
+def as_keep(action: Any, sweep: Sweep) -> Tensor:
+    """An action as booleans on the sweep's device.
+
+    Raises:
+        ValueError: another length, or entries other than 0 and 1.
+    """
+    array = np.asarray(action)
+    if array.shape[-1:] != (sweep.view.d_ff,):
+        raise ValueError(f"a keep mask for this model has {sweep.view.d_ff} entries, got shape {array.shape}")
+    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+        raise ValueError("a keep mask holds zeros and ones only")
+    return torch.from_numpy(array.astype(np.bool_)).to(sweep.device)

@@ -1,0 +1,111 @@
+"""Rewards: what a mask of one layer, or the masks of a whole sweep, are worth.
+
+A reward is an object with two methods (`Reward`); the environment adds up the terms that they return. To add one, write
+its formula as a pure function here (bounded, higher is better, batched over masks) and a small class that holds what the
+formula needs of the model.
+
+Source of the spectral reward: Sengupta et al., "You Only Prune Once: Designing Calibration-Free Model Compression With Policy
+Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md sections 1.1 and 2. What differs:
+- bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is `form="inverse"`, capped at d_model;
+- any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides Kolmogorov-Smirnov the Wasserstein
+  distance and the energy kept;
+- exact through Gram matrices: no singular value decomposition at any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.layers import FFN, iter_ffns
+from prunenet.spectra import SpectralReference
+
+Matrix = Literal["gate", "up", "down"]
+Distance = Literal["ks", "wasserstein", "energy"]
+Form = Literal["bounded", "inverse"]
+
+
+class Reward(Protocol):
+    """What the environment asks of a reward. Terms of the same name must not come from both methods."""
+
+    def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
+        """Terms paid when layer `index` has been masked."""
+        ...
+
+    def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
+        """Terms paid once all layers have been masked; `keep` holds the masks of each layer."""
+        ...
+
+
+def bounded(distance: Float[Tensor, " masks"]) -> Float[Tensor, " masks"]:
+    """1 - distance, for distances in [0, 1]."""
+    return 1 - distance
+
+
+def inverse(distance: Float[Tensor, " masks"], most: float) -> Float[Tensor, " masks"]:
+    """1 / distance, at most `most` (PruneNet, section 3; the published code returns 99999 for a perfect match)."""
+    return (1 / distance.clamp(min=1 / most)).clamp(max=most)
+
+
+class SpectralReward:
+    """How well the singular values of a layer's matrices survive a mask, averaged over the matrices (METHODS.md 2).
+
+    Args:
+        model: its weights are read, never changed.
+        distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared norm lost); all in [0, 1].
+        matrices: which of gate, up and down to compare; those that the family does not have are passed over.
+        form: "bounded" pays 1 - distance, "inverse" pays 1 / distance as published.
+
+    Raises:
+        ValueError: unknown names, or none of the matrices exists in this family.
+        UnsupportedArchitecture: see `prunenet.architectures`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        distance: Distance = "ks",
+        matrices: Sequence[Matrix] = ("gate", "up", "down"),
+        form: Form = "bounded",
+    ) -> None:
+        _check_name("distance", distance, get_args(Distance))
+        _check_name("form", form, get_args(Form))
+        for name in matrices:
+            _check_name("matrix", name, get_args(Matrix))
+        self.distance: Distance = distance
+        self.form: Form = form
+        self._references = [_references(ffn, matrices) for ffn in iter_ffns(model)]
+
+    def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
+        """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, d_model] if inverse."""
+        references = self._references[index]
+        distances = [reference.distance(keep, kind=self.distance).float() for reference in references]
+        most = float(references[0].d_model)
+        paid = [bounded(d) if self.form == "bounded" else inverse(d, most) for d in distances]
+        return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
+
+    def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
+        """No term: everything has been paid layer by layer."""
+        return {}
+
+
+def _references(ffn: FFN, matrices: Sequence[Matrix]) -> list[SpectralReference]:
+    # An ungated FFN has one input matrix; the paper's gate matrix is fc1 there.
+    gate = ffn.up if ffn.gate is None else ffn.gate
+    views = {"gate": gate, "up": None if ffn.gate is None else ffn.up, "down": ffn.down.T}
+    found = [views[name] for name in dict.fromkeys(matrices)]
+    references = [SpectralReference.of(weight) for weight in found if weight is not None]
+    if not references:
+        raise ValueError(f"this family has none of the matrices {', '.join(matrices) or '(none given)'}; use gate or down")
+    return references
+
+
+def _check_name(what: str, name: str, allowed: tuple[str, ...]) -> None:
+    if name not in allowed:
+        raise ValueError(f"unknown {what} {name!r}; it is one of {', '.join(allowed)}")

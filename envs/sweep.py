@@ -1,0 +1,171 @@
+"""The rules of one sweep over the layers, for a batch of masks of the same layer. Both environments play by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.envs.rewards import Reward
+from prunenet.layers import ffn_widths
+from prunenet.masks import check_keep, check_ratio
+from prunenet.stats import channel_statistics, layer_context
+
+PROGRESS = ("ratio", "target", "budget_left")
+"""What an observation's context holds beside the layer's own context, each in [0, 1]: the sweep's ratio, the share of this
+layer's channels that keeps the budget even over the layers left, and the share of the whole budget not yet spent."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a sweep shows of a model, computed once: it does not change while masks are played.
+
+    Attributes:
+        statistics: (d_ff, n_stats) for each layer, in [-4, 4].
+        context: (layers, n_context), in [-4, 4].
+    """
+
+    statistics: tuple[Float[Tensor, "d_ff n_stats"], ...]
+    context: Float[Tensor, "layers n_context"]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> View:
+        """Computes the statistics of a model's layers.
+
+        Raises:
+            ValueError: the layers have different widths (an action must have one length).
+            UnsupportedArchitecture: see `prunenet.architectures`.
+        """
+        widths = set(ffn_widths(model))
+        if len(widths) != 1:
+            raise ValueError(
+                f"the layers of this model have {len(widths)} different widths ({min(widths)} to {max(widths)}); "
+                "train on the dense model that it was cut from"
+            )
+        return cls(tuple(channel_statistics(model)), layer_context(model))
+
+    @property
+    def layers(self) -> int:
+        return len(self.statistics)
+
+    @property
+    def d_ff(self) -> int:
+        return self.statistics[0].shape[0]
+
+
+class Sweep:
+    """A batch of sweeps in step: all are at the same layer, each has its own masks and its own budget.
+
+    The budget is (1 - ratio) * layers * d_ff channels. A mask may keep more or fewer channels than the target as long as each
+    later layer can still keep `min_width`; the whole sweep may overdraw its budget by at most `slack` * d_ff.
+
+    Args:
+        view: what is shown of the model.
+        reward: see `prunenet.envs.rewards`.
+        masks: how many sweeps run side by side, at least 1.
+        min_width: fewest channels that a layer may keep, at least 1.
+        slack: share of one layer's d_ff, in [0, 1].
+    """
+
+    def __init__(self, view: View, reward: Reward, masks: int = 1, *, min_width: int = 1, slack: float = 0.25) -> None:
+        if not 1 <= min_width <= view.d_ff:
+            raise ValueError(f"min_width must be in [1, {view.d_ff}], got {min_width}")
+        if not 0 <= slack <= 1:
+            raise ValueError(f"slack must be in [0, 1], got {slack}")
+        self.view = view
+        self.reward = reward
+        self.masks = masks
+        self.min_width = min_width
+        self.overdraft = int(slack * view.d_ff)
+        self.device = view.statistics[0].device
+        self.start(0.0)
+
+    def start(self, ratio: float) -> None:
+        """Begins a sweep at the first layer.
+
+        Raises:
+            ValueError: ratio not in [0, 1), or so high that layers cannot keep `min_width`.
+        """
+        self.ratio = check_ratio(ratio)
+        total = self.view.layers * self.view.d_ff
+        self.budget = max(round((1 - ratio) * total), self.view.layers)
+        if self.budget < self.view.layers * self.min_width:
+            raise ValueError(f"at ratio {ratio} the {self.view.layers} layers cannot keep {self.min_width} channels each")
+        self.layer = 0
+        self.left = torch.full((self.masks,), self.budget, dtype=torch.int64, device=self.device)
+        self.kept: list[Bool[Tensor, "masks d_ff"]] = []
+
+    @property
+    def done(self) -> bool:
+        return self.layer == self.view.layers
+
+    def target(self) -> Int[Tensor, " masks"]:
+        """Width at this layer that spends the budget evenly over the layers left, in [min_width, d_ff]."""
+        left = max(self.view.layers - self.layer, 1)
+        return (self.left / left).round().long().clamp(self.min_width, self.view.d_ff)
+
+    def context(self) -> Float[Tensor, "masks n"]:
+        """The layer's context, then PROGRESS, for each mask."""
+        row = self.view.context[min(self.layer, self.view.layers - 1)]
+        progress = torch.stack(
+            (
+                torch.full_like(self.left, 1, dtype=torch.float32) * self.ratio,
+                self.target() / self.view.d_ff,
+                (self.left / self.budget).clamp(0, 1),
+            ),
+            dim=1,
+        )
+        return torch.cat((row.expand(self.masks, -1), progress), dim=1)
+
+    def play(self, keep: Bool[Tensor, "masks d_ff"]) -> tuple[Float[Tensor, " masks"], dict[str, Float[Tensor, " masks"]]]:
+        """Plays one mask in each sweep and moves to the next layer.
+
+        Returns:
+            The reward (masks,) and each of its terms.
+
+        Raises:
+            ValueError: a mask keeps nothing, has the wrong length, or breaks the budget's bounds.
+        """
+        check_keep(keep, self.view.d_ff)
+        width = keep.sum(1)
+        later = self.view.layers - self.layer - 1
+        most = self.left + self.overdraft - later * self.min_width
+        self._check_bounds(width, most)
+        terms = self.reward.layer(self.layer, keep)
+        self.left -= width
+        self.kept.append(keep)
+        self.layer += 1
+        if self.done:
+            terms |= self.reward.sweep(self.kept)
+            terms["overdraft"] = -(-self.left).clamp(min=0) / self.view.d_ff
+        total = torch.stack(list(terms.values())).sum(0) if terms else torch.zeros(self.masks, device=self.device)
+        return total, terms
+
+    def _check_bounds(self, width: Int[Tensor, " masks"], most: Int[Tensor, " masks"]) -> None:
+        if bool((width < self.min_width).any()):
+            raise ValueError(f"layer {self.layer} must keep at least {self.min_width} channels, got {int(width.min())}")
+        over = width > most
+        if bool(over.any()):
+            worst = int(over.nonzero()[0])
+            raise ValueError(
+                f"a mask that keeps {int(width[worst])} channels of layer {self.layer} breaks the budget: "
+                f"at most {int(most[worst])} can be kept here at ratio {self.ratio}"
+            )
+
+
+def draw_ratio(ratio: float | Sequence[float], uniform: float) -> float:
+    """The sweep's ratio: the given one, or one from [low, high] at the position `uniform` in [0, 1].
+
+    Raises:
+        ValueError: a bound is not in [0, 1), or low is above high.
+    """
+    if isinstance(ratio, int | float):
+        return check_ratio(ratio)
+    low, high = (check_ratio(bound) for bound in ratio)
+    if low > high:
+        raise ValueError(f"the range of ratios must rise, got {low} to {high}")
+    return low + (high - low) * uniform

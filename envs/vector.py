@@ -1,0 +1,116 @@
+"""The same environment for a batch of masks of one layer at once: one model in memory, one reward call a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from prunenet.envs.layerwise import Observation, as_keep, observation_space
+from prunenet.envs.rewards import Reward, SpectralReward
+from prunenet.envs.sweep import Sweep, View, draw_ratio
+
+
+class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[np.int8], NDArray[Any]]):
+    """`num_envs` sweeps of `LayerwisePruningEnv` in step, at the same layer and the same ratio.
+
+    Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched. All sweeps end together and the
+    next ones start in the same call (`AutoresetMode.SAME_STEP`: `infos["final_obs"]` holds the last observations). The ratio of
+    sweep number n depends on the seed and on n alone, so that a run can be resumed at any sweep: `reset(options={"sweep": n})`.
+
+    Args:
+        model, reward, ratio, min_width, slack, view: as for `LayerwisePruningEnv`.
+        num_envs: number of masks a step, at least 1.
+        channels: whether observations hold the channel statistics. A trainer that keeps `view` itself saves the copies.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_envs: int = 1,
+        *,
+        reward: Reward | None = None,
+        ratio: float | Sequence[float] = 0.3,
+        min_width: int = 1,
+        slack: float = 0.25,
+        view: View | None = None,
+        channels: bool = True,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        draw_ratio(ratio, 0.5)
+        self.model = model
+        self.ratio = ratio
+        self.num_envs = num_envs
+        self.view = view or View.of(model)
+        self._number = 0
+        self._seed = 0
+        self._channels = channels
+        self._sweep = Sweep(self.view, reward or SpectralReward(model), num_envs, min_width=min_width, slack=slack)
+        self.single_observation_space = observation_space(self.view, channels=channels)
+        self.single_action_space = spaces.MultiBinary(self.view.d_ff)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Starts all sweeps; with a seed, counting sweeps from 0 again. Options: `ratio`, and `sweep`, the number to count from."""
+        super().reset(seed=seed)
+        options = options or {}
+        if seed is not None:
+            self._seed, self._number = seed, 0
+        self._number = options.get("sweep", self._number)
+        self._start(options)
+        return self._observe(), self._budget_info()
+
+    def step(
+        self, actions: NDArray[np.int8]
+    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Plays one keep mask in each sweep.
+
+        Args:
+            actions: (num_envs, d_ff) of zeros and ones.
+
+        Raises:
+            ValueError: a mask breaks a rule; all sweeps stay where they were.
+        """
+        keep = as_keep(actions, self._sweep)
+        if keep.shape != (self.num_envs, self.view.d_ff):
+            raise ValueError(f"actions must have shape {(self.num_envs, self.view.d_ff)}, got {tuple(keep.shape)}")
+        reward, terms = self._sweep.play(keep)
+        done = self._sweep.done
+        infos: dict[str, Any] = {"width": keep.sum(1).cpu().numpy(), **self._budget_info()}
+        infos |= {f"reward/{name}": value.cpu().numpy() for name, value in terms.items()}
+        if done:
+            infos["final_obs"] = self._observe()
+            self._start({})
+        ended = np.full(self.num_envs, done)
+        return self._observe(), reward.double().cpu().numpy(), ended, np.zeros_like(ended), infos
+
+    def _start(self, options: dict[str, Any]) -> None:
+        uniform = float(np.random.default_rng([self._seed, self._number]).random())
+        self._number += 1
+        self._sweep.start(draw_ratio(options.get("ratio", self.ratio), uniform))
+
+    def _observe(self) -> Observation:
+        layer = min(self._sweep.layer, self.view.layers - 1)
+        observation: Observation = {
+            "context": self._sweep.context().cpu().numpy(),
+            "layer": np.full(self.num_envs, layer, dtype=np.int64),
+        }
+        if self._channels:
+            channels = self.view.statistics[layer].flatten().cpu().numpy()
+            observation["channels"] = np.tile(channels, (self.num_envs, 1))
+        return observation
+
+    def _budget_info(self) -> dict[str, Any]:
+        return {"ratio": np.full(self.num_envs, self._sweep.ratio), "budget_left": self._sweep.left.cpu().numpy().copy()}

@@ -1,0 +1,188 @@
+"""A trained policy on disk: `config.json` and `model.safetensors`. Applying one needs neither gymnasium nor stable-baselines3."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.layers import ffn_widths
+from prunenet.masks import top_channels, width_at
+from prunenet.policies.scorer import ChannelScorer
+from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, channel_statistics, layer_context
+
+FORMAT_VERSION = 1
+ZOO = Path(__file__).parent / "zoo"
+
+
+class PolicyError(ValueError):
+    """The folder is not a policy that this version can apply; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """What a policy needs besides its weights, and where it comes from.
+
+    Attributes:
+        statistics, statistics_version, context: what the scorer reads, in order.
+        hidden: widths of the scorer's hidden layers.
+        prior: the closed-form score that the scorer starts from.
+        regime: what training was allowed to look at: weights, self or data.
+        trained_on: name and model type of the training model.
+        recipe: how it was trained.
+    """
+
+    statistics: tuple[str, ...] = STATISTICS
+    statistics_version: int = STATISTICS_VERSION
+    context: tuple[str, ...] = CONTEXT
+    hidden: tuple[int, ...] = (32, 32)
+    prior: Mapping[str, float] = field(default_factory=dict)
+    regime: str = "weights"
+    trained_on: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+class Policy:
+    """Scores FFN channels from a model's weights and turns scores into keep masks at any ratio. Deterministic.
+
+    Args:
+        scorer: the network.
+        config: must describe the scorer.
+    """
+
+    def __init__(self, scorer: ChannelScorer, config: PolicyConfig) -> None:
+        self.scorer = scorer.eval()
+        self.config = config
+
+    @classmethod
+    def untrained(cls, config: PolicyConfig, *, seed: int = 0) -> Policy:
+        """A fresh policy: its score is the closed-form prior."""
+        generator = torch.Generator().manual_seed(seed)
+        scorer = ChannelScorer(
+            config.statistics, config.context, hidden=config.hidden, prior=config.prior, generator=generator
+        )
+        return cls(scorer, config)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Policy:
+        """Loads a policy from a folder, or by name from those that ship with the package.
+
+        Raises:
+            PolicyError: missing or damaged files, another format, or another set of statistics.
+        """
+        folder = _find(source)
+        config = _read_config(folder / "config.json")
+        policy = cls.untrained(config)
+        try:
+            policy.scorer.load_state_dict(load_file(folder / "model.safetensors"))
+        except FileNotFoundError:
+            raise PolicyError(f"policy {str(source)!r} has no model.safetensors; train it again or copy the whole folder") from None
+        except (SafetensorError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise PolicyError(f"{folder / 'model.safetensors'} is damaged ({reason}); train it again or copy it anew") from None
+        return policy
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes `config.json` and `model.safetensors`; an existing policy in the folder is replaced file by file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n"
+        write_atomic(folder / "model.safetensors", self._weights())
+        write_atomic(folder / "config.json", config.encode())
+        return folder
+
+    def _weights(self) -> bytes:
+        return save({name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()})
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights and of the configuration: what provenance records."""
+        config = json.dumps(asdict(self.config), sort_keys=True).encode()
+        return hashlib.sha256(self._weights() + config).hexdigest()
+
+    @torch.no_grad()
+    def scores(self, model: PreTrainedModel) -> list[Float[Tensor, " d_ff"]]:
+        """One score per channel of each layer, higher stays longer; comparable within a layer only.
+
+        Raises:
+            UnsupportedArchitecture: see `prunenet.architectures`.
+        """
+        statistics = channel_statistics(model)
+        scorer = self.scorer.to(statistics[0].device)
+        return [scorer(rows, context) for rows, context in zip(statistics, layer_context(model), strict=True)]
+
+    def masks(self, model: PreTrainedModel, ratio: float, *, round_to: int = 8) -> list[Bool[Tensor, " d_ff"]]:
+        """Keep masks that remove `ratio` of each layer's channels; masks at a higher ratio are subsets.
+
+        Args:
+            model: any model of a supported family.
+            ratio: share of FFN channels removed, in [0, 1).
+            round_to: widths are multiples of this.
+
+        Raises:
+            ValueError: ratio out of range.
+        """
+        widths = [width_at(d_ff, ratio, round_to) for d_ff in ffn_widths(model)]
+        return [top_channels(scores, width) for scores, width in zip(self.scores(model), widths, strict=True)]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _find(source: str | Path) -> Path:
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        return folder
+    shipped = sorted(p.name for p in ZOO.iterdir() if (p / "config.json").is_file()) if ZOO.is_dir() else []
+    if str(source) in shipped:
+        return ZOO / str(source)
+    known = f"; policies that ship with prunenet: {', '.join(shipped)}" if shipped else ""
+    what = "holds no policy (no config.json)" if folder.is_dir() else "does not exist"
+    raise PolicyError(f"policy {str(source)!r} {what}; make one with 'prunenet train'{known}")
+
+
+def _read_config(path: Path) -> PolicyConfig:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path} cannot be read ({error}); train the policy again or copy it anew") from None
+    if not isinstance(fields, dict) or "statistics" not in fields:
+        raise PolicyError(f"{path} is not the configuration of a policy; give a folder written by 'prunenet train'")
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise PolicyError(f"{path} has format {fields.get('format_version')}, this version reads {FORMAT_VERSION}; train again")
+    fields |= {name: tuple(fields[name]) for name in ("statistics", "context", "hidden") if name in fields}
+    try:
+        config = PolicyConfig(**fields)
+    except TypeError as error:
+        raise PolicyError(f"{path} has fields that this version does not know ({error}); train the policy again") from None
+    expected = (STATISTICS, STATISTICS_VERSION, CONTEXT)
+    if (config.statistics, config.statistics_version, config.context) != expected:
+        raise PolicyError(
+            f"{path.parent} reads statistics version {config.statistics_version} ({len(config.statistics)} per channel), "
+            f"this prunenet computes version {STATISTICS_VERSION} ({len(STATISTICS)}); train the policy again"
+        )
+    return config

@@ -1,0 +1,87 @@
+"""Training recipes: every choice that shapes a policy, in one frozen record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prunenet.envs.rewards import Distance, Form, Matrix
+from prunenet.envs.sweep import draw_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a policy is trained. Equal recipes, model and software give equal policies.
+
+    Attributes:
+        distance, matrices, form: the spectral reward (`prunenet.envs.rewards.SpectralReward`).
+        ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
+        updates: sweeps, each followed by one policy update.
+        masks: masks of the same layer played side by side.
+        algorithm: stable-baselines3's "a2c" (one gradient step a sweep) or "ppo" (`epochs` of them, clipped).
+        learning_rate: of AdamW, falling linearly to 0.
+        gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier masks, so 0 has the least variance.
+        baseline: what returns are compared with: "group", "value" or "none" (`prunenet.policies.actor_critic`).
+        subset: "fixed" or "bernoulli" (`prunenet.policies.subset`).
+        entropy: weight of the entropy bonus.
+        hidden: widths of the scorer's hidden layers.
+        prior: weights of the closed-form score that the scorer starts from.
+        evaluate_every: updates between evaluations of the deterministic masks; the best policy seen is the result.
+        evaluate_at: ratios of those evaluations.
+        seed: of everything random.
+    """
+
+    distance: Distance = "ks"
+    matrices: tuple[Matrix, ...] = ("gate", "up", "down")
+    form: Form = "bounded"
+    ratio: tuple[float, float] = (0.1, 0.6)
+    updates: int = 40
+    masks: int = 8
+    algorithm: Literal["a2c", "ppo"] = "a2c"
+    epochs: int = 4
+    learning_rate: float = 1e-2
+    gamma: float = 0.0
+    baseline: Literal["group", "value", "none"] = "group"
+    subset: Literal["fixed", "bernoulli"] = "fixed"
+    entropy: float = 0.0
+    hidden: tuple[int, ...] = (32, 32)
+    prior: Mapping[str, float] = field(default_factory=dict)
+    evaluate_every: int = 5
+    evaluate_at: tuple[float, ...] = (0.2, 0.4)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number out of range."""
+        draw_ratio(self.ratio, 0.5)
+        for name in ("updates", "masks", "epochs", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.baseline == "group" and self.masks < 2:
+            raise ValueError("the group baseline compares masks of one layer: take 2 masks or more, or baseline 'none'")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(),
+    # arXiv 2501.15296, section 3 and appendix. Differs from the published code where that is wrong (METHODS.md 1.2): exact
+    # log-probability, a return that is reward-to-go, gradients clipped before the step, a width-free scorer.
+    "paper": Recipe(
+        distance="ks",
+        matrices=("gate",),
+        form="inverse",
+        ratio=(0.3, 0.3),
+        updates=20,
+        masks=1,
+        learning_rate=1e-3,
+        gamma=0.99,
+        baseline="none",
+        subset="bernoulli",
+        hidden=(),
+        evaluate_every=1,
+        evaluate_at=(0.3,),
+    ),
+}

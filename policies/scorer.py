@@ -1,0 +1,66 @@
+"""The scorer: statistics of a channel and of its layer in, one logit out. No width in its weights.
+
+Where the published scorer (arXiv 2501.15296, section 3.1) maps a d_ff x d_model matrix with weights of that shape, this one
+reads standardised statistics channel by channel: one policy serves every model of a family. It does not see the ratio, so that its
+ranking of a layer's channels, and with it the nesting of masks, is the same at every ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ChannelScorer(nn.Module):
+    """A fixed closed-form score plus a learned residual (a perceptron whose last layer starts at zero).
+
+    Args:
+        statistics: names of the channel statistics, in order.
+        context: names of the layer context, in order.
+        hidden: widths of the perceptron's hidden layers; () makes the residual linear.
+        prior: weight of each statistic in the closed-form score; those not named weigh 0. An untrained scorer is this score.
+        generator: draws the hidden layers' start.
+
+    Raises:
+        ValueError: the prior names a statistic that is not in `statistics`.
+    """
+
+    def __init__(
+        self,
+        statistics: Sequence[str],
+        context: Sequence[str],
+        *,
+        hidden: Sequence[int] = (32, 32),
+        prior: Mapping[str, float] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        prior = prior or {}
+        unknown = sorted(set(prior) - set(statistics))
+        if unknown:
+            raise ValueError(f"the prior weighs unknown statistics: {', '.join(unknown)}; known: {', '.join(statistics)}")
+        self.register_buffer("prior", torch.tensor([float(prior.get(name, 0.0)) for name in statistics]))
+        sizes = [len(statistics) + len(context), *hidden]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.out = nn.Linear(sizes[-1], 1, bias=False)
+        nn.init.zeros_(self.out.weight)
+        for layer in self.hidden:
+            assert isinstance(layer, nn.Linear)
+            nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    prior: Tensor
+
+    def forward(
+        self, statistics: Float[Tensor, "*layers d_ff n_stats"], context: Float[Tensor, "*layers n_context"]
+    ) -> Float[Tensor, "*layers d_ff"]:
+        """Logits, centred within each layer (only their differences matter). Higher stays longer."""
+        wide = context.unsqueeze(-2).expand(*statistics.shape[:-1], -1)
+        x = torch.cat((statistics, wide), dim=-1)
+        for layer in self.hidden:
+            x = torch.nn.functional.silu(layer(x))
+        logits = statistics @ self.prior + self.out(x).squeeze(-1)
+        return logits - logits.mean(-1, keepdim=True)

@@ -1,0 +1,216 @@
+"""Trains a policy on one model: rollouts of whole sweeps, stable-baselines3's A2C or PPO, checkpoints, resume.
+
+After Sengupta et al. (PruneNet), ICLR 2025, arXiv 2501.15296, section 3. What differs, and why, is METHODS.md 1.2: deterministic
+application, the exact log-probability of the mask played, bounded rewards against a baseline, reward-to-go, many masks of a layer per
+step, a scorer without widths, and a result that is never worse than its start on its own reward.
+
+Every random draw depends on the seed and on the number of the update alone, so that a run killed at any moment and resumed ends with
+the same policy, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.envs.rewards import Reward, SpectralReward
+from prunenet.envs.sweep import View
+from prunenet.envs.vector import LayerwisePruningVectorEnv
+from prunenet.masks import top_channels, width_at
+from prunenet.policies.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
+from prunenet.policies.artifact import Policy, PolicyConfig
+from prunenet.policies.recipe import Recipe
+from prunenet.policies.resume import Progress, load_state, save_state
+from prunenet.policies.scorer import ChannelScorer
+from prunenet.policies.vec_env import SweepVecEnv
+
+STATE = Path("training") / "state.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What training gives.
+
+    Attributes:
+        policy: the best seen.
+        history: (updates, mean reward per layer of the deterministic masks) at each evaluation, the first before any update.
+    """
+
+    policy: Policy
+    history: list[tuple[int, float]]
+
+
+def train(
+    model: PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    reward: Reward | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Training:
+    """Trains a policy.
+
+    Args:
+        model: stays on its device; read, never changed.
+        recipe: default `PRESETS["default"]`.
+        out: folder for the policy; `out/training` holds the run's state and its TensorBoard log. None keeps all in memory.
+        resume: go on with the run in `out`.
+        reward: replaces the recipe's spectral reward.
+        progress: called with (updates done, updates in all, best reward so far).
+
+    Raises:
+        PolicyError: nothing to resume, or the run in `out` had other settings.
+        FileExistsError: `out` holds a policy or an unfinished run, and `resume` is not set.
+        UnsupportedArchitecture: see `prunenet.architectures`.
+    """
+    recipe = recipe or Recipe()
+    folder = None if out is None else _prepare(Path(out), resume)
+    view = View.of(model)
+    reward = reward or SpectralReward(model, distance=recipe.distance, matrices=recipe.matrices, form=recipe.form)
+    config = PolicyConfig(
+        hidden=recipe.hidden,
+        prior=dict(recipe.prior),
+        trained_on={"model": model.config._name_or_path or None, "model_type": model.config.model_type},
+        recipe=asdict(recipe),
+    )
+    scorer = Policy.untrained(config, seed=recipe.seed).scorer.to(view.context.device)
+    env = SweepVecEnv(LayerwisePruningVectorEnv(model, recipe.masks, reward=reward, ratio=recipe.ratio, view=view, channels=False))
+    algorithm = _algorithm(env, view, scorer, recipe, folder)
+    run = _Run(view, reward, recipe, folder, progress, {"recipe": asdict(recipe), "trained_on": config.trained_on})
+    if resume and folder is not None:
+        run.restore(algorithm, folder / STATE)
+        env.set_options({"sweep": run.state.updates})
+    left = (recipe.updates - run.state.updates) * view.layers * recipe.masks
+    algorithm.learn(left, callback=run, tb_log_name="run", reset_num_timesteps=not resume)
+    env.close()
+    scorer.load_state_dict(run.state.best)
+    policy = Policy(scorer.cpu(), config)
+    if folder is not None:
+        policy.save_pretrained(folder)
+    return Training(policy, run.state.history)
+
+
+def _prepare(folder: Path, resume: bool) -> Path:
+    if not resume and ((folder / "config.json").exists() or (folder / STATE).exists()):
+        raise FileExistsError(f"{folder} holds a policy or an unfinished run; resume it, or give another folder")
+    (folder / STATE).parent.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _algorithm(
+    env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
+) -> OnPolicyAlgorithm:
+    """Both algorithms with the same policy, buffer and optimiser."""
+    shared: dict[str, Any] = {
+        "learning_rate": lambda remaining: recipe.learning_rate * remaining,
+        "n_steps": view.layers,
+        "gamma": recipe.gamma,
+        "gae_lambda": 1.0,
+        "ent_coef": recipe.entropy,
+        "vf_coef": 0.5 if recipe.baseline == "value" else 0.0,
+        "rollout_buffer_class": SweepRolloutBuffer,
+        "rollout_buffer_kwargs": {"baseline": recipe.baseline},
+        "normalize_advantage": False,
+        "policy_kwargs": {
+            "view": view,
+            "scorer": scorer,
+            "subset": recipe.subset,
+            "generator": torch.Generator().manual_seed(recipe.seed),
+            "optimizer_class": torch.optim.AdamW,
+        },
+        "tensorboard_log": None if folder is None else str(folder / "training"),
+        "seed": recipe.seed,
+        "device": view.context.device,
+    }
+    if recipe.algorithm == "a2c":
+        return A2C(KeepMaskPolicy, env, use_rms_prop=False, **shared)
+    return PPO(KeepMaskPolicy, env, n_epochs=recipe.epochs, batch_size=view.layers * recipe.masks, **shared)
+
+
+class _Run(BaseCallback):
+    """Seeds each update, evaluates the deterministic masks, keeps the best policy, saves the state."""
+
+    model: OnPolicyAlgorithm
+
+    def __init__(
+        self,
+        view: View,
+        reward: Reward,
+        recipe: Recipe,
+        folder: Path | None,
+        progress: Callable[[int, int, float], None] | None,
+        identity: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.view = view
+        self.reward = reward
+        self.recipe = recipe
+        self.folder = folder
+        self.progress = progress
+        self.identity = identity
+        self.state = Progress(0, -float("inf"), {}, [])
+
+    def restore(self, algorithm: OnPolicyAlgorithm, path: Path) -> None:
+        """Continues where the state was saved."""
+        self.state = load_state(path, algorithm.policy, algorithm.policy.optimizer, self.identity)
+        algorithm.num_timesteps = self.state.updates * self.view.layers * self.recipe.masks
+
+    def _on_rollout_start(self) -> None:
+        self._after_update()
+        seed = np.random.SeedSequence([self.recipe.seed, self.state.updates]).generate_state(2)
+        self._policy.generator.manual_seed(int(seed[0]))
+        np.random.seed(int(seed[1]))  # stable-baselines3 shuffles its buffer with numpy's global generator.
+
+    def _on_training_end(self) -> None:
+        self._after_update()
+
+    def _on_step(self) -> bool:
+        return True
+
+    @property
+    def _policy(self) -> KeepMaskPolicy:
+        assert isinstance(self.model.policy, KeepMaskPolicy)
+        return self.model.policy
+
+    def _after_update(self) -> None:
+        updates = self.model.num_timesteps // (self.view.layers * self.recipe.masks)
+        if self.state.history and updates == self.state.updates:
+            return
+        self.state.updates = updates
+        if updates % self.recipe.evaluate_every == 0 or updates == self.recipe.updates:
+            self._evaluate()
+        if self.folder is not None:
+            save_state(self.folder / STATE, self.state, self._policy, self._policy.optimizer, self.identity)
+        if self.progress is not None:
+            self.progress(updates, self.recipe.updates, self.state.best_reward)
+
+    def _evaluate(self) -> None:
+        scorer = self._policy.scorer
+        value = mode_reward(scorer, self.view, self.reward, self.recipe.evaluate_at)
+        self.state.history.append((self.state.updates, value))
+        self.logger.record("prunenet/reward_of_mode", value)
+        if value > self.state.best_reward:
+            self.state.best_reward = value
+            self.state.best = {name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()}
+
+
+@torch.no_grad()
+def mode_reward(scorer: ChannelScorer, view: View, reward: Reward, ratios: Sequence[float]) -> float:
+    """Reward per layer of the masks that `apply` would play, averaged over ratios."""
+    scores = scorer(torch.stack(list(view.statistics)), view.context)
+    widths = [width_at(view.d_ff, ratio, 1) for ratio in ratios]
+    keep = [torch.stack([top_channels(row, width) for width in widths]) for row in scores]
+    terms: list[Tensor] = [term for layer, masks in enumerate(keep) for term in reward.layer(layer, masks).values()]
+    terms += reward.sweep(keep).values()
+    return float(torch.stack(terms).sum(0).mean()) / view.layers

@@ -1,0 +1,58 @@
+"""PruneNet learns once per model family which FFN channels of a language model matter, and cuts any model of it to any size.
+
+    policy = prunenet.Policy.from_pretrained("runs/llama")
+    pruned = prunenet.prune(model, policy, ratio=0.3)
+    pruned.save_pretrained("smaller")
+
+Names are imported on first use, so that `import prunenet` is quick and applying a policy imports no reinforcement learning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunenet.architectures import UnsupportedArchitecture
+    from prunenet.checkpoint import CheckpointError, load_model, load_tokenizer
+    from prunenet.policies.apply import Pruned, prune
+    from prunenet.policies.artifact import Policy, PolicyError
+    from prunenet.policies.recipe import PRESETS, Recipe
+    from prunenet.policies.train import train
+
+_HOMES = {
+    "UnsupportedArchitecture": "prunenet.architectures",
+    "CheckpointError": "prunenet.checkpoint",
+    "load_model": "prunenet.checkpoint",
+    "load_tokenizer": "prunenet.checkpoint",
+    "Pruned": "prunenet.policies.apply",
+    "prune": "prunenet.policies.apply",
+    "Policy": "prunenet.policies.artifact",
+    "PolicyError": "prunenet.policies.artifact",
+    "PRESETS": "prunenet.policies.recipe",
+    "Recipe": "prunenet.policies.recipe",
+    "train": "prunenet.policies.train",
+}
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Policy",
+    "PolicyError",
+    "Pruned",
+    "Recipe",
+    "UnsupportedArchitecture",
+    "load_model",
+    "load_tokenizer",
+    "prune",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prunenet' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

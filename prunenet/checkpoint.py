@@ -1,0 +1,292 @@
+"""Checkpoints on disk (DESIGN section 5): load with one clear error, save beside and rename, verify by reload, provenance.
+
+Only safetensors and JSON are read; no code of a checkpoint's folder is ever run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prunenet import modeling
+from prunenet.architectures import architecture_for
+from prunenet.folders import CheckpointError, new_folder
+from prunenet.layers import count_parameters, ffn_widths
+from prunenet.provenance import Provenance
+from prunenet.surgery import zero_padded
+
+__all__ = [
+    "DTYPES",
+    "CheckpointError",
+    "Provenance",
+    "export_padded",
+    "identify",
+    "load_masks",
+    "load_model",
+    "load_provenance",
+    "load_tokenizer",
+    "save_pruned",
+]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_model(source: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A causal LM in eval mode, from a local folder or a hub id. Runs no code from the checkpoint, reads no pickle.
+
+    Args:
+        source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
+        dtype: one of `DTYPES`; `auto` keeps the stored one.
+        device: a torch device.
+
+    Raises:
+        UnsupportedArchitecture: the model's type has no row in the table; checked before any weight is read or fetched.
+        CheckpointError: nothing there, hub unreachable, quantised, damaged or incomplete weights, or no such device.
+        ValueError: unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    fields = _read_json(_folder(source, "config.json") / "config.json")
+    if "model_type" not in fields:
+        raise CheckpointError(f"{source} is not a language model: its config.json has no model_type")
+    architecture_for(SimpleNamespace(**fields))  # type: ignore[arg-type]
+    if fields.get("quantization_config"):
+        raise CheckpointError(f"{source} is quantised, and channels of quantised layers cannot be cut; give the original model")
+    folder = _folder(source, "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+    _check_weights(folder)
+    model = _read_model(folder, dtype)
+    try:
+        model.to(device)  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"the model cannot be put on device {device!r}: {_first_line(error)}") from error
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    folder = _folder(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise CheckpointError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
+    return tokenizer
+
+
+def identify(source: str | Path) -> tuple[str, str]:
+    """(base_model, revision) for `Provenance`: hub id and commit, or folder name and `sha256:...` of config and weights."""
+    folder = _folder(source, "config.json")
+    if not Path(source).is_dir():
+        return str(source), folder.name
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return folder.resolve().name, f"sha256:{digest.hexdigest()}"
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    out: str | Path,
+    keep: Sequence[Bool[Tensor, " d_ff"]],
+    provenance: Provenance,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card_text: str | None = None,
+) -> Path:
+    """Writes a pruned model as a Hugging Face checkpoint; the folder appears complete and verified, or not at all.
+
+    Before the folder is moved into place it is loaded afresh; every tensor and the logits on fixed token ids must equal those
+    of `model` exactly (on the model's device, in its dtype). The same call writes the same bytes.
+
+    Args:
+        model: the narrow model, of `surgery.narrowed`.
+        out: folder to create; it may exist if it is empty.
+        keep: the masks that were applied, one per layer, over the dense model's channels.
+        provenance: written to `prunenet.json` and into the model card.
+        tokenizer: saved beside the model.
+        card_text: Markdown put into the model card, e.g. a table of results.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: `out` exists, the disk is full or refuses, or the reload differs.
+        ValueError: model, masks and provenance contradict each other.
+    """
+    _check_story(model, keep, provenance)
+    indices = {f"layers.{i}.keep": mask.nonzero().flatten().to("cpu", torch.int32) for i, mask in enumerate(keep)}
+    out = Path(out)
+    with new_folder(out, sum(p.numel() * p.element_size() for p in model.parameters())) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
+        save_file(indices, folder / _MASKS)
+        (folder / "README.md").write_text(provenance.card(card_text), encoding="utf-8")
+        _verify(model, folder)
+    return out
+
+
+def load_provenance(folder: str | Path) -> Provenance:
+    """Reads `prunenet.json`.
+
+    Raises:
+        CheckpointError: missing, damaged, or of a newer format.
+    """
+    path = Path(folder) / _PROVENANCE
+    try:
+        return Provenance.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a checkpoint of prunenet: it has no {_PROVENANCE}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def load_masks(folder: str | Path) -> list[Bool[Tensor, " d_ff"]]:
+    """The keep mask of each layer, over the channels of the base model. Raises CheckpointError as `load_provenance`."""
+    masks = [torch.zeros(width, dtype=torch.bool) for width in load_provenance(folder).dense_widths]
+    try:
+        indices = load_file(Path(folder) / _MASKS)
+        for index, mask in enumerate(masks):
+            mask[indices[f"layers.{index}.keep"].long()] = True
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{Path(folder) / _MASKS} is missing or damaged: {_first_line(error)}") from error
+    return masks
+
+
+def export_padded(folder: str | Path, out: str | Path) -> Path:
+    """Turns a checkpoint with per-layer widths into a stock one: every layer filled with zero channels to the widest.
+
+    Computes the same function, needs no code beside it, and is larger. Raises as `load_model` and `save_pruned`, and
+    CheckpointError where the widths are the same in all layers already.
+    """
+    provenance = load_provenance(folder)
+    if len(set(provenance.widths)) == 1 or provenance.padded_to is not None:
+        raise CheckpointError(f"{folder} has one width for all layers already; stock loaders read it as it is")
+    model = zero_padded(load_model(folder))
+    total, body = count_parameters(model)
+    provenance = dataclasses.replace(
+        provenance, padded_to=max(provenance.widths), parameters_after=total, non_embedding_after=body
+    )
+    tokenizer = load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").exists() else None
+    return save_pruned(model, out, load_masks(folder), provenance, tokenizer=tokenizer)
+
+
+def _check_story(model: PreTrainedModel, keep: Sequence[Tensor], provenance: Provenance) -> None:
+    kept, widths = [int(mask.sum()) for mask in keep], ffn_widths(model)
+    expected = [provenance.padded_to] * len(kept) if provenance.padded_to else kept
+    if list(provenance.widths) != kept or widths != expected:
+        raise ValueError(f"masks keep {kept} channels, provenance says {list(provenance.widths)}, the model has {widths}")
+    dense = [mask.numel() for mask in keep]
+    if list(provenance.dense_widths) != dense:
+        raise ValueError(f"masks are for layers of {dense} channels, provenance says {list(provenance.dense_widths)}")
+
+
+def _folder(source: str | Path, *patterns: str) -> Path:
+    """The local folder of a source; files of a hub id that match the patterns are fetched, or found in the cache."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{source} is a file; give the folder that holds config.json and model.safetensors")
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")):
+        raise CheckpointError(f"folder {source} does not exist; check the path")
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{source!r} is neither a folder here nor available from the Hugging Face hub ({_first_line(error)}); "
+            "check the spelling and the connection, or give the path of a downloaded checkpoint"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is damaged: it does not hold a JSON object")
+    return fields
+
+
+def _check_weights(folder: Path) -> None:
+    names = [_WEIGHTS]
+    if (folder / _INDEX).exists() and not (folder / _WEIGHTS).exists():
+        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; only complete safetensors checkpoints are read")
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / name} is damaged ({_first_line(error)}); fetch it again") from error
+
+
+def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if hasattr(config, "per_layer_ffn"):
+            kind = getattr(modeling, modeling.PREFIX + kind.__name__)
+        model, found = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            attn_implementation=attention,
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"{folder} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}; fetch it again")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@torch.no_grad()
+def _verify(model: PreTrainedModel, folder: Path) -> None:
+    """Raises CheckpointError unless the folder, loaded afresh, holds the tensors and computes the logits of the model."""
+    fresh = _read_model(folder, "auto", model.config._attn_implementation).to(model.device)  # type: ignore[arg-type]
+    stored = fresh.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in stored or not torch.equal(stored[name], tensor):
+            raise CheckpointError(f"{folder.name} was not saved: tensor {name} differs after a reload")
+    ids = ((torch.arange(24, device=model.device) * 7919 + 11) % model.config.vocab_size).view(2, 12)
+    training = model.training
+    try:
+        first, second = (m.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (model, fresh))
+    finally:
+        model.train(training)
+    difference = float((first - second).abs().max())
+    if not difference == 0:
+        raise CheckpointError(f"{folder.name} was not saved: after a reload its logits differ by up to {difference}, not 0")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,71 @@
+"""Folders that appear complete or not at all: written under a hidden name beside the target, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message is one sentence that says what to do."""
+
+
+@contextmanager
+def new_folder(out: Path, needed: int) -> Iterator[Path]:
+    """Yields a folder that becomes `out` when the block succeeds and is removed, with all in it, when it does not.
+
+    Args:
+        out: the folder to create, with its parents; it may exist if it is empty.
+        needed: bytes that will be written, at least.
+
+    Raises:
+        CheckpointError: `out` exists, the disk is full, or the folder cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
+    missing = [parent for parent in out.absolute().parents if not parent.exists()]
+    home = out.absolute().parents[len(missing)]
+    if shutil.disk_usage(home).free < needed:
+        raise _disk_full(out, needed, home)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # What tempfile makes is closed to others; the folder inside it has the usual permissions.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as hidden:
+            folder = Path(hidden) / out.name
+            folder.mkdir()
+            yield folder
+            for path in (*sorted(folder.rglob("*")), folder):
+                _sync(path)
+            folder.rename(out)
+        _sync(out.parent)
+    except BaseException as error:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        # safetensors and tokenizers wrap the operating system's error in types of their own.
+        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+            raise _disk_full(out, needed, home) from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{out} cannot be written: {error}") from error
+        raise
+
+
+def _disk_full(out: Path, needed: int, home: Path) -> CheckpointError:
+    free = shutil.disk_usage(home).free
+    return CheckpointError(
+        f"no room for {out}: it takes at least {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free; "
+        "make room or give a folder on another disk"
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,155 @@
+"""Walks a model and yields the FFN of one decoder layer at a time, as views on the model's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunenet.architectures import Architecture, UnsupportedArchitecture, architecture_for
+
+
+@dataclass(frozen=True, slots=True)
+class FFN:
+    """The weights of one layer's FFN. Tensors are views: nothing is copied, dtype and device are the model's.
+
+    Channel j is row j of `gate` and `up` (and of their biases) plus column j of `down`.
+
+    Attributes:
+        index: layer number, from 0.
+        gate: (d_ff, d_model); None in an ungated FFN.
+        up: (d_ff, d_model).
+        down: (d_model, d_ff).
+        gate_bias, up_bias: (d_ff,) or None.
+        down_bias: (d_model,) or None.
+        norm_scale: (d_model,) scale of the norm in front of the FFN; None when there is none (or it has no scale).
+        attention_out: (d_model, heads * head_dim), what attention writes to the residual stream with; None if unknown.
+    """
+
+    index: int
+    gate: Float[Tensor, "d_ff d_model"] | None
+    up: Float[Tensor, "d_ff d_model"]
+    down: Float[Tensor, "d_model d_ff"]
+    gate_bias: Float[Tensor, " d_ff"] | None = None
+    up_bias: Float[Tensor, " d_ff"] | None = None
+    down_bias: Float[Tensor, " d_model"] | None = None
+    norm_scale: Float[Tensor, " d_model"] | None = None
+    attention_out: Float[Tensor, "d_model d_attention"] | None = None
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def channel_parameters(self) -> int:
+        """Parameters that go away with one channel."""
+        slices = 2 if self.gate is None else 3
+        biases = (self.up_bias is not None) + (self.gate_bias is not None)
+        return slices * self.d_model + biases
+
+
+def decoder_layers(model: PreTrainedModel, architecture: Architecture | None = None) -> nn.ModuleList:
+    """The decoder layers of a causal LM.
+
+    Raises:
+        UnsupportedArchitecture: the model type has no row, or the model is not the family's causal LM.
+    """
+    architecture = architecture or architecture_for(model.config)
+    try:
+        layers = model.get_submodule(architecture.layers)
+    except AttributeError:
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} has no {architecture.layers!r}; load it with AutoModelForCausalLM"
+        ) from None
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
+    """The FFN of one decoder layer, as views."""
+    up = _linear(layer, architecture.up)
+    down = _linear(layer, architecture.down)
+    attention = _find(layer, (architecture.attention_out,))
+    norm = _find(layer, architecture.norms)
+    scale = getattr(norm, "weight", None)
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    if architecture.fused:
+        gate_weight, up_weight = up.weight.detach().chunk(2)
+        gate_bias, up_bias = (None, None) if up.bias is None else up.bias.detach().chunk(2)
+    else:
+        gate = None if architecture.gate is None else _linear(layer, architecture.gate)
+        gate_weight, gate_bias = (None, None) if gate is None else (gate.weight.detach(), _detached(gate.bias))
+        up_weight, up_bias = up.weight.detach(), _detached(up.bias)
+    return FFN(
+        index=index,
+        gate=gate_weight,
+        up=up_weight,
+        down=down.weight.detach(),
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=_detached(down.bias),
+        norm_scale=None if scale is None else scale.detach() + architecture.norm_offset,
+        attention_out=None if attention is None else attention.weight.detach(),
+    )
+
+
+def iter_ffns(model: PreTrainedModel) -> Iterator[FFN]:
+    """Yields the FFN of each decoder layer, first to last.
+
+    Raises:
+        UnsupportedArchitecture: see `decoder_layers`.
+    """
+    architecture = architecture_for(model.config)
+    for index, layer in enumerate(decoder_layers(model, architecture)):
+        yield read_ffn(layer, index, architecture)
+
+
+def ffn_widths(model: PreTrainedModel) -> list[int]:
+    """Number of FFN channels of each layer."""
+    return [ffn.d_ff for ffn in iter_ffns(model)]
+
+
+def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear d_ff -> d_model of each layer: its input is the FFN's channel activations h."""
+    architecture = architecture_for(model.config)
+    return [_linear(layer, architecture.down) for layer in decoder_layers(model, architecture)]
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(total, non-embedding) parameters; tied tensors count once, and an untied LM head counts as an embedding."""
+    total = sum(p.numel() for p in model.parameters())
+    tables = {id(t.weight): t.weight.numel() for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t}
+    return total, total - sum(tables.values())
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _linear(layer: nn.Module, path: str) -> nn.Linear:
+    module = layer.get_submodule(path)
+    if not isinstance(module, nn.Linear) or not isinstance(module.weight, torch.nn.Parameter):
+        raise UnsupportedArchitecture(
+            f"{path} is a {type(module).__name__}, not a plain linear layer; load the model unquantised"
+        )
+    return module
+
+
+def _find(layer: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
+    for path in paths:
+        try:
+            module = layer.get_submodule(path)
+        except AttributeError:
+            continue
+        if module is not None:
+            return module
+    return None

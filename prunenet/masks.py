@@ -1,0 +1,95 @@
+"""Ratios, widths and keep masks. Pure functions.
+
+Vocabulary: *ratio* is the share of FFN channels removed, in [0, 1); *width* the number of channels left; *keep* a boolean
+mask of length d_ff, True where the channel stays.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def check_ratio(ratio: float) -> float:
+    """Returns the ratio.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
+    if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+    return float(ratio)
+
+
+def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:
+    """Channels left in a layer when `ratio` of them is removed.
+
+    Rounded to the nearest multiple of `round_to` (half goes up, so the model is never smaller than asked for by rounding
+    alone), at least one multiple, at most d_ff. Monotone in ratio; ratio 0 gives d_ff itself.
+
+    Args:
+        d_ff: width before, at least 1.
+        ratio: share removed, in [0, 1).
+        round_to: multiple that the hardware likes, at least 1.
+
+    Raises:
+        ValueError: ratio or round_to out of range.
+    """
+    check_ratio(ratio)
+    if round_to < 1:
+        raise ValueError(f"widths can be rounded to a multiple of 1 or more, got {round_to}")
+    if ratio == 0:
+        return d_ff
+    # 1e-9: keeps 0.7 * 1536 from falling under its own decimal value in binary.
+    multiples = math.floor((1 - ratio) * d_ff / round_to + 0.5 + 1e-9)
+    return min(d_ff, max(multiples, 1) * round_to)
+
+
+def ratio_for_parameters(removed: float, total: int, channel_parameters: list[int], widths: list[int]) -> float:
+    """The uniform ratio of FFN channels that removes a share of *all* parameters.
+
+    Args:
+        removed: share of all parameters to remove, in [0, 1).
+        total: parameters of the dense model.
+        channel_parameters: parameters of one channel, for each layer.
+        widths: channels of each layer of the dense model.
+
+    Raises:
+        ValueError: the share is out of range, or larger than what the FFNs hold.
+    """
+    if not isinstance(removed, int | float) or not 0 <= removed < 1:
+        raise ValueError(f"share of parameters must be in [0, 1), got {removed}")
+    in_ffn = sum(c * w for c, w in zip(channel_parameters, widths, strict=True))
+    ratio = removed * total / in_ffn
+    if ratio >= 1:
+        raise ValueError(
+            f"cannot remove {removed:.1%} of the parameters: the FFN channels hold {in_ffn / total:.1%} of them; ask for less"
+        )
+    return ratio
+
+
+def top_channels(scores: Float[Tensor, "*batch d_ff"], width: int) -> Bool[Tensor, "*batch d_ff"]:
+    """Keep mask of the `width` highest scores; ties go to the lower channel number, so masks nest as width falls.
+
+    Raises:
+        ValueError: width not in [1, d_ff], or a score is not a number.
+    """
+    d_ff = scores.shape[-1]
+    if not 1 <= width <= d_ff:
+        raise ValueError(f"a layer of {d_ff} channels cannot keep {width}; the width must be in [1, {d_ff}]")
+    if torch.isnan(scores).any():
+        raise ValueError("scores contain NaN; the policy or the model's weights are damaged")
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    return keep.scatter_(-1, order[..., :width], True)
+
+
+def check_keep(keep: Bool[Tensor, "*batch d_ff"], d_ff: int) -> None:
+    """Raises ValueError unless every mask has d_ff entries and keeps at least one channel."""
+    if keep.dtype != torch.bool or keep.shape[-1] != d_ff:
+        raise ValueError(f"a keep mask for this layer has {d_ff} booleans, got {keep.shape[-1]} of {keep.dtype}")
+    if not bool(keep.any(-1).all()):
+        raise ValueError("a keep mask must keep at least one channel, got one that keeps none")

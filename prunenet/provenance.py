@@ -1,0 +1,121 @@
+"""Where a pruned model comes from: what `prunenet.json` and the model card say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunenet.layers import count_parameters, ffn_widths
+
+FORMAT_VERSION = 1
+REGIMES = {
+    "weights": "nothing but the checkpoint was looked at",
+    "self": "nothing but the checkpoint and text that the model generated was looked at",
+    "data": "external calibration text was looked at",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Holds no time and no path, so that a repeated command writes the same bytes.
+
+    Attributes:
+        base_model: hub id, or the name of the local folder.
+        revision: hub commit, or `sha256:...` of the local folder's configuration and weights; see `checkpoint.identify`.
+        policy: name of the policy or method that chose the channels.
+        policy_sha256: of the policy's files; None for a method that has none.
+        regime: `weights`, `self` or `data` (DESIGN section 1).
+        ratio: share of FFN channels that was asked to be removed, in [0, 1).
+        seed: of everything random on the way; None if nothing was.
+        dense_widths, widths: FFN channels of each layer before and after.
+        parameters_before, parameters_after: tied tensors count once.
+        non_embedding_before, non_embedding_after: the same without input and output embeddings.
+        padded_to: width to which `checkpoint.export_padded` filled every layer with zeros; None in other checkpoints.
+    """
+
+    base_model: str
+    revision: str
+    policy: str
+    policy_sha256: str | None
+    regime: str
+    ratio: float
+    seed: int | None
+    dense_widths: tuple[int, ...]
+    widths: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+    non_embedding_before: int
+    non_embedding_after: int
+    padded_to: int | None = None
+    format_version: int = FORMAT_VERSION
+    prunenet_version: str = field(default_factory=lambda: version("prunenet"))
+
+    def __post_init__(self) -> None:
+        if self.regime not in REGIMES:
+            raise ValueError(f"regime must be one of {', '.join(REGIMES)}, got {self.regime!r}")
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"format version is {self.format_version}, this prunenet reads {FORMAT_VERSION}; update prunenet")
+
+    @classmethod
+    def of(cls, dense: PreTrainedModel, narrow: PreTrainedModel, **choices: Any) -> Provenance:
+        """Fills in widths and parameter counts from the two models; `choices` are the other fields."""
+        (before, body_before), (after, body_after) = count_parameters(dense), count_parameters(narrow)
+        return cls(
+            dense_widths=tuple(ffn_widths(dense)),
+            widths=tuple(ffn_widths(narrow)),
+            parameters_before=before,
+            parameters_after=after,
+            non_embedding_before=body_before,
+            non_embedding_after=body_after,
+            **choices,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """Reads `prunenet.json`. Raises ValueError, TypeError or KeyError where the text is not one."""
+        fields = json.loads(text)
+        return cls(**fields | {name: tuple(fields[name]) for name in ("widths", "dense_widths")})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    def card(self, text: str | None = None) -> str:
+        """The model card (README.md); `text` is put after the summary."""
+        per_layer = self.padded_to is None and len(set(self.widths)) > 1
+        trust = ", trust_remote_code=True" if per_layer else ""
+        widths = ", ".join(map(str, self.widths)) if len(set(self.widths)) > 1 else f"{self.widths[0]} in every layer"
+        padding = "" if self.padded_to is None else f"\nEvery layer is filled with zeros to {self.padded_to} channels."
+        addition = "" if text is None else f"\n{text.strip()}\n"
+        looks_at = REGIMES[self.regime]
+        share = 1 - self.parameters_after / self.parameters_before
+        return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [prunenet, pruned]
+---
+# {Path(self.base_model).name}, pruned by PruneNet to {self.parameters_after:,} parameters
+
+`{self.base_model}` ({self.revision}) without {self.ratio:.1%} of its FFN channels, chosen by `{self.policy}` in the
+{self.regime} regime ({looks_at}). The licence and the limits of the base model apply.
+
+| | before | after |
+|---|---|---|
+| parameters | {self.parameters_before:,} | {self.parameters_after:,} ({-share:.1%}) |
+| without embeddings | {self.non_embedding_before:,} | {self.non_embedding_after:,} |
+
+FFN channels left: {widths}.{padding}
+{addition}
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
+```
+
+`prunenet.json` says how this checkpoint was made; `prunenet_masks.safetensors` holds the channels kept, by their number in
+the base model.
+"""

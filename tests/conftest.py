@@ -1,0 +1,48 @@
+"""What every test shares: one thread, fixed seeds, no hub, and the paths of real data and of the real model."""
+
+import os
+import random
+from pathlib import Path
+
+# Set before torch is imported, and inherited by the subprocesses of tests: the number of threads changes the order of
+# floating-point sums, so bit-equality between two processes needs the same number in both.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tiny models take their random weights from the global generators; the package itself never does."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The project's shared text data (WikiText-2, PTB, tasks); the test is skipped where it is not."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no shared data in {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A folder with SmolLM2-135M-Instruct: $PRUNENET_DEMO_MODEL, or the one that `make demo` left in the cache."""
+    if chosen := os.environ.get("PRUNENET_DEMO_MODEL"):
+        return Path(chosen)
+    cache = Path(os.environ.get("PRUNENET_CACHE", "~/.cache/prunenet")).expanduser()
+    for weights in sorted(cache.glob("**/model.safetensors")):
+        if "smollm2" in weights.as_posix().lower():
+            return weights.parent
+    pytest.skip("no real model; run `make demo` once, or set PRUNENET_DEMO_MODEL to a folder that holds SmolLM2-135M-Instruct")
