@@ -45,7 +45,7 @@ check: $(READY) ## ruff, mypy --strict, import floors
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed"; exit 1; fi
 
 bench: $(READY) ## run the benchmarks; the command behind each number is in benchmarks/README.md
-	@$(BIN)/python -m benchmarks $(ARGS)
+	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script $(ARGS)"; $(BIN)/python $$script $(ARGS); done
 
 wheel: $(READY) ## build the source archive, and the wheel from it, into dist/
 	@$(BIN)/python -m build --outdir dist .

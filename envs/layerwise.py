@@ -33,7 +33,7 @@ def observation_space(view: View, *, channels: bool = True) -> spaces.Dict:
     return spaces.Dict(parts)
 
 
-class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[np.int8]]):
+class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     """Prune a language model's FFN channels, layer by layer, at a target ratio.
 
     ## Description
@@ -115,7 +115,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[np.int8]]):
         self._removed = 0
         return self._observe(), self._budget_info()
 
-    def step(self, action: NDArray[np.int8]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[Any]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Plays the keep mask of the current layer; see the class.
 
         Raises:
@@ -136,7 +136,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[np.int8]]):
     def _observe(self) -> Observation:
         layer = min(self._sweep.layer, self._view.layers - 1)
         return {
-            "channels": self._view.statistics[layer].flatten().cpu().numpy(),
+            "channels": self._view.statistics[layer].flatten().cpu().numpy().copy(),
             "context": self._sweep.context()[0].cpu().numpy(),
             "layer": np.int64(layer),  # type: ignore[dict-item]
         }

@@ -6,7 +6,7 @@ formula needs of the model.
 
 Source of the spectral reward: Sengupta et al., "You Only Prune Once: Designing Calibration-Free Model Compression With Policy
 Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md sections 1.1 and 2. What differs:
-- bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is `form="inverse"`, capped at d_model;
+- bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is `form="inverse"`, capped at min(d_model, d_ff);
 - any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides Kolmogorov-Smirnov the Wasserstein
   distance and the energy kept;
 - exact through Gram matrices: no singular value decomposition at any step.
@@ -15,7 +15,7 @@ Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md section
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +30,7 @@ Distance = Literal["ks", "wasserstein", "energy"]
 Form = Literal["bounded", "inverse"]
 
 
+@runtime_checkable
 class Reward(Protocol):
     """What the environment asks of a reward. Terms of the same name must not come from both methods."""
 
@@ -70,23 +71,23 @@ class SpectralReward:
         self,
         model: PreTrainedModel,
         *,
-        distance: Distance = "ks",
-        matrices: Sequence[Matrix] = ("gate", "up", "down"),
-        form: Form = "bounded",
+        distance: str = "ks",
+        matrices: Sequence[str] = ("gate", "up", "down"),
+        form: str = "bounded",
     ) -> None:
         _check_name("distance", distance, get_args(Distance))
         _check_name("form", form, get_args(Form))
         for name in matrices:
             _check_name("matrix", name, get_args(Matrix))
-        self.distance: Distance = distance
-        self.form: Form = form
+        self.distance = cast(Distance, distance)
+        self.form = form
         self._references = [_references(ffn, matrices) for ffn in iter_ffns(model)]
 
     def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
-        """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, d_model] if inverse."""
+        """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, min(d_model, d_ff)] if inverse."""
         references = self._references[index]
         distances = [reference.distance(keep, kind=self.distance).float() for reference in references]
-        most = float(references[0].d_model)
+        most = float(len(references[0].eigenvalues))
         paid = [bounded(d) if self.form == "bounded" else inverse(d, most) for d in distances]
         return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
 
@@ -95,7 +96,7 @@ class SpectralReward:
         return {}
 
 
-def _references(ffn: FFN, matrices: Sequence[Matrix]) -> list[SpectralReference]:
+def _references(ffn: FFN, matrices: Sequence[str]) -> list[SpectralReference]:
     # An ungated FFN has one input matrix; the paper's gate matrix is fc1 there.
     gate = ffn.up if ffn.gate is None else ffn.gate
     views = {"gate": gate, "up": None if ffn.gate is None else ffn.up, "down": ffn.down.T}

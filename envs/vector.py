@@ -17,7 +17,7 @@ from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import Sweep, View, draw_ratio
 
 
-class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[np.int8], NDArray[Any]]):
+class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
     """`num_envs` sweeps of `LayerwisePruningEnv` in step, at the same layer and the same ratio.
 
     Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched. All sweeps end together and the
@@ -73,7 +73,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[np.int8], NDArray
         return self._observe(), self._budget_info()
 
     def step(
-        self, actions: NDArray[np.int8]
+        self, actions: NDArray[Any]
     ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Plays one keep mask in each sweep.
 

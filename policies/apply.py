@@ -81,14 +81,24 @@ def resolve_ratio(model: PreTrainedModel, ratio: float | None, params: float | N
     Raises:
         ValueError: neither or both given, or out of range.
     """
-    if (ratio is None) == (params is None):
-        raise ValueError("give exactly one of ratio (share of FFN channels) and params (share of all parameters)")
-    if ratio is not None:
-        return check_ratio(ratio)
-    assert params is not None
+    check_amount(ratio, params)
+    if params is None:
+        assert ratio is not None
+        return ratio
     ffns = list(iter_ffns(model))
     total, _ = count_parameters(model)
     return ratio_for_parameters(params, total, [f.channel_parameters for f in ffns], [f.d_ff for f in ffns])
+
+
+def check_amount(ratio: float | None, params: float | None) -> None:
+    """Raises ValueError unless exactly one amount is given, in [0, 1)."""
+    if (ratio is None) == (params is None):
+        given = "neither" if ratio is None else "both"
+        raise ValueError(f"give one of --ratio (share of FFN channels) and --params (share of all parameters), got {given}")
+    if ratio is not None:
+        check_ratio(ratio)
+    elif not 0 <= (params or 0) < 1:
+        raise ValueError(f"share of parameters must be in [0, 1), got {params}")
 
 
 def _base(model: PreTrainedModel) -> dict[str, Any]:

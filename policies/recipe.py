@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from prunenet.envs.rewards import Distance, Form, Matrix
 from prunenet.envs.sweep import draw_ratio
@@ -85,3 +85,14 @@ PRESETS: dict[str, Recipe] = {
         evaluate_at=(0.3,),
     ),
 }
+
+
+def recipe_for(preset: str, changes: Mapping[str, Any]) -> Recipe:
+    """A preset with some fields changed.
+
+    Raises:
+        ValueError: unknown preset, or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; presets: {', '.join(PRESETS)}")
+    return replace(PRESETS[preset], **changes)

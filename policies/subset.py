@@ -153,7 +153,8 @@ class _LogMass(torch.autograd.Function):
         m = min(d_ff + 1, 17 + 16 * math.ceil(_spread(p))) | 1
         # The other half of the frequencies are conjugates: their real parts count twice.
         angle = 2 * math.pi * torch.arange(m // 2 + 1, device=p.device, dtype=torch.float64) / m
-        weight = torch.where(angle == 0, 1.0, 2.0) / m
+        weight = torch.full_like(angle, 2 / m)
+        weight[0] = 1 / m
         shift = torch.polar(torch.ones_like(angle), angle) - 1
         log_mass, slope = p.new_empty(p.shape[0]), torch.zeros_like(p)
         for row in range(p.shape[0]):

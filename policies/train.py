@@ -28,7 +28,7 @@ from prunenet.envs.sweep import View
 from prunenet.envs.vector import LayerwisePruningVectorEnv
 from prunenet.masks import top_channels, width_at
 from prunenet.policies.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
-from prunenet.policies.artifact import Policy, PolicyConfig
+from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import Recipe
 from prunenet.policies.resume import Progress, load_state, save_state
 from prunenet.policies.scorer import ChannelScorer
@@ -70,12 +70,11 @@ def train(
         progress: called with (updates done, updates in all, best reward so far).
 
     Raises:
-        PolicyError: nothing to resume, or the run in `out` had other settings.
-        FileExistsError: `out` holds a policy or an unfinished run, and `resume` is not set.
+        PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and `resume` is not set.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
     recipe = recipe or Recipe()
-    folder = None if out is None else _prepare(Path(out), resume)
+    folder = None if out is None else check_run(Path(out), resume)
     view = View.of(model)
     reward = reward or SpectralReward(model, distance=recipe.distance, matrices=recipe.matrices, form=recipe.form)
     config = PolicyConfig(
@@ -86,6 +85,8 @@ def train(
     )
     scorer = Policy.untrained(config, seed=recipe.seed).scorer.to(view.context.device)
     env = SweepVecEnv(LayerwisePruningVectorEnv(model, recipe.masks, reward=reward, ratio=recipe.ratio, view=view, channels=False))
+    if folder is not None:
+        (folder / STATE).parent.mkdir(parents=True, exist_ok=True)
     algorithm = _algorithm(env, view, scorer, recipe, folder)
     run = _Run(view, reward, recipe, folder, progress, {"recipe": asdict(recipe), "trained_on": config.trained_on})
     if resume and folder is not None:
@@ -101,10 +102,21 @@ def train(
     return Training(policy, run.state.history)
 
 
-def _prepare(folder: Path, resume: bool) -> Path:
-    if not resume and ((folder / "config.json").exists() or (folder / STATE).exists()):
-        raise FileExistsError(f"{folder} holds a policy or an unfinished run; resume it, or give another folder")
-    (folder / STATE).parent.mkdir(parents=True, exist_ok=True)
+def unfinished(folder: Path) -> bool:
+    """Whether the folder holds a run that can be resumed."""
+    return (folder / STATE).exists()
+
+
+def check_run(folder: Path, resume: bool) -> Path:
+    """The folder, if a run can start there, or go on where `resume` asks for that. Creates nothing.
+
+    Raises:
+        PolicyError: the folder holds a policy or a run and `resume` is not set, or nothing to resume.
+    """
+    if resume and not unfinished(folder):
+        raise PolicyError(f"nothing to resume in {folder}; start the run without --resume")
+    if not resume and ((folder / "config.json").exists() or unfinished(folder)):
+        raise PolicyError(f"{folder} holds a policy or an unfinished run; say --resume, or give another folder")
     return folder
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -24,26 +25,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 
 from prunenet import modeling
 from prunenet.architectures import architecture_for
-from prunenet.folders import CheckpointError, new_folder
+from prunenet.folders import CheckpointError as CheckpointError
+from prunenet.folders import new_folder
 from prunenet.layers import count_parameters, ffn_widths
-from prunenet.provenance import Provenance
+from prunenet.provenance import Provenance as Provenance
 from prunenet.surgery import zero_padded
-
-__all__ = [
-    "DTYPES",
-    "CheckpointError",
-    "Provenance",
-    "export_padded",
-    "identify",
-    "load_masks",
-    "load_model",
-    "load_provenance",
-    "load_tokenizer",
-    "save_pruned",
-]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
+# What transformers raises when weights and configuration are damaged or do not belong together.
+_UNLOADABLE = (OSError, SafetensorError, StrictDataclassError, ValueError, RuntimeError, LookupError, AttributeError, TypeError)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -74,7 +65,7 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "cpu") 
     try:
         model.to(device)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"the model cannot be put on device {device!r}: {_first_line(error)}") from error
+        raise CheckpointError(f"the model cannot be put on device {device!r}: {_in_short(error)}") from error
     return model
 
 
@@ -88,7 +79,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise CheckpointError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{source} has no tokenizer that can be read: {_in_short(error)}") from error
     return tokenizer
 
 
@@ -107,7 +98,7 @@ def identify(source: str | Path) -> tuple[str, str]:
 def save_pruned(
     model: PreTrainedModel,
     out: str | Path,
-    keep: Sequence[Bool[Tensor, " d_ff"]],
+    keep: Sequence[Bool[Tensor, " _"]],
     provenance: Provenance,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -159,10 +150,10 @@ def load_provenance(folder: str | Path) -> Provenance:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint of prunenet: it has no {_PROVENANCE}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {_in_short(error)}") from error
 
 
-def load_masks(folder: str | Path) -> list[Bool[Tensor, " d_ff"]]:
+def load_masks(folder: str | Path) -> list[Bool[Tensor, " _"]]:
     """The keep mask of each layer, over the channels of the base model. Raises CheckpointError as `load_provenance`."""
     masks = [torch.zeros(width, dtype=torch.bool) for width in load_provenance(folder).dense_widths]
     try:
@@ -170,7 +161,7 @@ def load_masks(folder: str | Path) -> list[Bool[Tensor, " d_ff"]]:
         for index, mask in enumerate(masks):
             mask[indices[f"layers.{index}.keep"].long()] = True
     except (OSError, SafetensorError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{Path(folder) / _MASKS} is missing or damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{Path(folder) / _MASKS} is missing or damaged: {_in_short(error)}") from error
     return masks
 
 
@@ -215,7 +206,7 @@ def _folder(source: str | Path, *patterns: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(
-            f"{source!r} is neither a folder here nor available from the Hugging Face hub ({_first_line(error)}); "
+            f"{source!r} is neither a folder here nor available from the Hugging Face hub ({_in_short(error)}); "
             "check the spelling and the connection, or give the path of a downloaded checkpoint"
         ) from error
 
@@ -226,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {_in_short(error)}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} is damaged: it does not hold a JSON object")
     return fields
@@ -243,7 +234,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(folder / name, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / name} is damaged ({_first_line(error)}); fetch it again") from error
+            raise CheckpointError(f"{folder / name} is damaged ({_in_short(error)}); fetch it again") from error
 
 
 def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTrainedModel:
@@ -261,8 +252,8 @@ def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTr
             output_loading_info=True,
             attn_implementation=attention,
         )
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    except _UNLOADABLE as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_in_short(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{folder} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}; fetch it again")
     assert isinstance(model, PreTrainedModel)
@@ -277,16 +268,21 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if name not in stored or not torch.equal(stored[name], tensor):
             raise CheckpointError(f"{folder.name} was not saved: tensor {name} differs after a reload")
+    # A cast such as model.half() also rounds rotary frequencies, which are not stored: a reload computes them in float32.
+    mine = dict(model.named_buffers())
+    cast = {n: b for n, b in fresh.named_buffers() if n in mine and b.to(mine[n].dtype).equal(mine[n])}
     ids = ((torch.arange(24, device=model.device) * 7919 + 11) % model.config.vocab_size).view(2, 12)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = model.training
     try:
-        first, second = (m.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (model, fresh))
+        first = torch.func.functional_call(model.train(False), cast, kwargs=inputs).logits
     finally:
         model.train(training)
-    difference = float((first - second).abs().max())
+    difference = float((first - fresh(**inputs).logits).abs().max())
     if not difference == 0:
         raise CheckpointError(f"{folder.name} was not saved: after a reload its logits differ by up to {difference}, not 0")
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _in_short(error: BaseException) -> str:
+    """The message on one line; libraries write paragraphs."""
+    return textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__

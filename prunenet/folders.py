@@ -39,8 +39,11 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             folder = Path(hidden) / out.name
             folder.mkdir()
             yield folder
-            for path in (*sorted(folder.rglob("*")), folder):
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    path.chmod(folder.stat().st_mode & 0o666)  # safetensors closes its files to others
                 _sync(path)
+            _sync(folder)
             folder.rename(out)
         _sync(out.parent)
     except BaseException as error:

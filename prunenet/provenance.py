@@ -88,7 +88,8 @@ class Provenance:
         """The model card (README.md); `text` is put after the summary."""
         per_layer = self.padded_to is None and len(set(self.widths)) > 1
         trust = ", trust_remote_code=True" if per_layer else ""
-        widths = ", ".join(map(str, self.widths)) if len(set(self.widths)) > 1 else f"{self.widths[0]} in every layer"
+        fewest, most = min(self.widths), max(self.widths)
+        widths = f"{most} in every layer" if fewest == most else f"{fewest} to {most} in a layer, {sum(self.widths)} in all"
         padding = "" if self.padded_to is None else f"\nEvery layer is filled with zeros to {self.padded_to} channels."
         addition = "" if text is None else f"\n{text.strip()}\n"
         looks_at = REGIMES[self.regime]

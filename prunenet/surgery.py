@@ -18,7 +18,7 @@ from prunenet.layers import decoder_layers, down_linears, ffn_widths
 from prunenet.masks import check_keep
 
 
-def narrowed(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " d_ff"]]) -> PreTrainedModel:
+def narrowed(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " _"]]) -> PreTrainedModel:
     """A model without the channels that `keep` drops. The given model is left as it was.
 
     Parameters outside the FFNs are the *same tensors* in both models (so a cut costs the memory of the narrow FFNs only):
@@ -48,7 +48,7 @@ def narrowed(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " d_ff"]]) -> P
 
 
 @contextmanager
-def masking(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " d_ff"]]) -> Iterator[PreTrainedModel]:
+def masking(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " _"]]) -> Iterator[PreTrainedModel]:
     """Inside the `with` block the model computes as if the channels that `keep` drops were cut.
 
     The weights do not change; the activations h of dropped channels are zeroed in front of the down linear. The hooks that

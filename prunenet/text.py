@@ -92,7 +92,7 @@ def load_text(source: str | Path, kind: type[Text]) -> Text:
     path = Path(source).expanduser()
     if path.is_file():
         content = _file_content(path)
-    elif not path.is_dir() and _looks_like_a_file(name):
+    elif _looks_like_a_file(name) and not _split_source(name)[0].is_dir():
         raise TextError(f"text file {name!r} does not exist; give a file, a dataset id or 'builtin'")
     else:
         content = _dataset_content(name, test=kind is TestText)
@@ -152,8 +152,12 @@ def token_windows(
         raise ValueError(f"a window has at least 2 tokens (one is context for the next), got {window}")
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be in [1, {window}] for a window of {window} tokens, got {stride}")
-    _check_tokens(len(ids), window)
-    return _cut(ids, window, stride)
+    if len(ids) < window:
+        raise TextError(
+            f"the text has {len(ids)} tokens, fewer than one window of {window}; give more text or a smaller --window"
+        )
+    starts = range(0, len(ids) - window + 1, stride)
+    return ((ids[start : start + window], window - 1 if start == 0 else min(stride, window - 1)) for start in starts)
 
 
 def calibration_blocks(
@@ -190,18 +194,6 @@ def calibration_blocks(
     return torch.stack([windows[i] for i in chosen.tolist()])
 
 
-def _cut(ids: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, int]]:
-    for start in range(0, len(ids) - window + 1, stride):
-        yield ids[start : start + window], window - 1 if start == 0 else min(stride, window - 1)
-
-
-def _check_tokens(tokens: int, window: int) -> None:
-    if tokens < window:
-        raise TextError(
-            f"the text has {tokens} tokens, fewer than one window of {window}; give more text or a smaller --window"
-        )
-
-
 def _looks_like_a_file(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix in _FILE_SUFFIXES
 
@@ -233,14 +225,23 @@ def _join_rows(rows: Iterable[str]) -> str:
     return "\n\n".join(row if row.strip() else "" for row in rows)
 
 
+def _split_source(source: str) -> tuple[Path, str, str]:
+    """(dataset id or folder, configuration, split); the last two may be empty. A folder may have a colon in its name."""
+    whole = Path(source).expanduser()
+    if whole.is_dir():
+        return whole, "", ""
+    name, config, split, *_ = (*source.split(":"), "", "")
+    return Path(name).expanduser(), config, split
+
+
 def _dataset_content(source: str, *, test: bool) -> str:
-    name, config, split = (*source.split(":"), "", "")[:3] if not Path(source).is_dir() else (source, "", "")
+    folder, config, split = _split_source(source)
     split = split or ("test" if test else "train")
     if not test and split.startswith("test"):
         raise TextError(f"{source!r} is a test split, and calibration must not see test text; ask for 'train' or 'validation'")
     rows: list[str] = []
     characters = 0
-    for row in _dataset_rows(name, config or None, split):
+    for row in _dataset_rows(folder.as_posix(), config or None, split):
         rows.append(row)
         characters += len(row)
         if characters >= MAX_CHARACTERS:
@@ -249,15 +250,15 @@ def _dataset_content(source: str, *, test: bool) -> str:
 
 
 def _dataset_rows(name: str, config: str | None, split: str) -> Iterator[str]:
-    import datasets
+    import datasets  # type: ignore[import-untyped]
     from huggingface_hub import is_offline_mode
 
     local = Path(name).is_dir()
     if not local and not is_offline_mode():
         _check_reachable(name)
     try:
-        # Streaming reads only the rows that are used; without a network the copy in the cache is all there is.
-        dataset = datasets.load_dataset(name, config, split=split, streaming=not is_offline_mode())
+        # Streaming reads only the rows that are used; offline, the copy that `datasets` keeps in its cache is all there is.
+        dataset = datasets.load_dataset(name, config, split=split, streaming=local or not is_offline_mode())
         column: str | None = None
         for row in dataset:
             column = column or _text_column(name, row)

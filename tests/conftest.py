@@ -41,8 +41,9 @@ def smollm2() -> Path:
     """A folder with SmolLM2-135M-Instruct: $PRUNENET_DEMO_MODEL, or the one that `make demo` left in the cache."""
     if chosen := os.environ.get("PRUNENET_DEMO_MODEL"):
         return Path(chosen)
-    cache = Path(os.environ.get("PRUNENET_CACHE", "~/.cache/prunenet")).expanduser()
-    for weights in sorted(cache.glob("**/model.safetensors")):
-        if "smollm2" in weights.as_posix().lower():
-            return weights.parent
+    from prunenet.demo_model import cache_folder
+
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
     pytest.skip("no real model; run `make demo` once, or set PRUNENET_DEMO_MODEL to a folder that holds SmolLM2-135M-Instruct")

@@ -33,7 +33,7 @@ def test_the_weights_of_an_ffn_are_views_on_the_models_own(model_type) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_channel_has_as_many_parameters_as_a_narrower_configuration_saves(model_type) -> None:
     wide = tiny_model(model_type, bias=True)
-    config = AutoConfig.for_model(model_type, **{**wide.config.to_dict(), ARCHITECTURES[model_type].width: D_FF - 1})
+    config = type(wide.config)(**{**wide.config.to_dict(), ARCHITECTURES[model_type].width: D_FF - 1})
     saved = count_parameters(wide)[0] - count_parameters(AutoModelForCausalLM.from_config(config))[0]
     assert saved == sum(ffn.channel_parameters for ffn in iter_ffns(wide))
 
@@ -78,5 +78,5 @@ def test_a_configuration_without_a_model_type_is_not_supported(fields) -> None:
 
 
 def test_a_model_without_a_language_head_is_an_error_that_says_how_to_load_it() -> None:
-    with pytest.raises(UnsupportedArchitecture, match="LlamaModel .*load it with AutoModelForCausalLM"):
+    with pytest.raises(UnsupportedArchitecture, match=r"LlamaModel .*load it with AutoModelForCausalLM"):
         list(iter_ffns(LlamaModel(tiny_model("llama").config)))

@@ -1,0 +1,246 @@
+"""The command line: train, prune, eval, export, report, demo. Every command takes --json, for machines.
+
+Results go to standard output, progress and errors to standard error. A user's mistake is one sentence and exit code 1 (2 where the
+command line itself is off); PRUNENET_DEBUG=1 shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from prunenet import tables
+
+app = typer.Typer(
+    help="Learns once per model family which FFN channels matter, and cuts any model of that family to any size.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Ratio = Annotated[float | None, typer.Option(help="Share of FFN channels to remove, in [0, 1).")]
+Params = Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")]
+Text = Annotated[str, typer.Option(help="Text to score: builtin, a file, or a dataset as id[:config[:split]].")]
+Window = Annotated[int, typer.Option(help="Tokens the model sees at once.")]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns a user's mistake, or a disk's refusal, into one sentence and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("PRUNENET_DEBUG"):
+            raise
+        errors.print(f"[red]error:[/red] {_escaped(_sentence(error))}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def train(
+    model: Model,
+    out: Out,
+    preset: Annotated[str, typer.Option(help="default, or paper (the published recipe).")] = "default",
+    updates: Annotated[int | None, typer.Option(help="Sweeps over the layers, each followed by one update.")] = None,
+    masks: Annotated[int | None, typer.Option(help="Masks of each layer played side by side.")] = None,
+    ratio: Annotated[
+        tuple[float, float] | None, typer.Option(help="Range of ratios to train at: low and high, in [0, 1).")
+    ] = None,
+    algorithm: Annotated[Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")] = None,
+    distance: Annotated[
+        Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Spectral distance behind the reward.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a policy on a model's weights; apply it afterwards at any ratio."""
+    with one_sentence():
+        from prunenet.checkpoint import load_model
+        from prunenet.policies.recipe import recipe_for
+        from prunenet.policies.train import check_run
+        from prunenet.policies.train import train as learn
+
+        given = {
+            "updates": updates,
+            "masks": masks,
+            "ratio": ratio,
+            "algorithm": algorithm,
+            "distance": distance,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
+        check_run(out, resume)
+        with tables.progress(errors, "training", "reward") as advance:
+            trained = learn(load_model(model, dtype=dtype, device=device), recipe, out=out, resume=resume, progress=advance)
+        (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
+        facts = {"policy": str(out), "updates": recipe.updates, "reward_untrained": first, "reward": best}
+        _show(facts, as_json, lambda: tables.facts("policy", facts))
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    policy: Annotated[str, typer.Option(help="Folder of a trained policy.")],
+    ratio: Ratio = None,
+    params: Params = None,
+    round_to: Annotated[int, typer.Option("--round", help="Widths are multiples of this.")] = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Cut a model with a trained policy, at any ratio, into an ordinary checkpoint."""
+    with one_sentence():
+        from prunenet.checkpoint import check_out, load_model, load_tokenizer
+        from prunenet.policies.apply import check_amount
+        from prunenet.policies.apply import prune as cut
+        from prunenet.policies.artifact import Policy
+
+        check_amount(ratio, params)
+        check_out(out)
+        trained = Policy.from_pretrained(policy)
+        dense = load_model(model, dtype=dtype, device=device)
+        pruned = cut(dense, trained, ratio=ratio, params=params, round_to=round_to, policy_name=Path(policy).name)
+        pruned.save_pretrained(out, tokenizer=load_tokenizer(model))
+        facts = tables.provenance_facts(pruned.provenance, out)
+        _show(facts, as_json, lambda: tables.facts("pruned model", facts))
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints; the first is the one to compare with.")],
+    text: Text = "builtin",
+    window: Window = 1024,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: no overlap.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")] = True,
+    batch: Annotated[int, typer.Option(help="Sequences at once when measuring speed.")] = 1,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, size and speed of models, side by side."""
+    with one_sentence():
+        from prunenet.measure import measure
+        from prunenet.text import TestText, load_text
+
+        scored = load_text(text, TestText)
+        with tables.progress(errors, "scoring") as advance:
+            rows = measure(
+                models,
+                scored,
+                window=window,
+                stride=stride,
+                max_windows=max_windows,
+                speed=speed,
+                batch=batch,
+                device=device,
+                dtype=dtype,
+                progress=advance,
+            )
+        _show({"models": rows}, as_json, lambda: tables.comparison(rows))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a pruned checkpoint with per-layer widths.")],
+    out: Out,
+    pad: Annotated[bool, typer.Option("--pad", help="Fill every layer with zeros to the widest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint with per-layer widths into one that every loader reads."""
+    with one_sentence():
+        from prunenet.checkpoint import export_padded, load_provenance
+
+        if not pad:
+            raise ValueError("export knows one way, zero-padding every layer to the widest: say --pad")
+        export_padded(model, out)
+        facts = tables.provenance_facts(load_provenance(out), out)
+        _show(facts, as_json, lambda: tables.facts("padded model", facts))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="JSON written by 'prunenet eval --json'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")],
+    as_json: Json = False,
+) -> None:
+    """Draw perplexity and speed against size."""
+    with one_sentence():
+        from prunenet.report import draw_report
+
+        try:
+            rows = json.loads(results.read_text(encoding="utf-8"))["models"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{results} is not what 'prunenet eval --json' prints ({error}); make it anew") from None
+        draw_report(rows, out)
+        _show({"figure": str(out)}, as_json, lambda: f"drew {out}")
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    ratios: Annotated[list[float], typer.Option("--ratio", help="Repeat for several sizes.")] = [0.2, 0.3, 0.4],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Fetch a real model, train a policy on it, cut it to several sizes, and compare."""
+    with one_sentence():
+        from prunenet.demo import run_demo
+
+        rows = run_demo(out, ratios, errors)
+        _show({"models": rows}, as_json, lambda: tables.comparison(rows))
+        errors.print(f"\nfigure: {out / 'report.png'}\npolicy: {out / 'policy'}")
+        for row in rows[1:]:
+            errors.print(f"checkpoint: {row['folder']}")
+
+
+def main() -> None:
+    """Entry point of the `prunenet` command."""
+    # Quiet libraries: their warnings and bars are not results. Set here, where the process is ours.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    app()
+
+
+def _show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        Console().print(render())
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error) or type(error).__name__
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,67 @@
+"""Measures checkpoints side by side: quality of each, then the speed of all in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.evaluate import perplexity, summarise
+from prunenet.latency import speed_side_by_side
+from prunenet.text import TestText
+
+
+def measure(
+    sources: Sequence[str],
+    text: TestText,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    speed: bool = True,
+    batch: int = 1,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per checkpoint: `Result.as_dict()` with its `name` and `folder`.
+
+    Args:
+        sources: folders or hub ids; all are held in memory at once when speed is measured.
+        text, window, stride, max_windows: see `prunenet.evaluate.perplexity`.
+        speed: also measure tokens per second, repeat by repeat over all models, so that noise hits them alike.
+        batch: sequences at once when measuring speed.
+        device, dtype: see `prunenet.checkpoint.load_model`.
+        progress: called with (windows scored, windows in all), over all models.
+
+    Raises:
+        CheckpointError, TextError, ValueError: see those functions.
+    """
+    models = {source: load_model(source, dtype=dtype, device=device) for source in sources}
+    qualities = {}
+    for done, (source, model) in enumerate(models.items()):
+        advance = None if progress is None else _shifted(progress, done, len(models))
+        qualities[source] = perplexity(
+            model,
+            load_tokenizer(source),
+            text,
+            window=window,
+            stride=stride,
+            max_windows=max_windows,
+            progress=advance,
+        )
+    speeds = speed_side_by_side(models, batch=batch) if speed else {}
+    rows = []
+    for source, model in models.items():
+        folder = source if Path(source).is_dir() else None
+        result = summarise(model, perplexity=qualities[source], speed=speeds.get(source), folder=folder)
+        rows.append({"name": Path(source).name, "folder": source, **result.as_dict()})
+    return rows
+
+
+def _shifted(progress: Callable[[int, int], None], models_done: int, models: int) -> Callable[[int, int], None]:
+    def advance(done: int, total: int) -> None:
+        progress(models_done * total + done, models * total)
+
+    return advance

@@ -1,0 +1,103 @@
+"""What the command line prints: rich tables and progress bars, from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from prunenet.checkpoint import Provenance
+
+
+@contextmanager
+def progress(console: Console, what: str, measured: str = "") -> Iterator[Callable[..., None]]:
+    """A bar; call what it yields with (done, total) or (done, total, value of `measured`)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[value]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None, value="")
+
+        def advance(done: int, total: int, value: float | None = None) -> None:
+            shown = "" if value is None else f"{measured} {value:.4f}"
+            bar.update(task, completed=done, total=total, value=shown)
+
+        yield advance
+
+
+def facts(title: str, values: dict[str, Any]) -> Table:
+    """One name and value a line."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), _text(value))
+    return table
+
+
+def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
+    """What a user wants to know of a new checkpoint."""
+    widths = sorted(set(provenance.widths))
+    return {
+        "folder": str(out),
+        "base_model": provenance.base_model,
+        "policy": provenance.policy,
+        "regime": provenance.regime,
+        "ratio": provenance.ratio,
+        "width": widths[0] if len(widths) == 1 else list(provenance.widths),
+        "parameters_before": provenance.parameters_before,
+        "parameters": provenance.parameters_after,
+        "removed": 1 - provenance.parameters_after / provenance.parameters_before,
+    }
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("name", "model", str),
+    ("parameters", "parameters", lambda v: f"{v / 1e6:.1f} M"),
+    ("non_embedding_parameters", "without embeddings", lambda v: f"{v / 1e6:.1f} M"),
+    ("bytes", "on disk", lambda v: f"{v / 1e6:.0f} MB"),
+    ("perplexity", "perplexity", lambda v: f"{v:,.1f}"),
+    ("prefill_tokens_per_second", "prefill tok/s", lambda v: f"{v:,.0f}"),
+    ("decode_tokens_per_second", "decode tok/s", lambda v: f"{v:,.1f}"),
+)
+
+
+def comparison(rows: Sequence[dict[str, Any]]) -> Table:
+    """Models side by side; the first is what the others are compared with."""
+    shown = [column for column in _COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    note = ""
+    if rows[0].get("perplexity") is not None:
+        first = rows[0]
+        note = f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
+    table = Table(caption=note, caption_justify="left")
+    for key, title, _ in shown:
+        table.add_column(title, justify="left" if key == "name" else "right")
+    for row in rows:
+        table.add_row(*(_cell(row, rows[0], key, form) for key, _, form in shown))
+    return table
+
+
+def _cell(row: dict[str, Any], first: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
+    value, base = row.get(key), first.get(key)
+    if value is None:
+        return "-"
+    if row is first or key in ("name", "perplexity") or not base:
+        return form(value)
+    return f"{form(value)} ({value / base - 1:+.0%})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
