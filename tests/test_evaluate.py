@@ -134,16 +134,17 @@ def test_evaluation_leaves_the_mode_of_the_model(tokenizer: PreTrainedTokenizerB
     assert model.training
 
 
-def test_the_greedy_continuation_is_the_one_without_a_cache(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("new_tokens", [1, 2, 5, 8])
+def test_the_greedy_continuation_is_the_one_without_a_cache(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int
+) -> None:
     ids = [10, 11, 12]
-    for _ in range(8):
-        token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        ids.append(token)
-    assert len(ids) > 4
-    expected = tokenizer.decode(ids, skip_special_tokens=True)
-    assert generate_sentence(model, tokenizer, "10 11 12", new_tokens=8) == expected
+    for _ in range(new_tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert tokenizer.eos_token_id not in ids
+    assert generate_sentence(model, tokenizer, "10 11 12", new_tokens=new_tokens) == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 def test_generation_stops_at_the_end_of_sequence_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

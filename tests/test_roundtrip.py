@@ -11,7 +11,8 @@ import torch
 from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from safetensors.torch import load_file
 
-from prunenet.checkpoint import Provenance, export_padded, load_model, save_pruned
+from prunenet.architectures import ARCHITECTURES
+from prunenet.checkpoint import Provenance, export_padded, load_model, load_tokenizer, save_pruned
 from prunenet.layers import ffn_widths
 from prunenet.masks import width_at
 from prunenet.surgery import narrowed
@@ -122,6 +123,15 @@ def test_we_load_what_we_saved_bit_for_bit(checkpoints, model_type) -> None:
         model = load_model(made[f"{model_type} {kind}"])
         assert ffn_widths(model) == widths
         assert model(token_ids()).logits.equal(answers[f"{model_type} {kind}"])
+        assert [getattr(layer, ARCHITECTURES[model_type].width) for layer in model.config.per_layer_config] == widths
+        assert model.config._attn_implementation == tiny_model(model_type).config._attn_implementation
+
+
+def test_a_loaded_per_layer_model_saves_itself_again_with_its_code(checkpoints, tmp_path) -> None:
+    made, answers, _ = checkpoints
+    load_model(made["qwen2 per-layer"]).save_pretrained(tmp_path)
+    assert (tmp_path / "modeling.py").exists()
+    assert load_model(tmp_path)(token_ids()).logits.equal(answers["qwen2 per-layer"])
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -158,8 +168,6 @@ def test_the_name_of_a_folder_says_nothing_about_its_family(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_real_model_makes_the_round_trip(smollm2, tmp_path) -> None:
-    from prunenet.checkpoint import load_tokenizer
-
     dense, tokenizer = load_model(smollm2), load_tokenizer(smollm2)
     widths = [1080, 1536, *[1024] * 28]
     keep = random_keep(widths, d_ff=1536)

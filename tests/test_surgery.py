@@ -54,6 +54,9 @@ def test_the_narrow_model_has_the_widths_asked_for_everywhere(model_type, widths
         assert ffn.up.is_contiguous()
         assert ffn.down.is_contiguous()
         assert getattr(getattr(layer, "mlp", None), "intermediate_size", width) == width
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                assert (module.out_features, module.in_features) == module.weight.shape
     removed = sum(ffn.channel_parameters * (D_FF - width) for ffn, width in zip(iter_ffns(dense), widths, strict=True))
     assert count_parameters(dense)[0] - count_parameters(narrow)[0] == removed
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -82,6 +83,9 @@ def test_the_builtin_text_follows_the_kind_and_is_the_same_each_time() -> None:
     test, calibration = load_text("builtin", TestText), load_text("builtin", CalibrationText)
     assert test.content != calibration.content
     assert test == load_text("builtin", TestText)
+    even, odd = sorted(topics)[:2]
+    assert test.content.startswith(topics[even].splitlines()[0])
+    assert calibration.content.startswith(topics[odd].splitlines()[0])
     assert "test half (Python" in test.name
     assert "calibration half (Python" in calibration.name
 
