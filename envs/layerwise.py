@@ -38,7 +38,8 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
 
     ## Description
     One episode is one sweep over the decoder layers of a causal language model, first to last. At each layer the agent sees
-    statistics of the layer's FFN channels and says which channels stay. The model is read, never copied and never changed: after
+    statistics of the layer's FFN channels and says which channels stay. The model is read, never copied and never changed:
+    after
     `close()` it is as it was. It stays on its device, and so do the statistics and the masks' evaluation.
 
     ## Action Space
@@ -51,14 +52,18 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
 
     | key | space | meaning |
     |---|---|---|
-    | `channels` | `Box(-4, 4, (d_ff * n_stats,))` | `prunenet.stats.channel_statistics` of the layer, row by row: reshape to `(d_ff, n_stats)` |
-    | `context` | `Box(-4, 4, (n_context + 3,))` | `prunenet.stats.layer_context`, then `ratio`, `target` (share of d_ff that spends the budget evenly over the layers left) and `budget_left` (share not yet spent) |
+    | `channels` | `Box(-4, 4, (d_ff * n_stats,))` | statistics of the layer's channels, row by row |
+    | `context` | `Box(-4, 4, (n_context + 3,))` | what the layer has in common, and where the sweep stands |
     | `layer` | `Discrete(layers)` | number of the layer |
 
+    `channels` is `prunenet.stats.channel_statistics`, to be reshaped to `(d_ff, n_stats)`. `context` is
+    `prunenet.stats.layer_context`, then `ratio`, `target` (the share of d_ff that spends the budget evenly over the layers
+    left) and `budget_left` (the share not yet spent).
+
     ## Reward
-    The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at each step, sweep terms at the last one.
-    By default the bounded spectral reward, 1 - KS distance of singular values, averaged over the FFN's matrices: in [0, 1] a step. At
-    the last step the term `overdraft` takes off what the sweep kept beyond its budget, as a share of d_ff.
+    The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at each step, sweep terms at the last
+    one. By default the bounded spectral reward, 1 - KS distance of singular values, averaged over the FFN's matrices: in [0,
+    1] a step. At the last step the term `overdraft` takes off what the sweep kept beyond its budget, as a share of d_ff.
 
     ## Starting State
     The first layer with the whole budget, (1 - ratio) * layers * d_ff channels. With a range of ratios, each `reset` draws one.
@@ -84,7 +89,9 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     * v0: first version.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: dict[str, Any] = {  # noqa: RUF012 (as gymnasium declares it)
+        "render_modes": []
+    }
 
     def __init__(
         self,
@@ -102,12 +109,10 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         self._view = view or View.of(model)
         self._sweep = Sweep(self._view, reward or SpectralReward(model), min_width=min_width, slack=slack)
         self._channel_parameters = channel_parameters(model)
-        self.observation_space = observation_space(self._view)
+        self.observation_space = observation_space(self._view)  # type: ignore[assignment]
         self.action_space = spaces.MultiBinary(self._view.d_ff)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Starts a sweep; see the class."""
         super().reset(seed=seed)
         ratio = (options or {}).get("ratio", self.ratio)

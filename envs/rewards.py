@@ -6,7 +6,8 @@ formula needs of the model.
 
 Source of the spectral reward: Sengupta et al., "You Only Prune Once: Designing Calibration-Free Model Compression With Policy
 Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md sections 1.1 and 2. What differs:
-- bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is `form="inverse"`, capped at min(d_model, d_ff);
+- bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is `form="inverse"`, capped at min(d_model,
+  d_ff);
 - any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides Kolmogorov-Smirnov the Wasserstein
   distance and the energy kept;
 - exact through Gram matrices: no singular value decomposition at any step.

@@ -20,9 +20,10 @@ from prunenet.envs.sweep import Sweep, View, draw_ratio
 class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
     """`num_envs` sweeps of `LayerwisePruningEnv` in step, at the same layer and the same ratio.
 
-    Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched. All sweeps end together and the
-    next ones start in the same call (`AutoresetMode.SAME_STEP`: `infos["final_obs"]` holds the last observations). The ratio of
-    sweep number n depends on the seed and on n alone, so that a run can be resumed at any sweep: `reset(options={"sweep": n})`.
+    Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched. All sweeps end together and
+    the next ones start in the same call (`AutoresetMode.SAME_STEP`: `infos["final_obs"]` holds the last observations). The
+    ratio of sweep number n depends on the seed and on n alone, so that a run can be resumed at any sweep:
+    `reset(options={"sweep": n})`.
 
     Args:
         model, reward, ratio, min_width, slack, view: as for `LayerwisePruningEnv`.
@@ -30,7 +31,10 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         channels: whether observations hold the channel statistics. A trainer that keeps `view` itself saves the copies.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: dict[str, Any] = {  # noqa: RUF012 (as gymnasium declares it)
+        "render_modes": [],
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
     def __init__(
         self,
@@ -60,10 +64,8 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Starts all sweeps; with a seed, counting sweeps from 0 again. Options: `ratio`, and `sweep`, the number to count from."""
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Starts all sweeps; with a seed, counts them from 0 again. Options: `ratio`; `sweep`, the number to count from."""
         super().reset(seed=seed)
         options = options or {}
         if seed is not None:
@@ -72,9 +74,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         self._start(options)
         return self._observe(), self._budget_info()
 
-    def step(
-        self, actions: NDArray[Any]
-    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+    def step(self, actions: NDArray[Any]) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Plays one keep mask in each sweep.
 
         Args:

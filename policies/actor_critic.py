@@ -23,8 +23,8 @@ Subset = Literal["fixed", "bernoulli"]
 class KeepMaskPolicy(ActorCriticPolicy):
     """Actor: `ChannelScorer`, then a distribution over keep masks. Critic: a small perceptron on the context.
 
-    The channel statistics are held here, once, as `view`; observations need only the layer's number and the context. Masks of the
-    same layer and width share one pass of the scorer and one solved offset.
+    The channel statistics are held here, once, as `view`; observations need only the layer's number and the context. Masks of
+    the same layer and width share one pass of the scorer and one solved offset.
 
     Args:
         view: statistics and context of the model in training.
@@ -56,8 +56,9 @@ class KeepMaskPolicy(ActorCriticPolicy):
         self.scorer = scorer
         self.statistics = torch.stack(list(view.statistics))
         n_context = view.context.shape[1] + len(PROGRESS)
-        self.value_net = nn.Sequential(nn.Linear(n_context, 32), nn.Tanh(), nn.Linear(32, 1))
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.critic = nn.Sequential(nn.Linear(n_context, 32), nn.Tanh(), nn.Linear(32, 1))
+        options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        self.optimizer = self.optimizer_class(self.parameters(), **options)  # type: ignore[call-arg]
 
     def get_distribution(self, obs: Any) -> Any:
         """The distribution over keep masks, one row per observation."""
@@ -70,7 +71,7 @@ class KeepMaskPolicy(ActorCriticPolicy):
 
     def predict_values(self, obs: Any) -> Tensor:
         """Expected return, (n, 1)."""
-        return self.value_net(obs["context"])  # type: ignore[no-any-return]
+        return self.critic(obs["context"])  # type: ignore[no-any-return]
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (n, d_ff) as int8, values (n, 1) and exact log-probabilities (n,)."""
@@ -91,8 +92,8 @@ class SweepRolloutBuffer(DictRolloutBuffer):
     """One whole sweep of each environment; discounted reward-to-go against a baseline.
 
     Where the published code pays gamma^layer * reward (METHODS.md 1.2, items 3 and 4), the return here is what a mask can still
-    influence. Baselines: "group", the mean over the masks of the same layer in the same step, in units of their standard deviation;
-    "value", the critic with lambda = 1; "none".
+    influence. Baselines: "group", the mean over the masks of the same layer in the same step, in units of their standard
+    deviation; "value", the critic with lambda = 1; "none".
     """
 
     def __init__(self, *args: Any, baseline: Baseline = "group", **kwargs: Any) -> None:

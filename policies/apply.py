@@ -51,7 +51,8 @@ def prune(
         model: a causal LM of a supported family.
         policy: decides which channels stay.
         ratio: share of FFN channels removed from each layer, in [0, 1).
-        params: share of *all* parameters removed, in [0, 1), as nearly as rounded widths allow. Exactly one of the two is given.
+        params: share of *all* parameters removed, in [0, 1), as nearly as rounded widths allow. Exactly one of the two is
+            given.
         round_to: widths are multiples of this.
         policy_name: recorded in the provenance.
 

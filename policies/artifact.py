@@ -1,4 +1,4 @@
-"""A trained policy on disk: `config.json` and `model.safetensors`. Applying one needs neither gymnasium nor stable-baselines3."""
+"""A trained policy on disk: `config.json` and `model.safetensors`. Applying one needs no reinforcement learning library."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ class Policy:
     def untrained(cls, config: PolicyConfig, *, seed: int = 0) -> Policy:
         """A fresh policy: its score is the closed-form prior."""
         generator = torch.Generator().manual_seed(seed)
-        scorer = ChannelScorer(
-            config.statistics, config.context, hidden=config.hidden, prior=config.prior, generator=generator
-        )
+        scorer = ChannelScorer(config.statistics, config.context, hidden=config.hidden, prior=config.prior, generator=generator)
         return cls(scorer, config)
 
     @classmethod
@@ -89,7 +87,9 @@ class Policy:
         try:
             policy.scorer.load_state_dict(load_file(folder / "model.safetensors"))
         except FileNotFoundError:
-            raise PolicyError(f"policy {str(source)!r} has no model.safetensors; train it again or copy the whole folder") from None
+            raise PolicyError(
+                f"policy {str(source)!r} has no model.safetensors; train it again or copy the whole folder"
+            ) from None
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise PolicyError(f"{folder / 'model.safetensors'} is damaged ({reason}); train it again or copy it anew") from None

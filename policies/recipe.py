@@ -21,7 +21,8 @@ class Recipe:
         masks: masks of the same layer played side by side.
         algorithm: stable-baselines3's "a2c" (one gradient step a sweep) or "ppo" (`epochs` of them, clipped).
         learning_rate: of AdamW, falling linearly to 0.
-        gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier masks, so 0 has the least variance.
+        gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier masks, so 0 has the least
+            variance.
         baseline: what returns are compared with: "group", "value" or "none" (`prunenet.policies.actor_critic`).
         subset: "fixed" or "bernoulli" (`prunenet.policies.subset`).
         entropy: weight of the entropy bonus.

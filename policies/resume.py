@@ -82,7 +82,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["prunenet"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise PolicyError(f"nothing to resume: {path} does not exist; start the run without --resume") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -1,13 +1,14 @@
 """The scorer: statistics of a channel and of its layer in, one logit out. No width in its weights.
 
 Where the published scorer (arXiv 2501.15296, section 3.1) maps a d_ff x d_model matrix with weights of that shape, this one
-reads standardised statistics channel by channel: one policy serves every model of a family. It does not see the ratio, so that its
-ranking of a layer's channels, and with it the nesting of masks, is the same at every ratio.
+reads standardised statistics channel by channel: one policy serves every model of a family. It does not see the ratio, so that
+its ranking of a layer's channels, and with it the nesting of masks, is the same at every ratio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -44,7 +45,7 @@ class ChannelScorer(nn.Module):
             raise ValueError(f"the prior weighs unknown statistics: {', '.join(unknown)}; known: {', '.join(statistics)}")
         self.register_buffer("prior", torch.tensor([float(prior.get(name, 0.0)) for name in statistics]))
         sizes = [len(statistics) + len(context), *hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.out = nn.Linear(sizes[-1], 1, bias=False)
         nn.init.zeros_(self.out.weight)
         for layer in self.hidden:
@@ -62,5 +63,5 @@ class ChannelScorer(nn.Module):
         x = torch.cat((statistics, wide), dim=-1)
         for layer in self.hidden:
             x = torch.nn.functional.silu(layer(x))
-        logits = statistics @ self.prior + self.out(x).squeeze(-1)
+        logits: Tensor = statistics @ self.prior + self.out(x).squeeze(-1)
         return logits - logits.mean(-1, keepdim=True)

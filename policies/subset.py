@@ -1,12 +1,13 @@
 """Distributions over the keep masks of one layer, with the exact log-probability of the mask that was played.
 
-METHODS.md 1.2, item 2: the published PruneNet (arXiv 2501.15296) sums marginals with fresh noise, which is not the probability of
-any action. Here every channel keeps with probability sigmoid(logit + offset); one offset per layer is solved so that the expected
-width is the target. Two distributions:
+METHODS.md 1.2, item 2: the published PruneNet (arXiv 2501.15296) sums marginals with fresh noise, which is not the probability
+of any action. Here every channel keeps with probability sigmoid(logit + offset); one offset per layer is solved so that the
+expected width is the target. Two distributions:
 
 - `Bernoulli`: the keeps are independent; the width varies around the target.
-- `FixedWidth`: the same keeps, given that exactly `width` of them stay (the conditional Bernoulli distribution; Chen, Dempster and
-  Liu, "Weighted finite population sampling to maximize entropy", Biometrika 1994). No reward is spent on differences in size.
+- `FixedWidth`: the same keeps, given that exactly `width` of them stay (the conditional Bernoulli distribution; Chen, Dempster
+  and Liu, "Weighted finite population sampling to maximize entropy", Biometrika 1994). No reward is spent on differences in
+  size.
 """
 
 from __future__ import annotations
@@ -136,8 +137,9 @@ class FixedWidth(Bernoulli):
     @cached_property
     def _log_mass(self) -> Float[Tensor, " cases"]:
         """log P(number of keeps = width)."""
-        mass = _LogMass.apply(torch.sigmoid(self.shifted.to(torch.float64)), self.width)
-        return mass.to(self.shifted.dtype)  # type: ignore[no-any-return]
+        chances = torch.sigmoid(self.shifted.to(torch.float64))
+        mass: Tensor = _LogMass.apply(chances, self.width)  # type: ignore[no-untyped-call]
+        return mass.to(self.shifted.dtype)
 
 
 class _LogMass(torch.autograd.Function):

@@ -1,11 +1,11 @@
 """Trains a policy on one model: rollouts of whole sweeps, stable-baselines3's A2C or PPO, checkpoints, resume.
 
-After Sengupta et al. (PruneNet), ICLR 2025, arXiv 2501.15296, section 3. What differs, and why, is METHODS.md 1.2: deterministic
-application, the exact log-probability of the mask played, bounded rewards against a baseline, reward-to-go, many masks of a layer per
-step, a scorer without widths, and a result that is never worse than its start on its own reward.
+After Sengupta et al. (PruneNet), ICLR 2025, arXiv 2501.15296, section 3. What differs, and why, is METHODS.md 1.2:
+deterministic application, the exact log-probability of the mask played, bounded rewards against a baseline, reward-to-go, many
+masks of a layer per step, a scorer without widths, and a result that is never worse than its start on its own reward.
 
-Every random draw depends on the seed and on the number of the update alone, so that a run killed at any moment and resumed ends with
-the same policy, bit for bit.
+Every random draw depends on the seed and on the number of the update alone, so that a run killed at any moment and resumed
+ends with the same policy, bit for bit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def train(
         recipe=asdict(recipe),
     )
     scorer = Policy.untrained(config, seed=recipe.seed).scorer.to(view.context.device)
-    env = SweepVecEnv(LayerwisePruningVectorEnv(model, recipe.masks, reward=reward, ratio=recipe.ratio, view=view, channels=False))
+    env = SweepVecEnv(
+        LayerwisePruningVectorEnv(model, recipe.masks, reward=reward, ratio=recipe.ratio, view=view, channels=False)
+    )
     if folder is not None:
         (folder / STATE).parent.mkdir(parents=True, exist_ok=True)
     algorithm = _algorithm(env, view, scorer, recipe, folder)
@@ -93,7 +95,7 @@ def train(
         run.restore(algorithm, folder / STATE)
         env.set_options({"sweep": run.state.updates})
     left = (recipe.updates - run.state.updates) * view.layers * recipe.masks
-    algorithm.learn(left, callback=run, tb_log_name="run", reset_num_timesteps=not resume)
+    algorithm.learn(left, callback=run, log_interval=1, tb_log_name="run", reset_num_timesteps=not resume)
     env.close()
     scorer.load_state_dict(run.state.best)
     policy = Policy(scorer.cpu(), config)
@@ -120,9 +122,7 @@ def check_run(folder: Path, resume: bool) -> Path:
     return folder
 
 
-def _algorithm(
-    env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
-) -> OnPolicyAlgorithm:
+def _algorithm(env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None) -> OnPolicyAlgorithm:
     """Both algorithms with the same policy, buffer and optimiser."""
     shared: dict[str, Any] = {
         "learning_rate": lambda remaining: recipe.learning_rate * remaining,

@@ -71,9 +71,7 @@ _ROWS = (
     Architecture("gemma2", norms=_BEFORE_FFN, norm_offset=1.0),
     Architecture("gemma3_text", norms=_BEFORE_FFN, norm_offset=1.0),
     Architecture("phi3", up="mlp.gate_up_proj", gate=None, fused=True),
-    Architecture(
-        "phi", up="mlp.fc1", down="mlp.fc2", gate=None, norms=("input_layernorm",), attention_out="self_attn.dense"
-    ),
+    Architecture("phi", up="mlp.fc1", down="mlp.fc2", gate=None, norms=("input_layernorm",), attention_out="self_attn.dense"),
     Architecture(
         "opt",
         layers="model.decoder.layers",

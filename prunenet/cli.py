@@ -1,7 +1,7 @@
 """The command line: train, prune, eval, export, report, demo. Every command takes --json, for machines.
 
-Results go to standard output, progress and errors to standard error. A user's mistake is one sentence and exit code 1 (2 where the
-command line itself is off); PRUNENET_DEBUG=1 shows the traceback.
+Results go to standard output, progress and errors to standard error. A user's mistake is one sentence and exit code 1 (2 where
+the command line itself is off); PRUNENET_DEBUG=1 shows the traceback.
 """
 
 from __future__ import annotations
@@ -114,13 +114,14 @@ def prune(
 ) -> None:
     """Cut a model with a trained policy, at any ratio, into an ordinary checkpoint."""
     with one_sentence():
-        from prunenet.checkpoint import check_out, load_model, load_tokenizer
+        from prunenet.checkpoint import load_model, load_tokenizer
+        from prunenet.folders import check_absent
         from prunenet.policies.apply import check_amount
         from prunenet.policies.apply import prune as cut
         from prunenet.policies.artifact import Policy
 
         check_amount(ratio, params)
-        check_out(out)
+        check_absent(out)
         trained = Policy.from_pretrained(policy)
         dense = load_model(model, dtype=dtype, device=device)
         pruned = cut(dense, trained, ratio=ratio, params=params, round_to=round_to, policy_name=Path(policy).name)
@@ -225,7 +226,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     app()
 
 

@@ -15,6 +15,12 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or written; the message is one sentence that says what to do."""
 
 
+def check_absent(out: Path) -> None:
+    """Raises CheckpointError where `out` exists and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
+
+
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
     """Yields a folder that becomes `out` when the block succeeds and is removed, with all in it, when it does not.
@@ -26,8 +32,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
     Raises:
         CheckpointError: `out` exists, the disk is full, or the folder cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
+    check_absent(out)
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     home = out.absolute().parents[len(missing)]
     if shutil.disk_usage(home).free < needed:

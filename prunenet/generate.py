@@ -1,8 +1,9 @@
 """Text that a model writes by itself: calibration without data (METHODS.md 4).
 
 After Ji et al., "Beware of Calibration Data for Pruning Large Language Models", ICLR 2025, arXiv 2410.17711 (self-generated
-calibration, perplexity filter), and arXiv 2410.17170 (from the document start alone, with a temperature that begins high). What differs:
-strictly data-free by default (no document prefixes); the share dropped by the filter and the schedule are arguments.
+calibration, perplexity filter), and arXiv 2410.17170 (from the document start alone, with a temperature that begins high).
+What differs: strictly data-free by default (no document prefixes); the share dropped by the filter and the schedule are
+arguments.
 """
 
 from __future__ import annotations

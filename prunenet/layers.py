@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -82,6 +83,7 @@ def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
     scale = getattr(norm, "weight", None)
     gate_weight: Tensor | None
     gate_bias: Tensor | None
+    up_bias: Tensor | None
     if architecture.fused:
         gate_weight, up_weight = up.weight.detach().chunk(2)
         gate_bias, up_bias = (None, None) if up.bias is None else up.bias.detach().chunk(2)
@@ -97,8 +99,8 @@ def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
         gate_bias=gate_bias,
         up_bias=up_bias,
         down_bias=_detached(down.bias),
-        norm_scale=None if scale is None else scale.detach() + architecture.norm_offset,
-        attention_out=None if attention is None else attention.weight.detach(),
+        norm_scale=scale.detach() + architecture.norm_offset if isinstance(scale, Tensor) else None,
+        attention_out=attention.weight.detach() if isinstance(attention, nn.Linear) else None,
     )
 
 
@@ -127,7 +129,8 @@ def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """(total, non-embedding) parameters; tied tensors count once, and an untied LM head counts as an embedding."""
     total = sum(p.numel() for p in model.parameters())
-    tables = {id(t.weight): t.weight.numel() for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t}
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    tables = {id(module.weight): module.weight.numel() for module in modules if module is not None}
     return total, total - sum(tables.values())
 
 

@@ -20,8 +20,8 @@ class PerLayerWidths:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         field = config.per_layer_ffn["width"]
         widths = [getattr(layer, field) for layer in config.per_layer_config]
-        # Stock code cannot read a width that differs between layers. It must see this very object: a copy loses the
-        # attention implementation that from_pretrained chose.
+        # Stock code cannot read a width that differs between layers. It sees this very object without them, and not a
+        # copy: from_pretrained and every submodule go on using it.
         config.per_layer_config = None
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]

@@ -1,8 +1,8 @@
 """Second moments of FFN activations, layer by layer: what refit and the reconstruction reward need (METHODS.md 3).
 
-One pass over the token blocks carries their hidden states from layer to layer, so that memory holds the moments of one layer and the
-hidden states of all blocks. A caller may change a layer between measuring and passing it: the next layer is then measured behind the
-changed one (sequential mode, METHODS.md 5).
+One pass over the token blocks carries their hidden states from layer to layer, so that memory holds the moments of one layer
+and the hidden states of all blocks. A caller may change a layer between measuring and passing it: the next layer is then
+measured behind the changed one (sequential mode, METHODS.md 5).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class LayerWalk:
         blocks: (n, tokens) token ids, without padding.
         batch: blocks per forward pass.
 
-    Iterate over it: each `layer` may be measured (`moments`) and changed in any order; leaving the loop body passes the hidden states
-    through the layer as it then is.
+    Iterate over it: each `layer` may be measured (`moments`) and changed in any order; leaving the loop body passes the hidden
+    states through the layer as it then is.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4) -> None:
@@ -56,7 +56,7 @@ class LayerWalk:
         self.layers = list(decoder_layers(model, architecture))
         self._downs = down_linears(model)
         self._model = model
-        self._calls = [self._calls_of(part) for part in blocks.to(model.device).split(batch)]
+        self._calls = [self._calls_of(part) for part in torch.split(blocks.to(model.device), batch)]
         self._hidden = [calls[0][0] for calls in self._calls]
         self.tokens = blocks.numel()
 

@@ -57,9 +57,8 @@ CONTEXT: tuple[str, ...] = (
     "stable_rank",  # log |W_d|_F^2 / |W_d|_2^2 / d_model
     "write_size",  # log |W_d|_F^2 / (mean squared embedding norm + the same of every earlier layer)
 )
-_BOUND = 4.0
+_BOUND, _TINY = 4.0, 1e-30
 _CHUNK = 512
-_TINY = 1e-30
 _Rows = Float32[Tensor, "d_ff d_model"]
 _PerChannel = Float32[Tensor, " d_ff"]
 _Square = Float32[Tensor, "d_model d_model"]
@@ -169,8 +168,9 @@ def _slice_statistics(slices: dict[str, _Rows], stream: _Stream) -> dict[str, _P
         result[f"{name}_kurtosis"] = _log((rows.square() / mean_square[:, None].clamp_min(_TINY)).square().mean(-1))
         result[f"{name}_peak"] = _log(rows.abs().amax(-1)) - _log(mean_square) / 2
     result["product_norm"] = torch.stack([result[f"{name}_norm"] for name in slices]).sum(0)
-    down = slices["down"]
-    result["down_unembedding"] = _log(_quadratic(down, stream.unembedding)) - _log(down.square().sum(-1))
+    result["down_unembedding"] = result["down_embedding"]
+    if stream.unembedding is not stream.embedding:  # not tied
+        result["down_unembedding"] = _log(_quadratic(slices["down"], stream.unembedding)) - 2 * result["down_norm"]
     return result
 
 
@@ -276,7 +276,7 @@ def _log(values: Tensor) -> Tensor:
 
 def _quadratic(rows: _Rows, matrix: _Square) -> _PerChannel:
     """r^T M r of each row."""
-    return ((rows @ matrix) * rows).sum(-1)
+    return torch.linalg.vecdot(rows @ matrix, rows)
 
 
 def _normalised(moment: _Square) -> _Square:

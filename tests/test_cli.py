@@ -127,7 +127,9 @@ def test_prune_refuses_bad_amounts_in_one_sentence(model, policy, tmp_path, opti
 def test_missing_and_damaged_files_are_one_sentence(model, policy, tmp_path):
     ask = ("--policy", policy, "--ratio", 0.3, "--out", tmp_path / "out")
     assert "nowhere" in refused("prune", tmp_path / "nowhere", *ask)
-    assert "does not exist" in refused("prune", model, "--policy", tmp_path / "nowhere", "--ratio", 0.3, "--out", tmp_path / "out")
+    assert "does not exist" in refused(
+        "prune", model, "--policy", tmp_path / "nowhere", "--ratio", 0.3, "--out", tmp_path / "out"
+    )
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])

@@ -1,6 +1,7 @@
 """A saved policy: exact on reload, deterministic, nested over ratios, and clear about what it cannot read."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_masks_nest_as_the_ratio_rises_and_ratio_zero_keeps_all(family):
     policy, model = some_policy(), tiny_model(family)
     by_ratio = [policy.masks(model, ratio) for ratio in RATIOS]
     assert all(mask.all() for mask in by_ratio[0])
-    for wider, narrower in zip(by_ratio, by_ratio[1:], strict=False):
+    for wider, narrower in pairwise(by_ratio):
         for a, b in zip(wider, narrower, strict=True):
             assert not (b & ~a).any()
             assert b.sum() <= a.sum()
