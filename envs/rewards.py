@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.layers import FFN, iter_ffns
+from prunenet.layers import FFN, down_linears, iter_ffns
+from prunenet.moments import ffn_moments
 from prunenet.spectra import SpectralReference
 
 Matrix = Literal["gate", "up", "down"]
@@ -91,6 +92,44 @@ class SpectralReward:
         most = float(len(references[0].eigenvalues))
         paid = [bounded(d) if self.form == "bounded" else inverse(d, most) for d in distances]
         return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
+
+    def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
+        """No term: everything has been paid layer by layer."""
+        return {}
+
+
+def energy_lost(output_gram: Float[Tensor, "d_ff d_ff"], keep: Bool[Tensor, "masks d_ff"]) -> Float[Tensor, " masks"]:
+    """tr(W_R H_RR W_R^T) / tr(W H W^T), clipped to [0, 1]: the share of a layer's output energy lost with the channels R.
+
+    Args:
+        output_gram: H * (W^T W), element by element, with H = E[h h^T] and W the down matrix; then the lost energy of a mask
+            is the sum of the entries whose row and column are both dropped.
+        keep: the masks.
+    """
+    dropped = (~keep).to(output_gram)
+    lost = ((dropped @ output_gram) * dropped).sum(1)
+    return (lost / output_gram.sum()).clamp(0, 1)
+
+
+class ReconstructionReward:
+    """The share of each layer's output energy that its mask keeps, without refit (METHODS.md 2, "reconstruction").
+
+    Tracks quality where the spectral reward does not, and costs less: one (masks, d_ff) by (d_ff, d_ff) product a layer.
+
+    Args:
+        model: a causal LM; read, never changed.
+        blocks: (n, tokens) token ids on which activations are measured. Where they were written by the model itself
+            (`prunenet.generate`), no external data is used.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"]) -> None:
+        downs = (linear.weight.detach().float() for linear in down_linears(model))
+        moments = ffn_moments(model, blocks)
+        self._output_grams = [m.second.mul_(down.T @ down) for m, down in zip(moments, downs, strict=True)]
+
+    def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
+        """The term `reconstruction`: (masks,), in [0, 1]."""
+        return {"reconstruction": bounded(energy_lost(self._output_grams[index], keep))}
 
     def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
         """No term: everything has been paid layer by layer."""

@@ -58,7 +58,7 @@ class KeepMaskPolicy(ActorCriticPolicy):
         n_context = view.context.shape[1] + len(PROGRESS)
         self.critic = nn.Sequential(nn.Linear(n_context, 32), nn.Tanh(), nn.Linear(32, 1))
         options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
-        self.optimizer = self.optimizer_class(self.parameters(), **options)  # type: ignore[call-arg]
+        self.optimizer = self.optimizer_class(self.parameters(), **options)
 
     def get_distribution(self, obs: Any) -> Any:
         """The distribution over keep masks, one row per observation."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.folders import write_atomic
 from prunenet.layers import ffn_widths
 from prunenet.masks import top_channels, width_at
 from prunenet.policies.scorer import ChannelScorer
@@ -42,6 +41,7 @@ class PolicyConfig:
         regime: what training was allowed to look at: weights, self or data.
         trained_on: name and model type of the training model.
         recipe: how it was trained.
+        text: what the reward was measured on; None in the weights regime.
     """
 
     statistics: tuple[str, ...] = STATISTICS
@@ -52,6 +52,7 @@ class PolicyConfig:
     regime: str = "weights"
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -137,20 +138,6 @@ class Policy:
         """
         widths = [width_at(d_ff, ratio, round_to) for d_ff in ffn_widths(model)]
         return [top_channels(scores, width) for scores, width in zip(self.scores(model), widths, strict=True)]
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _find(source: str | Path) -> Path:

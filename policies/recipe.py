@@ -15,7 +15,9 @@ class Recipe:
     """How a policy is trained. Equal recipes, model and software give equal policies.
 
     Attributes:
-        distance, matrices, form: the spectral reward (`prunenet.envs.rewards.SpectralReward`).
+        reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only) or "reconstruction" (`ReconstructionReward`,
+            on token blocks). Either way the policy is applied from weights alone.
+        distance, matrices, form: of the spectral reward.
         ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
         updates: sweeps, each followed by one policy update.
         masks: masks of the same layer played side by side.
@@ -33,6 +35,7 @@ class Recipe:
         seed: of everything random.
     """
 
+    reward: Literal["spectral", "reconstruction"] = "spectral"
     distance: Distance = "ks"
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
     form: Form = "bounded"

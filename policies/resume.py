@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from prunenet.policies.artifact import PolicyError, write_atomic
+from prunenet.folders import write_atomic
+from prunenet.policies.artifact import PolicyError
 
 
 @dataclass(slots=True)

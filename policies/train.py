@@ -23,7 +23,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.envs.rewards import Reward, SpectralReward
+from prunenet.calibration import Blocks
+from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.envs.vector import LayerwisePruningVectorEnv
 from prunenet.masks import top_channels, width_at
@@ -56,6 +57,7 @@ def train(
     *,
     out: str | Path | None = None,
     resume: bool = False,
+    blocks: Blocks | None = None,
     reward: Reward | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Training:
@@ -66,20 +68,24 @@ def train(
         recipe: default `PRESETS["default"]`.
         out: folder for the policy; `out/training` holds the run's state and its TensorBoard log. None keeps all in memory.
         resume: go on with the run in `out`.
-        reward: replaces the recipe's spectral reward.
+        blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.calibration`.
+        reward: replaces the recipe's reward.
         progress: called with (updates done, updates in all, best reward so far).
 
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and `resume` is not set.
+        ValueError: the recipe's reward needs blocks, and none are given.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
     recipe = recipe or Recipe()
     folder = None if out is None else check_run(Path(out), resume)
     view = View.of(model)
-    reward = reward or SpectralReward(model, distance=recipe.distance, matrices=recipe.matrices, form=recipe.form)
+    reward = reward or _reward(model, recipe, blocks)
     config = PolicyConfig(
         hidden=recipe.hidden,
         prior=dict(recipe.prior),
+        regime="weights" if blocks is None else blocks.regime,
+        text=None if blocks is None else dict(blocks.source),
         trained_on={"model": model.config._name_or_path or None, "model_type": model.config.model_type},
         recipe=asdict(recipe),
     )
@@ -90,7 +96,9 @@ def train(
     if folder is not None:
         (folder / STATE).parent.mkdir(parents=True, exist_ok=True)
     algorithm = _algorithm(env, view, scorer, recipe, folder)
-    run = _Run(view, reward, recipe, folder, progress, {"recipe": asdict(recipe), "trained_on": config.trained_on})
+    run = _Run(
+        view, reward, recipe, folder, progress, {"recipe": asdict(recipe), "trained_on": config.trained_on, "text": config.text}
+    )
     if resume and folder is not None:
         run.restore(algorithm, folder / STATE)
         env.set_options({"sweep": run.state.updates})
@@ -102,6 +110,14 @@ def train(
     if folder is not None:
         policy.save_pretrained(folder)
     return Training(policy, run.state.history)
+
+
+def _reward(model: PreTrainedModel, recipe: Recipe, blocks: Blocks | None) -> Reward:
+    if recipe.reward == "spectral":
+        return SpectralReward(model, distance=recipe.distance, matrices=recipe.matrices, form=recipe.form)
+    if blocks is None:
+        raise ValueError("the reconstruction reward measures activations: give token blocks (see prunenet.calibration)")
+    return ReconstructionReward(model, blocks.ids)
 
 
 def unfinished(folder: Path) -> bool:

@@ -33,8 +33,21 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Ratio = Annotated[float | None, typer.Option(help="Share of FFN channels to remove, in [0, 1).")]
-Params = Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number; give a share such as 0.3") from None
+
+
+Ratio = Annotated[
+    float | None, typer.Option(parser=_number, metavar="SHARE", help="Share of FFN channels to remove, in [0, 1).")
+]
+Params = Annotated[
+    float | None, typer.Option(parser=_number, metavar="SHARE", help="Share of all parameters to remove, in [0, 1).")
+]
 Text = Annotated[str, typer.Option(help="Text to score: builtin, a file, or a dataset as id[:config[:split]].")]
 Window = Annotated[int, typer.Option(help="Tokens the model sees at once.")]
 
@@ -65,6 +78,17 @@ def train(
         tuple[float, float] | None, typer.Option(help="Range of ratios to train at: low and high, in [0, 1).")
     ] = None,
     algorithm: Annotated[Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")] = None,
+    reward: Annotated[
+        Literal["spectral", "reconstruction"] | None,
+        typer.Option(help="spectral: from weights alone. reconstruction: from activations on text, see --moments."),
+    ] = None,
+    moments: Annotated[
+        Literal["self", "data"],
+        typer.Option(help="Text of the reconstruction reward: written by the model itself, or given with --text."),
+    ] = "self",
+    text: Annotated[
+        str, typer.Option(help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].")
+    ] = "builtin",
     distance: Annotated[
         Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Spectral distance behind the reward.")
     ] = None,
@@ -77,7 +101,8 @@ def train(
 ) -> None:
     """Train a policy on a model's weights; apply it afterwards at any ratio."""
     with one_sentence():
-        from prunenet.checkpoint import load_model
+        from prunenet.calibration import calibration_for
+        from prunenet.checkpoint import load_model, load_tokenizer
         from prunenet.policies.recipe import recipe_for
         from prunenet.policies.train import check_run
         from prunenet.policies.train import train as learn
@@ -87,14 +112,20 @@ def train(
             "masks": masks,
             "ratio": ratio,
             "algorithm": algorithm,
+            "reward": reward,
             "distance": distance,
             "learning_rate": learning_rate,
             "seed": seed,
         }
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
         check_run(out, resume)
+        dense = load_model(model, dtype=dtype, device=device)
+        blocks = None
+        if recipe.reward == "reconstruction":
+            with tables.progress(errors, "text") as advance:
+                blocks = calibration_for(dense, load_tokenizer(model), moments, text, seed=seed, progress=advance)
         with tables.progress(errors, "training", "reward") as advance:
-            trained = learn(load_model(model, dtype=dtype, device=device), recipe, out=out, resume=resume, progress=advance)
+            trained = learn(dense, recipe, out=out, resume=resume, blocks=blocks, progress=advance)
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
         facts = {"policy": str(out), "updates": recipe.updates, "reward_untrained": first, "reward": best}
         _show(facts, as_json, lambda: tables.facts("policy", facts))

@@ -56,9 +56,7 @@ def run_demo(out: Path, ratios: Sequence[float], console: Console, *, windows: i
     text = load_text("builtin", TestText)
     with tables.progress(console, "scoring") as advance:
         rows = measure([source, *map(str, folders)], text, window=512, max_windows=windows, progress=advance)
-    rows[0] |= {"name": "dense", "ratio": 0.0}
-    for row, ratio in zip(rows[1:], ratios, strict=True):
-        row["ratio"] = ratio
+    rows[0]["name"] = "dense"
     for row in rows:
         row["sentence"] = generate_sentence(load_model(row["folder"]), load_tokenizer(source), PROMPT, new_tokens=24)
         console.print(f"    {row['name']}: {row['sentence']!r}", style="dim", markup=False)

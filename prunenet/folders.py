@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all: written under a hidden name beside the target, then renamed."""
+"""Folders and files that appear complete or not at all: written under a hidden name beside the target, then renamed."""
 
 from __future__ import annotations
 
@@ -60,6 +60,20 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             raise _disk_full(out, needed, home) from error
         if isinstance(error, OSError):
             raise CheckpointError(f"{out} cannot be written: {error}") from error
+        raise
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -8,6 +8,8 @@ arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,7 +38,7 @@ def generate_blocks(
     start: int,
     *,
     sequences: int = 40,
-    tokens: int = 512,
+    tokens: int = 256,
     keep: float = 0.8,
     hot: float = 2.5,
     temperature: float = 0.9,
@@ -44,6 +46,7 @@ def generate_blocks(
     top_p: float = 0.95,
     batch: int = 40,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "kept tokens"]:
     """Sequences sampled from the document start alone; the least likely are dropped.
 
@@ -57,6 +60,7 @@ def generate_blocks(
         top_p: nucleus of the distribution that is sampled, in (0, 1].
         batch: sequences at once.
         seed: of the sampling.
+        progress: called with (tokens sampled, tokens in all), counted over the batches.
 
     Raises:
         ValueError: a share out of range.
@@ -79,6 +83,8 @@ def generate_blocks(
             token = torch.multinomial(_nucleus(logits / heat, top_p), 1, generator=generator)
             loss -= logits.log_softmax(-1).gather(1, token).squeeze(1)
             block = torch.cat((block, token), 1)
+            if progress is not None:
+                progress(first // batch * tokens + step + 1, -(-sequences // batch) * tokens)
         ids.append(block)
         losses.append(loss)
     order = torch.cat(losses).argsort(stable=True)[: max(1, round(keep * sequences))]

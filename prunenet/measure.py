@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoint import CheckpointError, load_model, load_provenance, load_tokenizer
 from prunenet.evaluate import perplexity, summarise
 from prunenet.latency import speed_side_by_side
 from prunenet.text import TestText
@@ -25,7 +25,7 @@ def measure(
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per checkpoint: `Result.as_dict()` with its `name` and `folder`.
+    """One row per checkpoint: `Result.as_dict()` with its `name`, its `folder` and the `ratio` it was pruned at (0: dense).
 
     Args:
         sources: folders or hub ids; all are held in memory at once when speed is measured.
@@ -55,9 +55,17 @@ def measure(
     rows = []
     for source, model in models.items():
         folder = source if Path(source).is_dir() else None
+        ratio = 0.0 if folder is None else _ratio(folder)
         result = summarise(model, perplexity=qualities[source], speed=speeds.get(source), folder=folder)
-        rows.append({"name": Path(source).name, "folder": source, **result.as_dict()})
+        rows.append({"name": Path(source).name, "folder": source, "ratio": ratio, **result.as_dict()})
     return rows
+
+
+def _ratio(folder: str) -> float:
+    try:
+        return load_provenance(folder).ratio
+    except CheckpointError:
+        return 0.0
 
 
 def _shifted(progress: Callable[[int, int], None], models_done: int, models: int) -> Callable[[int, int], None]:

@@ -110,7 +110,7 @@ def test_the_folder_s_name_does_not_matter(policy, tmp_path):
         (("--ratio", "1.0"), "ratio must be in [0, 1), got 1.0"),
         (("--ratio", "-0.1"), "ratio must be in [0, 1), got -0.1"),
         (("--ratio", "nan"), "ratio must be in [0, 1), got nan"),
-        (("--ratio", "abc"), "'abc' is not a valid float"),
+        (("--ratio", "abc"), "'abc' is not a number; give a share such as 0.3"),
         (("--ratio", "0.2", "--params", "0.2"), "got both"),
         ((), "got neither"),
         (("--params", "0.99"), "the FFN channels hold"),

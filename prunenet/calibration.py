@@ -1,0 +1,113 @@
+"""Token blocks to measure activations on: written by the model itself (cached on disk), or drawn from external text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunenet.demo_model import cache_folder
+from prunenet.folders import write_atomic
+from prunenet.generate import document_start, generate_blocks
+from prunenet.text import CalibrationText, calibration_blocks, load_text
+
+_GENERATOR_VERSION = 1  # raise when generate_blocks samples differently: cached text is then written anew
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Token ids without padding, and where they come from.
+
+    Attributes:
+        ids: (n, tokens).
+        regime: "self" (the model's own text) or "data" (external text); see DESIGN section 1.
+        source: how they were made, for the record.
+    """
+
+    ids: Int[Tensor, "n tokens"]
+    regime: Literal["self", "data"]
+    source: Mapping[str, Any]
+
+
+def self_blocks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequences: int = 40,
+    tokens: int = 256,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Blocks:
+    """Text that the model writes from its document start alone; a fifth, the least likely, is dropped.
+
+    Args:
+        model: a causal LM.
+        tokenizer: only its document-start token is used.
+        sequences: how many are sampled, before the filter.
+        tokens: length of each.
+        seed: of the sampling.
+        cache: folder; default `<cache>/self-generated`. The file's name is a hash of the weights and of every setting.
+        progress: called with (tokens sampled, tokens in all) of each sequence.
+
+    Raises:
+        ValueError: the tokenizer has no token to start from.
+    """
+    source = {
+        "sequences": sequences,
+        "tokens": tokens,
+        "seed": seed,
+        "start": document_start(tokenizer),
+        "version": _GENERATOR_VERSION,
+    }
+    key = hashlib.sha256((json.dumps(source, sort_keys=True) + _fingerprint(model)).encode()).hexdigest()[:24]
+    path = (cache or cache_folder() / "self-generated") / f"{key}.safetensors"
+    try:
+        ids = load_file(path)["ids"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        ids = generate_blocks(model, source["start"], sequences=sequences, tokens=tokens, seed=seed, progress=progress).cpu()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save({"ids": ids.contiguous()}))
+    return Blocks(ids, "self", {"text": "self-generated", **source})
+
+
+def data_blocks(
+    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, *, count: int = 32, window: int = 256, seed: int = 0
+) -> Blocks:
+    """Windows drawn from external text. Arguments and errors: `prunenet.text.calibration_blocks`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = calibration_blocks(tokenizer, text, count=count, window=window, generator=generator)
+    return Blocks(ids, "data", {"text": text.name, "count": count, "window": window, "seed": seed})
+
+
+def calibration_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    moments: Literal["self", "data"],
+    text: str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Blocks:
+    """`self_blocks`, or `data_blocks` of a text by its name. Raises as those do."""
+    if moments == "self":
+        return self_blocks(model, tokenizer, seed=seed, progress=progress)
+    return data_blocks(tokenizer, load_text(text, CalibrationText), seed=seed)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
