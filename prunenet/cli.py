@@ -12,12 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from prunenet import tables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prunenet.calibration import Blocks
 
 app = typer.Typer(
     help="Learns once per model family which FFN channels matter, and cuts any model of that family to any size.",
@@ -67,31 +72,40 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+Preset = Annotated[str, typer.Option(help="default, spectral (weights only), or paper (the published recipe).")]
+Updates = Annotated[int | None, typer.Option(help="Sweeps over the layers, each followed by one update.")]
+Masks = Annotated[int | None, typer.Option(help="Masks of each layer played side by side.")]
+Ratios = Annotated[tuple[float, float] | None, typer.Option(help="Range of ratios to train at: low and high, in [0, 1).")]
+Algorithm = Annotated[Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")]
+RewardName = Annotated[
+    Literal["spectral", "reconstruction"] | None,
+    typer.Option(help="spectral: from weights alone. reconstruction: from activations on text, see --moments."),
+]
+Moments = Annotated[
+    Literal["self", "data"],
+    typer.Option(help="Text of the reconstruction reward: written by the model itself, or given with --text."),
+]
+CalibrationSource = Annotated[
+    str, typer.Option("--text", help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].")
+]
+SpectralDistance = Annotated[
+    Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Distance behind the spectral reward.")
+]
+
+
 @app.command()
 def train(
     model: Model,
     out: Out,
-    preset: Annotated[str, typer.Option(help="default, or paper (the published recipe).")] = "default",
-    updates: Annotated[int | None, typer.Option(help="Sweeps over the layers, each followed by one update.")] = None,
-    masks: Annotated[int | None, typer.Option(help="Masks of each layer played side by side.")] = None,
-    ratio: Annotated[
-        tuple[float, float] | None, typer.Option(help="Range of ratios to train at: low and high, in [0, 1).")
-    ] = None,
-    algorithm: Annotated[Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")] = None,
-    reward: Annotated[
-        Literal["spectral", "reconstruction"] | None,
-        typer.Option(help="spectral: from weights alone. reconstruction: from activations on text, see --moments."),
-    ] = None,
-    moments: Annotated[
-        Literal["self", "data"],
-        typer.Option(help="Text of the reconstruction reward: written by the model itself, or given with --text."),
-    ] = "self",
-    text: Annotated[
-        str, typer.Option(help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].")
-    ] = "builtin",
-    distance: Annotated[
-        Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Spectral distance behind the reward.")
-    ] = None,
+    preset: Preset = "default",
+    updates: Updates = None,
+    masks: Masks = None,
+    ratio: Ratios = None,
+    algorithm: Algorithm = None,
+    reward: RewardName = None,
+    moments: Moments = "self",
+    text: CalibrationSource = "builtin",
+    distance: SpectralDistance = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
@@ -99,35 +113,24 @@ def train(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train a policy on a model's weights; apply it afterwards at any ratio."""
+    """Train a policy on a model; apply it afterwards, from weights alone, at any ratio."""
     with one_sentence():
-        from prunenet.calibration import calibration_for
-        from prunenet.checkpoint import load_model, load_tokenizer
+        from prunenet.checkpoint import load_model
         from prunenet.policies.recipe import recipe_for
         from prunenet.policies.train import check_run
         from prunenet.policies.train import train as learn
 
-        given = {
-            "updates": updates,
-            "masks": masks,
-            "ratio": ratio,
-            "algorithm": algorithm,
-            "reward": reward,
-            "distance": distance,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
+        given = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
+        given |= {"distance": distance, "learning_rate": learning_rate, "seed": seed}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
         check_run(out, resume)
         dense = load_model(model, dtype=dtype, device=device)
-        blocks = None
-        if recipe.reward == "reconstruction":
-            with tables.progress(errors, "text") as advance:
-                blocks = calibration_for(dense, load_tokenizer(model), moments, text, seed=seed, progress=advance)
+        blocks = _blocks(dense, model, moments, text, seed) if recipe.reward == "reconstruction" else None
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(dense, recipe, out=out, resume=resume, blocks=blocks, progress=advance)
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
-        facts = {"policy": str(out), "updates": recipe.updates, "reward_untrained": first, "reward": best}
+        facts = {"policy": str(out), "regime": trained.policy.config.regime, "updates": recipe.updates}
+        facts |= {"reward_untrained": first, "reward": best}
         _show(facts, as_json, lambda: tables.facts("policy", facts))
 
 
@@ -259,6 +262,14 @@ def main() -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     app()
+
+
+def _blocks(dense: PreTrainedModel, source: str, moments: Literal["self", "data"], text: str, seed: int) -> Blocks:
+    from prunenet.calibration import calibration_for
+    from prunenet.checkpoint import load_tokenizer
+
+    with tables.progress(errors, "text") as advance:
+        return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
 
 
 def _show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> None:

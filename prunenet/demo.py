@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from prunenet import tables
+from prunenet.calibration import self_blocks
 from prunenet.checkpoint import CheckpointError, load_model, load_provenance, load_tokenizer
 from prunenet.demo_model import fetch_demo_model
 from prunenet.latency import generate_sentence
@@ -75,8 +76,11 @@ def _policy(dense: PreTrainedModel, folder: Path, console: Console) -> Policy:
         raise ValueError(f"{folder} holds a policy of another recipe; remove it, or give another --out")
     except PolicyError:
         pass
+    console.print("    the model writes the text on which masks are judged: no data from outside")
+    with tables.progress(console, "writing") as advance:
+        blocks = self_blocks(dense, load_tokenizer(dense.config._name_or_path), progress=advance)
     with tables.progress(console, "training", "reward") as advance:
-        return train(dense, recipe, out=folder, resume=unfinished(folder), progress=advance).policy
+        return train(dense, recipe, out=folder, resume=unfinished(folder), blocks=blocks, progress=advance).policy
 
 
 def _pruned(dense: PreTrainedModel, policy: Policy, ratio: float, source: str, out: Path) -> Path:

@@ -36,7 +36,12 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory, model) -> str:
     out = tmp_path_factory.mktemp("policies") / "policy"
-    assert run("train", model, "--out", out, "--updates", 2, "--masks", 2, "--distance", "energy").exit_code == 0
+    assert (
+        run(
+            "train", model, "--out", out, "--updates", 2, "--masks", 2, "--preset", "spectral", "--distance", "energy"
+        ).exit_code
+        == 0
+    )
     return str(out)
 
 

@@ -60,7 +60,7 @@ def test_on_the_real_model_the_trained_policy_beats_random_masks_by_three_standa
         random.append(per_layer(reward, [top_channels(row, width) for row in noise]))
     spread = torch.tensor(random).std()
     trained = [
-        per_layer(reward, train(model, PRESETS["default"], reward=reward).policy.masks(model, 0.3, round_to=1))
+        per_layer(reward, train(model, PRESETS["spectral"], reward=reward).policy.masks(model, 0.3, round_to=1))
         for _ in range(1)
     ]
     assert min(trained) > max(random) + 3 * float(spread)

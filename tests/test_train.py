@@ -17,7 +17,7 @@ from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe, recipe_for
 from prunenet.policies.train import STATE, train
 
-SHORT = Recipe(updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy")
+SHORT = Recipe(reward="spectral", updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy")
 
 
 def weights(folder: Path) -> bytes:
@@ -73,7 +73,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from families import tiny_model
 from prunenet.policies.recipe import Recipe
 from prunenet.policies.train import train
-recipe = Recipe(updates=150, masks=4, hidden=(8,), evaluate_every=10, distance="energy", algorithm={algorithm!r})
+recipe = Recipe("spectral", "energy", updates=150, masks=4, hidden=(8,), evaluate_every=10, algorithm={algorithm!r})
 train(tiny_model("llama"), recipe, out=sys.argv[1], resume="resume" in sys.argv)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -148,7 +148,7 @@ def test_recipes_out_of_range_are_refused(changes, message):
 
 def test_presets_are_found_by_name():
     assert recipe_for("paper", {"seed": 3}) == replace(PRESETS["paper"], seed=3)
-    with pytest.raises(ValueError, match="unknown preset 'fast'; presets: default, paper"):
+    with pytest.raises(ValueError, match="unknown preset 'fast'; presets: default, spectral, paper"):
         recipe_for("fast", {})
 
 
