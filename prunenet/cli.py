@@ -120,7 +120,7 @@ def train(
         from prunenet.policies.train import check_run
         from prunenet.policies.train import train as learn
 
-        given = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
+        given: dict[str, Any] = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
         given |= {"distance": distance, "learning_rate": learning_rate, "seed": seed}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
         check_run(out, resume)
