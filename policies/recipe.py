@@ -40,7 +40,7 @@ class Recipe:
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
     form: Form = "bounded"
     ratio: tuple[float, float] = (0.1, 0.6)
-    updates: int = 60
+    updates: int = 40
     masks: int = 16
     algorithm: Literal["a2c", "ppo"] = "a2c"
     epochs: int = 4

@@ -28,7 +28,7 @@ from prunenet.text import TestText, load_text
 PROMPT = "The Nile is the longest river in"
 
 
-def run_demo(out: Path, ratios: Sequence[float], console: Console, *, windows: int = 8) -> list[dict[str, Any]]:
+def run_demo(out: Path, ratios: Sequence[float], console: Console, *, windows: int = 6) -> list[dict[str, Any]]:
     """Fetches SmolLM2-135M, trains a policy, prunes at each ratio, compares. What is in `out` already is used again.
 
     Args:
@@ -59,7 +59,7 @@ def run_demo(out: Path, ratios: Sequence[float], console: Console, *, windows: i
         rows = measure([source, *map(str, folders)], text, window=512, max_windows=windows, progress=advance)
     rows[0]["name"] = "dense"
     for row in rows:
-        row["sentence"] = generate_sentence(load_model(row["folder"]), load_tokenizer(source), PROMPT, new_tokens=24)
+        row["sentence"] = generate_sentence(load_model(row["folder"]), load_tokenizer(source), PROMPT, new_tokens=16)
         console.print(f"    {row['name']}: {row['sentence']!r}", style="dim", markup=False)
     (out / "results.json").write_text(json.dumps({"models": rows}, indent=2) + "\n", encoding="utf-8")
     draw_report(rows, out / "report.png")

@@ -46,24 +46,32 @@ class LayerWalk:
         model: a causal LM in eval mode; not changed by the walk itself.
         blocks: (n, tokens) token ids, without padding.
         batch: blocks per forward pass.
+        changing: whether the caller changes layers on the way. Then leaving the loop body passes the hidden states through the
+            layer as it is by then; otherwise the outputs of the measurement are passed on, at half the cost.
 
-    Iterate over it: each `layer` may be measured (`moments`) and changed in any order; leaving the loop body passes the hidden
-    states through the layer as it then is.
+    Iterate over it: each layer may be measured (`moments`) and, if `changing`, changed before or after.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4) -> None:
+    def __init__(
+        self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4, changing: bool = False
+    ) -> None:
         architecture = architecture_for(model.config)
         self.layers = list(decoder_layers(model, architecture))
         self._downs = down_linears(model)
         self._model = model
         self._calls = [self._calls_of(part) for part in torch.split(blocks.to(model.device), batch)]
         self._hidden = [calls[0][0] for calls in self._calls]
+        self._outputs: list[Tensor] = []
+        self._changing = changing
         self.tokens = blocks.numel()
 
     def __iter__(self) -> Iterator[int]:
         for index in range(len(self.layers)):
+            self._outputs = []
             yield index
-            self._hidden = [self._through(index, part) for part in range(len(self._calls))]
+            if self._changing or not self._outputs:
+                self._outputs = [self._through(index, part) for part in range(len(self._calls))]
+            self._hidden = self._outputs
 
     @torch.no_grad()
     def moments(self, index: int) -> Moments:
@@ -80,8 +88,7 @@ class LayerWalk:
 
         hook = self._downs[index].register_forward_pre_hook(add)
         try:
-            for part in range(len(self._calls)):
-                self._through(index, part)
+            self._outputs = [self._through(index, part) for part in range(len(self._calls))]
         finally:
             hook.remove()
         return Moments(second / self.tokens, mean / self.tokens, self.tokens)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -64,13 +65,16 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("name", "model", str),
-    ("parameters", "parameters", lambda v: f"{v / 1e6:.1f} M"),
-    ("non_embedding_parameters", "without embeddings", lambda v: f"{v / 1e6:.1f} M"),
-    ("bytes", "on disk", lambda v: f"{v / 1e6:.0f} MB"),
+    ("parameters", "params", lambda v: f"{v / 1e6:.1f} M"),
+    ("non_embedding_parameters", "no embed.", lambda v: f"{v / 1e6:.1f} M"),
+    ("bytes", "disk", lambda v: f"{v / 1e6:.0f} MB"),
     ("perplexity", "perplexity", lambda v: f"{v:,.1f}"),
     ("prefill_tokens_per_second", "prefill tok/s", lambda v: f"{v:,.0f}"),
     ("decode_tokens_per_second", "decode tok/s", lambda v: f"{v:,.1f}"),
 )
+
+
+_COMPARED = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> Table:
@@ -80,9 +84,9 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     if rows[0].get("perplexity") is not None:
         first = rows[0]
         note = f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
-    table = Table(caption=note, caption_justify="left")
+    table = Table(caption=note, caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:
-        table.add_column(title, justify="left" if key == "name" else "right")
+        table.add_column(title, justify="left" if key == "name" else "right", no_wrap=key != "name")
     for row in rows:
         table.add_row(*(_cell(row, rows[0], key, form) for key, _, form in shown))
     return table
@@ -92,7 +96,7 @@ def _cell(row: dict[str, Any], first: dict[str, Any], key: str, form: Callable[[
     value, base = row.get(key), first.get(key)
     if value is None:
         return "-"
-    if row is first or key in ("name", "perplexity") or not base:
+    if row is first or key not in _COMPARED or not base:
         return form(value)
     return f"{form(value)} ({value / base - 1:+.0%})"
 

@@ -110,7 +110,7 @@ def test_a_layer_is_measured_behind_the_changes_made_before_it():
     keep[0][:24] = False
     with masking(model, keep):
         expected = [moments.second for moments in ffn_moments(model, ids())]
-    walk = LayerWalk(model, ids())
+    walk = LayerWalk(model, ids(), changing=True)
     changed = []
     for index in walk:
         changed.append(walk.moments(index).second)
