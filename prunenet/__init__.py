@@ -10,6 +10,7 @@ Names are imported on first use, so that `import prunenet` is quick and applying
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("prunenet")
     if name not in _HOMES:
         raise AttributeError(f"module 'prunenet' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
