@@ -31,7 +31,7 @@ def test_the_readme_shows_python_and_commands():
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("prunenet ")])
 def test_every_option_that_the_readme_shows_is_one_that_the_command_knows(line):
-    command, *options = [word for word in shlex.split(line.partition(">")[0])[1:]]
+    command, *options = shlex.split(line.partition(">")[0])[1:]
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert shown.exit_code == 0
     for option in (word for word in options if word.startswith("--")):
