@@ -86,7 +86,7 @@ def train(
         prior=dict(recipe.prior),
         regime="weights" if blocks is None else blocks.regime,
         text=None if blocks is None else dict(blocks.source),
-        trained_on={"model": model.config._name_or_path or None, "model_type": model.config.model_type},
+        trained_on={"model": _name(model), "model_type": model.config.model_type},
         recipe=asdict(recipe),
     )
     scorer = Policy.untrained(config, seed=recipe.seed).scorer.to(view.context.device)
@@ -118,6 +118,12 @@ def _reward(model: PreTrainedModel, recipe: Recipe, blocks: Blocks | None) -> Re
     if blocks is None:
         raise ValueError("the reconstruction reward measures activations: give token blocks (see prunenet.calibration)")
     return ReconstructionReward(model, blocks.ids)
+
+
+def _name(model: PreTrainedModel) -> str:
+    """The hub id, or the last part of a local path: where a folder lies is nobody else's business."""
+    source = model.config._name_or_path or type(model).__name__
+    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def unfinished(folder: Path) -> bool:

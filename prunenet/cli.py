@@ -20,7 +20,7 @@ from rich.console import Console
 from prunenet import tables
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunenet.calibration import Blocks
 
@@ -148,7 +148,7 @@ def prune(
 ) -> None:
     """Cut a model with a trained policy, at any ratio, into an ordinary checkpoint."""
     with one_sentence():
-        from prunenet.checkpoint import load_model, load_tokenizer
+        from prunenet.checkpoint import load_model
         from prunenet.folders import check_absent
         from prunenet.policies.apply import check_amount
         from prunenet.policies.apply import prune as cut
@@ -158,8 +158,9 @@ def prune(
         check_absent(out)
         trained = Policy.from_pretrained(policy)
         dense = load_model(model, dtype=dtype, device=device)
+        tokenizer = _tokenizer(model)
         pruned = cut(dense, trained, ratio=ratio, params=params, round_to=round_to, policy_name=Path(policy).name)
-        pruned.save_pretrained(out, tokenizer=load_tokenizer(model))
+        pruned.save_pretrained(out, tokenizer=tokenizer)
         facts = tables.provenance_facts(pruned.provenance, out)
         _show(facts, as_json, lambda: tables.facts("pruned model", facts))
 
@@ -270,6 +271,17 @@ def _blocks(dense: PreTrainedModel, source: str, moments: Literal["self", "data"
 
     with tables.progress(errors, "text") as advance:
         return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """A checkpoint without a tokenizer can be cut all the same."""
+    from prunenet.checkpoint import CheckpointError, load_tokenizer
+
+    try:
+        return load_tokenizer(source)
+    except CheckpointError as error:
+        errors.print(f"note: {_escaped(str(error))}; the pruned checkpoint gets none either")
+        return None
 
 
 def _show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> None:

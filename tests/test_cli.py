@@ -104,6 +104,13 @@ def test_tables_are_shown_without_json(model, text):
     assert "tiny" in shown
 
 
+def test_a_checkpoint_without_a_tokenizer_is_cut_all_the_same(policy, tmp_path):
+    tiny_model("opt").save_pretrained(tmp_path / "bare")
+    result = run("prune", tmp_path / "bare", "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "has no tokenizer" in result.stderr
+
+
 def test_the_folder_s_name_does_not_matter(policy, tmp_path):
     folder = save_tiny(tmp_path / "dolphin-phi-llama3", "opt")
     assert facts("prune", folder, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")["width"] == 24

@@ -57,6 +57,13 @@ def test_the_policy_returned_is_the_best_one_seen():
     assert value > trained.history[0][1]
 
 
+def test_a_policy_does_not_tell_where_its_model_lay(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "secret" / "tiny")
+    from prunenet.checkpoint import load_model
+
+    assert train(load_model(tmp_path / "secret" / "tiny"), SHORT).policy.config.trained_on["model"] == "tiny"
+
+
 def test_the_model_is_as_it_was_after_training():
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
