@@ -78,6 +78,8 @@ def train(
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
     recipe = recipe or Recipe()
+    if recipe.reward == "spectral":
+        blocks = None  # it reads weights alone, and the record must say so
     folder = None if out is None else check_run(Path(out), resume)
     view = View.of(model)
     reward = reward or _reward(model, recipe, blocks)
