@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+MODEL ?= $(HOME)/.cache/prunenet/SmolLM2-135M-Instruct
+TEXT ?= ../shared/data/wikitext2/wiki.test.raw
+RESULTS ?= benchmarks/results
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -12,7 +15,8 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "  Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), ARGS (passed on, as in: make test ARGS='-k masks')"
+	@echo "  Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), ARGS (passed on, as in: make test ARGS='-k masks');"
+	@echo "  for bench: MODEL ($(MODEL)), TEXT, RESULTS"
 
 setup: $(READY) ## create the environment (the others do it when needed)
 
@@ -44,8 +48,10 @@ check: $(READY) ## ruff, mypy --strict, import floors
 	done; \
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed"; exit 1; fi
 
-bench: $(READY) ## run the benchmarks; the command behind each number is in benchmarks/README.md
-	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script $(ARGS)"; $(BIN)/python $$script $(ARGS); done
+bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts are skipped (make demo fetches the model)
+	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl
+	$(BIN)/python benchmarks/quality.py $(MODEL) --text $(TEXT) --max-windows 8 --out $(RESULTS)/quality.jsonl
+	$(BIN)/python benchmarks/spectral_reward.py $(MODEL) --out $(RESULTS)/spectral_reward.jsonl
 
 wheel: $(READY) ## build the source archive, and the wheel from it, into dist/
 	@$(BIN)/python -m build --outdir dist .
