@@ -151,3 +151,10 @@ def test_a_model_s_folder_is_not_taken_for_a_policy(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match="not the configuration of a policy"):
         Policy.from_pretrained(tmp_path)
+
+
+def test_a_policy_s_files_can_be_read_by_whoever_may_read_its_folder(tmp_path):
+    folder = some_policy().save_pretrained(tmp_path / "policy")
+    (tmp_path / "plain").write_text("")
+    usual = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {usual}
