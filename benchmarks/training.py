@@ -28,6 +28,7 @@ from prunenet.envs.sweep import View
 from prunenet.masks import top_channels
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import train
+from prunenet.provenance import Regime
 
 RATIO = 0.3
 CHOICES: dict[str, dict[str, Any]] = {
@@ -62,7 +63,7 @@ def spectral(model: Any, view: View, seeds: int) -> Iterator[tuple[str, Any]]:
         recipe = replace(
             PRESETS["spectral"], updates=8, evaluate_every=4, evaluate_at=(RATIO,), ratio=(RATIO, RATIO), seed=seed
         )
-        yield f"spectral trained {seed}", lambda recipe=recipe: trained(model, recipe, reward)
+        yield f"spectral trained {seed}", lambda recipe=recipe: trained(model, recipe, reward, "weights")
 
 
 def algorithms(model: Any, source: str, seeds: int) -> Iterator[tuple[str, Any]]:
@@ -71,13 +72,13 @@ def algorithms(model: Any, source: str, seeds: int) -> Iterator[tuple[str, Any]]
     for name, changes in CHOICES.items():
         for seed in range(seeds):
             recipe = replace(Recipe(), seed=seed, **changes)
-            yield f"{name} / {seed}", lambda recipe=recipe: trained(model, recipe, reward)
+            yield f"{name} / {seed}", lambda recipe=recipe: trained(model, recipe, reward, "self")
 
 
-def trained(model: Any, recipe: Recipe, reward: Reward) -> dict[str, Any]:
+def trained(model: Any, recipe: Recipe, reward: Reward, regime: Regime) -> dict[str, Any]:
     """Trains, and says what came out."""
     start = time.perf_counter()
-    history = train(model, recipe, reward=reward).history
+    history = train(model, recipe, reward=reward, regime=regime).history
     return {"reward": max(value for _, value in history), "seconds": time.perf_counter() - start, "history": history}
 
 

@@ -129,7 +129,10 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         """
         if self._sweep.done:
             raise RuntimeError("the sweep is over: call reset() before the next step()")
-        keep = as_keep(action, self._sweep).unsqueeze(0)
+        keep = as_keep(action, self._sweep)
+        if keep.ndim != 1:
+            raise ValueError(f"a step plays one keep mask of {self._view.d_ff} entries, got shape {tuple(keep.shape)}")
+        keep = keep.unsqueeze(0)
         layer = self._sweep.layer
         reward, terms = self._sweep.play(keep)
         width = int(keep.sum())

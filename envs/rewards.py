@@ -108,7 +108,8 @@ def energy_lost(output_gram: Float[Tensor, "d_ff d_ff"], keep: Bool[Tensor, "mas
     """
     dropped = (~keep).to(output_gram)
     lost = ((dropped @ output_gram) * dropped).sum(1)
-    return (lost / output_gram.sum()).clamp(0, 1)
+    # A layer that writes nothing loses nothing.
+    return (lost / output_gram.sum().clamp_min(torch.finfo(lost.dtype).tiny)).clamp(0, 1)
 
 
 class ReconstructionReward:
@@ -120,12 +121,22 @@ class ReconstructionReward:
         model: a causal LM; read, never changed.
         blocks: (n, tokens) token ids on which activations are measured. Where they were written by the model itself
             (`prunenet.generate`), no external data is used.
+
+    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M.
+
+    Raises:
+        ValueError: activations that are not finite, or blocks that the model cannot read.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"]) -> None:
         downs = (linear.weight.detach().float() for linear in down_linears(model))
         moments = ffn_moments(model, blocks)
         self._output_grams = [m.second.mul_(down.T @ down) for m, down in zip(moments, downs, strict=True)]
+        for index, output_gram in enumerate(self._output_grams):
+            if not bool(torch.isfinite(output_gram).all()):
+                raise ValueError(
+                    f"the activations of layer {index} are not finite: the weights are damaged, or {model.dtype} overflows"
+                )
 
     def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
         """The term `reconstruction`: (masks,), in [0, 1]."""

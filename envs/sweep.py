@@ -90,12 +90,11 @@ class Sweep:
         Raises:
             ValueError: ratio not in [0, 1), or so high that layers cannot keep `min_width`.
         """
-        self.ratio = check_ratio(ratio)
         total = self.view.layers * self.view.d_ff
-        self.budget = max(round((1 - ratio) * total), self.view.layers)
-        if self.budget < self.view.layers * self.min_width:
+        budget = max(round((1 - check_ratio(ratio)) * total), self.view.layers)
+        if budget < self.view.layers * self.min_width:
             raise ValueError(f"at ratio {ratio} the {self.view.layers} layers cannot keep {self.min_width} channels each")
-        self.layer = 0
+        self.ratio, self.budget, self.layer = float(ratio), budget, 0
         self.left = torch.full((self.masks,), self.budget, dtype=torch.int64, device=self.device)
         self.kept: list[Bool[Tensor, "masks d_ff"]] = []
 
@@ -163,8 +162,8 @@ def draw_ratio(ratio: float | Sequence[float], uniform: float) -> float:
     Raises:
         ValueError: a bound is not in [0, 1), or low is above high.
     """
-    if isinstance(ratio, int | float):
-        return check_ratio(ratio)
+    if not isinstance(ratio, Sequence):
+        return check_ratio(float(ratio))
     low, high = (check_ratio(bound) for bound in ratio)
     if low > high:
         raise ValueError(f"the range of ratios must rise, got {low} to {high}")

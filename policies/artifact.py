@@ -23,7 +23,6 @@ from prunenet.policies.scorer import ChannelScorer
 from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, channel_statistics, layer_context
 
 FORMAT_VERSION = 1
-ZOO = Path(__file__).parent / "zoo"
 
 
 class PolicyError(ValueError):
@@ -77,7 +76,7 @@ class Policy:
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Policy:
-        """Loads a policy from a folder, or by name from those that ship with the package.
+        """Loads a policy from its folder.
 
         Raises:
             PolicyError: missing or damaged files, another format, or another set of statistics.
@@ -144,12 +143,8 @@ def _find(source: str | Path) -> Path:
     folder = Path(source)
     if (folder / "config.json").is_file():
         return folder
-    shipped = sorted(p.name for p in ZOO.iterdir() if (p / "config.json").is_file()) if ZOO.is_dir() else []
-    if str(source) in shipped:
-        return ZOO / str(source)
-    known = f"; policies that ship with prunenet: {', '.join(shipped)}" if shipped else ""
     what = "holds no policy (no config.json)" if folder.is_dir() else "does not exist"
-    raise PolicyError(f"policy {str(source)!r} {what}; make one with 'prunenet train'{known}")
+    raise PolicyError(f"policy {str(source)!r} {what}; make one with 'prunenet train'")
 
 
 def _read_config(path: Path) -> PolicyConfig:
@@ -161,11 +156,14 @@ def _read_config(path: Path) -> PolicyConfig:
         raise PolicyError(f"{path} is not the configuration of a policy; give a folder written by 'prunenet train'")
     if fields.get("format_version") != FORMAT_VERSION:
         raise PolicyError(f"{path} has format {fields.get('format_version')}, this version reads {FORMAT_VERSION}; train again")
-    fields |= {name: tuple(fields[name]) for name in ("statistics", "context", "hidden") if name in fields}
     try:
+        fields |= {name: tuple(fields[name]) for name in ("statistics", "context", "hidden") if name in fields}
         config = PolicyConfig(**fields)
+        objects = (config.prior, config.trained_on, config.recipe)
+        if not all(isinstance(width, int) for width in config.hidden) or not all(isinstance(o, dict) for o in objects):
+            raise TypeError("a field is of the wrong kind")
     except TypeError as error:
-        raise PolicyError(f"{path} has fields that this version does not know ({error}); train the policy again") from None
+        raise PolicyError(f"{path} has fields that this version cannot read ({error}); train the policy again") from None
     expected = (STATISTICS, STATISTICS_VERSION, CONTEXT)
     if (config.statistics, config.statistics_version, config.context) != expected:
         raise PolicyError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from prunenet.envs.rewards import Distance, Form, Matrix
 from prunenet.envs.sweep import draw_ratio
+from prunenet.masks import check_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,14 @@ class Recipe:
         seed: of everything random.
     """
 
-    reward: Literal["spectral", "reconstruction"] = "reconstruction"
+    reward: str = "reconstruction"
     distance: Distance = "ks"
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
     form: Form = "bounded"
     ratio: tuple[float, float] = (0.1, 0.6)
     updates: int = 40
     masks: int = 16
-    algorithm: Literal["a2c", "ppo"] = "a2c"
+    algorithm: str = "a2c"
     epochs: int = 4
     learning_rate: float = 1e-2
     gamma: float = 0.0
@@ -58,6 +60,15 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises ValueError for a number out of range."""
         draw_ratio(self.ratio, 0.5)
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; it is one of {', '.join(allowed)}")
+        for ratio in self.evaluate_at:
+            check_ratio(ratio)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
+        if self.entropy and self.subset == "fixed":
+            raise ValueError("an entropy bonus needs subset 'bernoulli': the entropy of fixed-width masks is approximate")
         for name in ("updates", "masks", "epochs", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -67,6 +78,20 @@ class Recipe:
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+
+_NAMES = {
+    "reward": ("spectral", "reconstruction"),
+    "algorithm": ("a2c", "ppo"),
+    "baseline": ("group", "value", "none"),
+    "subset": ("fixed", "bernoulli"),
+}
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON holds it: what a saved policy's configuration says."""
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return fields
 
 
 PRESETS: dict[str, Recipe] = {

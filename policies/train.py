@@ -10,10 +10,12 @@ ends with the same policy, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,14 +25,14 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.calibration import Blocks
+from prunenet.calibration import Blocks, weights_sha256
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.envs.vector import LayerwisePruningVectorEnv
 from prunenet.masks import top_channels, width_at
 from prunenet.policies.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
-from prunenet.policies.recipe import Recipe
+from prunenet.policies.recipe import Recipe, as_json
 from prunenet.policies.resume import Progress, load_state, save_state
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.policies.vec_env import SweepVecEnv
@@ -59,6 +61,7 @@ def train(
     resume: bool = False,
     blocks: Blocks | None = None,
     reward: Reward | None = None,
+    regime: Literal["weights", "self", "data"] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Training:
     """Trains a policy.
@@ -70,48 +73,46 @@ def train(
         resume: go on with the run in `out`.
         blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.calibration`.
         reward: replaces the recipe's reward.
+        regime: what a reward of your own looks at; needed with `reward` unless `blocks` say it.
         progress: called with (updates done, updates in all, best reward so far).
 
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and `resume` is not set.
-        ValueError: the recipe's reward needs blocks, and none are given.
+        ValueError: the recipe's reward needs blocks, and none are given; or a reward of your own comes without its regime.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
     recipe = recipe or Recipe()
-    if recipe.reward == "spectral":
+    if reward is None and recipe.reward == "spectral":
         blocks = None  # it reads weights alone, and the record must say so
-    folder = None if out is None else check_run(Path(out), resume)
-    view = View.of(model)
-    reward = reward or _reward(model, recipe, blocks)
+    if regime is None and reward is not None and blocks is None:
+        raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
     config = PolicyConfig(
         hidden=recipe.hidden,
         prior=dict(recipe.prior),
-        regime="weights" if blocks is None else blocks.regime,
+        regime=regime or ("weights" if blocks is None else blocks.regime),
         text=None if blocks is None else dict(blocks.source),
-        trained_on={"model": _name(model), "model_type": model.config.model_type},
-        recipe=asdict(recipe),
+        trained_on={"model": _name(model), "model_type": model.config.model_type, "weights": weights_sha256(model)},
+        recipe=as_json(recipe) | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
-    scorer = Policy.untrained(config, seed=recipe.seed).scorer.to(view.context.device)
-    env = SweepVecEnv(
-        LayerwisePruningVectorEnv(model, recipe.masks, reward=reward, ratio=recipe.ratio, view=view, channels=False)
-    )
-    if folder is not None:
-        (folder / STATE).parent.mkdir(parents=True, exist_ok=True)
-    algorithm = _algorithm(env, view, scorer, recipe, folder)
-    run = _Run(
-        view, reward, recipe, folder, progress, {"recipe": asdict(recipe), "trained_on": config.trained_on, "text": config.text}
-    )
-    if resume and folder is not None:
-        run.restore(algorithm, folder / STATE)
-        env.set_options({"sweep": run.state.updates})
-    left = (recipe.updates - run.state.updates) * view.layers * recipe.masks
-    algorithm.learn(left, callback=run, log_interval=1, tb_log_name="run", reset_num_timesteps=not resume)
-    env.close()
-    scorer.load_state_dict(run.state.best)
-    policy = Policy(scorer.cpu(), config)
+    folder = None if out is None else check_run(Path(out), resume)
+    run = _Run(View.of(model), reward or _reward(model, recipe, blocks), recipe, folder, progress, config)
+    with _random_state_kept():
+        policy = run.learn(model, resume)
     if folder is not None:
         policy.save_pretrained(folder)
     return Training(policy, run.state.history)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """stable-baselines3 seeds the global generators; the caller's are put back."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
 
 
 def _reward(model: PreTrainedModel, recipe: Recipe, blocks: Blocks | None) -> Reward:
@@ -186,7 +187,7 @@ class _Run(BaseCallback):
         recipe: Recipe,
         folder: Path | None,
         progress: Callable[[int, int, float], None] | None,
-        identity: dict[str, Any],
+        config: PolicyConfig,
     ) -> None:
         super().__init__()
         self.view = view
@@ -194,8 +195,28 @@ class _Run(BaseCallback):
         self.recipe = recipe
         self.folder = folder
         self.progress = progress
-        self.identity = identity
+        self.config = config
+        self.identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
         self.state = Progress(0, -float("inf"), {}, [])
+
+    def learn(self, model: PreTrainedModel, resume: bool) -> Policy:
+        """The whole run, or what is left of it; returns the best policy seen."""
+        view, recipe = self.view, self.recipe
+        scorer = Policy.untrained(self.config, seed=recipe.seed).scorer.to(view.context.device)
+        env = SweepVecEnv(
+            LayerwisePruningVectorEnv(model, recipe.masks, reward=self.reward, ratio=recipe.ratio, view=view, channels=False)
+        )
+        if self.folder is not None:
+            (self.folder / STATE).parent.mkdir(parents=True, exist_ok=True)
+        algorithm = _algorithm(env, view, scorer, recipe, self.folder)
+        if resume and self.folder is not None:
+            self.restore(algorithm, self.folder / STATE)
+            env.set_options({"sweep": self.state.updates})
+        left = (recipe.updates - self.state.updates) * view.layers * recipe.masks
+        algorithm.learn(left, callback=self, log_interval=1, tb_log_name="run", reset_num_timesteps=not resume)
+        env.close()
+        scorer.load_state_dict(self.state.best)
+        return Policy(scorer.cpu(), self.config)
 
     def restore(self, algorithm: OnPolicyAlgorithm, path: Path) -> None:
         """Continues where the state was saved."""
@@ -210,6 +231,8 @@ class _Run(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._after_update()
+        self.logger.dump(self.model.num_timesteps)
+        self.logger.close()
 
     def _on_step(self) -> bool:
         return True

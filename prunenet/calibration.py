@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.demo_model import cache_folder
 from prunenet.folders import write_atomic
 from prunenet.generate import document_start, generate_blocks
-from prunenet.text import CalibrationText, calibration_blocks, load_text
+from prunenet.text import CalibrationText, calibration_blocks, content_sha256, load_text
 
 _GENERATOR_VERSION = 1  # raise when generate_blocks samples differently: cached text is then written anew
 
@@ -70,13 +70,13 @@ def self_blocks(
         "start": document_start(tokenizer),
         "version": _GENERATOR_VERSION,
     }
-    key = hashlib.sha256((json.dumps(source, sort_keys=True) + _fingerprint(model)).encode()).hexdigest()[:24]
+    key = hashlib.sha256((json.dumps(source, sort_keys=True) + weights_sha256(model)).encode()).hexdigest()[:24]
     path = (cache or cache_folder() / "self-generated") / f"{key}.safetensors"
     try:
         ids = load_file(path)["ids"]
     except (FileNotFoundError, SafetensorError, KeyError):
+        path.parent.mkdir(parents=True, exist_ok=True)  # a cache that refuses says so before the work, not after
         ids = generate_blocks(model, source["start"], sequences=sequences, tokens=tokens, seed=seed, progress=progress).cpu()
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save({"ids": ids.contiguous()}))
     return Blocks(ids, "self", {"text": "self-generated", **source})
 
@@ -87,7 +87,11 @@ def data_blocks(
     """Windows drawn from external text. Arguments and errors: `prunenet.text.calibration_blocks`."""
     generator = torch.Generator().manual_seed(seed)
     ids = calibration_blocks(tokenizer, text, count=count, window=window, generator=generator)
-    return Blocks(ids, "data", {"text": text.name, "count": count, "window": window, "seed": seed})
+    return Blocks(
+        ids,
+        "data",
+        {"text": Path(text.name).name, "sha256": content_sha256(text), "count": count, "window": window, "seed": seed},
+    )
 
 
 def calibration_for(
@@ -105,8 +109,11 @@ def calibration_for(
     return data_blocks(tokenizer, load_text(text, CalibrationText), seed=seed)
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Hash of what the model computes with: its parameters and its configuration, less the path it came from."""
     digest = hashlib.sha256()
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)

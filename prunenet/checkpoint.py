@@ -62,6 +62,8 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "cpu") 
     folder = _folder(source, "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
     _check_weights(folder)
     model = _read_model(folder, dtype)
+    if not Path(source).is_dir():  # what provenance records; loaded from the cache, the model would name a folder there
+        model.config._name_or_path, model.config._commit_hash = str(source), folder.name
     try:
         model.to(device)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:
@@ -76,6 +78,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or it cannot be read.
     """
     folder = _folder(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):  # transformers would make an empty one up
+        raise CheckpointError(f"{source} has no tokenizer")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions

@@ -18,6 +18,26 @@ import typer
 from rich.console import Console
 
 from prunenet import tables
+from prunenet.options import (
+    Algorithm,
+    CalibrationSource,
+    Device,
+    Dtype,
+    Json,
+    Masks,
+    Model,
+    Moments,
+    Out,
+    Params,
+    Preset,
+    Ratio,
+    Ratios,
+    RewardName,
+    SpectralDistance,
+    Text,
+    Updates,
+    Window,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,29 +52,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a number; give a share such as 0.3") from None
-
-
-Ratio = Annotated[
-    float | None, typer.Option(parser=_number, metavar="SHARE", help="Share of FFN channels to remove, in [0, 1).")
-]
-Params = Annotated[
-    float | None, typer.Option(parser=_number, metavar="SHARE", help="Share of all parameters to remove, in [0, 1).")
-]
-Text = Annotated[str, typer.Option(help="Text to score: builtin, a file, or a dataset as id[:config[:split]].")]
-Window = Annotated[int, typer.Option(help="Tokens the model sees at once.")]
 
 
 @contextmanager
@@ -72,27 +69,6 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-Preset = Annotated[str, typer.Option(help="default, spectral (weights only), or paper (the published recipe).")]
-Updates = Annotated[int | None, typer.Option(help="Sweeps over the layers, each followed by one update.")]
-Masks = Annotated[int | None, typer.Option(help="Masks of each layer played side by side.")]
-Ratios = Annotated[tuple[float, float] | None, typer.Option(help="Range of ratios to train at: low and high, in [0, 1).")]
-Algorithm = Annotated[Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")]
-RewardName = Annotated[
-    Literal["spectral", "reconstruction"] | None,
-    typer.Option(help="spectral: from weights alone. reconstruction: from activations on text, see --moments."),
-]
-Moments = Annotated[
-    Literal["self", "data"],
-    typer.Option(help="Text of the reconstruction reward: written by the model itself, or given with --text."),
-]
-CalibrationSource = Annotated[
-    str, typer.Option("--text", help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].")
-]
-SpectralDistance = Annotated[
-    Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Distance behind the spectral reward.")
-]
-
-
 @app.command()
 def train(
     model: Model,
@@ -103,8 +79,8 @@ def train(
     ratio: Ratios = None,
     algorithm: Algorithm = None,
     reward: RewardName = None,
-    moments: Moments = "self",
-    text: CalibrationSource = "builtin",
+    moments: Moments = None,
+    text: CalibrationSource = None,
     distance: SpectralDistance = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -123,9 +99,12 @@ def train(
         given: dict[str, Any] = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
         given |= {"distance": distance, "learning_rate": learning_rate, "seed": seed}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
+        _check_inputs(recipe.reward, moments, text, distance)
         check_run(out, resume)
         dense = load_model(model, dtype=dtype, device=device)
-        blocks = _blocks(dense, model, moments, text, seed) if recipe.reward == "reconstruction" else None
+        blocks = (
+            _blocks(dense, model, moments or "self", text or "builtin", seed) if recipe.reward == "reconstruction" else None
+        )
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(dense, recipe, out=out, resume=resume, blocks=blocks, progress=advance)
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
@@ -229,7 +208,7 @@ def report(
         from prunenet.report import draw_report
 
         try:
-            rows = json.loads(results.read_text(encoding="utf-8"))["models"]
+            rows = list(json.loads(results.read_text(encoding="utf-8"))["models"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{results} is not what 'prunenet eval --json' prints ({error}); make it anew") from None
         draw_report(rows, out)
@@ -248,9 +227,10 @@ def demo(
 
         rows = run_demo(out, ratios, errors)
         _show({"models": rows}, as_json, lambda: tables.comparison(rows))
-        errors.print(f"\nfigure: {out / 'report.png'}\npolicy: {out / 'policy'}")
-        for row in rows[1:]:
-            errors.print(f"checkpoint: {row['folder']}")
+        places = {"figure": out / "report.png", "policy": out / "policy"}
+        places |= {f"checkpoint {row['ratio']:g}": row["folder"] for row in rows[1:]}
+        for name, place in places.items():
+            errors.print(f"{name}: {_escaped(str(place))}")
 
 
 def main() -> None:
@@ -273,6 +253,18 @@ def _blocks(dense: PreTrainedModel, source: str, moments: Literal["self", "data"
         return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
 
 
+def _check_inputs(reward: str, moments: str | None, text: str | None, distance: str | None) -> None:
+    """Raises ValueError for an option that this run would not read."""
+    if reward == "spectral" and (moments or text):
+        raise ValueError(
+            "the spectral reward reads weights alone: leave --moments and --text out, or say --reward reconstruction"
+        )
+    if reward == "reconstruction" and distance:
+        raise ValueError("--distance belongs to the spectral reward: say --preset spectral as well, or leave it out")
+    if text and moments != "data":
+        raise ValueError("--text is read with --moments data only: add that, or leave --text out")
+
+
 def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """A checkpoint without a tokenizer can be cut all the same."""
     from prunenet.checkpoint import CheckpointError, load_tokenizer
@@ -288,7 +280,8 @@ def _show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> No
     if as_json:
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
-        Console().print(render())
+        # A pipe or a log has no width: take one that the widest table fits.
+        Console(width=None if sys.stdout.isatty() else 110).print(render())
 
 
 def _sentence(error: Exception) -> str:
@@ -298,4 +291,6 @@ def _sentence(error: Exception) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+    from rich.markup import escape
+
+    return escape(text)

@@ -43,7 +43,7 @@ _LARGEST_LOSS = 5.0
 Progress = Callable[[str], None]
 
 
-class DemoModelError(RuntimeError):
+class DemoModelError(ValueError):
     """The demo model cannot be had from any source."""
 
 

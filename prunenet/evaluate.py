@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.latency import Speed, check_positions, evaluating, generate_sentence, last_logits, speed, speed_side_by_side
-from prunenet.layers import count_parameters
+from prunenet.layers import check_tokens, count_parameters
 from prunenet.text import TestText, TextError, content_sha256, token_windows, tokenise
 
 __all__ = [
@@ -195,6 +195,7 @@ def perplexity(
         windows = list(islice(token_windows(ids, window, stride), max_windows))
     except TextError as error:
         raise TextError(f"{text.name}: {error}") from None
+    check_tokens(model, ids[:, None])
     loss, tokens = 0.0, 0
     with evaluating(model):
         for done in range(0, len(windows), batch_size):

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.layers import check_tokens
+
 _MOST = 4096  # sorting a whole vocabulary of 49 152 takes a third as long as the model's own step
 # Tokens that stand between documents in pre-training; an instruct model's BOS is often a chat token, so these go first.
 _DOCUMENT_STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>", "</s>")
@@ -27,7 +29,9 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
         ValueError: the tokenizer has none of the usual ones, no BOS and no EOS.
     """
     vocabulary = tokenizer.get_vocab()
-    for name in (*_DOCUMENT_STARTS, tokenizer.bos_token, tokenizer.eos_token):
+    # A BOS that is one of them is meant; OPT's vocabulary also has others, which its training never saw.
+    usual = (tokenizer.bos_token,) if tokenizer.bos_token in _DOCUMENT_STARTS else _DOCUMENT_STARTS
+    for name in (*usual, tokenizer.bos_token, tokenizer.eos_token):
         if name in vocabulary:
             return int(vocabulary[name])
     raise ValueError("the tokenizer has no token that starts a document, so the model cannot write text of its own")
@@ -64,11 +68,12 @@ def generate_blocks(
         progress: called with (tokens sampled, tokens in all), counted over the batches.
 
     Raises:
-        ValueError: a share out of range.
+        ValueError: a share out of range, too many tokens for the model's positions, or logits that are not finite.
     """
     for name, share in (("keep", keep), ("top_p", top_p)):
         if not 0 < share <= 1:
             raise ValueError(f"{name} must be in (0, 1], got {share}")
+    check_tokens(model, torch.full((1, tokens), start))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     ids, losses = [], []
     for first in range(0, sequences, batch):
@@ -78,6 +83,8 @@ def generate_blocks(
         for step in range(1, tokens):
             out = model(input_ids=block[:, -1:], past_key_values=cache, use_cache=True)
             cache, logits = out.past_key_values, out.logits[:, -1].float()
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError(f"the model's logits are not finite: its weights are damaged, or {model.dtype} overflows")
             heat = max(temperature, hot + (temperature - hot) * (step - 1) / max(cooling, 1))
             # Another start would open a new document in the middle of a block.
             logits[:, start] = -torch.inf

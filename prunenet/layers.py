@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -124,6 +124,17 @@ def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear d_ff -> d_model of each layer: its input is the FFN's channel activations h."""
     architecture = architecture_for(model.config)
     return [_linear(layer, architecture.down) for layer in decoder_layers(model, architecture)]
+
+
+def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
+    """Raises ValueError where the model has no embedding for a token id, or no position for a token."""
+    table: Any = model.get_input_embeddings()
+    rows = table.weight.shape[0]
+    if int(ids.max()) >= rows:
+        raise ValueError(f"token id {int(ids.max())} is beyond the model's {rows} embeddings; give the model its own tokenizer")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and ids.shape[1] > positions:
+        raise ValueError(f"blocks of {ids.shape[1]} tokens do not fit the model's {positions} positions; give shorter ones")
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -19,7 +19,7 @@ def check_ratio(ratio: float) -> float:
     Raises:
         ValueError: it is not in [0, 1).
     """
-    if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+    if not 0 <= float(ratio) < 1:
         raise ValueError(f"ratio must be in [0, 1), got {ratio}")
     return float(ratio)
 
@@ -27,8 +27,8 @@ def check_ratio(ratio: float) -> float:
 def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:
     """Channels left in a layer when `ratio` of them is removed.
 
-    Rounded to the nearest multiple of `round_to` (half goes up, so the model is never smaller than asked for by rounding
-    alone), at least one multiple, at most d_ff. Monotone in ratio; ratio 0 gives d_ff itself.
+    Rounded to the nearest multiple of `round_to` (half goes up), at least one multiple, at most d_ff. Monotone in ratio;
+    ratio 0 gives d_ff itself.
 
     Args:
         d_ff: width before, at least 1.
@@ -36,13 +36,15 @@ def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:
         round_to: multiple that the hardware likes, at least 1.
 
     Raises:
-        ValueError: ratio or round_to out of range.
+        ValueError: ratio or round_to out of range, or round_to above d_ff.
     """
     check_ratio(ratio)
     if round_to < 1:
         raise ValueError(f"widths can be rounded to a multiple of 1 or more, got {round_to}")
     if ratio == 0:
         return d_ff
+    if round_to > d_ff:
+        raise ValueError(f"a layer of {d_ff} channels has no multiple of {round_to} to be rounded to; give a smaller --round")
     # 1e-9: keeps 0.7 * 1536 from falling under its own decimal value in binary.
     multiples = math.floor((1 - ratio) * d_ff / round_to + 0.5 + 1e-9)
     return min(d_ff, max(multiples, 1) * round_to)
@@ -60,7 +62,7 @@ def ratio_for_parameters(removed: float, total: int, channel_parameters: list[in
     Raises:
         ValueError: the share is out of range, or larger than what the FFNs hold.
     """
-    if not isinstance(removed, int | float) or not 0 <= removed < 1:
+    if not 0 <= float(removed) < 1:
         raise ValueError(f"share of parameters must be in [0, 1), got {removed}")
     in_ffn = sum(c * w for c, w in zip(channel_parameters, widths, strict=True))
     ratio = removed * total / in_ffn

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunenet.checkpoint import CheckpointError, load_model, load_provenance, load_tokenizer
+from prunenet.checkpoint import load_model, load_provenance, load_tokenizer
 from prunenet.evaluate import perplexity, summarise
-from prunenet.latency import speed_side_by_side
+from prunenet.latency import check_positions, speed_side_by_side
 from prunenet.text import TestText
+
+_PROMPT, _NEW_TOKENS = 128, 32
 
 
 def measure(
@@ -38,7 +40,12 @@ def measure(
     Raises:
         CheckpointError, TextError, ValueError: see those functions.
     """
+    if len(set(sources)) < len(sources):
+        raise ValueError(f"each model is measured once, got one twice among {', '.join(sources)}")
     models = {source: load_model(source, dtype=dtype, device=device) for source in sources}
+    if speed:
+        for model in models.values():
+            check_positions(model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)")
     qualities = {}
     for done, (source, model) in enumerate(models.items()):
         advance = None if progress is None else _shifted(progress, done, len(models))
@@ -51,7 +58,7 @@ def measure(
             max_windows=max_windows,
             progress=advance,
         )
-    speeds = speed_side_by_side(models, batch=batch) if speed else {}
+    speeds = speed_side_by_side(models, prompt=_PROMPT, new_tokens=_NEW_TOKENS, batch=batch) if speed else {}
     rows = []
     for source, model in models.items():
         folder = source if Path(source).is_dir() else None
@@ -62,10 +69,7 @@ def measure(
 
 
 def _ratio(folder: str) -> float:
-    try:
-        return load_provenance(folder).ratio
-    except CheckpointError:
-        return 0.0
+    return load_provenance(folder).ratio if (Path(folder) / "prunenet.json").exists() else 0.0
 
 
 def _shifted(progress: Callable[[int, int], None], models_done: int, models: int) -> Callable[[int, int], None]:

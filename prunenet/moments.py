@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.architectures import architecture_for
-from prunenet.layers import decoder_layers, down_linears
+from prunenet.layers import check_tokens, decoder_layers, down_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class LayerWalk:
     def __init__(
         self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4, changing: bool = False
     ) -> None:
+        check_tokens(model, blocks)
         architecture = architecture_for(model.config)
         self.layers = list(decoder_layers(model, architecture))
         self._downs = down_linears(model)
@@ -108,7 +109,8 @@ class LayerWalk:
         The layers themselves are skipped while the calls are recorded: each hands its input on.
         """
         calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-        forwards = [layer.forward for layer in self.layers]
+        # Most layers have the forward of their class; accelerate gives them one of their own, which must come back.
+        own = [vars(layer).get("forward") for layer in self.layers]
 
         def recorder(index: int) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -127,9 +129,10 @@ class LayerWalk:
         except _Captured:
             pass
         finally:
-            for layer, forward in zip(self.layers, forwards, strict=True):
-                del layer.forward
-                assert layer.forward == forward
+            for layer, forward in zip(self.layers, own, strict=True):
+                vars(layer).pop("forward", None)
+                if forward is not None:
+                    layer.forward = forward
         return calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from prunenet.folders import write_atomic
+
 # Okabe and Ito's palette: told apart with every kind of colour blindness; markers differ too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _REQUIRED = ("ratio", "parameters", "perplexity", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
-def draw_report(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     """Writes a figure: perplexity (log axis) on the left, prefill and decode speed on the right, against parameters.
 
     Args:
@@ -32,9 +35,14 @@ def draw_report(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str 
     if not rows:
         raise ValueError("a report needs at least one row, got none")
     for row in rows:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"a row of the report is an object with its numbers by name, got {row!r}")
         missing = [name for name in _REQUIRED if name not in row]
         if missing:
             raise ValueError(f"a row of the report lacks {', '.join(missing)}; it has {', '.join(row)}")
+        wrong = [name for name in _REQUIRED if not isinstance(row[name], int | float | None)]
+        if wrong or row["parameters"] is None or row["ratio"] is None:
+            raise ValueError(f"{', '.join(wrong) or 'parameters or ratio'} of a row of the report must be a number")
     ordered = sorted(rows, key=lambda row: row["parameters"])
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -49,7 +57,9 @@ def draw_report(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str 
     if title:
         figure.suptitle(title, fontsize=12)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150)
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_atomic(Path(path), image.getvalue())
 
 
 def _draw_series(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, colour: str, marker: str) -> None:

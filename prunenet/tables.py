@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -43,7 +44,7 @@ def facts(title: str, values: dict[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column()
     for name, value in values.items():
-        table.add_row(name.replace("_", " "), _text(value))
+        table.add_row(name.replace("_", " "), escape(_text(value)))
     return table
 
 
@@ -64,7 +65,7 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("name", "model", str),
+    ("name", "model", lambda v: v if len(v) <= 24 else f"{v[:23]}…"),
     ("parameters", "params", lambda v: f"{v / 1e6:.1f} M"),
     ("non_embedding_parameters", "no embed.", lambda v: f"{v / 1e6:.1f} M"),
     ("bytes", "disk", lambda v: f"{v / 1e6:.0f} MB"),
@@ -84,11 +85,11 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     if rows[0].get("perplexity") is not None:
         first = rows[0]
         note = f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
-    table = Table(caption=note, caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:
-        table.add_column(title, justify="left" if key == "name" else "right", no_wrap=key != "name")
+        table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(row, rows[0], key, form) for key, _, form in shown))
+        table.add_row(*(escape(_cell(row, rows[0], key, form)) for key, _, form in shown))
     return table
 
 

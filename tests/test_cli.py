@@ -21,7 +21,7 @@ from prunenet.cli import app
 
 def save_tiny(folder: Path, family: str = "llama") -> Path:
     tiny_model(family).save_pretrained(folder)
-    words = {f"w{i}": i for i in range(63)} | {"[UNK]": 63}
+    words = {f"w{i}": i for i in range(62)} | {"<s>": 62, "[UNK]": 63}
     tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
@@ -181,6 +181,31 @@ def test_train_refuses_unknown_presets_and_ratios_before_it_makes_a_folder(model
     assert not (tmp_path / "p").exists()
     assert "nowhere" in refused("train", tmp_path / "nowhere", "--out", tmp_path / "q")
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--text", "x.txt"), "--text is read with --moments data only"),
+        (("--preset", "spectral", "--moments", "data"), "leave --moments and --text out"),
+        (("--distance", "ks"), "--distance belongs to the spectral reward"),
+        (("--seed", "-1"), "seed must be in [0, 2^32), got -1"),
+    ],
+)
+def test_train_refuses_options_that_it_would_not_read(model, tmp_path, options, message):
+    assert message in refused("train", model, "--out", tmp_path / "p", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ['{"models": [1]}', '{"models": 5}', '{"models": [{"ratio": "a"}]}', "[]", "{"])
+def test_results_that_are_not_results_are_one_sentence(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    assert refused("report", tmp_path / "results.json", "--out", tmp_path / "x.png").startswith("error: ")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_model_given_twice_is_refused(model, text):
+    assert "got one twice" in refused("eval", model, model, "--text", text)
 
 
 def test_export_pads_per_layer_widths_and_says_what_it_cannot_do(model, policy, tmp_path):

@@ -83,6 +83,7 @@ def test_a_reset_option_fixes_the_ratio(model):
     [
         (np.zeros(D_FF), "keep at least one channel"),
         (np.ones(D_FF - 1), f"has {D_FF} entries"),
+        (np.ones((1, D_FF)), "one keep mask"),
         (np.full(D_FF, 2), "zeros and ones"),
     ],
 )

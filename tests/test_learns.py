@@ -38,7 +38,7 @@ def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(algorithm
     for ffn in iter_ffns(model):
         ffn.down[:, planted] *= 0.5  # importance that a norm would get wrong: the planted channels write less
     recipe = Recipe(updates=60, masks=16, ratio=(0.5, 0.8), evaluate_at=(2 / 3,), hidden=(16,), algorithm=algorithm)
-    trained = train(model, recipe, reward=PlantedReward(planted))
+    trained = train(model, recipe, reward=PlantedReward(planted), regime="weights")
     expected = torch.zeros(48, dtype=torch.bool)
     expected[planted] = True
     untrained = trained.history[0][1]
@@ -61,7 +61,7 @@ def test_on_the_real_model_the_trained_policy_beats_random_masks_by_three_standa
         random.append(per_layer(reward, [top_channels(row, width) for row in noise]))
     spread = torch.tensor(random).std()
     recipe = replace(PRESETS["spectral"], updates=4, evaluate_every=4)
-    policy = train(model, recipe, reward=reward).policy
+    policy = train(model, recipe, reward=reward, regime="weights").policy
     assert per_layer(reward, policy.masks(model, 0.3, round_to=1)) > max(random) + 3 * float(spread)
 
 

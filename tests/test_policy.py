@@ -119,8 +119,11 @@ def edited(folder, **changes):
         ({"statistics": ["one", "two"]}, "reads statistics version .* train the policy again"),
         ({"statistics_version": -1}, "reads statistics version -1"),
         ({"format_version": 99}, "has format 99"),
-        ({"colour": "red"}, "fields that this version does not know"),
+        ({"colour": "red"}, "fields that this version cannot read"),
         ({"hidden": [5]}, "is damaged"),
+        ({"hidden": None}, "cannot read"),
+        ({"hidden": ["a"]}, "cannot read"),
+        ({"recipe": None}, "cannot read"),
     ],
 )
 def test_a_policy_of_another_making_is_refused(tmp_path, changes, message):

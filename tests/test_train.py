@@ -135,7 +135,7 @@ def test_tensorboard_shows_the_reward(tmp_path):
     train(tiny_model("llama"), SHORT, out=tmp_path)
     (log,) = (tmp_path / "training").glob("run_*")
     events = EventAccumulator(str(log)).Reload()
-    assert "prunenet/reward_of_mode" in events.Tags()["scalars"]
+    assert [event.step for event in events.Scalars("prunenet/reward_of_mode")][-1] == SHORT.updates * SHORT.masks * 3
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,11 @@ def test_tensorboard_shows_the_reward(tmp_path):
         ({"gamma": 1.5}, r"gamma must be in \[0, 1\]"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"ratio": (0.5, 0.1)}, "must rise"),
+        ({"reward": "specktral"}, "unknown reward 'specktral'; it is one of spectral"),
+        ({"algorithm": "sac"}, "unknown algorithm 'sac'"),
+        ({"evaluate_at": (1.5,)}, "got 1.5"),
+        ({"seed": -1}, "seed must be in"),
+        ({"entropy": 0.1}, "needs subset 'bernoulli'"),
     ],
 )
 def test_recipes_out_of_range_are_refused(changes, message):
@@ -164,3 +169,26 @@ def test_a_policy_trained_on_one_width_applies_to_another():
     keep = trained.policy.masks(tiny_model("opt"), 0.5, round_to=1)
     assert [int(mask.sum()) for mask in keep] == [24] * len(keep)
     assert isinstance(trained.policy, Policy)
+
+
+def test_a_reward_of_one_s_own_says_its_regime_and_is_recorded():
+    from prunenet.envs import SpectralReward
+
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="say which regime"):
+        train(model, SHORT, reward=SpectralReward(model))
+    config = train(model, SHORT, reward=SpectralReward(model), regime="data").policy.config
+    assert config.regime == "data"
+    assert config.recipe["reward"] == "SpectralReward"
+
+
+def test_resuming_on_other_weights_is_refused(tmp_path):
+    train(tiny_model("llama"), SHORT, out=tmp_path)
+    with pytest.raises(PolicyError, match="was started with trained_on"):
+        train(tiny_model("llama", seed=9), SHORT, out=tmp_path, resume=True)
+
+
+def test_the_caller_s_random_numbers_are_left_alone():
+    state = torch.get_rng_state()
+    train(tiny_model("llama"), SHORT)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,50 @@
+"""The options of the command line, each said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number; give a share such as 0.3") from None
+
+
+Ratio = Annotated[
+    float | None, typer.Option(parser=_number, metavar="SHARE", help="Share of FFN channels to remove, in [0, 1).")
+]
+Params = Annotated[
+    float | None, typer.Option(parser=_number, metavar="SHARE", help="Share of all parameters to remove, in [0, 1).")
+]
+Text = Annotated[str, typer.Option(help="Text to score: builtin, a file, or a dataset as id[:config[:split]].")]
+Window = Annotated[int, typer.Option(help="Tokens the model sees at once.")]
+Preset = Annotated[str, typer.Option(help="default, spectral (weights only), or paper (the published recipe).")]
+Updates = Annotated[int | None, typer.Option(help="Sweeps over the layers, each followed by one update.")]
+Masks = Annotated[int | None, typer.Option(help="Masks of each layer played side by side.")]
+Ratios = Annotated[tuple[float, float] | None, typer.Option(help="Range of ratios to train at: low and high, in [0, 1).")]
+Algorithm = Annotated[Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")]
+RewardName = Annotated[
+    Literal["spectral", "reconstruction"] | None,
+    typer.Option(help="spectral: from weights alone. reconstruction: from activations on text, see --moments."),
+]
+Moments = Annotated[
+    Literal["self", "data"] | None,
+    typer.Option(help="Text of the reconstruction reward: self (the model writes it, the default) or data (see --text)."),
+]
+CalibrationSource = Annotated[
+    str | None, typer.Option("--text", help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].")
+]
+SpectralDistance = Annotated[
+    Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Distance behind the spectral reward.")
+]

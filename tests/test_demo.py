@@ -1,0 +1,83 @@
+"""The demo, on a tiny model: what it makes, that a second run uses it, and what it refuses."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from families import tiny_model
+from rich.console import Console
+from test_cli import save_tiny
+from typer.testing import CliRunner
+
+from prunenet import demo, tables
+from prunenet.cli import app
+from prunenet.policies.recipe import Recipe
+
+RECIPE = Recipe(updates=2, masks=4, hidden=(4,), evaluate_every=1)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model")
+    tiny_model("llama", seed=7).config.save_pretrained(tmp_path)
+    monkeypatch.setenv("PRUNENET_DEMO_MODEL", str(folder))
+    monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "cache"))
+    # A tiny model has 64 positions.
+    measure, write = demo.measure, demo.self_blocks
+    monkeypatch.setattr(demo, "measure", lambda *a, **k: measure(*a, **{**k, "window": 16, "speed": False}))
+    monkeypatch.setattr(demo, "self_blocks", lambda *a, **k: write(*a, **k, sequences=4, tokens=16))
+    monkeypatch.setattr(demo, "draw_report", lambda rows, path: path.write_bytes(b"drawn"))
+    return lambda ratios=(0.5,), recipe=RECIPE: demo.run_demo(
+        tmp_path / "out", ratios, Console(stderr=True), windows=2, recipe=recipe
+    )
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+def test_a_second_run_uses_what_the_first_one_made(run, tmp_path):
+    first = run()
+    assert [row["ratio"] for row in first] == [0.0, 0.5]
+    made = stamps(tmp_path / "out")
+    second = run()
+    assert stamps(tmp_path / "out") == made
+    assert [row["perplexity"] for row in second] == [row["perplexity"] for row in first]
+
+
+def test_results_of_another_recipe_or_model_are_not_passed_off_as_this_one(run, tmp_path):
+    run()
+    with pytest.raises(ValueError, match="another recipe or model"):
+        run(recipe=replace(RECIPE, seed=1))
+    tiny_model("llama", seed=3).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="another recipe or model"):
+        run()
+
+
+def test_a_demo_model_that_cannot_be_had_is_one_sentence():
+    result = CliRunner().invoke(app, ["demo", "--out", "nowhere"], env={**os.environ, "PRUNENET_DEMO_MODEL": "/nonexistent"})
+    assert result.exit_code == 1
+    assert "/nonexistent" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_the_comparison_keeps_names_and_numbers_whole_in_a_pipe():
+    row = {
+        "name": "ratio-0.3[/x]",
+        "parameters": 110_461_248,
+        "non_embedding_parameters": 82_100_000,
+        "bytes": 442_000_000,
+        "perplexity": 12_345.6,
+        "text": "t",
+        "window": 512,
+        "tokens": 4088,
+        "prefill_tokens_per_second": 12_345.0,
+        "decode_tokens_per_second": 123.4,
+    }
+    console = Console(width=110, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(tables.comparison([row, dict(row)]))
+    console.file.close()
+    shown = console.export_text()
+    for whole in ("ratio-0.3[/x]", "110.5 M (+0%)", "12,345.6", "12,345 (+0%)", "123.4 (+0%)"):
+        assert whole in shown
