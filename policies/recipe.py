@@ -14,7 +14,7 @@ from prunenet.masks import check_ratio
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a policy is trained. Equal recipes, model and software give equal policies.
+    """How a policy is trained. Equal recipes, models, texts, software and threads give equal policies.
 
     Attributes:
         reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only) or "reconstruction" (`ReconstructionReward`,
