@@ -79,7 +79,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = _folder(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):  # transformers would make an empty one up
-        raise CheckpointError(f"{source} has no tokenizer")
+        raise CheckpointError(f"{source} has no tokenizer that can be read: it holds no tokenizer file")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
