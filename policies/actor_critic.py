@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from prunenet.envs.sweep import PROGRESS, View
+from prunenet.policies.recipe import Baseline, Subset
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.policies.subset import Bernoulli, FixedWidth
-
-Baseline = Literal["group", "value", "none"]
-Subset = Literal["fixed", "bernoulli"]
+from prunenet.policies.widths import SweptWidths
 
 
 class KeepMaskPolicy(ActorCriticPolicy):
@@ -29,7 +28,8 @@ class KeepMaskPolicy(ActorCriticPolicy):
     Args:
         view: statistics and context of the model in training.
         scorer: the network that is trained.
-        subset: "fixed" (exact width) or "bernoulli" (expected width).
+        subset: "fixed" (exact width), "bernoulli" (expected width) or "widths" (the best channels of a width that is drawn).
+        round_to: of the widths that are drawn.
         generator: draws the masks.
     """
 
@@ -43,10 +43,12 @@ class KeepMaskPolicy(ActorCriticPolicy):
         scorer: ChannelScorer,
         subset: Subset,
         generator: torch.Generator,
+        round_to: int = 1,
         use_sde: bool = False,
         **kwargs: Any,
     ) -> None:
         self._parts = (view, scorer, subset)
+        self.round_to = round_to
         self.generator = generator
         super().__init__(observation_space, action_space, lr_schedule, use_sde=use_sde, **kwargs)
 
@@ -62,12 +64,24 @@ class KeepMaskPolicy(ActorCriticPolicy):
 
     def get_distribution(self, obs: Any) -> Any:
         """The distribution over keep masks, one row per observation."""
+        if self.subset == "widths":
+            return self._swept(obs)
         target = obs["context"][:, -len(PROGRESS) + PROGRESS.index("target")]
         width = (target * self.view.d_ff).round().long()
         cases, rows = torch.unique(torch.stack((obs["layer"].long().flatten(), width), 1), dim=0, return_inverse=True)
         logits = self.scorer(self.statistics[cases[:, 0]], self.view.context[cases[:, 0]])
         kind = FixedWidth if self.subset == "fixed" else Bernoulli
         return kind(logits, cases[:, 1], rows)
+
+    def _swept(self, obs: Any) -> SweptWidths:
+        total = self.view.layers * self.view.d_ff
+        ratio, left = (obs["context"][:, -len(PROGRESS) + PROGRESS.index(name)] for name in ("ratio", "budget_left"))
+        budget = ((1 - ratio.double()) * total).round()
+        with torch.no_grad():
+            logits = self.scorer(self.statistics, self.view.context)
+        offsets = self.scorer.offsets(self.view.context)
+        remaining = (left.double() * budget).round().long()
+        return SweptWidths(logits, offsets, obs["layer"].long().flatten(), remaining, round_to=self.round_to)
 
     def predict_values(self, obs: Any) -> Tensor:
         """Expected return, (n, 1)."""

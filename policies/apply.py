@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,20 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.calibration import Blocks
 from prunenet.checkpoint import Provenance, identify, save_pruned
-from prunenet.layers import count_parameters, iter_ffns
-from prunenet.masks import check_ratio, ratio_for_parameters
+from prunenet.compensate import Cut, cut_layers, held_back, refit_sequentially
+from prunenet.divergence import divergence
+from prunenet.layers import count_parameters, ffn_widths, iter_ffns
+from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at
 from prunenet.policies.artifact import Policy
-from prunenet.surgery import narrowed
+
+AUTO_GAIN = 0.05
+"""Widths "auto" takes per-layer ones, which stock loaders read only padded, for a predicted gain in perplexity above this."""
+WIDTHS = ("auto", "uniform", "per-layer")
+CHANNELS = ("policy", "elimination")
+REFITS = ("off", "layerwise", "sequential")
+_JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,42 +49,135 @@ class Pruned:
 
 def prune(
     model: PreTrainedModel,
-    policy: Policy,
+    policy: Policy | None = None,
     *,
     ratio: float | None = None,
     params: float | None = None,
     round_to: int = 8,
+    widths: str = "auto",
+    blocks: Blocks | None = None,
+    channels: str | None = None,
+    refit: str | None = None,
     policy_name: str = "policy",
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Pruned:
     """Cuts a model to a size, deterministically; the given model stays as it is.
 
     Args:
         model: a causal LM of a supported family.
-        policy: decides which channels stay.
-        ratio: share of FFN channels removed from each layer, in [0, 1).
+        policy: says where to cut, and which channels stay. None: uniform widths, channels by elimination.
+        ratio: share of FFN channels removed, in [0, 1).
         params: share of *all* parameters removed, in [0, 1), as nearly as rounded widths allow. Exactly one of the two is
             given.
         round_to: widths are multiples of this.
+        widths: "uniform", "per-layer" (as the policy learned, as many channels in all) or "auto": per-layer where that is
+            predicted to lower perplexity by more than 5 % (`AUTO_GAIN`).
+        blocks: token blocks to measure activations on (see `prunenet.calibration`). None: weights alone.
+        channels: "policy" (its scores, from weights) or "elimination" (greedy, from activations: needs blocks). Default:
+            elimination where there are blocks.
+        refit: "off", "layerwise" or "sequential" (behind the layers that are cut already) least squares of the down matrices
+            on blocks. Default: layerwise where there are blocks.
         policy_name: recorded in the provenance.
+        progress: called with (what is going on, layers done, layers in all).
 
     Raises:
-        ValueError: neither or both of ratio and params, or one out of range.
+        ValueError: neither or both of ratio and params, or one out of range; an unknown choice, or one that needs a policy or
+            blocks that are not given.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
+    channels, refit = check_choices(blocks is not None, widths, channels, refit)
+    _check_policy(policy, widths, channels)
     ratio = resolve_ratio(model, ratio, params)
-    keep = policy.masks(model, ratio, round_to=round_to)
-    narrow = narrowed(model, keep)
+    ways = _ways(model, policy, ratio, widths, round_to)
+    scores = None if policy is None or channels == "elimination" else policy.scores(model)
+    if blocks is None:
+        assert policy is not None
+        assert scores is not None
+        cuts = {name: Cut([top_channels(*pair) for pair in zip(scores, way, strict=True)], None) for name, way in ways.items()}
+        gain = policy.config.gain if len(ways) > 1 else None
+    else:
+        counted = _counted(progress, "cutting")
+        found = cut_layers(model, blocks.ids, list(ways.values()), scores=scores, refit=refit != "off", progress=counted)
+        cuts = dict(zip(ways, found, strict=True))
+        gain = _gain(model, cuts, blocks) if len(ways) > 1 else None
+    chosen = _chosen(cuts, gain)
+    cut = cuts[chosen]
+    if refit == "sequential":
+        assert blocks is not None
+        cut = refit_sequentially(model, cut, blocks.ids, progress=_counted(progress, "refitting"))
+    narrow = cut.model(model)
+    how = {"widths": chosen, "predicted_gain": gain, "channels": channels, "refit": refit}
     provenance = Provenance.of(
         model,
         narrow,
-        policy=policy_name,
-        policy_sha256=policy.sha256,
-        regime=policy.config.regime,
+        policy=policy_name if policy is not None else "elimination",
+        policy_sha256=None if policy is None else policy.sha256,
+        regime=_regime(policy, blocks),
         ratio=ratio,
-        seed=policy.config.recipe.get("seed"),
+        seed=None if policy is None else policy.config.recipe.get("seed"),
+        how=how | ({} if blocks is None else {"text": dict(blocks.source)}),
         **_base(model),
     )
-    return Pruned(narrow, keep, provenance)
+    return Pruned(narrow, cut.keep, provenance)
+
+
+def check_choices(measured: bool, widths: str, channels: str | None, refit: str | None) -> tuple[str, str]:
+    """The choices of channels and refit, defaults filled in; `measured`: whether there is text to measure activations on.
+
+    Raises:
+        ValueError: an unknown choice, or one that needs text where there is none.
+    """
+    channels = channels or ("elimination" if measured else "policy")
+    refit = refit or ("layerwise" if measured else "off")
+    given = (("widths", widths, WIDTHS), ("channels", channels, CHANNELS), ("refit", refit, REFITS))
+    for name, value, allowed in given:
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(allowed)}")
+    if not measured and (channels == "elimination" or refit != "off"):
+        raise ValueError("elimination and refit measure activations: give text (--moments self or data), or switch them off")
+    return channels, refit
+
+
+def _check_policy(policy: Policy | None, widths: str, channels: str) -> None:
+    if policy is None and channels == "policy":
+        raise ValueError("no policy to choose the channels; give one (--policy), or text to choose them by (--moments self)")
+    if policy is None and widths == "per-layer":
+        raise ValueError("no policy to say where to cut; give one (--policy), or say --widths uniform")
+
+
+def _ways(model: PreTrainedModel, policy: Policy | None, ratio: float, widths: str, round_to: int) -> dict[str, list[int]]:
+    """The widths to consider, by name."""
+    uniform = [width_at(d_ff, ratio, round_to) for d_ff in ffn_widths(model)]
+    if policy is None or widths == "uniform":
+        return {"uniform": uniform}
+    learned = policy.widths(model, ratio, per_layer=True, round_to=round_to)
+    if widths == "per-layer":
+        return {"per-layer": learned}
+    return {"uniform": uniform} if learned == uniform else {"uniform": uniform, "per-layer": learned}
+
+
+def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float:
+    """By which share per-layer widths lower exp(KL), and so perplexity, on blocks held back from the fit."""
+    _, held = held_back(blocks.ids)
+    loss = {name: divergence(model, cut.down, held[:_JUDGED]) for name, cut in cuts.items()}
+    return 1 - math.exp(loss["per-layer"] - loss["uniform"])
+
+
+def _chosen(cuts: dict[str, Cut], gain: float | None) -> str:
+    if len(cuts) == 1:
+        return next(iter(cuts))
+    return "per-layer" if gain is not None and gain > AUTO_GAIN else "uniform"
+
+
+def _regime(policy: Policy | None, blocks: Blocks | None) -> str:
+    """What the whole way looked at, training included: the most that any step of it did."""
+    order = ("weights", "self", "data")
+    seen = [policy.config.regime] if policy is not None else []
+    return max([*seen, *([blocks.regime] if blocks is not None else [])], key=order.index)
+
+
+def _counted(progress: Callable[[str, int, int], None] | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, of: progress(what, done, of)
 
 
 def resolve_ratio(model: PreTrainedModel, ratio: float | None, params: float | None) -> float:

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from prunenet.folders import write_atomic
 from prunenet.layers import ffn_widths
-from prunenet.masks import top_channels, width_at
+from prunenet.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, channel_statistics, layer_context
 
-FORMAT_VERSION = 1
+ZOO = Path(__file__).parent / "zoo"
+FORMAT_VERSION = 2  # 2: the scorer has the layers' log-odds
 
 
 class PolicyError(ValueError):
@@ -41,6 +42,7 @@ class PolicyConfig:
         trained_on: name and model type of the training model.
         recipe: how it was trained.
         text: what the reward was measured on; None in the weights regime.
+        gain: by which share learned widths lowered exp(KL) against uniform ones, on that text; None if none were learned.
     """
 
     statistics: tuple[str, ...] = STATISTICS
@@ -52,6 +54,7 @@ class PolicyConfig:
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] | None = None
+    gain: float | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -124,27 +127,72 @@ class Policy:
         scorer = self.scorer.to(statistics[0].device)
         return [scorer(rows, context) for rows, context in zip(statistics, layer_context(model), strict=True)]
 
-    def masks(self, model: PreTrainedModel, ratio: float, *, round_to: int = 8) -> list[Bool[Tensor, " d_ff"]]:
-        """Keep masks that remove `ratio` of each layer's channels; masks at a higher ratio are subsets.
+    @torch.no_grad()
+    def offsets(self, model: PreTrainedModel) -> list[float]:
+        """Log-odds of each layer's share of channels kept, see `prunenet.policies.widths`. All 0: uniform widths."""
+        context = layer_context(model)
+        return [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
+
+    def widths(self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8) -> list[int]:
+        """Width of each layer when `ratio` of all channels is removed: the same share everywhere, or as learned.
+
+        Raises:
+            ValueError: ratio out of range.
+        """
+        d_ff = ffn_widths(model)
+        if per_layer:
+            return widths_for_budget(d_ff, self.offsets(model), ratio, round_to)
+        return [width_at(width, ratio, round_to) for width in d_ff]
+
+    def masks(
+        self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8
+    ) -> list[Bool[Tensor, " _"]]:
+        """Keep masks that remove `ratio` of all channels; masks at a higher ratio are subsets.
 
         Args:
             model: any model of a supported family.
             ratio: share of FFN channels removed, in [0, 1).
+            per_layer: widths as learned, in place of the same share everywhere; as many channels in all.
             round_to: widths are multiples of this.
 
         Raises:
             ValueError: ratio out of range.
         """
-        widths = [width_at(d_ff, ratio, round_to) for d_ff in ffn_widths(model)]
+        widths = self.widths(model, ratio, per_layer=per_layer, round_to=round_to)
         return [top_channels(scores, width) for scores, width in zip(self.scores(model), widths, strict=True)]
+
+
+def zoo() -> dict[str, Path]:
+    """The policies that ship with the package: folder by name, which is the `config.model_type` that it was trained for."""
+    return {path.parent.name: path.parent for path in sorted(ZOO.glob("*/config.json"))}
+
+
+def policy_for(choice: str | None, model_type: str) -> tuple[Policy | None, str]:
+    """The policy that a user means, and its name for the record.
+
+    Args:
+        choice: a name in the zoo, a folder, "none", or None for what the zoo has for this family (nothing, if so).
+        model_type: of the model to be cut.
+
+    Raises:
+        PolicyError: neither in the zoo nor a folder with a policy.
+    """
+    if choice == "none" or (choice is None and model_type not in zoo()):
+        return None, "none"
+    name = choice or model_type
+    return Policy.from_pretrained(name), Path(name).name
 
 
 def _find(source: str | Path) -> Path:
     folder = Path(source)
     if (folder / "config.json").is_file():
         return folder
+    shipped = zoo()
+    if str(source) in shipped:
+        return shipped[str(source)]
     what = "holds no policy (no config.json)" if folder.is_dir() else "does not exist"
-    raise PolicyError(f"policy {str(source)!r} {what}; make one with 'prunenet train'")
+    names = f" (or take one that ships: {', '.join(shipped)})" if shipped else ""
+    raise PolicyError(f"policy {str(source)!r} {what}; make one with 'prunenet train'{names}")
 
 
 def _read_config(path: Path) -> PolicyConfig:

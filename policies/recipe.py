@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from prunenet.envs.rewards import Distance, Form, Matrix
 from prunenet.envs.sweep import draw_ratio
 from prunenet.masks import check_ratio
+
+RewardName = Literal["spectral", "reconstruction", "divergence"]
+Algorithm = Literal["a2c", "ppo"]
+Baseline = Literal["group", "value", "none"]
+Subset = Literal["fixed", "bernoulli", "widths"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +22,9 @@ class Recipe:
     """How a policy is trained. Equal recipes, models, texts, software and threads give equal policies.
 
     Attributes:
-        reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only) or "reconstruction" (`ReconstructionReward`,
-            on token blocks). Either way the policy is applied from weights alone.
+        reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction" (`ReconstructionReward`) or
+            "divergence" (`prunenet.envs.divergence.DivergenceReward`), both on token blocks. Either way the policy is applied
+            from weights alone.
         distance, matrices, form: of the spectral reward.
         ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
         updates: sweeps, each followed by one policy update.
@@ -28,7 +34,10 @@ class Recipe:
         gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier masks, so 0 has the least
             variance.
         baseline: what returns are compared with: "group", "value" or "none" (`prunenet.policies.actor_critic`).
-        subset: "fixed" or "bernoulli" (`prunenet.policies.subset`).
+        subset: "fixed" or "bernoulli" (`prunenet.policies.subset`) train the channels' scores at uniform widths; "widths"
+            (`prunenet.policies.widths`) trains where to cut, with the channels in the order of their scores.
+        round_to: widths are multiples of this.
+        blocks, tokens: how many blocks, and how many tokens of each, the divergence reward reads for each mask.
         entropy: weight of the entropy bonus.
         hidden: widths of the scorer's hidden layers.
         prior: weights of the closed-form score that the scorer starts from.
@@ -37,19 +46,22 @@ class Recipe:
         seed: of everything random.
     """
 
-    reward: str = "reconstruction"
+    reward: RewardName = "reconstruction"
     distance: Distance = "ks"
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
     form: Form = "bounded"
     ratio: tuple[float, float] = (0.1, 0.6)
     updates: int = 40
     masks: int = 16
-    algorithm: str = "a2c"
+    algorithm: Algorithm = "a2c"
     epochs: int = 4
     learning_rate: float = 1e-2
     gamma: float = 0.0
-    baseline: Literal["group", "value", "none"] = "group"
-    subset: Literal["fixed", "bernoulli"] = "fixed"
+    baseline: Baseline = "group"
+    subset: Subset = "fixed"
+    round_to: int = 1
+    blocks: int = 4
+    tokens: int = 128
     entropy: float = 0.0
     hidden: tuple[int, ...] = (32, 32)
     prior: Mapping[str, float] = field(default_factory=dict)
@@ -69,7 +81,7 @@ class Recipe:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
         if self.entropy and self.subset == "fixed":
             raise ValueError("an entropy bonus needs subset 'bernoulli': the entropy of fixed-width masks is approximate")
-        for name in ("updates", "masks", "epochs", "evaluate_every"):
+        for name in ("updates", "masks", "epochs", "evaluate_every", "round_to", "blocks", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.baseline == "group" and self.masks < 2:
@@ -81,10 +93,10 @@ class Recipe:
 
 
 _NAMES = {
-    "reward": ("spectral", "reconstruction"),
-    "algorithm": ("a2c", "ppo"),
-    "baseline": ("group", "value", "none"),
-    "subset": ("fixed", "bernoulli"),
+    "reward": get_args(RewardName),
+    "algorithm": get_args(Algorithm),
+    "baseline": get_args(Baseline),
+    "subset": get_args(Subset),
 }
 
 
@@ -97,6 +109,20 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 PRESETS: dict[str, Recipe] = {
     # Rewards what survives of each layer's output on text that the model wrote itself; applied from weights alone.
     "default": Recipe(),
+    # Where to cut: the second half of a training, after the channels' scores. Layers depend on each other here, so the whole
+    # sweep's reward is every layer's return (gamma 1).
+    "widths": Recipe(
+        reward="divergence",
+        subset="widths",
+        round_to=8,
+        ratio=(0.2, 0.4),
+        updates=30,
+        masks=8,
+        gamma=1.0,
+        learning_rate=3e-2,
+        evaluate_every=5,
+        evaluate_at=(0.3,),
+    ),
     # Weights only, in training too. Its reward does not track quality (benchmarks/README.md): for comparison.
     "spectral": Recipe(reward="spectral", updates=20, masks=8),
     # arXiv 2501.15296, section 3 and appendix. Differs from the published code where that is wrong (METHODS.md 1.2): exact
@@ -129,3 +155,8 @@ def recipe_for(preset: str, changes: Mapping[str, Any]) -> Recipe:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; presets: {', '.join(PRESETS)}")
     return replace(PRESETS[preset], **changes)
+
+
+def widths_recipe(seed: int) -> Recipe:
+    """Of the second stage of a training."""
+    return replace(PRESETS["widths"], seed=seed)

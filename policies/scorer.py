@@ -1,4 +1,4 @@
-"""The scorer: statistics of a channel and of its layer in, one logit out. No width in its weights.
+"""The scorer: statistics of a channel and of its layer in, one logit out; and one log-odds per layer. No width in its weights.
 
 Where the published scorer (arXiv 2501.15296, section 3.1) maps a d_ff x d_model matrix with weights of that shape, this one
 reads standardised statistics channel by channel: one policy serves every model of a family. It does not see the ratio, so that
@@ -14,9 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from prunenet.policies.widths import WidthHead
+
 
 class ChannelScorer(nn.Module):
-    """A fixed closed-form score plus a learned residual (a perceptron whose last layer starts at zero).
+    """A fixed closed-form score plus a learned residual (a perceptron whose last layer starts at zero); and where to cut.
+
+    The layers' log-odds (`WidthHead`) start at zero, which is uniform widths.
 
     Args:
         statistics: names of the channel statistics, in order.
@@ -52,6 +56,7 @@ class ChannelScorer(nn.Module):
             assert isinstance(layer, nn.Linear)
             nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=generator)
             nn.init.zeros_(layer.bias)
+        self.widths = WidthHead(context, generator=generator)
 
     prior: Tensor
 
@@ -65,3 +70,8 @@ class ChannelScorer(nn.Module):
             x = torch.nn.functional.silu(layer(x))
         logits: Tensor = statistics @ self.prior + self.out(x).squeeze(-1)
         return logits - logits.mean(-1, keepdim=True)
+
+    def offsets(self, context: Float[Tensor, "layers n_context"]) -> Float[Tensor, " layers"]:
+        """Log-odds of each layer's share of channels kept, see `prunenet.policies.widths`."""
+        offsets: Tensor = self.widths(context)
+        return offsets

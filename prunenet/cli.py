@@ -21,6 +21,7 @@ from prunenet import tables
 from prunenet.options import (
     Algorithm,
     CalibrationSource,
+    Channels,
     Device,
     Dtype,
     Json,
@@ -29,13 +30,18 @@ from prunenet.options import (
     Moments,
     Out,
     Params,
+    PolicyName,
     Preset,
+    PruneMoments,
     Ratio,
     Ratios,
+    Refit,
     RewardName,
     SpectralDistance,
     Text,
+    TrainWidths,
     Updates,
+    Widths,
     Window,
 )
 
@@ -82,7 +88,8 @@ def train(
     moments: Moments = None,
     text: CalibrationSource = None,
     distance: SpectralDistance = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, in the first stage.")] = None,
+    widths: TrainWidths = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
     device: Device = "cpu",
@@ -92,24 +99,26 @@ def train(
     """Train a policy on a model; apply it afterwards, from weights alone, at any ratio."""
     with one_sentence():
         from prunenet.checkpoint import load_model
-        from prunenet.policies.recipe import recipe_for
+        from prunenet.policies.recipe import recipe_for, widths_recipe
         from prunenet.policies.train import check_run
         from prunenet.policies.train import train as learn
 
         given: dict[str, Any] = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
         given |= {"distance": distance, "learning_rate": learning_rate, "seed": seed}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
+        where = None if widths == "uniform" or (widths is None and preset != "default") else widths_recipe(seed)
         _check_inputs(recipe.reward, moments, text, distance)
         check_run(out, resume)
         dense = load_model(model, dtype=dtype, device=device)
-        blocks = (
-            _blocks(dense, model, moments or "self", text or "builtin", seed) if recipe.reward == "reconstruction" else None
-        )
+        reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"}
+        blocks = _blocks(dense, model, moments or "self", text or "builtin", 0) if reads else None
         with tables.progress(errors, "training", "reward") as advance:
-            trained = learn(dense, recipe, out=out, resume=resume, blocks=blocks, progress=advance)
+            trained = learn(dense, recipe, where=where, out=out, resume=resume, blocks=blocks, progress=advance)
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
         facts = {"policy": str(out), "regime": trained.policy.config.regime, "updates": recipe.updates}
         facts |= {"reward_untrained": first, "reward": best}
+        if where is not None:
+            facts |= {"width_updates": where.updates, "predicted_gain_of_widths": trained.policy.config.gain}
         _show(facts, as_json, lambda: tables.facts("policy", facts))
 
 
@@ -117,29 +126,51 @@ def train(
 def prune(
     model: Model,
     out: Out,
-    policy: Annotated[str, typer.Option(help="Folder of a trained policy.")],
     ratio: Ratio = None,
     params: Params = None,
+    policy: PolicyName = None,
+    widths: Widths = "auto",
+    moments: PruneMoments = "self",
+    text: CalibrationSource = None,
+    channels: Channels = None,
+    refit: Refit = None,
     round_to: Annotated[int, typer.Option("--round", help="Widths are multiples of this.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the text that the model writes, or of the windows drawn.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Cut a model with a trained policy, at any ratio, into an ordinary checkpoint."""
+    """Cut a model to any size into an ordinary checkpoint, by default without any data from outside."""
     with one_sentence():
         from prunenet.checkpoint import load_model
         from prunenet.folders import check_absent
-        from prunenet.policies.apply import check_amount
+        from prunenet.policies.apply import check_amount, check_choices
         from prunenet.policies.apply import prune as cut
-        from prunenet.policies.artifact import Policy
+        from prunenet.policies.artifact import policy_for
 
         check_amount(ratio, params)
         check_absent(out)
-        trained = Policy.from_pretrained(policy)
+        if text and moments != "data":
+            raise ValueError("--text is read with --moments data only: add that, or leave --text out")
+        check_choices(moments != "none", widths, channels, refit)
         dense = load_model(model, dtype=dtype, device=device)
-        tokenizer = _tokenizer(model)
-        pruned = cut(dense, trained, ratio=ratio, params=params, round_to=round_to, policy_name=Path(policy).name)
-        pruned.save_pretrained(out, tokenizer=tokenizer)
+        trained, name = policy_for(policy, dense.config.model_type)
+        blocks = None if moments == "none" else _blocks(dense, model, moments, text or "builtin", seed)
+        with tables.stages(errors) as advance:
+            pruned = cut(
+                dense,
+                trained,
+                ratio=ratio,
+                params=params,
+                round_to=round_to,
+                widths=widths,
+                blocks=blocks,
+                channels=channels,
+                refit=refit,
+                policy_name=name,
+                progress=advance,
+            )
+        pruned.save_pretrained(out, tokenizer=_tokenizer(model))
         facts = tables.provenance_facts(pruned.provenance, out)
         _show(facts, as_json, lambda: tables.facts("pruned model", facts))
 

@@ -95,3 +95,41 @@ def check_keep(keep: Bool[Tensor, "*batch d_ff"], d_ff: int) -> None:
         raise ValueError(f"a keep mask for this layer has {d_ff} booleans, got {keep.shape[-1]} of {keep.dtype}")
     if not bool(keep.any(-1).all()):
         raise ValueError("a keep mask must keep at least one channel, got one that keeps none")
+
+
+def widths_for_budget(d_ff: list[int], offsets: list[float], ratio: float, round_to: int = 8) -> list[int]:
+    """Widths of all layers under one budget: as many channels in all as uniform widths at `ratio` keep.
+
+    The number is met exactly where every d_ff is a multiple of `round_to`, and else from below by less than one multiple.
+    Layer l keeps the share sigmoid(theta + offset_l) of its channels, rounded to multiples of `round_to`, with theta such that
+    the budget is met. So equal offsets give uniform widths, and no layer widens as the ratio rises: masks nest.
+
+    Args:
+        d_ff: width of each layer before.
+        offsets: log-odds of each layer; only their differences matter. Higher keeps more.
+        ratio: share of all channels removed, in [0, 1).
+        round_to: widths are multiples of this (a whole layer may keep its odd rest); at least one multiple each.
+
+    Raises:
+        ValueError: see `width_at`; or an offset that is not finite.
+    """
+    budget = sum(width_at(width, ratio, round_to) for width in d_ff)
+    if not all(math.isfinite(offset) for offset in offsets):
+        raise ValueError("layer offsets must be finite numbers; the policy or the model's weights are damaged")
+    if ratio == 0:
+        return list(d_ff)
+    steps: list[tuple[float, int, int]] = []
+    for layer, (width, offset) in enumerate(zip(d_ff, offsets, strict=True)):
+        for low in range(round_to, width, round_to):
+            high = min(low + round_to, width)
+            share = (low + high) / 2 / width
+            steps.append((math.log(share / (1 - share)) - offset, layer, high))
+    # Theta passes the middle of one step after the other; each widens one layer by one multiple.
+    widths = [round_to] * len(d_ff)
+    left = budget - sum(widths)
+    for _, layer, high in sorted(steps):
+        if left < high - widths[layer]:
+            break
+        left -= high - widths[layer]
+        widths[layer] = high
+    return widths

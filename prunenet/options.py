@@ -48,3 +48,26 @@ CalibrationSource = Annotated[
 SpectralDistance = Annotated[
     Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Distance behind the spectral reward.")
 ]
+PolicyName = Annotated[
+    str | None,
+    typer.Option(
+        help="A policy that ships with prunenet (llama), the folder of a trained one, or none. Default: the model family's."
+    ),
+]
+Widths = Annotated[
+    str,
+    typer.Option(help="uniform, per-layer (as the policy learned), or auto: per-layer for a predicted gain over 5 %."),
+]
+Channels = Annotated[
+    str | None,
+    typer.Option(help="Who chooses them: policy (from weights) or elimination (from activations, the default with moments)."),
+]
+Refit = Annotated[str | None, typer.Option(help="off, layerwise (the default with moments) or sequential: least squares.")]
+PruneMoments = Annotated[
+    Literal["none", "self", "data"],
+    typer.Option("--moments", help="none (weights alone), self (text that the model writes) or data (see --text)."),
+]
+TrainWidths = Annotated[
+    Literal["uniform", "per-layer"] | None,
+    typer.Option(help="per-layer (the default preset's): a second stage learns where to cut. uniform: no such stage."),
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,7 @@ class Provenance:
         dense_widths, widths: FFN channels of each layer before and after.
         parameters_before, parameters_after: tied tensors count once.
         non_embedding_before, non_embedding_after: the same without input and output embeddings.
+        how: the steps: widths, channels, refit, text, as `prunenet.policies.apply.prune` took them.
         padded_to: width to which `checkpoint.export_padded` filled every layer with zeros; None in other checkpoints.
     """
 
@@ -51,6 +53,7 @@ class Provenance:
     parameters_after: int
     non_embedding_before: int
     non_embedding_after: int
+    how: Mapping[str, Any] = field(default_factory=dict)
     padded_to: int | None = None
     format_version: int = FORMAT_VERSION
     prunenet_version: str = field(default_factory=lambda: version("prunenet"))

@@ -31,11 +31,18 @@ def progress(console: Console, what: str, measured: str = "") -> Iterator[Callab
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None, value="")
 
-        def advance(done: int, total: int, value: float | None = None) -> None:
+        def advance(done: int, total: int, value: float | None = None, what: str = what) -> None:
             shown = "" if value is None else f"{measured} {value:.4f}"
-            bar.update(task, completed=done, total=total, value=shown)
+            bar.update(task, description=what, completed=done, total=total, value=shown)
 
         yield advance
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for work in several stages; call what it yields with (stage, done, total)."""
+    with progress(console, "") as advance:
+        yield lambda what, done, total: advance(done, total, what=what)
 
 
 def facts(title: str, values: dict[str, Any]) -> Table:
@@ -56,6 +63,7 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
         "base_model": provenance.base_model,
         "policy": provenance.policy,
         "regime": provenance.regime,
+        **{name: value for name, value in provenance.how.items() if name != "text" and value is not None},
         "ratio": provenance.ratio,
         "width": widths[0] if len(widths) == 1 else list(provenance.widths),
         "parameters_before": provenance.parameters_before,

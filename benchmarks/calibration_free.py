@@ -1,0 +1,190 @@
+"""The table of issue 3: pruning without data beside pruning with data, at equal parameters. One JSON line per cell; resumable.
+
+    python benchmarks/calibration_free.py MODEL --data ../shared/data --policies runs/seed0 runs/seed1 runs/seed2 \
+        --out benchmarks/results/calibration_free.jsonl
+
+Every cell cuts the model to the same number of FFN channels and scores it on WikiText-2 test and on the built-in test text.
+Policies are folders written by `prunenet train MODEL --seed N`; row "learned" takes one for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prunenet import __version__
+from prunenet.calibration import Blocks, data_blocks, self_blocks
+from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.compensate import cut_layers, refit_sequentially
+from prunenet.evaluate import perplexity
+from prunenet.layers import count_parameters, ffn_widths
+from prunenet.masks import width_at
+from prunenet.policies.apply import prune
+from prunenet.policies.artifact import Policy, PolicyConfig
+from prunenet.policies.methods import Evidence, pruned_model
+from prunenet.text import CalibrationText, TestText, load_text
+
+Make = Callable[[float], PreTrainedModel]
+CALIBRATION = {"ptb": "ptb/ptb.valid.txt", "wikitext2": "wikitext2/wiki.valid.tokens"}
+TESTS = {"wikitext2": ("wikitext2/wiki.test.raw", 1024), "builtin": ("builtin", 512)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to prune: `make` gives the narrow model at a ratio."""
+
+    group: str
+    method: str
+    regime: str
+    seed: int
+    make: Make
+
+
+class Workshop:
+    """What rows share: the model, text, policies."""
+
+    def __init__(self, source: str, data: Path, policies: list[Path], tokens: int) -> None:
+        self.model, self.tokenizer = load_model(source), load_tokenizer(source)
+        self.data, self.tokens = data, tokens
+        self.policies = [Policy.from_pretrained(folder) for folder in policies]
+        self._cuts: dict[Any, Any] = {}
+
+    def external(self, name: str, seed: int = 0) -> Blocks:
+        text = load_text(str(self.data / CALIBRATION[name]), CalibrationText)
+        return data_blocks(self.tokenizer, text, count=self.tokens // 512, window=512, seed=seed)
+
+    def written(self, seed: int = 0) -> Blocks:
+        return self_blocks(self.model, self.tokenizer, seed=seed)
+
+    def dense(self, _ratio: float) -> PreTrainedModel:
+        return self.model
+
+    def baseline(self, name: str, blocks: Callable[[], Blocks] | None, seed: int, **options: Any) -> Make:
+        evidence: list[Evidence] = []
+
+        def make(ratio: float) -> PreTrainedModel:
+            if not evidence:
+                evidence.append(Evidence(self.model, None if blocks is None else blocks(), seed))
+            return pruned_model(evidence[0], name, ratio, **options)
+
+        return make
+
+    def weights(self, policy: Policy, widths: str) -> Make:
+        return lambda ratio: prune(self.model, policy, ratio=ratio, widths=widths).model
+
+    def measured(
+        self, blocks: Callable[[], Blocks], policy: Policy | None, *, refit: str = "layerwise", channels: str = "elimination"
+    ) -> Make:
+        """Elimination (or the policy's channels) on blocks, at uniform widths or the policy's; all ratios from one walk."""
+
+        def make(ratio: float) -> PreTrainedModel:
+            key = (blocks().source["text"], blocks().source["seed"], channels, refit == "off", None if policy is None else policy.sha256)
+            if key not in self._cuts:
+                ways = [self._widths(policy, r) for r in self.ratios]
+                scores = policy.scores(self.model) if policy is not None and channels == "policy" else None
+                cuts = cut_layers(self.model, blocks().ids, ways, scores=scores, refit=refit != "off")
+                self._cuts[key] = dict(zip(self.ratios, cuts, strict=True))
+            cut = self._cuts[key][ratio]
+            if refit == "sequential":
+                cut = refit_sequentially(self.model, cut, blocks().ids, dense_targets=False)
+            return cut.model(self.model)
+
+        return make
+
+    ratios: tuple[float, ...] = ()
+
+    def _widths(self, policy: Policy | None, ratio: float) -> list[int]:
+        if policy is None:
+            return [width_at(d_ff, ratio) for d_ff in ffn_widths(self.model)]
+        return policy.widths(self.model, ratio, per_layer=True)
+
+
+def rows(shop: Workshop) -> Iterator[Row]:
+    """Every row of the table."""
+    yield Row("dense", "dense", "-", 0, shop.dense)
+    for seed, policy in enumerate(shop.policies):
+        yield Row("self", "elimination + refit, learned widths", "self", seed, shop.measured(shop.written, policy))
+    for calibration in CALIBRATION:
+        text = lambda name=calibration: shop.external(name)  # noqa: E731
+        for name in ("wanda_sp", "flap", "llm_pruner_element1"):
+            yield Row("data", f"{name}, own allocation, {calibration}", "data", 0, shop.baseline(name, text, 0))
+        for name in ("flap", "llm_pruner_element1"):
+            make = shop.baseline(name, text, 0, allocation="uniform")
+            yield Row("data", f"{name}, uniform, {calibration}", "data", 0, make)
+        yield Row("data", f"elimination + refit, uniform, {calibration}", "data", 0, shop.measured(text, None))
+    if shop.policies:
+        text = lambda: shop.external("wikitext2")  # noqa: E731
+        make = shop.measured(text, shop.policies[0])
+        yield Row("data", "elimination + refit, learned widths, wikitext2", "data", 0, make)
+    yield Row("ablation", "elimination + refit, uniform", "self", 0, shop.measured(shop.written, None))
+    yield Row("ablation", "elimination, uniform, no refit", "self", 0, shop.measured(shop.written, None, refit="off"))
+    if shop.policies:
+        first = shop.policies[0]
+        yield Row("ablation", "elimination, learned widths, no refit", "self", 0, shop.measured(shop.written, first, refit="off"))
+        yield Row("ablation", "policy's channels + refit, learned widths", "self", 0, shop.measured(shop.written, first, channels="policy"))
+        make = shop.measured(shop.written, first, refit="sequential")
+        yield Row("ablation", "elimination + sequential refit, learned widths", "self", 0, make)
+    for seed, policy in enumerate(shop.policies):
+        yield Row("weights", "policy, learned widths", "weights", seed, shop.weights(policy, "per-layer"))
+        yield Row("weights", "policy, uniform", "weights", seed, shop.weights(policy, "uniform"))
+    yield Row("weights", "untrained policy", "weights", 0, shop.weights(Policy.untrained(PolicyConfig()), "uniform"))
+    for seed in range(5):
+        yield Row("weights", "random", "weights", seed, shop.baseline("random", None, seed))
+    for name in ("magnitude", "lila", "folding", "prunenet_published", "prunenet_published_trained"):
+        yield Row("weights", name, "weights", 0, shop.baseline(name, None, 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--policies", type=Path, nargs="*", default=[])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4])
+    parser.add_argument("--windows", type=int, default=8, help="of 1024 tokens of WikiText-2 test, 0 for the whole split")
+    parser.add_argument("--tokens", type=int, default=16384, help="of external calibration text")
+    parser.add_argument("--groups", nargs="+", default=["dense", "self", "data", "ablation", "weights"])
+    parser.add_argument("--only", help="rows whose name holds this")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    shop = Workshop(arguments.model, arguments.data, arguments.policies, arguments.tokens)
+    shop.ratios = tuple(arguments.ratios)
+    for row in rows(shop):
+        if row.group in arguments.groups and (arguments.only or "") in row.method:
+            for ratio in (0.0,) if row.group == "dense" else arguments.ratios:
+                cell(shop, row, ratio, arguments)
+
+
+def cell(shop: Workshop, row: Row, ratio: float, arguments: argparse.Namespace) -> None:
+    """Prunes, scores and writes one line, unless the file has it already."""
+    place = {"method": row.method, "regime": row.regime, "ratio": ratio, "seed": row.seed, "windows": arguments.windows}
+    done = [json.loads(line) for line in arguments.out.open()] if arguments.out.exists() else []
+    if any(all(line[key] == value for key, value in place.items()) for line in done):
+        return
+    start = time.perf_counter()
+    with torch.no_grad():
+        narrow = row.make(ratio)
+    pruned = time.perf_counter()
+    line: dict[str, Any] = {"model": Path(arguments.model).name, **place, "parameters": count_parameters(narrow)[0]}
+    for name, (text, window) in TESTS.items():
+        path = text if text == "builtin" else str(arguments.data / text)
+        most = None if name == "wikitext2" and not arguments.windows else min(arguments.windows or 6, 6 if window == 512 else 10**9)
+        scored = perplexity(narrow, shop.tokenizer, load_text(path, TestText), window=window, max_windows=most)
+        line |= {f"perplexity_{name}": scored.value, f"tokens_{name}": scored.tokens}
+    line |= {"seconds_pruning": pruned - start, "seconds": time.perf_counter() - start, "prunenet": __version__}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = {name: round(line[f"perplexity_{name}"], 2) for name in TESTS}
+    print(row.regime, row.method, ratio, row.seed, shown, f"{line['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

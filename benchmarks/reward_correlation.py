@@ -1,0 +1,149 @@
+"""Does a reward track quality? Rank correlation of every reward with the perplexity of held-out text, over many kinds of mask.
+
+    python benchmarks/reward_correlation.py MODEL --data ../shared/data --policy runs/seed0 \
+        --out benchmarks/results/reward_correlation.jsonl
+    python benchmarks/reward_correlation.py --figure benchmarks/results/reward_correlation.png \
+        --out benchmarks/results/reward_correlation.jsonl
+
+All masks remove the same share of channels. A mask takes a score of its channels (random, a weight norm in either direction,
+activation energy on self-generated text, or the policy's), blurred by noise, at uniform widths or at widths drawn at random.
+Perplexity is that of WikiText-2 validation; the text of the rewards is the model's own. One JSON line per mask; resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from prunenet.calibration import self_blocks
+from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.envs.divergence import DivergenceReward
+from prunenet.envs.rewards import ReconstructionReward, SpectralReward
+from prunenet.evaluate import perplexity
+from prunenet.layers import down_linears, ffn_widths, iter_ffns
+from prunenet.masks import top_channels, width_at, widths_for_budget
+from prunenet.moments import ffn_moments
+from prunenet.policies.artifact import Policy
+from prunenet.surgery import masking
+from prunenet.text import TestText, load_text
+
+NOISES = (0.0, 0.5, 1.0, 2.0)
+
+
+class Masks:
+    """Mask number n of the study, whatever was drawn before it."""
+
+    def __init__(self, model: Any, policy: Policy, blocks: Tensor, ratio: float) -> None:
+        self.d_ff, self.ratio = ffn_widths(model), ratio
+        ffns, downs = list(iter_ffns(model)), [linear.weight.detach() for linear in down_linears(model)]
+        energy = [m.second.diagonal() * w.square().sum(0) for m, w in zip(ffn_moments(model, blocks), downs, strict=True)]
+        norms = {
+            "gate norm": [ffn.gate.norm(dim=1) for ffn in ffns if ffn.gate is not None],
+            "up norm": [ffn.up.norm(dim=1) for ffn in ffns],
+            "down norm": [down.norm(dim=0) for down in downs],
+        }
+        self.scores = {"policy": policy.scores(model), "energy": [row.clamp_min(1e-30).log() for row in energy]}
+        self.scores |= norms | {f"low {name}": [-row for row in rows] for name, rows in norms.items()}
+
+    def draw(self, number: int) -> tuple[str, list[Tensor]]:
+        generator = torch.Generator().manual_seed(number)
+        names = ["random", *self.scores, "policy", "energy"]
+        name = names[number % len(names)]
+        noise = NOISES[int(torch.randint(len(NOISES), (1,), generator=generator))]
+        rows = []
+        for layer, d_ff in enumerate(self.d_ff):
+            blur = torch.randn(d_ff, generator=generator)
+            if name == "random":
+                rows.append(blur)
+                continue
+            score = self.scores[name][layer]
+            rows.append((score - score.mean()) / score.std() + noise * blur)
+        widths = [width_at(d_ff, self.ratio) for d_ff in self.d_ff]
+        if number % 2:
+            widths = widths_for_budget(self.d_ff, torch.randn(len(self.d_ff), generator=generator).mul(0.7).tolist(), self.ratio)
+        kind = f"{name}, noise {noise:g}, {'random' if number % 2 else 'uniform'} widths"
+        return kind, [top_channels(row, width) for row, width in zip(rows, widths, strict=True)]
+
+
+def study(arguments: argparse.Namespace) -> None:
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    blocks = self_blocks(model, tokenizer).ids
+    text = load_text(str(arguments.data / "wikitext2" / "wiki.valid.tokens"), TestText)
+    masks = Masks(model, Policy.from_pretrained(arguments.policy), blocks, arguments.ratio)
+    rewards = {
+        "spectral, KS, gate (published)": SpectralReward(model, matrices=("gate",)),
+        "spectral, KS": SpectralReward(model),
+        "spectral, Wasserstein": SpectralReward(model, distance="wasserstein"),
+        "spectral, energy": SpectralReward(model, distance="energy"),
+        "reconstruction": ReconstructionReward(model, blocks),
+        "divergence": DivergenceReward(model, blocks[:4, :128]),
+    }
+    done = {json.loads(line)["mask"] for line in arguments.out.open()} if arguments.out.exists() else set()
+    for number in range(arguments.masks):
+        if number in done:
+            continue
+        kind, keep = masks.draw(number)
+        paid: dict[str, float] = {}
+        for name, reward in rewards.items():
+            layers = [float(term) for i, mask in enumerate(keep) for term in reward.layer(i, mask[None]).values()]
+            sweep = [float(term) for term in reward.sweep([mask[None] for mask in keep]).values()]
+            paid[name] = sum(layers) / len(keep) + sum(sweep)
+        with masking(model, keep):
+            value = perplexity(model, tokenizer, text, window=512, max_windows=2).value
+        line = {"mask": number, "kind": kind, "ratio": arguments.ratio, "perplexity": value, "rewards": paid}
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(number, kind, round(value, 1), flush=True)
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Spearman's rank correlation of each reward with minus the perplexity."""
+    quality = [-line["perplexity"] for line in lines]
+    return {name: float(spearmanr([line["rewards"][name] for line in lines], quality)[0]) for name in lines[0]["rewards"]}
+
+
+def figure(lines: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    correlations = summary(lines)
+    sheet, axes = pyplot.subplots(2, 3, figsize=(12, 7), sharey=True, constrained_layout=True)
+    colours = {"random": "tab:grey", "policy": "tab:red", "energy": "tab:blue"}
+    for axis, (name, value) in zip(axes.flat, correlations.items(), strict=True):
+        for line in lines:
+            colour = colours.get(line["kind"].split(",")[0], "tab:green")
+            axis.scatter(line["rewards"][name], line["perplexity"], s=9, color=colour, alpha=0.7)
+        axis.set(yscale="log", title=f"{name}: rank correlation {value:.2f}", xlabel="reward")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("perplexity (WikiText-2 validation)")
+    sheet.suptitle(
+        f"{len(lines)} masks at ratio {lines[0]['ratio']:g}. Grey: random; green: weight norms; blue: activation energy; red: policy"
+    )
+    sheet.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--policy")
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--masks", type=int, default=220)
+    parser.add_argument("--figure", type=Path, help="draw what --out holds, measure nothing")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.figure is None:
+        study(arguments)
+    lines = [json.loads(line) for line in arguments.out.open()]
+    if arguments.figure is not None:
+        figure(lines, arguments.figure)
+    print(json.dumps({"masks": len(lines), "rank_correlation": summary(lines)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""One method, one allocation, one ratio -> a cut, and the narrow model that it makes in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunenet.layers import FFN, down_linears, iter_ffns
+from prunenet.masks import top_channels
+from prunenet.moments import LayerWalk
+from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
+from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.flap import mean_bias, standardised
+from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
+from prunenet.surgery import narrowed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """What a method makes of a model at one size.
+
+    Attributes:
+        widths: channels left in each layer.
+        keep: (d_ff,) mask of each layer. For a merge, a template of the right width and no choice of channels.
+        merged: the FFN of each layer where channels were merged; None where they were chosen.
+        biases: (d_model,) of each layer, to be added behind the down linear; None without compensation.
+    """
+
+    widths: list[int]
+    keep: list[Bool[Tensor, " _"]]
+    merged: list[FFN] | None = None
+    biases: list[Float[Tensor, " _"]] | None = None
+
+    @torch.no_grad()
+    def applied(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The narrow model, for evaluation in memory; the dense one stays as it is (see `prunenet.surgery.narrowed`).
+
+        A bias is added to the down linear, whether or not the family's configuration knows of one. It costs d_model parameters
+        a layer, and can be saved and loaded only where the configuration has it (OPT, Phi, GPT-NeoX; Llama with `mlp_bias`).
+
+        Args:
+            model: the model that the cut was made for.
+        """
+        narrow = narrowed(model, self.keep)
+        if self.merged is not None:
+            for target, source in zip(iter_ffns(narrow), self.merged, strict=True):
+                for name in ("gate", "up", "down", "gate_bias", "up_bias"):
+                    if (view := getattr(target, name)) is not None:
+                        view.copy_(getattr(source, name))
+        if self.biases is not None:
+            for linear, bias in zip(down_linears(narrow), self.biases, strict=True):
+                added = bias.to(linear.weight)
+                # A new parameter: the old one, where there is one, is shared with the dense model.
+                linear.bias = nn.Parameter(added if linear.bias is None else linear.bias + added, requires_grad=False)
+        return narrow
+
+
+def cut(
+    evidence: Evidence,
+    method: str | Method,
+    ratio: float,
+    *,
+    allocation: Allocation | Sequence[int] | None = None,
+    compensate: Compensation | None = None,
+    sequential: bool = True,
+    round_to: int = 8,
+    floor: int = 1,
+) -> Cut:
+    """Chooses, or merges, the FFN channels of every layer.
+
+    All cuts at one ratio leave equal total parameters, biases of a compensation not counted: see `allocation`.
+
+    Args:
+        evidence: the model and the text.
+        method: a name in `METHODS`, or a method of one's own.
+        ratio: share of the FFN channels of all layers removed, in [0, 1).
+        allocation: how widths are chosen, or the widths themselves (within the budget); default the method's own. For "global",
+            scores that are not comparable between layers are standardised in each layer first. "owl" reads text.
+        compensate: "mean_bias" adds what the removed channels write on average in the dense model; default the method's own.
+        sequential: measure each layer behind the cut ones, where the method is published so; False measures the dense model.
+        round_to: widths are multiples of this.
+        floor: channels that each layer keeps at least.
+
+    Raises:
+        ValueError: an unknown method or allocation, text that is missing, a ratio out of range, or widths that do not fit.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; it is one of {', '.join(METHODS)}")
+        method = METHODS[method]
+    budget = Budget.of(evidence.model, ratio, round_to=round_to, floor=floor)
+    scores = None if method.score is None else method.score(evidence)
+    widths = _widths(evidence, method, budget, method.allocation if allocation is None else allocation, scores)
+    if method.merge is not None:
+        keep = [torch.arange(d_ff) < width for d_ff, width in zip(budget.d_ff, widths, strict=True)]
+        return Cut(widths, keep, merged=method.merge(evidence, widths))
+    assert scores is not None
+    if sequential and method.layer_score is not None:
+        keep = _sequential(evidence, method, widths)
+    else:
+        keep = [top_channels(row, width) for row, width in zip(scores, widths, strict=True)]
+    biases = None
+    if (method.compensate if compensate is None else compensate) == "mean_bias":
+        parts = zip(evidence.ffns, evidence.moments, keep, strict=True)
+        biases = [mean_bias(ffn, moments, mask) for ffn, moments, mask in parts]
+    return Cut(widths, keep, biases=biases)
+
+
+def pruned_model(evidence: Evidence, method: str | Method, ratio: float, **options: Any) -> PreTrainedModel:
+    """The narrow model of `cut` with the same arguments, for evaluation in memory; see `Cut.applied`."""
+    return cut(evidence, method, ratio, **options).applied(evidence.model)
+
+
+def _widths(
+    evidence: Evidence,
+    method: Method,
+    budget: Budget,
+    allocation: Allocation | Sequence[int],
+    scores: list[Float[Tensor, " _"]] | None,
+) -> list[int]:
+    if not isinstance(allocation, str):
+        widths = list(allocation)
+        if len(widths) != len(budget.d_ff) or budget.cost(widths) > budget.parameters:
+            raise ValueError(f"widths {widths} do not fit {len(budget.d_ff)} layers and {budget.parameters} FFN parameters")
+        return widths
+    if allocation == "uniform":
+        return uniform(budget)
+    if allocation == "protected":
+        return protected(budget, *method.protects)
+    if allocation == "owl":
+        layers = ([(linear.weight.detach(), norm) for linear, norm in layer] for layer in evidence.input_norms)
+        return owl(budget, [outlier_share(*zip(*layer, strict=True)) for layer in layers])
+    if allocation != "global":
+        raise ValueError(f"an allocation is uniform, global, protected, owl or a list of widths, got {allocation!r}")
+    if scores is None:
+        raise ValueError(f"{method.name} has no scores to sort; use another allocation than 'global'")
+    return global_sort(budget, scores if method.comparable else [standardised(row.float()) for row in scores])
+
+
+def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> list[Bool[Tensor, " _"]]:
+    """Each layer is scored behind the layers in front of it as they are after their cut."""
+    assert method.layer_score is not None
+    downs, keep = down_linears(evidence.model), []
+    with ExitStack() as hooks:
+        walk = LayerWalk(evidence.model, evidence.ids, changing=True)
+        for index in walk:
+            scores = method.layer_score(evidence.ffns[index], walk.moments(index))
+            keep.append(top_channels(scores, widths[index]))
+            hooks.enter_context(downs[index].register_forward_pre_hook(_zeroing(~keep[-1])))
+    return keep
+
+
+def _zeroing(dropped: Bool[Tensor, " _"]) -> Any:
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].masked_fill(dropped, 0), *inputs[1:])
+
+    return hook

@@ -1,0 +1,115 @@
+"""What pruning methods look at, computed once for all of them: weights, moments, norms of inputs, Taylor sums."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunenet.calibration import Blocks
+from prunenet.layers import FFN, check_tokens, decoder_layers, iter_ffns
+from prunenet.moments import Moments, ffn_moments
+from prunenet.policies.methods.gradients import TaylorSums, draw_windows, taylor_sums
+
+_BATCH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelNorms:
+    """Euclidean norms of each channel's slices, float32.
+
+    Attributes:
+        gate: (d_ff,) of the gate rows; of the only input matrix (`up`) where the FFN has no gate.
+        up: (d_ff,) of the up rows.
+        down: (d_ff,) of the down columns.
+        gated: whether `gate` is a matrix of its own.
+    """
+
+    gate: Float32[Tensor, " d_ff"]
+    up: Float32[Tensor, " d_ff"]
+    down: Float32[Tensor, " d_ff"]
+    gated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """A dense model, the text that a method may read, and everything measured on them so far.
+
+    What is measured is kept: moments take d_ff^2 float32 a layer (283 MB for SmolLM2-135M), the rest is small. The model must
+    not change while its evidence is in use; measuring leaves it as it was.
+
+    Attributes:
+        model: a causal LM in eval mode.
+        blocks: text to measure on; None for methods that read the weights alone.
+        seed: of every random draw.
+    """
+
+    model: PreTrainedModel
+    blocks: Blocks | None = None
+    seed: int = 0
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator at the seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+    @property
+    def ids(self) -> Int[Tensor, "n tokens"]:
+        """The text's token ids.
+
+        Raises:
+            ValueError: there is no text.
+        """
+        if self.blocks is None:
+            raise ValueError(
+                "this method measures activations and needs text, got blocks=None; give self_blocks or data_blocks"
+            )
+        return self.blocks.ids
+
+    @cached_property
+    def ffns(self) -> list[FFN]:
+        """Of each layer, as views."""
+        return list(iter_ffns(self.model))
+
+    @cached_property
+    def norms(self) -> list[ChannelNorms]:
+        """Of each layer."""
+        found = []
+        for ffn in self.ffns:
+            up = ffn.up.float().norm(dim=1)
+            gate = up if ffn.gate is None else ffn.gate.float().norm(dim=1)
+            found.append(ChannelNorms(gate, up, ffn.down.float().norm(dim=0), ffn.gate is not None))
+        return found
+
+    @cached_property
+    def moments(self) -> list[Moments]:
+        """Of each layer of the dense model, over all blocks."""
+        return list(ffn_moments(self.model, self.ids, batch=_BATCH))
+
+    @cached_property
+    def taylor(self) -> list[TaylorSums]:
+        """Of each layer, from 10 sequences of 64 tokens drawn from the blocks (shorter where the blocks are)."""
+        return taylor_sums(self.model, draw_windows(self.ids, 10, 64, self.generator()))
+
+    @cached_property
+    def input_norms(self) -> list[list[tuple[nn.Linear, Float[Tensor, " d_in"]]]]:
+        """Each linear of each decoder layer with the norms of its inputs over all tokens: (d_in,), float32."""
+        check_tokens(self.model, self.ids)
+        linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in decoder_layers(self.model)]
+        squares = {linear: torch.zeros_like(linear.weight[0], dtype=torch.float32) for layer in linears for linear in layer}
+
+        def add(linear: nn.Module, inputs: tuple[Any, ...]) -> None:
+            assert isinstance(linear, nn.Linear)
+            squares[linear] += inputs[0].flatten(0, -2).float().square().sum(0)
+
+        with ExitStack() as hooks, torch.no_grad():
+            for linear in squares:
+                hooks.enter_context(linear.register_forward_pre_hook(add))
+            for part in torch.split(self.ids.to(self.model.device), _BATCH):
+                self.model(input_ids=part, use_cache=False)
+        return [[(linear, squares[linear].sqrt()) for linear in layer] for layer in linears]

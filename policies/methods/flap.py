@@ -1,0 +1,44 @@
+"""FLAP: fluctuation-based adaptive structured pruning.
+
+Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024, arXiv 2312.11983,
+sections 4.1 to 4.3; METHODS.md section 6. Statistics of the dense model in one pass, one global sort, mean-bias compensation.
+
+What differs:
+- FFN channels only, so no weighing of heads against channels;
+- every layer keeps at least one rounding step of channels, and widths are rounded (see `allocation`);
+- text is the caller's; the authors use 1024 sequences of 128 tokens of WikiText-2's training split.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prunenet.layers import FFN
+from prunenet.moments import Moments
+from prunenet.policies.methods.evidence import Evidence
+
+
+def fluctuation(ffn: FFN, moments: Moments) -> Float[Tensor, " d_ff"]:
+    """Var_t(X_j) |W_:,j|^2: variance over tokens of channel j of the down matrix' input, times the squared column norm."""
+    variance = (moments.second.diagonal() - moments.mean.square()).clamp_min(0)
+    return variance * ffn.down.float().square().sum(0)
+
+
+def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
+    """Fluctuations, standardised within each layer, so that one sort ranks the channels of all layers."""
+    return [standardised(fluctuation(ffn, m)) for ffn, m in zip(evidence.ffns, evidence.moments, strict=True)]
+
+
+def standardised(scores: Float[Tensor, " d_ff"]) -> Float[Tensor, " d_ff"]:
+    """(s - mean) / standard deviation (with d_ff - 1); zeros where all are equal."""
+    deviation = scores.std() if len(scores) > 1 else scores.new_zeros(())
+    centred = scores - scores.mean()
+    return torch.where(deviation > 0, centred / deviation, 0.0)
+
+
+def mean_bias(ffn: FFN, moments: Moments, keep: Bool[Tensor, " d_ff"]) -> Float[Tensor, " d_model"]:
+    """W_R mu_R: what the removed channels R write on average."""
+    removed = ~keep.to(ffn.down.device)
+    return ffn.down.float()[:, removed] @ moments.mean[removed]

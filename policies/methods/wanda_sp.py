@@ -1,0 +1,27 @@
+"""Wanda-sp: the structured form of Wanda.
+
+Sources: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), ICLR 2024, arXiv 2306.11695;
+its structured form in An et al. (FLAP), AAAI 2024, arXiv 2312.11983, section 5.1; METHODS.md section 6.
+
+What differs: FFN channels only.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from prunenet.layers import FFN
+from prunenet.moments import Moments
+from prunenet.policies.methods.evidence import Evidence
+
+
+def layer_score(ffn: FFN, moments: Moments) -> Float[Tensor, " d_ff"]:
+    """mean_i |W_ij| * |X_j|_2: W the down matrix, X_j the activations of channel j over all tokens."""
+    norm = (moments.second.diagonal() * moments.tokens).sqrt()
+    return ffn.down.float().abs().mean(0) * norm
+
+
+def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
+    """Of each layer of the dense model, in one pass. As published, each layer is measured behind the cut ones: see `cut`."""
+    return [layer_score(ffn, moments) for ffn, moments in zip(evidence.ffns, evidence.moments, strict=True)]

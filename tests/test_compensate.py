@@ -1,0 +1,126 @@
+"""Cutting a model by its activations: channels, refit, sequential refit."""
+
+import pytest
+import torch
+from families import tiny_model
+
+from prunenet.compensate import Cut, cut_layers, held_back, refit_sequentially
+from prunenet.divergence import divergence
+from prunenet.layers import down_linears, ffn_widths
+from prunenet.masks import width_at
+from prunenet.moments import ffn_moments
+from prunenet.refit import lost
+
+
+def model_and_blocks(family="llama"):
+    return tiny_model(family), torch.randint(3, 60, (30, 24), generator=torch.Generator().manual_seed(7))
+
+
+def uniform(model, ratio=0.5):
+    return [width_at(width, ratio) for width in ffn_widths(model)]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "phi3", "gemma2"])
+def test_the_narrow_model_is_the_one_that_was_judged(family):
+    model, blocks = model_and_blocks(family)
+    (cut,) = cut_layers(model, blocks, [uniform(model)])
+    narrow = cut.model(model)
+    assert ffn_widths(narrow) == uniform(model)
+    with torch.no_grad():
+        dense, pruned = (m(input_ids=blocks[:4]).logits.log_softmax(-1) for m in (model, narrow))
+    direct = float((dense.exp() * (dense - pruned)).sum(-1).mean())
+    assert divergence(model, cut.down, blocks[:4]) == pytest.approx(direct, rel=1e-3, abs=1e-6)
+
+
+def test_refit_lowers_what_each_layer_loses():
+    model, blocks = model_and_blocks()
+    fit, _ = held_back(blocks)
+    plain, refitted = (cut_layers(model, blocks, [uniform(model)], refit=refit)[0] for refit in (False, True))
+    assert plain.downs is None
+    for index, moments in enumerate(ffn_moments(model, fit)):
+        weight = down_linears(model)[index].weight.detach()
+        assert torch.equal(plain.keep[index], refitted.keep[index])
+        before = lost(weight, moments.second, plain.keep[index])
+        assert lost(weight, moments.second, plain.keep[index], refitted.downs[index]) < before
+
+
+def test_several_ways_in_one_walk_are_what_each_is_alone():
+    model, blocks = model_and_blocks()
+    ways = [uniform(model, 0.3), uniform(model, 0.6)]
+    together = cut_layers(model, blocks, ways)
+    for way, cut in zip(ways, together, strict=True):
+        (alone,) = cut_layers(model, blocks, [way])
+        assert all(torch.equal(a, b) for a, b in zip(cut.keep, alone.keep, strict=True))
+
+
+def test_given_scores_choose_the_channels():
+    model, blocks = model_and_blocks()
+    scores = [torch.arange(width, dtype=torch.float32) for width in ffn_widths(model)]
+    (cut,) = cut_layers(model, blocks, [uniform(model)], scores=scores)
+    for keep, width in zip(cut.keep, uniform(model), strict=True):
+        assert bool(keep[-width:].all())
+        assert int(keep.sum()) == width
+
+
+def test_nothing_removed_is_nothing_changed():
+    model, blocks = model_and_blocks()
+    (cut,) = cut_layers(model, blocks, [ffn_widths(model)])
+    assert divergence(model, cut.down, blocks[:4]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dense_targets", [False, True])
+def test_sequential_refit_keeps_the_channels_and_leaves_the_dense_model_alone(dense_targets):
+    model, blocks = model_and_blocks()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (cut,) = cut_layers(model, blocks, [uniform(model)])
+    again = refit_sequentially(model, cut, blocks, dense_targets=dense_targets)
+    assert all(torch.equal(a, b) for a, b in zip(cut.keep, again.keep, strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    # The first layer stands behind nothing that was cut.
+    torch.testing.assert_close(again.downs[0], cut.downs[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(again.downs[1], cut.downs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_with_dense_targets_layers_come_nearer_to_what_the_dense_ones_write():
+    model, blocks = model_and_blocks()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(20)  # so that errors of early layers reach later ones
+    (cut,) = cut_layers(model, blocks, [uniform(model)])
+    sequential = refit_sequentially(model, cut, blocks, dense_targets=True)
+
+    def error(candidate):
+        written = []
+        narrow = candidate.model(model)
+        for network in (model, narrow):
+            seen = []
+            hook = down_linears(network)[-1].register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+            with torch.no_grad():
+                network(input_ids=blocks[:24])
+            hook.remove()
+            written.append(seen[0])
+        return float((written[0] - written[1]).square().mean())
+
+    assert error(sequential) < error(cut)
+
+
+def test_one_block_is_too_few_to_refit_on():
+    model, blocks = model_and_blocks()
+    with pytest.raises(ValueError, match="2 blocks or more, got 1"):
+        cut_layers(model, blocks[:1], [uniform(model)])
+
+
+def test_damaged_activations_are_an_error():
+    model, blocks = model_and_blocks()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="activations of layer 1 are not finite"):
+        cut_layers(model, blocks, [uniform(model)])
+
+
+def test_a_cut_without_refit_zeroes_columns_alone():
+    dense = torch.randn(4, 6)
+    keep = torch.tensor([True, False, True, True, False, True])
+    down = Cut([keep], None).down(0, dense)
+    assert torch.equal(down[:, keep], dense[:, keep])
+    assert not bool(down[:, ~keep].any())

@@ -1,0 +1,299 @@
+"""Refit is least squares, elimination is refit one channel at a time: both against brute force, solvers and closed forms."""
+
+import pytest
+import torch
+
+from prunenet.eliminate import eliminate, score_order
+from prunenet.masks import top_channels
+from prunenet.moments import Moments, Target
+from prunenet.refit import choose_damping, choose_shrinkage, lost, mean_bias, ridge, ridge_with_bias, shrink
+
+D_MODEL, D_FF, TOKENS = 7, 20, 300
+
+
+def draws(seed: int = 0, tokens: int = TOKENS) -> torch.Tensor:
+    """Correlated activations of unequal size whose mean is not zero: (tokens, D_FF), float64."""
+    mixing = torch.randn(D_FF, D_FF, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    noise = torch.randn(tokens, D_FF, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise @ mixing * torch.linspace(0.1, 2, D_FF) + torch.linspace(-1, 3, D_FF)
+
+
+def moments_of(h: torch.Tensor) -> Moments:
+    return Moments(h.T @ h / len(h), h.mean(0), len(h))
+
+
+def target_of(t: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> Target:
+    return Target(t.T @ h / len(h), t.mean(0), float((t @ weight.T).square().sum() / len(h)))
+
+
+def down(seed: int = 0) -> torch.Tensor:
+    return torch.randn(D_MODEL, D_FF, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def some_keep(width: int = 12, seed: int = 0) -> torch.Tensor:
+    return top_channels(torch.rand(D_FF, generator=torch.Generator().manual_seed(seed)), width)
+
+
+def brute_lost(weight, h, keep, refitted, bias=0.0, t=None) -> float:
+    """The share of output energy lost, token by token."""
+    wanted = (h if t is None else t) @ weight.T
+    return float((wanted - h[:, keep] @ refitted.T - bias).square().sum() / wanted.square().sum())
+
+
+def test_a_refit_worked_out_by_hand():
+    # Channel 1 is half of channel 0 plus noise of variance 3/4: H = [[1, 1/2], [1/2, 1]]. Without it, channel 0 takes over.
+    weight, second = torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    keep = torch.tensor([True, False])
+    torch.testing.assert_close(ridge(weight, second, keep, damping=0.0), torch.tensor([[4.0]]))
+    torch.testing.assert_close(ridge(weight, second, keep, damping=1.0), torch.tensor([[3.0]]))  # 2 + 4 * 0.5 / (1 + 1)
+    # tr(W H W^T) = 4 + 16 + 2 * 8 / 2 = 28; lost 16 * 3/4 = 12 after the refit, 16 * 1 before.
+    assert lost(weight, second, keep, torch.tensor([[4.0]])) == pytest.approx(12 / 28)
+    assert lost(weight, second, keep) == pytest.approx(16 / 28)
+    # Dropping channel 0 instead would lose 4 * 3/4 = 3: greedy begins there.
+    path = eliminate(weight, second, damping=0.0)
+    assert path.order.tolist() == [0]
+    assert path.loss.tolist() == pytest.approx([3 / 28])
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_the_refit_is_ridge_regression_on_the_tokens_themselves(damping):
+    h, weight, keep = draws(), down(), some_keep()
+    lam = damping * h.square().mean()
+    # min |W h - W' h_K|^2 / n + lam |W' - W_K|^2 as an ordinary least-squares problem with extra rows.
+    rows = torch.cat([h[:, keep] / TOKENS**0.5, lam.sqrt() * torch.eye(12, dtype=h.dtype)])
+    wanted = torch.cat([h @ weight.T / TOKENS**0.5, lam.sqrt() * weight[:, keep].T])
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    torch.testing.assert_close(ridge(weight, moments_of(h).second, keep, damping=damping), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_gradient_of_the_objective_is_zero_at_the_solution():
+    h, weight, keep = draws(), down(), some_keep()
+    moments = moments_of(h)
+    refitted, bias = (tensor.requires_grad_() for tensor in ridge_with_bias(weight, moments, keep, damping=0.2))
+    lam = 0.2 * (moments.second.diagonal() - moments.mean.square()).mean()
+    error = (h @ weight.T - h[:, keep] @ refitted.T - bias).square().sum() / len(h)
+    (error + lam * (refitted - weight[:, keep]).square().sum()).backward()
+    assert float(refitted.grad.abs().max()) < 1e-9
+    assert float(bias.grad.abs().max()) < 1e-9
+
+
+def test_the_energy_lost_is_what_the_tokens_say():
+    h, t, weight, keep = draws(), draws(1), down(), some_keep()
+    moments, target = moments_of(h), target_of(t, h, weight)
+    refitted, bias = down(3)[:, :12], down(4)[:, 0]
+    given = {"bias": bias, "mean": moments.mean}
+    assert lost(weight, moments.second, keep, refitted) == pytest.approx(brute_lost(weight, h, keep, refitted))
+    assert lost(weight, moments.second, keep) == pytest.approx(brute_lost(weight, h, keep, weight[:, keep]))
+    assert lost(weight, moments.second, keep, refitted, **given) == pytest.approx(brute_lost(weight, h, keep, refitted, bias))
+    for b, arguments in ((0.0, {}), (bias, given)):
+        expected = brute_lost(weight, h, keep, refitted, b, t)
+        assert lost(weight, moments.second, keep, refitted, target=target, **arguments) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="give mean="):
+        lost(weight, moments.second, keep, bias=bias)
+    assert lost(torch.zeros(D_MODEL, D_FF), moments.second, keep) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_refit_never_loses_more_and_a_bias_helps(seed):
+    h, weight, keep = draws(seed), down(seed), some_keep(seed=seed)
+    moments = moments_of(h)
+    bare = lost(weight, moments.second, keep)
+    plain = lost(weight, moments.second, keep, ridge(weight, moments.second, keep, damping=0.0))
+    refitted, bias = ridge_with_bias(weight, moments, keep, damping=0.0)
+    both = lost(weight, moments.second, keep, refitted, bias=bias, mean=moments.mean)
+    flap = lost(weight, moments.second, keep, bias=mean_bias(weight, moments.mean, keep), mean=moments.mean)
+    assert both < plain < bare
+    assert both < flap < bare
+    for damping in (1e-3, 0.1, 10.0):
+        assert plain <= lost(weight, moments.second, keep, ridge(weight, moments.second, keep, damping=damping)) <= bare
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_with_a_bias_the_mean_output_is_exact(damping):
+    h, t, weight, keep = draws(), draws(1), down(), some_keep()
+    moments = moments_of(h)
+    refitted, bias = ridge_with_bias(weight, moments, keep, damping=damping)
+    torch.testing.assert_close(h[:, keep].mean(0) @ refitted.T + bias, h.mean(0) @ weight.T)
+    refitted, bias = ridge_with_bias(weight, moments, keep, damping=damping, target=target_of(t, h, weight))
+    torch.testing.assert_close(h[:, keep].mean(0) @ refitted.T + bias, t.mean(0) @ weight.T)
+    bias = mean_bias(weight, moments.mean, keep)
+    torch.testing.assert_close(h[:, keep].mean(0) @ weight[:, keep].T + bias, h.mean(0) @ weight.T)
+
+
+def test_the_layer_s_own_activations_as_target_change_nothing():
+    h, weight, keep = draws(), down(), some_keep()
+    moments = moments_of(h)
+    assert torch.equal(ridge(weight, moments.second, keep, cross=moments.second), ridge(weight, moments.second, keep))
+    for mine, theirs in zip(
+        ridge_with_bias(weight, moments, keep),
+        ridge_with_bias(weight, moments, keep, target=target_of(h, h, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_refit_towards_the_dense_layer_is_least_squares_on_its_output():
+    h, weight, keep = draws(), down(), some_keep()
+    t = h + 0.3 * draws(1)
+    second, target = moments_of(h).second, target_of(t, h, weight)
+    refitted = ridge(weight, second, keep, damping=0.0, cross=target.cross)
+    torch.testing.assert_close(refitted, torch.linalg.lstsq(h[:, keep], t @ weight.T).solution.T, rtol=1e-8, atol=1e-8)
+    refitted_too, bias = ridge_with_bias(weight, moments_of(h), keep, damping=0.0, target=target)
+    with_one = torch.linalg.lstsq(torch.cat([h[:, keep], torch.ones_like(h[:, :1])], 1), t @ weight.T).solution.T
+    torch.testing.assert_close(torch.cat([refitted_too, bias[:, None]], 1), with_one, rtol=1e-8, atol=1e-8)
+    blind = ridge(weight, second, keep, damping=0.0)
+    assert lost(weight, second, keep, refitted, target=target) < lost(weight, second, keep, blind, target=target)
+    whole = torch.ones(D_FF, dtype=torch.bool)
+    assert torch.equal(ridge(weight, second, whole), weight)
+    assert not torch.allclose(ridge(weight, second, whole, cross=target.cross), weight)
+
+
+def test_endless_damping_or_full_shrinkage_is_no_refit():
+    h, weight, keep = draws(), down(), some_keep()
+    second = moments_of(h).second
+    torch.testing.assert_close(ridge(weight, second, keep, damping=1e12), weight[:, keep], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ridge(weight, shrink(second, 1.0), keep, damping=0.1), weight[:, keep])
+    torch.testing.assert_close(shrink(second, 0.25).diagonal(), second.diagonal())
+    torch.testing.assert_close(shrink(second, 0.25)[0, 1], 0.75 * second[0, 1])
+    with pytest.raises(ValueError, match=r"shrinkage must be in \[0, 1\], got 2"):
+        shrink(second, 2.0)
+
+
+def test_damping_and_shrinkage_are_the_best_on_held_back_moments():
+    weight, keep = down(), some_keep(10)
+    few, many = draws(5, tokens=16), draws(6, tokens=4000)
+    fit, held, candidates = moments_of(few), moments_of(many), (1e-4, 1e-2, 1e-1, 1.0, 100.0)
+    losses = {c: brute_lost(weight, many, keep, ridge(weight, fit.second, keep, damping=c)) for c in candidates}
+    best = min(candidates, key=losses.__getitem__)
+    assert choose_damping(weight, fit, held, keep, candidates) == best
+    assert best not in (1e-4, 100.0)  # or the test could not fail
+    assert choose_damping(weight, fit, fit, keep, candidates) == 1e-4
+    amounts = (0.0, 0.1, 0.5, 1.0)
+    losses = {a: brute_lost(weight, many, keep, ridge(weight, shrink(fit.second, a), keep, damping=1e-4)) for a in amounts}
+    assert choose_shrinkage(weight, fit, held, keep, amounts, damping=1e-4) == min(amounts, key=losses.__getitem__) != 0
+    targets = (target_of(3 * few, few, weight), target_of(3 * many, many, weight))
+    refits = {c: ridge(weight, fit.second, keep, damping=c, cross=targets[0].cross) for c in candidates}
+    losses = {c: brute_lost(weight, many, keep, refits[c], t=3 * many) for c in candidates}
+    assert choose_damping(weight, fit, held, keep, candidates, targets=targets) == min(candidates, key=losses.__getitem__)
+    with pytest.raises(ValueError, match="at least one candidate"):
+        choose_damping(weight, fit, held, keep, ())
+
+
+def test_results_come_in_the_weight_s_dtype():
+    moments, weight, keep = moments_of(draws()), down().bfloat16(), some_keep()
+    fitted = Moments(moments.second.float(), moments.mean.float(), moments.tokens)
+    refitted, bias = ridge_with_bias(weight, fitted, keep)
+    assert {
+        refitted.dtype,
+        bias.dtype,
+        ridge(weight, fitted.second, keep).dtype,
+        mean_bias(weight, fitted.mean, keep).dtype,
+    } == {torch.bfloat16}
+    exact = ridge(weight.double(), moments.second, keep)
+    torch.testing.assert_close(ridge(weight, fitted.second, keep).double(), exact, rtol=1e-2, atol=1e-2)
+    assert eliminate(weight, fitted.second).loss.dtype == torch.float64
+
+
+def test_moments_that_cannot_be_solved_are_refused():
+    weight, keep = down(), torch.ones(D_FF, dtype=torch.bool)
+    flat = moments_of(draws(tokens=5)).second  # rank 5 of 20
+    singular = torch.zeros(D_FF, D_FF, dtype=torch.float64)
+    for second in (singular, flat * torch.nan):
+        with pytest.raises(ValueError, match="not positive definite; raise it, or measure more tokens"):
+            ridge(weight, second, keep, damping=0.0)
+        with pytest.raises(ValueError, match="not positive definite; raise it, or measure more tokens"):
+            eliminate(weight, second, damping=0.0)
+    assert torch.isfinite(ridge(weight, flat, some_keep(), damping=1e-3)).all()
+    with pytest.raises(ValueError, match="damping must be 0 or more, got -1"):
+        ridge(weight, flat, keep, damping=-1.0)
+    with pytest.raises(ValueError, match="keeps none"):
+        ridge(weight, flat, ~keep)
+    with pytest.raises(ValueError, match="keeps none"):
+        mean_bias(weight, flat[0], ~keep)
+
+
+def naive(weight: torch.Tensor, second: torch.Tensor, damping: float, least: int) -> tuple[list[int], list[torch.Tensor]]:
+    """Optimal Brain Surgeon as it stands in the papers: W and H^-1 updated in full after each drop."""
+    w = weight.clone()
+    inverse = torch.linalg.inv(second + damping * second.diagonal().mean() * torch.eye(D_FF, dtype=second.dtype))
+    order: list[int] = []
+    states = []
+    for _ in range(D_FF - least):
+        cost = w.square().sum(0) / inverse.diagonal().abs().clamp_min(1e-30)
+        cost[order] = torch.inf
+        j = int(cost.argmin())
+        w = w - torch.outer(w[:, j], inverse[j]) / inverse[j, j]
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        order.append(j)
+        states.append(w.clone())
+    return order, states
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 64])
+@pytest.mark.parametrize("damping", [0.0, 1e-2, 0.5])
+def test_elimination_is_optimal_brain_surgeon_and_each_step_is_a_ridge_refit(damping, block):
+    h, weight = draws(), down()
+    second = moments_of(h).second
+    order, states = naive(weight, second, damping, least=2)
+    path = eliminate(weight, second, damping=damping, least=2, block=block)
+    assert path.order.tolist() == order
+    for step, (share, state) in enumerate(zip(path.loss.tolist(), states, strict=True)):
+        keep = torch.ones(D_FF, dtype=torch.bool)
+        keep[order[: step + 1]] = False
+        refitted = ridge(weight, second, keep, damping=damping)
+        torch.testing.assert_close(state[:, keep], refitted, rtol=1e-8, atol=1e-8)
+        assert share == pytest.approx(brute_lost(weight, h, keep, refitted), rel=1e-8)
+        assert share == pytest.approx(lost(weight, second, keep, refitted), rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_drop_is_the_best_of_all_single_drops(seed):
+    h, weight = draws(seed), down(seed)
+    second = moments_of(h).second
+    losses = []
+    for j in range(D_FF):
+        keep = torch.arange(D_FF) != j
+        best = torch.linalg.lstsq(h[:, keep], h @ weight.T).solution.T
+        losses.append(brute_lost(weight, h, keep, best))
+    path = eliminate(weight, second, damping=0.0, least=D_FF - 1)
+    assert path.order.tolist() == [losses.index(min(losses))]
+    assert path.loss.tolist() == pytest.approx([min(losses)], rel=1e-8)
+
+
+def test_masks_of_an_elimination_nest_and_follow_its_order():
+    weight, second = down(), moments_of(draws()).second
+    path = eliminate(weight, second, least=5)
+    scores = score_order(path, D_FF)
+    wider = torch.ones(D_FF, dtype=torch.bool)
+    for width in range(D_FF, 0, -1):
+        keep = top_channels(scores, width)
+        assert not (keep & ~wider).any()
+        if width >= 5:
+            assert set((~keep).nonzero().flatten().tolist()) == set(path.order[: D_FF - width].tolist())
+        wider = keep
+    assert (path.loss.diff() > 0).all()
+
+
+def test_channels_that_do_nothing_go_first_and_cost_nothing():
+    h, weight = draws(), down()
+    h[:, 4] = 0
+    weight[:, 11] = 0
+    path = eliminate(weight, moments_of(h).second, damping=1e-6)
+    # A channel that is never active loses nothing, but its damped cost is not quite zero; the other's is.
+    assert path.order[0] == 11
+    assert set(path.order[:2].tolist()) == {4, 11}
+    assert path.loss[:2].tolist() == pytest.approx([0, 0], abs=1e-12)
+    nothing = eliminate(torch.zeros_like(weight), moments_of(h).second, least=3)
+    assert nothing.loss.tolist() == [0.0] * 17
+    assert nothing.order.tolist() == list(range(17))  # of equals, the lower number first
+
+
+def test_elimination_stops_where_it_is_told():
+    weight, second = down(), moments_of(draws()).second
+    empty = eliminate(weight, second, least=D_FF)
+    assert len(empty.order) == len(empty.loss) == 0
+    assert score_order(empty, D_FF).tolist() == [0.0] * D_FF
+    assert len(eliminate(weight, second).order) == D_FF - 1
+    for least, block in ((0, 8), (21, 8), (1, 0)):
+        with pytest.raises(ValueError, match=f"got {least}, {block}"):
+            eliminate(weight, second, least=least, block=block)
