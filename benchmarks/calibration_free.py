@@ -86,7 +86,13 @@ class Workshop:
         """Elimination (or the policy's channels) on blocks, at uniform widths or the policy's; all ratios from one walk."""
 
         def make(ratio: float) -> PreTrainedModel:
-            key = (blocks().source["text"], blocks().source["seed"], channels, refit == "off", None if policy is None else policy.sha256)
+            key = (
+                blocks().source["text"],
+                blocks().source["seed"],
+                channels,
+                refit == "off",
+                None if policy is None else policy.sha256,
+            )
             if key not in self._cuts:
                 ways = [self._widths(policy, r) for r in self.ratios]
                 scores = policy.scores(self.model) if policy is not None and channels == "policy" else None
@@ -128,8 +134,16 @@ def rows(shop: Workshop) -> Iterator[Row]:
     yield Row("ablation", "elimination, uniform, no refit", "self", 0, shop.measured(shop.written, None, refit="off"))
     if shop.policies:
         first = shop.policies[0]
-        yield Row("ablation", "elimination, learned widths, no refit", "self", 0, shop.measured(shop.written, first, refit="off"))
-        yield Row("ablation", "policy's channels + refit, learned widths", "self", 0, shop.measured(shop.written, first, channels="policy"))
+        yield Row(
+            "ablation", "elimination, learned widths, no refit", "self", 0, shop.measured(shop.written, first, refit="off")
+        )
+        yield Row(
+            "ablation",
+            "policy's channels + refit, learned widths",
+            "self",
+            0,
+            shop.measured(shop.written, first, channels="policy"),
+        )
         make = shop.measured(shop.written, first, refit="sequential")
         yield Row("ablation", "elimination + sequential refit, learned widths", "self", 0, make)
     for seed, policy in enumerate(shop.policies):
@@ -175,7 +189,11 @@ def cell(shop: Workshop, row: Row, ratio: float, arguments: argparse.Namespace) 
     line: dict[str, Any] = {"model": Path(arguments.model).name, **place, "parameters": count_parameters(narrow)[0]}
     for name, (text, window) in TESTS.items():
         path = text if text == "builtin" else str(arguments.data / text)
-        most = None if name == "wikitext2" and not arguments.windows else min(arguments.windows or 6, 6 if window == 512 else 10**9)
+        most = (
+            None
+            if name == "wikitext2" and not arguments.windows
+            else min(arguments.windows or 6, 6 if window == 512 else 10**9)
+        )
         scored = perplexity(narrow, shop.tokenizer, load_text(path, TestText), window=window, max_windows=most)
         line |= {f"perplexity_{name}": scored.value, f"tokens_{name}": scored.tokens}
     line |= {"seconds_pruning": pruned - start, "seconds": time.perf_counter() - start, "prunenet": __version__}

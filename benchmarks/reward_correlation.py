@@ -24,7 +24,7 @@ from torch import Tensor
 from prunenet.calibration import self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
-from prunenet.envs.rewards import ReconstructionReward, SpectralReward
+from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.evaluate import perplexity
 from prunenet.layers import down_linears, ffn_widths, iter_ffns
 from prunenet.masks import top_channels, width_at, widths_for_budget
@@ -66,7 +66,9 @@ class Masks:
             rows.append((score - score.mean()) / score.std() + noise * blur)
         widths = [width_at(d_ff, self.ratio) for d_ff in self.d_ff]
         if number % 2:
-            widths = widths_for_budget(self.d_ff, torch.randn(len(self.d_ff), generator=generator).mul(0.7).tolist(), self.ratio)
+            widths = widths_for_budget(
+                self.d_ff, torch.randn(len(self.d_ff), generator=generator).mul(0.7).tolist(), self.ratio
+            )
         kind = f"{name}, noise {noise:g}, {'random' if number % 2 else 'uniform'} widths"
         return kind, [top_channels(row, width) for row, width in zip(rows, widths, strict=True)]
 
@@ -78,28 +80,31 @@ def study(arguments: argparse.Namespace) -> None:
     masks = Masks(model, Policy.from_pretrained(arguments.policy), blocks, arguments.ratio)
     rewards = {
         "spectral, KS, gate (published)": SpectralReward(model, matrices=("gate",)),
-        "spectral, KS": SpectralReward(model),
-        "spectral, Wasserstein": SpectralReward(model, distance="wasserstein"),
-        "spectral, energy": SpectralReward(model, distance="energy"),
+        "spectral, Wasserstein, gate": SpectralReward(model, matrices=("gate",), distance="wasserstein"),
+        "spectral, energy, all matrices": SpectralReward(model, distance="energy"),
         "reconstruction": ReconstructionReward(model, blocks),
         "divergence": DivergenceReward(model, blocks[:4, :128]),
     }
     done = {json.loads(line)["mask"] for line in arguments.out.open()} if arguments.out.exists() else set()
-    for number in range(arguments.masks):
-        if number in done:
-            continue
-        kind, keep = masks.draw(number)
-        paid: dict[str, float] = {}
-        for name, reward in rewards.items():
-            layers = [float(term) for i, mask in enumerate(keep) for term in reward.layer(i, mask[None]).values()]
-            sweep = [float(term) for term in reward.sweep([mask[None] for mask in keep]).values()]
-            paid[name] = sum(layers) / len(keep) + sum(sweep)
-        with masking(model, keep):
-            value = perplexity(model, tokenizer, text, window=512, max_windows=2).value
-        line = {"mask": number, "kind": kind, "ratio": arguments.ratio, "perplexity": value, "rewards": paid}
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(number, kind, round(value, 1), flush=True)
+    left = [number for number in range(arguments.masks) if number not in done]
+    for numbers in (left[i : i + 8] for i in range(0, len(left), 8)):
+        kinds, drawn = zip(*(masks.draw(number) for number in numbers), strict=True)
+        keep = [torch.stack(layer) for layer in zip(*drawn, strict=True)]
+        paid = {name: _paid(reward, keep).tolist() for name, reward in rewards.items()}
+        for index, number in enumerate(numbers):
+            with masking(model, drawn[index]):
+                value = perplexity(model, tokenizer, text, window=768, max_windows=1).value
+            line = {"mask": number, "kind": kinds[index], "ratio": arguments.ratio, "perplexity": value}
+            line["rewards"] = {name: values[index] for name, values in paid.items()}
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(number, kinds[index], round(value, 1), flush=True)
+
+
+def _paid(reward: Reward, keep: list[Tensor]) -> Tensor:
+    """The layers' mean plus the sweep's, for each mask."""
+    layers = [term / len(keep) for i, masks in enumerate(keep) for term in reward.layer(i, masks).values()]
+    return torch.stack([*layers, *reward.sweep(keep).values()]).sum(0)
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -112,17 +117,16 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     correlations = summary(lines)
-    sheet, axes = pyplot.subplots(2, 3, figsize=(12, 7), sharey=True, constrained_layout=True)
+    sheet, axes = pyplot.subplots(1, 5, figsize=(18, 4.2), sharey=True, constrained_layout=True)
     colours = {"random": "tab:grey", "policy": "tab:red", "energy": "tab:blue"}
     for axis, (name, value) in zip(axes.flat, correlations.items(), strict=True):
         for line in lines:
             colour = colours.get(line["kind"].split(",")[0], "tab:green")
             axis.scatter(line["rewards"][name], line["perplexity"], s=9, color=colour, alpha=0.7)
-        axis.set(yscale="log", title=f"{name}: rank correlation {value:.2f}", xlabel="reward")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("perplexity (WikiText-2 validation)")
+        axis.set(yscale="log", title=f"{name}\nrank correlation {value:.2f}", xlabel="reward")
+    axes[0].set_ylabel("perplexity (WikiText-2 validation)")
     sheet.suptitle(
-        f"{len(lines)} masks at ratio {lines[0]['ratio']:g}. Grey: random; green: weight norms; blue: activation energy; red: policy"
+        f"{len(lines)} masks at ratio {lines[0]['ratio']:g}. Grey: random; green: norms; blue: activation energy; red: policy"
     )
     sheet.savefig(path, dpi=130)
 
@@ -133,7 +137,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--policy")
     parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--masks", type=int, default=220)
+    parser.add_argument("--masks", type=int, default=200)
     parser.add_argument("--figure", type=Path, help="draw what --out holds, measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

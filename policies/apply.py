@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,6 +58,7 @@ def prune(
     blocks: Blocks | None = None,
     channels: str | None = None,
     refit: str | None = None,
+    scores: Sequence[Float[Tensor, " _"]] | None = None,
     policy_name: str = "policy",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Pruned:
@@ -77,6 +78,7 @@ def prune(
             elimination where there are blocks.
         refit: "off", "layerwise" or "sequential" (behind the layers that are cut already) least squares of the down matrices
             on blocks. Default: layerwise where there are blocks.
+        scores: `policy.scores(model)`, where the caller has them already.
         policy_name: recorded in the provenance.
         progress: called with (what is going on, layers done, layers in all).
 
@@ -89,7 +91,10 @@ def prune(
     _check_policy(policy, widths, channels)
     ratio = resolve_ratio(model, ratio, params)
     ways = _ways(model, policy, ratio, widths, round_to)
-    scores = None if policy is None or channels == "elimination" else policy.scores(model)
+    if channels == "elimination":
+        scores = None
+    elif scores is None and policy is not None:
+        scores = policy.scores(model)
     if blocks is None:
         assert policy is not None
         assert scores is not None

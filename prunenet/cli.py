@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
 from prunenet import tables
+from prunenet.console import errors, one_sentence, show
 from prunenet.options import (
     Algorithm,
     CalibrationSource,
@@ -57,22 +55,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Turns a user's mistake, or a disk's refusal, into one sentence and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("PRUNENET_DEBUG"):
-            raise
-        errors.print(f"[red]error:[/red] {_escaped(_sentence(error))}")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -119,7 +101,7 @@ def train(
         facts |= {"reward_untrained": first, "reward": best}
         if where is not None:
             facts |= {"width_updates": where.updates, "predicted_gain_of_widths": trained.policy.config.gain}
-        _show(facts, as_json, lambda: tables.facts("policy", facts))
+        show(facts, as_json, lambda: tables.facts("policy", facts))
 
 
 @app.command()
@@ -172,7 +154,7 @@ def prune(
             )
         pruned.save_pretrained(out, tokenizer=_tokenizer(model))
         facts = tables.provenance_facts(pruned.provenance, out)
-        _show(facts, as_json, lambda: tables.facts("pruned model", facts))
+        show(facts, as_json, lambda: tables.facts("pruned model", facts))
 
 
 @app.command("eval")
@@ -207,7 +189,7 @@ def evaluate(
                 dtype=dtype,
                 progress=advance,
             )
-        _show({"models": rows}, as_json, lambda: tables.comparison(rows))
+        show({"models": rows}, as_json, lambda: tables.comparison(rows))
 
 
 @app.command()
@@ -225,7 +207,7 @@ def export(
             raise ValueError("export knows one way, zero-padding every layer to the widest: say --pad")
         export_padded(model, out)
         facts = tables.provenance_facts(load_provenance(out), out)
-        _show(facts, as_json, lambda: tables.facts("padded model", facts))
+        show(facts, as_json, lambda: tables.facts("padded model", facts))
 
 
 @app.command()
@@ -243,7 +225,7 @@ def report(
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{results} is not what 'prunenet eval --json' prints ({error}); make it anew") from None
         draw_report(rows, out)
-        _show({"figure": str(out)}, as_json, lambda: f"drew {out}")
+        show({"figure": str(out)}, as_json, lambda: f"drew {out}")
 
 
 @app.command()
@@ -257,11 +239,11 @@ def demo(
         from prunenet.demo import run_demo
 
         rows = run_demo(out, ratios, errors)
-        _show({"models": rows}, as_json, lambda: tables.comparison(rows))
+        show({"models": rows}, as_json, lambda: tables.comparison(rows))
         places = {"figure": out / "report.png", "policy": out / "policy"}
         places |= {f"checkpoint {row['ratio']:g}": row["folder"] for row in rows[1:]}
         for name, place in places.items():
-            errors.print(f"{name}: {_escaped(str(place))}")
+            errors.print(f"{name}: {escape(str(place))}")
 
 
 def main() -> None:
@@ -303,25 +285,5 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     try:
         return load_tokenizer(source)
     except CheckpointError as error:
-        errors.print(f"note: {_escaped(str(error))}; the pruned checkpoint gets none either")
+        errors.print(f"note: {escape(str(error))}; the pruned checkpoint gets none either")
         return None
-
-
-def _show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(facts) + "\n")
-    else:
-        # A pipe or a log has no width: take one that the widest table fits.
-        Console(width=None if sys.stdout.isatty() else 110).print(render())
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return str(error) or type(error).__name__
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

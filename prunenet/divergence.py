@@ -42,7 +42,7 @@ def divergences(model: PreTrainedModel, ways: Sequence[Downs], blocks: Int[Tenso
     found = {module: name for name, module in model.named_modules()}
     dense = {f"{found[linear]}.weight": linear.weight.detach() for linear in linears}
     total = torch.zeros(len(ways), device=model.device)
-    for part in blocks.to(model.device).split(_BLOCKS):
+    for part in torch.split(blocks.to(model.device), _BLOCKS):
         expected = model(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
         if not bool(torch.isfinite(expected).all()):
             raise ValueError(f"the model's logits are not finite: damaged weights, or {model.dtype} overflows")

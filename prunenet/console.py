@@ -1,0 +1,46 @@
+"""The terminal: results on standard output, progress and errors on standard error, a user's mistake in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns a user's mistake, or a disk's refusal, into one sentence and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("PRUNENET_DEBUG"):
+            raise
+        errors.print(f"[red]error:[/red] {escape(_sentence(error))}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        raise typer.Exit(130) from None
+
+
+def show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> None:
+    """One JSON object, or what `render` gives."""
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        # A pipe or a log has no width: take one that the widest table fits.
+        Console(width=None if sys.stdout.isatty() else 110).print(render())
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error) or type(error).__name__
