@@ -56,6 +56,7 @@ class Workshop:
         self.data, self.tokens = data, tokens
         self.policies = [Policy.from_pretrained(folder) for folder in policies]
         self._cuts: dict[Any, Any] = {}
+        self._evidence: dict[Any, Evidence] = {}
 
     def external(self, name: str, seed: int = 0) -> Blocks:
         text = load_text(str(self.data / CALIBRATION[name]), CalibrationText)
@@ -68,12 +69,12 @@ class Workshop:
         return self.model
 
     def baseline(self, name: str, blocks: Callable[[], Blocks] | None, seed: int, **options: Any) -> Make:
-        evidence: list[Evidence] = []
-
         def make(ratio: float) -> PreTrainedModel:
-            if not evidence:
-                evidence.append(Evidence(self.model, None if blocks is None else blocks(), seed))
-            return pruned_model(evidence[0], name, ratio, **options)
+            text = None if blocks is None else blocks()
+            key = (None if text is None else text.source["text"], seed)
+            if key not in self._evidence:
+                self._evidence[key] = Evidence(self.model, text, seed)
+            return pruned_model(self._evidence[key], name, ratio, **options)
 
         return make
 
@@ -94,7 +95,7 @@ class Workshop:
                 None if policy is None else policy.sha256,
             )
             if key not in self._cuts:
-                ways = [self._widths(policy, r) for r in self.ratios]
+                ways = [self._widths(policy, r, refit != "off") for r in self.ratios]
                 scores = policy.scores(self.model) if policy is not None and channels == "policy" else None
                 cuts = cut_layers(self.model, blocks().ids, ways, scores=scores, refit=refit != "off")
                 self._cuts[key] = dict(zip(self.ratios, cuts, strict=True))
@@ -107,10 +108,10 @@ class Workshop:
 
     ratios: tuple[float, ...] = ()
 
-    def _widths(self, policy: Policy | None, ratio: float) -> list[int]:
+    def _widths(self, policy: Policy | None, ratio: float, refitted: bool) -> list[int]:
         if policy is None:
             return [width_at(d_ff, ratio) for d_ff in ffn_widths(self.model)]
-        return policy.widths(self.model, ratio, per_layer=True)
+        return policy.widths(self.model, ratio, per_layer=True, refitted=refitted)
 
 
 def rows(shop: Workshop) -> Iterator[Row]:
@@ -156,23 +157,52 @@ def rows(shop: Workshop) -> Iterator[Row]:
         yield Row("weights", name, "weights", 0, shop.baseline(name, None, 0))
 
 
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: perplexity on WikiText-2 test / built-in text; mean and standard deviation where there are several seeds."""
+    ratios = sorted({line["ratio"] for line in lines if line["ratio"]})
+    found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    for line in lines:
+        found.setdefault((line["regime"], line["method"]), {}).setdefault(line["ratio"], []).append(line)
+
+    def shown(cells: list[dict[str, Any]]) -> str:
+        parts = []
+        for name in TESTS:
+            values = torch.tensor([cell[f"perplexity_{name}"] for cell in cells], dtype=torch.float64)
+            spread = f" ± {float(values.std()):,.1f}" if len(values) > 1 else ""
+            parts.append(f"{float(values.mean()):,.1f}{spread}")
+        return " / ".join(parts)
+
+    rows = [f"| | regime | {' | '.join(f'{ratio:g}' for ratio in ratios)} |", "|---" * (2 + len(ratios)) + "|"]
+    for (regime, method), cells in found.items():
+        at = cells.get(0.0)
+        rows.append(
+            f"| {method} | {regime} | " + " | ".join(shown(at or cells[r]) if at or r in cells else "-" for r in ratios) + " |"
+        )
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--policies", type=Path, nargs="*", default=[])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.2, 0.4])
     parser.add_argument("--windows", type=int, default=8, help="of 1024 tokens of WikiText-2 test, 0 for the whole split")
     parser.add_argument("--tokens", type=int, default=16384, help="of external calibration text")
     parser.add_argument("--groups", nargs="+", default=["dense", "self", "data", "ablation", "weights"])
     parser.add_argument("--only", help="rows whose name holds this")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="print what --out holds as Markdown, measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table([json.loads(line) for line in arguments.out.open()]))
+        return
     shop = Workshop(arguments.model, arguments.data, arguments.policies, arguments.tokens)
     shop.ratios = tuple(arguments.ratios)
-    for row in rows(shop):
-        if row.group in arguments.groups and (arguments.only or "") in row.method:
-            for ratio in (0.0,) if row.group == "dense" else arguments.ratios:
+    wanted = [row for row in rows(shop) if row.group in arguments.groups and (arguments.only or "") in row.method]
+    for ratio in (0.0, *arguments.ratios):
+        for row in wanted:
+            if (row.group == "dense") == (ratio == 0):
                 cell(shop, row, ratio, arguments)
 
 

@@ -3,7 +3,8 @@
     python benchmarks/quality.py MODEL --text ../shared/data/wikitext2/wiki.test.raw --out benchmarks/results/quality.jsonl
 
 Uniform widths, no refit, so that every row at one ratio has the same parameters. Policies are trained on the model with their
-preset; `default` reads text that the model writes, the others nothing. All are applied from weights alone.
+preset (`spectral` with 8 updates in place of 20, for time); `default` reads text that the model writes, the others nothing. All
+are applied from weights alone.
 """
 
 from __future__ import annotations

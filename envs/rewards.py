@@ -25,10 +25,9 @@ from transformers import PreTrainedModel
 
 from prunenet.layers import FFN, down_linears, iter_ffns
 from prunenet.moments import ffn_moments
-from prunenet.spectra import SpectralReference
+from prunenet.spectra import DISTANCES, Distance, SpectralReference
 
 Matrix = Literal["gate", "up", "down"]
-Distance = Literal["ks", "wasserstein", "energy"]
 Form = Literal["bounded", "inverse"]
 
 
@@ -77,7 +76,7 @@ class SpectralReward:
         matrices: Sequence[str] = ("gate", "up", "down"),
         form: str = "bounded",
     ) -> None:
-        _check_name("distance", distance, get_args(Distance))
+        _check_name("distance", distance, DISTANCES)
         _check_name("form", form, get_args(Form))
         for name in matrices:
             _check_name("matrix", name, get_args(Matrix))
@@ -115,7 +114,8 @@ def energy_lost(output_gram: Float[Tensor, "d_ff d_ff"], keep: Bool[Tensor, "mas
 class ReconstructionReward:
     """The share of each layer's output energy that its mask keeps, without refit (METHODS.md 2, "reconstruction").
 
-    Tracks quality where the spectral reward does not, and costs less: one (masks, d_ff) by (d_ff, d_ff) product a layer.
+    Each layer is judged alone, on the dense model's activations: 1 - tr(W_R H_RR W_R^T) / tr(W H W^T), by one (masks, d_ff) by
+    (d_ff, d_ff) product. How the cuts of different layers add up is the divergence reward's (`prunenet.envs.divergence`).
 
     Args:
         model: a causal LM; read, never changed.

@@ -90,7 +90,7 @@ def prune(
     channels, refit = check_choices(blocks is not None, widths, channels, refit)
     _check_policy(policy, widths, channels)
     ratio = resolve_ratio(model, ratio, params)
-    ways = _ways(model, policy, ratio, widths, round_to)
+    ways = _ways(model, policy, ratio, widths, round_to, refit != "off")
     if channels == "elimination":
         scores = None
     elif scores is None and policy is not None:
@@ -109,7 +109,7 @@ def prune(
     cut = cuts[chosen]
     if refit == "sequential":
         assert blocks is not None
-        cut = refit_sequentially(model, cut, blocks.ids, progress=_counted(progress, "refitting"))
+        cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=_counted(progress, "refitting"))
     narrow = cut.model(model)
     how = {"widths": chosen, "predicted_gain": gain, "channels": channels, "refit": refit}
     provenance = Provenance.of(
@@ -150,12 +150,14 @@ def _check_policy(policy: Policy | None, widths: str, channels: str) -> None:
         raise ValueError("no policy to say where to cut; give one (--policy), or say --widths uniform")
 
 
-def _ways(model: PreTrainedModel, policy: Policy | None, ratio: float, widths: str, round_to: int) -> dict[str, list[int]]:
+def _ways(
+    model: PreTrainedModel, policy: Policy | None, ratio: float, widths: str, round_to: int, refitted: bool
+) -> dict[str, list[int]]:
     """The widths to consider, by name."""
     uniform = [width_at(d_ff, ratio, round_to) for d_ff in ffn_widths(model)]
     if policy is None or widths == "uniform":
         return {"uniform": uniform}
-    learned = policy.widths(model, ratio, per_layer=True, round_to=round_to)
+    learned = policy.widths(model, ratio, per_layer=True, refitted=refitted, round_to=round_to)
     if widths == "per-layer":
         return {"per-layer": learned}
     return {"uniform": uniform} if learned == uniform else {"uniform": uniform, "per-layer": learned}

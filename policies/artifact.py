@@ -43,6 +43,7 @@ class PolicyConfig:
         recipe: how it was trained.
         text: what the reward was measured on; None in the weights regime.
         gain: by which share learned widths lowered exp(KL) against uniform ones, on that text; None if none were learned.
+        refitted_gain: the same for layers that are refitted after the cut.
     """
 
     statistics: tuple[str, ...] = STATISTICS
@@ -55,6 +56,7 @@ class PolicyConfig:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] | None = None
     gain: float | None = None
+    refitted_gain: float | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -128,20 +130,29 @@ class Policy:
         return [scorer(rows, context) for rows, context in zip(statistics, layer_context(model), strict=True)]
 
     @torch.no_grad()
-    def offsets(self, model: PreTrainedModel) -> list[float]:
-        """Log-odds of each layer's share of channels kept, see `prunenet.policies.widths`. All 0: uniform widths."""
+    def offsets(self, model: PreTrainedModel, *, refitted: bool = False) -> list[float]:
+        """Log-odds of each layer's share of channels kept, see `ChannelScorer.offsets`. All 0: uniform widths."""
         context = layer_context(model)
-        return [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
+        return [float(offset) for offset in self.scorer.to(context.device).offsets(context, refitted=refitted)]
 
-    def widths(self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8) -> list[int]:
+    def widths(
+        self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, refitted: bool = False, round_to: int = 8
+    ) -> list[int]:
         """Width of each layer when `ratio` of all channels is removed: the same share everywhere, or as learned.
+
+        Args:
+            model: any model of a supported family.
+            ratio: share of FFN channels removed, in [0, 1).
+            per_layer: as learned; as many channels in all.
+            refitted: as learned for layers that are refitted after the cut.
+            round_to: widths are multiples of this.
 
         Raises:
             ValueError: ratio out of range.
         """
         d_ff = ffn_widths(model)
         if per_layer:
-            return widths_for_budget(d_ff, self.offsets(model), ratio, round_to)
+            return widths_for_budget(d_ff, self.offsets(model, refitted=refitted), ratio, round_to)
         return [width_at(width, ratio, round_to) for width in d_ff]
 
     def masks(

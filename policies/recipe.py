@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from prunenet.envs.rewards import Distance, Form, Matrix
+from prunenet.envs.rewards import Form, Matrix
 from prunenet.envs.sweep import draw_ratio
 from prunenet.masks import check_ratio
+from prunenet.spectra import Distance
 
 RewardName = Literal["spectral", "reconstruction", "divergence"]
 Algorithm = Literal["a2c", "ppo"]
@@ -116,11 +117,11 @@ PRESETS: dict[str, Recipe] = {
         subset="widths",
         round_to=8,
         ratio=(0.2, 0.4),
-        updates=30,
+        updates=10,
         masks=8,
         gamma=1.0,
         learning_rate=3e-2,
-        evaluate_every=5,
+        evaluate_every=2,
         evaluate_at=(0.3,),
     ),
     # Weights only, in training too. Its reward does not track quality (benchmarks/README.md): for comparison.

@@ -16,18 +16,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.calibration import Blocks, weights_sha256
+from prunenet.compensate import Refits, held_back
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import Recipe, as_json
 from prunenet.policies.run import Run
-
-_CHANNELS = Path("training") / "channels" / "state.safetensors"
-_WIDTHS = Path("training") / "widths" / "state.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,26 @@ class Training:
         policy: the best seen.
         history: (updates, reward of the deterministic masks) at each evaluation, the first before any update.
         widths_history: the same of the second stage; empty without one.
+        refitted_history: the same of the third.
     """
 
     policy: Policy
     history: list[tuple[int, float]]
     widths_history: list[tuple[int, float]]
+    refitted_history: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One run of a training: its folder's name, and what `Run` needs."""
+
+    name: str
+    recipe: Recipe
+    reward: Reward
+    order: Float[Tensor, "layers d_ff"] | None = None
+
+    def state(self, folder: Path | None) -> Path | None:
+        return None if folder is None else _state(folder, self.name)
 
 
 def train(
@@ -62,8 +77,9 @@ def train(
     Args:
         model: stays on its device; read, never changed.
         recipe: of the channels' scores; default `PRESETS["default"]`.
-        where: of a second stage that learns the layers' widths, with the scores as they are by then, such as
-            `PRESETS["widths"]`. None leaves widths uniform.
+        where: of the stages that learn the layers' widths, such as `PRESETS["widths"]`: with the scores as they are by then,
+            and once more for layers that are refitted after the cut (on blocks held back from the refit). None leaves widths
+            uniform.
         out: folder for the policy; `out/training` holds the run's state and its TensorBoard log. None keeps all in memory.
         resume: go on with the run in `out`.
         blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.calibration`.
@@ -81,7 +97,9 @@ def train(
         blocks = None  # it reads weights alone, and the record must say so
     if regime is None and reward is not None and blocks is None:
         raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
-    given = reward or _reward(model, recipe, blocks)
+    for wanted in (recipe if reward is None else None, where):
+        if wanted is not None and wanted.reward != "spectral" and blocks is None:
+            raise ValueError(f"the {wanted.reward} reward is measured on text: give token blocks (see prunenet.calibration)")
     config = PolicyConfig(
         hidden=recipe.hidden,
         prior=dict(recipe.prior),
@@ -94,23 +112,37 @@ def train(
     view = View.of(model)
     policy = Policy.untrained(config, seed=recipe.seed)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
+    histories: dict[str, list[tuple[int, float]]] = {}
     with _random_state_kept():
-        file = None if folder is None else folder / _CHANNELS
-        history = Run(view, policy.scorer, given, recipe, file, progress, identity).learn(model, resume)
-        widths_history: list[tuple[int, float]] = []
-        if where is not None:
-            file = None if folder is None else folder / _WIDTHS
-            second = Run(view, policy.scorer, _reward(model, where, blocks), where, file, progress, identity)
-            widths_history = second.learn(model, resume and file is not None and file.exists())
-            policy = Policy(policy.scorer, replace(config, gain=_gain(where, widths_history)))
-    policy.scorer.cpu()
+        for stage in _stages(model, recipe, where, reward, blocks):
+            run = Run(view, policy.scorer, stage.reward, stage.recipe, stage.state(folder), progress, identity, stage.order)
+            histories[stage.name] = run.learn(model, resume and unfinished(folder, stage.name))
+    gain, refitted_gain = (_gain(where, histories.get(name)) for name in ("widths", "refitted_widths"))
+    policy = Policy(policy.scorer.cpu(), replace(config, gain=gain, refitted_gain=refitted_gain))
     if folder is not None:
         policy.save_pretrained(folder)
-    return Training(policy, history, widths_history)
+    return Training(policy, *(histories.get(name, []) for name in ("channels", "widths", "refitted_widths")))
 
 
-def _gain(where: Recipe, history: list[tuple[int, float]]) -> float | None:
+def _stages(
+    model: PreTrainedModel, recipe: Recipe, where: Recipe | None, reward: Reward | None, blocks: Blocks | None
+) -> Iterator[_Stage]:
+    """One after the other: a later one's reward is measured once the earlier ones are done."""
+    yield _Stage("channels", recipe, reward or _reward(model, recipe, blocks))
+    if where is None:
+        return
+    yield _Stage("widths", where, _reward(model, where, blocks))
+    if where.reward == "divergence" and blocks is not None:
+        fit, held = held_back(blocks.ids)
+        refits = Refits(model, fit)
+        judge = DivergenceReward(model, held[: where.blocks, : where.tokens], refit=refits.down)
+        yield _Stage("refitted_widths", replace(where, round_to=refits.step), judge, refits.scores)
+
+
+def _gain(where: Recipe | None, history: list[tuple[int, float]] | None) -> float | None:
     """By which share exp(KL) fell from the start, which is uniform widths, to the best seen."""
+    if where is None or history is None:
+        return None
     uniform, best = history[0][1], max(reward for _, reward in history)
     return 1 - uniform / best if where.reward == "divergence" and best > 0 else None
 
@@ -135,8 +167,7 @@ def _random_state_kept() -> Iterator[None]:
 def _reward(model: PreTrainedModel, recipe: Recipe, blocks: Blocks | None) -> Reward:
     if recipe.reward == "spectral":
         return SpectralReward(model, distance=recipe.distance, matrices=recipe.matrices, form=recipe.form)
-    if blocks is None:
-        raise ValueError(f"the {recipe.reward} reward is measured on text: give token blocks (see prunenet.calibration)")
+    assert blocks is not None, "checked before"
     if recipe.reward == "divergence":
         return DivergenceReward(model, blocks.ids[: recipe.blocks, : recipe.tokens])
     return ReconstructionReward(model, blocks.ids)
@@ -148,9 +179,13 @@ def _name(model: PreTrainedModel) -> str:
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
-def unfinished(folder: Path) -> bool:
-    """Whether the folder holds a run that can be resumed."""
-    return (folder / _CHANNELS).exists()
+def unfinished(folder: Path | None, stage: str = "channels") -> bool:
+    """Whether the folder holds a run that can be resumed, or has come to a later stage."""
+    return folder is not None and _state(folder, stage).exists()
+
+
+def _state(folder: Path, stage: str) -> Path:
+    return folder / "training" / stage / "state.safetensors"
 
 
 def check_run(folder: Path, resume: bool) -> Path:

@@ -47,11 +47,6 @@ class Architecture:
     norm_offset: float = 0.0
 
     @property
-    def gated(self) -> bool:
-        """Whether h = act(gate) * up; otherwise h = act(up)."""
-        return self.fused or self.gate is not None
-
-    @property
     def input_linears(self) -> tuple[str, ...]:
         """Paths of the linears whose output is FFN channels."""
         return (self.up,) if self.gate is None else (self.gate, self.up)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.demo_model import cache_folder
 from prunenet.folders import write_atomic
 from prunenet.generate import document_start, generate_blocks
+from prunenet.provenance import TextRegime
 from prunenet.text import CalibrationText, calibration_blocks, content_sha256, load_text
 
-_GENERATOR_VERSION = 1  # raise when generate_blocks samples differently: cached text is then written anew
+_GENERATOR_VERSION = 2  # raise when generate_blocks samples differently: cached text is then written anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Blocks:
     """
 
     ids: Int[Tensor, "n tokens"]
-    regime: Literal["self", "data"]
+    regime: TextRegime
     source: Mapping[str, Any]
 
 
@@ -49,12 +50,16 @@ def self_blocks(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
-    """Text that the model writes from its document start alone; a fifth, the least likely, is dropped.
+    """Text that the model writes by itself, half of it from the document start, half from a random token behind it.
+
+    The two halves alternate. From the start alone, with a temperature that begins high, the text is nearest to technical
+    prose; opened by uniformly random tokens and sampled as it is (temperature 1, no nucleus), nearest to encyclopedias and news
+    (benchmarks/README.md, "Self-written text"). Of each half a fifth, the least likely, is dropped.
 
     Args:
         model: a causal LM.
-        tokenizer: only its document-start token is used.
-        sequences: how many are sampled, before the filter.
+        tokenizer: only its document-start token and the number of its tokens are used.
+        sequences: how many are sampled, before the filter, at least 2.
         tokens: length of each.
         seed: of the sampling.
         cache: folder; default `<cache>/self-generated`. The file's name is a hash of the weights and of every setting.
@@ -76,9 +81,31 @@ def self_blocks(
         ids = load_file(path)["ids"]
     except (FileNotFoundError, SafetensorError, KeyError):
         path.parent.mkdir(parents=True, exist_ok=True)  # a cache that refuses says so before the work, not after
-        ids = generate_blocks(model, source["start"], sequences=sequences, tokens=tokens, seed=seed, progress=progress).cpu()
+        ids = _written(model, tokenizer, sequences, tokens, seed, progress)
         write_atomic(path, save({"ids": ids.contiguous()}))
     return Blocks(ids, "self", {"text": "self-generated", **source})
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int,
+    tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> Int[Tensor, "n tokens"]:
+    start, half = document_start(tokenizer), max(sequences // 2, 1)
+    shared: dict[str, Any] = {"sequences": half, "tokens": tokens, "batch": half}
+
+    def of_half(number: int) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, of: progress(number * of + done, 2 * of)
+
+    from_start = generate_blocks(model, start, seed=seed, progress=of_half(0), **shared)
+    known = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    opening = torch.randint(known, (half, 1), generator=torch.Generator().manual_seed(seed))
+    plain: dict[str, Any] = {"hot": 1.0, "temperature": 1.0, "top_p": 1.0}
+    opened = generate_blocks(model, start, seed=seed + 1, prefixes=opening, progress=of_half(1), **plain, **shared)
+    return torch.stack((from_start, opened), 1).flatten(0, 1).cpu()
 
 
 def data_blocks(
@@ -97,16 +124,20 @@ def data_blocks(
 def calibration_for(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    moments: Literal["self", "data"],
+    moments: TextRegime,
     text: str,
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
-    """`self_blocks`, or `data_blocks` of a text by its name. Raises as those do."""
+    """`self_blocks`, or `data_blocks` of a text by its name; shorter where the model reads no 256 tokens.
+
+    Raises as those do.
+    """
+    tokens = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
     if moments == "self":
-        return self_blocks(model, tokenizer, seed=seed, progress=progress)
-    return data_blocks(tokenizer, load_text(text, CalibrationText), seed=seed)
+        return self_blocks(model, tokenizer, tokens=tokens, seed=seed, progress=progress)
+    return data_blocks(tokenizer, load_text(text, CalibrationText), window=tokens, seed=seed)
 
 
 def weights_sha256(model: PreTrainedModel) -> str:

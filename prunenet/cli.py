@@ -101,6 +101,7 @@ def train(
         facts |= {"reward_untrained": first, "reward": best}
         if where is not None:
             facts |= {"width_updates": where.updates, "predicted_gain_of_widths": trained.policy.config.gain}
+            facts |= {"predicted_gain_of_widths_with_refit": trained.policy.config.refitted_gain}
         show(facts, as_json, lambda: tables.facts("policy", facts))
 
 

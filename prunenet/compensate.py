@@ -101,7 +101,7 @@ def cut_layers(
     for index, _ in zip(fitted, checked, strict=True):
         moments, check = _finite(fitted.moments(index), index), checked.moments(index)
         least = min(way[index] for way in widths)
-        order = _order(downs[index], moments, least) if scores is None else scores[index]
+        order = _order(downs[index], moments.second, least) if scores is None else scores[index]
         damping = None
         for way, into in zip(widths, found, strict=True):
             keep = top_channels(order, way[index])
@@ -122,8 +122,68 @@ def _cut(layers: list[tuple[Tensor, Tensor, float]], refit: bool) -> Cut:
     return Cut(keep, [weight for _, weight, _ in layers], tuple(damping for _, _, damping in layers))
 
 
-def _order(down: Tensor, moments: Moments, least: int) -> Tensor:
-    return score_order(eliminate(down, moments.second, least=least), down.shape[1])
+def _order(down: Tensor, second: Tensor, least: int) -> Tensor:
+    return score_order(eliminate(down, second, least=least), down.shape[1])
+
+
+class Refits:
+    """Every layer's channels in the order of elimination, and its refitted down matrix at evenly spaced widths.
+
+    What a search over widths looks up in place of a solve. Holds about `levels` / 2 times the down matrices, in their dtype.
+
+    Args:
+        model: the dense model; not changed.
+        blocks: token blocks to fit on.
+        levels: widths of each layer, evenly spaced: the largest number up to this that divides d_ff.
+        damping: of every refit; `cut_layers` chooses it for each layer, which a search can do without.
+        progress: called with (layers done, layers in all).
+
+    Attributes:
+        step: between two widths, in channels.
+        scores: (layers, d_ff), higher stays longer.
+
+    Raises:
+        ValueError: layers of different widths, or activations that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Int[Tensor, "n tokens"],
+        *,
+        levels: int = 24,
+        damping: float = 0.2,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        downs = [linear.weight.detach() for linear in down_linears(model)]
+        widths = {down.shape[1] for down in downs}
+        if len(widths) > 1:
+            raise ValueError(f"layers of widths {sorted(widths)} have no levels in common; take the dense model")
+        d_ff = widths.pop()
+        self.step = d_ff // max(n for n in range(1, levels + 1) if d_ff % n == 0)
+        self._found: list[dict[int, Tensor]] = []
+        scores = []
+        walk = LayerWalk(model, blocks)
+        for index in walk:
+            second, down = _finite(walk.moments(index), index).second, downs[index]
+            scores.append(_order(down, second, self.step))
+            keeps = {width: top_channels(scores[-1], width) for width in range(self.step, d_ff, self.step)}
+            self._found.append({width: ridge(down, second, keep, damping=damping) for width, keep in keeps.items()})
+            if progress is not None:
+                progress(index + 1, len(downs))
+        self.scores = torch.stack(scores).float()
+
+    def down(self, layer: int, keep: Bool[Tensor, " _"], dense: Float[Tensor, "d_model d_ff"]) -> Float[Tensor, "d_model d_ff"]:
+        """The layer's refitted down matrix for channels that `scores` ranks highest, with zeros in the other columns.
+
+        Raises:
+            KeyError: the mask's width is not a multiple of `step`.
+        """
+        width = int(keep.sum())
+        if width == dense.shape[1]:
+            return dense
+        kept = keep.to(dense.device).nonzero().flatten()
+        return torch.zeros_like(dense).index_copy_(1, kept, self._found[layer][width].to(dense))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from prunenet import tables
-from prunenet.calibration import self_blocks, weights_sha256
+from prunenet.calibration import Blocks, self_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, identify, load_model, load_provenance, load_tokenizer
 from prunenet.demo_model import fetch_demo_model
 from prunenet.folders import write_atomic
@@ -20,12 +20,14 @@ from prunenet.masks import check_ratio
 from prunenet.measure import measure
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyError
-from prunenet.policies.recipe import PRESETS, Recipe, as_json
-from prunenet.policies.train import train, unfinished
+from prunenet.policies.recipe import PRESETS, Recipe
+from prunenet.policies.train import recorded, train, unfinished
 from prunenet.report import draw_report
 from prunenet.text import TestText, load_text
 
 PROMPT = "The Nile is the longest river in"
+HOW = {"widths": "uniform", "channels": "policy", "refit": "layerwise"}
+"""How the demo prunes: with the channels that its own policy chooses, and no second stage of training for the widths."""
 
 
 def run_demo(
@@ -33,12 +35,15 @@ def run_demo(
 ) -> list[dict[str, Any]]:
     """Fetches SmolLM2-135M, trains a policy, prunes at each ratio, compares. What is in `out` already is used again.
 
+    Nothing from outside is looked at: masks are judged and the down matrices refitted on text that the model writes. Widths are
+    uniform; `prunenet train` also learns where to cut.
+
     Args:
         out: folder for the policy, the checkpoints, `results.json` and `report.png`.
         ratios: shares of FFN channels to remove, in [0, 1).
         console: for progress.
         windows: windows of 512 tokens of the built-in test text to score.
-        recipe: of the training; default `PRESETS["default"]`.
+        recipe: of the training, which has one stage; default `PRESETS["default"]`.
 
     Returns:
         One row per model, the dense one first; see `prunenet.measure.measure`.
@@ -51,10 +56,11 @@ def run_demo(
     console.print("1/4 the model: SmolLM2-135M-Instruct")
     source = str(fetch_demo_model(progress=lambda message: console.print(f"    {message}")))
     dense = load_model(source)
-    console.print("2/4 the policy: learns from the weights which FFN channels to keep")
+    console.print("2/4 the policy: learns to tell channels to keep by their weights, judged on text that the model writes")
     policy = _policy(dense, out / "policy", recipe or PRESETS["default"], console)
-    console.print(f"3/4 pruning at {', '.join(f'{ratio:g}' for ratio in ratios)}, each saved and verified by reloading")
-    folders = [_pruned(dense, policy, ratio, source, out / f"ratio-{ratio:g}") for ratio in ratios]
+    sizes = ", ".join(f"{ratio:g}" for ratio in ratios)
+    console.print(f"3/4 pruning at {sizes}: the policy's channels, refitted on the same text; saved and verified by reloading")
+    folders = _pruned(dense, policy, ratios, out, console)
     del dense
     console.print("4/4 comparing with the dense model")
     text = load_text("builtin", TestText)
@@ -75,25 +81,54 @@ def _policy(dense: PreTrainedModel, folder: Path, recipe: Recipe, console: Conso
     except PolicyError:
         pass
     else:
-        same = (policy.config.recipe, policy.config.trained_on.get("weights")) == (as_json(recipe), weights_sha256(dense))
-        if not same:
+        asked = (recorded(recipe, None), weights_sha256(dense))
+        if (policy.config.recipe, policy.config.trained_on.get("weights")) != asked:
             raise ValueError(f"{folder} holds a policy of another recipe or model; remove it, or give another --out")
         console.print(f"    trained already: {folder}", markup=False)
         return policy
-    console.print("    the model writes the text on which masks are judged: no data from outside")
-    with tables.progress(console, "writing") as advance:
-        blocks = self_blocks(dense, load_tokenizer(dense.config._name_or_path), progress=advance)
+    blocks = _own_text(dense, console)
     with tables.progress(console, "training", "reward") as advance:
         return train(dense, recipe, out=folder, resume=unfinished(folder), blocks=blocks, progress=advance).policy
 
 
-def _pruned(dense: PreTrainedModel, policy: Policy, ratio: float, source: str, out: Path) -> Path:
-    """The checkpoint at `out` if it is this policy's at this ratio; else made now."""
+def _own_text(dense: PreTrainedModel, console: Console) -> Blocks:
+    """Written once, then read from the cache."""
+    with tables.progress(console, "writing") as advance:
+        return self_blocks(dense, load_tokenizer(dense.config._name_or_path), progress=advance)
+
+
+def _pruned(dense: PreTrainedModel, policy: Policy, ratios: Sequence[float], out: Path, console: Console) -> list[Path]:
+    """The checkpoint of each ratio: what is in `out` already if it is this policy's, else made now."""
+    source = dense.config._name_or_path
+    folders = {ratio: out / f"ratio-{ratio:g}" for ratio in ratios}
+    missing = [ratio for ratio, folder in folders.items() if not _made(folder, policy, ratio, identify(source)[1])]
+    if missing:
+        blocks, scores = _own_text(dense, console), policy.scores(dense)
+    for ratio in missing:
+        with tables.stages(console) as advance:
+            pruned = prune(
+                dense,
+                policy,
+                ratio=ratio,
+                blocks=blocks,
+                scores=scores,
+                widths=HOW["widths"],
+                channels=HOW["channels"],
+                refit=HOW["refit"],
+                policy_name="demo",
+                progress=advance,
+            )
+        pruned.save_pretrained(folders[ratio], tokenizer=load_tokenizer(source))
+    return list(folders.values())
+
+
+def _made(folder: Path, policy: Policy, ratio: float, revision: str) -> bool:
+    """Whether the folder holds the checkpoint. Raises ValueError where it holds another one."""
     try:
-        found = load_provenance(out)
+        found = load_provenance(folder)
     except CheckpointError:
-        pruned = prune(dense, policy, ratio=ratio, policy_name="demo")
-        return pruned.save_pretrained(out, tokenizer=load_tokenizer(source))
-    if (found.policy_sha256, found.ratio, found.revision) != (policy.sha256, ratio, identify(source)[1]):
-        raise ValueError(f"{out} holds another pruned model; remove it, or give another --out")
-    return out
+        return False
+    same = (found.policy_sha256, found.ratio, found.revision) == (policy.sha256, ratio, revision)
+    if not same or any(found.how.get(name) != choice for name, choice in HOW.items()):
+        raise ValueError(f"{folder} holds another pruned model; remove it, or give another --out")
+    return True

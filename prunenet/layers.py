@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from prunenet.architectures import Architecture, UnsupportedArchitecture, architecture_for
 
@@ -124,6 +125,14 @@ def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear d_ff -> d_model of each layer: its input is the FFN's channel activations h."""
     architecture = architecture_for(model.config)
     return [_linear(layer, architecture.down) for layer in decoder_layers(model, architecture)]
+
+
+def activation(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The function act, element by element, of the model's FFNs: h = act(gate) * up, or act(up) where there is no gate."""
+    fields = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    found = next((name for field in fields if (name := getattr(model.config, field, None))), "silu")
+    act: Callable[[Tensor], Tensor] = ACT2FN[found]
+    return act
 
 
 def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from prunenet.layers import count_parameters, ffn_widths
 
 FORMAT_VERSION = 1
-REGIMES = {
+TextRegime = Literal["self", "data"]
+"""Whose text was looked at: the model's own, or external text (DESIGN section 1)."""
+Regime = Literal["weights", TextRegime]
+REGIMES: dict[str, str] = {  # one that looks at more comes later
     "weights": "nothing but the checkpoint was looked at",
     "self": "nothing but the checkpoint and text that the model generated was looked at",
     "data": "external calibration text was looked at",
@@ -96,6 +99,9 @@ class Provenance:
         padding = "" if self.padded_to is None else f"\nEvery layer is filled with zeros to {self.padded_to} channels."
         addition = "" if text is None else f"\n{text.strip()}\n"
         looks_at = REGIMES[self.regime]
+        chosen = "elimination" if self.how.get("channels") == "elimination" else self.policy
+        steps = [f"{name} {self.how[name]}" for name in ("widths", "channels", "refit") if name in self.how]
+        how = f"\nHow: {', '.join(steps)}; policy: `{self.policy}`.\n" if steps else ""
         share = 1 - self.parameters_after / self.parameters_before
         return f"""---
 library_name: transformers
@@ -104,9 +110,9 @@ tags: [prunenet, pruned]
 ---
 # {Path(self.base_model).name}, pruned by PruneNet to {self.parameters_after:,} parameters
 
-`{self.base_model}` ({self.revision}) without {self.ratio:.1%} of its FFN channels, chosen by `{self.policy}` in the
+`{self.base_model}` ({self.revision}) without {self.ratio:.1%} of its FFN channels, chosen by `{chosen}` in the
 {self.regime} regime ({looks_at}). The licence and the limits of the base model apply.
-
+{how}
 | | before | after |
 |---|---|---|
 | parameters | {self.parameters_before:,} | {self.parameters_after:,} ({-share:.1%}) |

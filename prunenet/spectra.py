@@ -17,7 +17,7 @@ scipy, whose OpenBLAS solves a 576 x 576 problem in 15 ms where torch (MKL) take
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -27,7 +27,7 @@ from torch import Tensor
 from prunenet.masks import check_keep
 
 Distance = Literal["ks", "wasserstein", "energy"]
-DISTANCES: tuple[Distance, ...] = ("ks", "wasserstein", "energy")
+DISTANCES: tuple[Distance, ...] = get_args(Distance)
 
 # Largest error of an eigenvalue that is allowed for, in units of eps * lambda_max (measured: see above, and 64 is generous
 # in float64, where it only decides which values count as equal).
@@ -47,36 +47,6 @@ def gram(weight: Float[Tensor, "d_ff d_model"]) -> Float64[Tensor, "side side"]:
     """
     work = weight.to(_work_device(weight), torch.float64)
     return work.T @ work if work.shape[0] >= work.shape[1] else work @ work.T
-
-
-def singular_values(gram: Float[Tensor, "side side"], count: int | None = None) -> Float64[Tensor, " count"]:
-    """The `count` largest (default: all) singular values of a matrix, from its Gram matrix, falling.
-
-    Values under sqrt(side * eps) of the largest, which a Gram matrix cannot tell from zero, are zero.
-    """
-    eigenvalues = _eigenvalues(gram.to(torch.float64))
-    return _roots(eigenvalues[: gram.shape[0] if count is None else count])
-
-
-def masked_singular_values(
-    weight: Float[Tensor, "d_ff d_model"], gram: _Gram, keep: Bool[Tensor, "masks d_ff"]
-) -> tuple[Float64[Tensor, "masks side"], _Counts]:
-    """Singular values of W[K] for each mask; widths may differ within the batch.
-
-    Args:
-        weight: any float dtype.
-        gram: `gram(weight)`.
-        keep: at least one channel each.
-
-    Returns:
-        The values, falling, in float64, padded with zeros; and how many of each row count: min(width, d_model).
-
-    Raises:
-        ValueError: a mask of the wrong length, or one that keeps nothing.
-    """
-    check_keep(keep, weight.shape[0])
-    eigenvalues, counts = _masked_eigenvalues(weight, gram, keep, torch.float64)
-    return _roots(eigenvalues), counts
 
 
 def ks_distance(

@@ -23,9 +23,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
-from prunenet.layers import FFN, decoder_layers, iter_ffns
+from prunenet.layers import FFN, activation, decoder_layers, iter_ffns
 
 # A policy stores both and refuses other values. Raise the version when a statistic changes its meaning.
 STATISTICS_VERSION = 1
@@ -73,13 +72,13 @@ def channel_statistics(model: PreTrainedModel) -> list[Float32[Tensor, "_ n_stat
         UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
         ValueError: a weight is NaN or infinite.
     """
-    activation, stream, result = _activation(model), _Stream(model), []
+    act, stream, result = activation(model), _Stream(model), []
     for ffn in iter_ffns(model):
         stream.read_attention(ffn)
         slices = _slices(ffn)
         if not all(torch.isfinite(matrix).all() for matrix in (*slices.values(), stream.moment, stream.attention)):
             raise ValueError(f"weights of layer {ffn.index} or the embeddings are NaN or infinite; the checkpoint is damaged")
-        energy, raw = _energies(ffn, slices, _normalised(stream.moment), activation)
+        energy, raw = _energies(ffn, slices, _normalised(stream.moment), act)
         raw |= _slice_statistics(slices, stream)
         unit = {name: torch.nn.functional.normalize(rows, dim=-1) for name, rows in slices.items()}
         raw |= {"down_twin": _twin([unit.pop("down")]), "input_twin": _twin(list(unit.values()))}
@@ -172,7 +171,7 @@ def _slice_statistics(slices: dict[str, _Rows], stream: _Stream) -> dict[str, _P
 
 
 def _energies(
-    ffn: FFN, slices: dict[str, _Rows], moment: _Square, activation: Callable[[Tensor], Tensor]
+    ffn: FFN, slices: dict[str, _Rows], moment: _Square, act: Callable[[Tensor], Tensor]
 ) -> tuple[_PerChannel, dict[str, _PerChannel]]:
     """(E[h^2], statistics) for a residual stream N(0, moment)."""
     gate, up, down = slices.get("gate"), slices["up"], slices["down"]
@@ -184,7 +183,7 @@ def _energies(
     up_bias, gate_bias = (zero if bias is None else bias.float() for bias in (ffn.up_bias, ffn.gate_bias))
     if gate is None:
         sphere, linear = up_squared, v_up
-        energy = _activated(v_up, up_bias, zero, zero, zero + 1, activation)
+        energy = _activated(v_up, up_bias, zero, zero, zero + 1, act)
     else:
         v_gate, both, gate_squared = _quadratic(gate, moment), (up_moment * gate).sum(-1), gate.square().sum(-1)
         result["gate_residual"] = _log(v_gate) - _log(gate_squared)
@@ -192,7 +191,7 @@ def _energies(
         result["gate_up_cosine"] = product / (gate_squared * up_squared).clamp_min(_TINY).sqrt()
         sphere = gate_squared * up_squared + 2 * product.square()
         linear = v_gate * v_up + 2 * both.square()
-        energy = _activated(v_gate, gate_bias, v_up, both, up_bias, activation)
+        energy = _activated(v_gate, gate_bias, v_up, both, up_bias, act)
     for name, value in (("sphere", sphere), ("residual", linear), ("activation", energy)):
         result[f"{name}_energy"] = _log(value) + _log(down_squared)
     return energy, result
@@ -204,7 +203,7 @@ def _activated(
     b_variance: _PerChannel,
     covariance: _PerChannel,
     b_mean: _PerChannel,
-    activation: Callable[[Tensor], Tensor],
+    act: Callable[[Tensor], Tensor],
 ) -> _PerChannel:
     """E[act(a)^2 b^2] for jointly Gaussian a ~ N(mean, variance) and b, by Gauss-Hermite quadrature over a."""
     points, masses = np.polynomial.hermite_e.hermegauss(24)
@@ -213,7 +212,7 @@ def _activated(
     centred = variance.sqrt()[:, None] * nodes
     slope = covariance / variance
     given_a = (b_mean[:, None] + slope[:, None] * centred).square() + (b_variance - slope * covariance).clamp_min(0)[:, None]
-    energy: Tensor = (activation(mean[:, None] + centred).square() * given_a * weights).sum(-1)
+    energy: Tensor = (act(mean[:, None] + centred).square() * given_a * weights).sum(-1)
     return energy
 
 
@@ -291,10 +290,3 @@ def _second_moment(table: Float[Tensor, "vocabulary width"]) -> Float32[Tensor, 
         rows = table[start : start + 8192].float()
         moment += rows.T @ rows
     return moment / len(table)
-
-
-def _activation(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    fields = ("hidden_activation", "hidden_act", "activation_function", "activation")
-    found = next((name for field in fields if (name := getattr(model.config, field, None))), "silu")
-    activation: Callable[[Tensor], Tensor] = ACT2FN[found]
-    return activation

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
-from prunenet.layers import FFN, check_tokens, iter_ffns
+from prunenet.layers import FFN, activation, check_tokens, iter_ffns
 from prunenet.moments import Moments
 
 
@@ -26,11 +25,11 @@ def sphere_moments(model: PreTrainedModel, *, samples: int = 4096, generator: to
         samples: inputs per layer, at least 1; drawn anew for each.
         generator: of the draws.
     """
-    activation = _activation(model)
+    act = activation(model)
     for ffn in iter_ffns(model):
         z = torch.randn(samples, ffn.d_model, generator=generator, device=generator.device).to(ffn.up.device)
         x = torch.nn.functional.normalize(z, dim=-1) * ffn.d_model**0.5
-        h = _activations(ffn, x if ffn.norm_scale is None else x * ffn.norm_scale.float(), activation)
+        h = _activations(ffn, x if ffn.norm_scale is None else x * ffn.norm_scale.float(), act)
         yield Moments(h.T @ h / samples, h.mean(0), samples)
 
 
@@ -49,18 +48,11 @@ def random_blocks(model: PreTrainedModel, count: int, window: int, generator: to
     return blocks
 
 
-def _activations(ffn: FFN, x: Float[Tensor, "n d_model"], activation: Callable[[Tensor], Tensor]) -> Float[Tensor, "n d_ff"]:
+def _activations(ffn: FFN, x: Float[Tensor, "n d_model"], act: Callable[[Tensor], Tensor]) -> Float[Tensor, "n d_ff"]:
     """h of an FFN for the given inputs, in float32."""
 
     def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
 
     up = linear(ffn.up, ffn.up_bias)
-    return activation(up) if ffn.gate is None else activation(linear(ffn.gate, ffn.gate_bias)) * up
-
-
-def _activation(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    fields = ("hidden_activation", "hidden_act", "activation_function", "activation")
-    found = next((name for field in fields if (name := getattr(model.config, field, None))), "silu")
-    activation: Callable[[Tensor], Tensor] = ACT2FN[found]
-    return activation
+    return act(up) if ffn.gate is None else act(linear(ffn.gate, ffn.gate_bias)) * up

@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from prunenet.cli import app
+from prunenet.policies import artifact
+from prunenet.policies.artifact import Policy, PolicyConfig
+from prunenet.policies.recipe import PRESETS
 
 
 def save_tiny(folder: Path, family: str = "llama") -> Path:
@@ -26,6 +29,15 @@ def save_tiny(folder: Path, family: str = "llama") -> Path:
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _outside(tmp_path_factory):
+    """A cache of our own, and nothing in the zoo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNENET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(artifact, "ZOO", tmp_path_factory.mktemp("zoo"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +55,17 @@ def policy(tmp_path_factory, model) -> str:
         == 0
     )
     return str(out)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> str:
+    """A policy with scores and widths that are not the untrained ones, as if trained on the model's own text."""
+    policy = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2, refitted_gain=0.2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for linear in (policy.scorer.out, policy.scorer.widths.out, policy.scorer.refitted_widths.out):
+            linear.weight.normal_(generator=generator)
+    return str(policy.save_pretrained(tmp_path_factory.mktemp("policies") / "learned"))
 
 
 @pytest.fixture
@@ -73,22 +96,134 @@ def refused(*arguments) -> str:
     return " ".join(result.output.split())
 
 
-def test_prune_makes_a_checkpoint_that_loads_everywhere_and_twice_the_same(model, policy, tmp_path):
-    first = facts("prune", model, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "a")
-    facts("prune", model, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "b")
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("moments", ["none", "self"])
+def test_prune_makes_a_checkpoint_that_loads_everywhere_and_twice_the_same(model, policy, tmp_path, monkeypatch, moments):
+    ask = ("prune", model, "--policy", policy, "--ratio", 0.5, "--moments", moments)
+    first = facts(*ask, "--out", tmp_path / "a")
+    monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "another"))  # the text is written anew
+    facts(*ask, "--out", tmp_path / "b")
     assert first["width"] == 24
     assert first["parameters"] < first["parameters_before"]
-    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
-    assert same[0] == same[1]
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_prune_by_itself_eliminates_and_refits_on_the_model_s_own_text(model, tmp_path):
+    before = contents(model)
+    done = facts("prune", model, "--ratio", 0.5, "--out", tmp_path / "out")
+    assert contents(model) == before
+    assert {name: done[name] for name in ("regime", "policy", "widths", "channels", "refit", "width")} == {
+        "regime": "self",
+        "policy": "elimination",
+        "widths": "uniform",
+        "channels": "elimination",
+        "refit": "layerwise",
+        "width": 24,
+    }
+    story = json.loads((tmp_path / "out" / "prunenet.json").read_text())
+    assert story["how"]["text"]["text"] == "self-generated"
+    assert story["how"]["predicted_gain"] is None
+    assert "How: widths uniform, channels elimination, refit layerwise" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("moments", "widths", "channels", "refit"),
+    [
+        ("none", "auto", None, None),
+        ("none", "uniform", "policy", "off"),
+        ("none", "per-layer", None, "off"),
+        ("self", "uniform", "policy", "off"),
+        ("self", "uniform", "elimination", "sequential"),
+        ("self", "per-layer", "policy", "layerwise"),
+        ("self", "per-layer", "elimination", "off"),
+        ("self", "auto", "policy", "sequential"),
+        ("self", "auto", None, None),
+        ("data", "per-layer", "elimination", "sequential"),
+        ("data", "auto", "policy", None),
+    ],
+)
+def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moments, widths, channels, refit):
+    (tmp_path / "words.txt").write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(4000)))
+    given = [("--text", tmp_path / "words.txt" if moments == "data" else None), ("--channels", channels), ("--refit", refit)]
+    options = [word for name, value in given if value is not None for word in (name, value)]
+    ask = ("prune", model, "--policy", learned, "--ratio", 0.5, "--moments", moments, "--widths", widths, *options)
+    done = facts(*ask, "--out", tmp_path / "out")
+    story = json.loads((tmp_path / "out" / "prunenet.json").read_text())
+    how = story["how"]
+    assert how["channels"] == (channels or ("policy" if moments == "none" else "elimination"))
+    assert how["refit"] == (refit or ("off" if moments == "none" else "layerwise"))
+    if widths == "auto":
+        assert how["widths"] == ("per-layer" if how["predicted_gain"] > 0.05 else "uniform")
+    else:
+        assert (how["widths"], how["predicted_gain"]) == (widths, None)
+    assert done["regime"] == story["regime"] == ("data" if moments == "data" else "self")
+    assert how.get("text", {}).get("text") == {"none": None, "self": "self-generated", "data": "words.txt"}[moments]
+    assert sum(story["widths"]) == 3 * 24
+    assert (len(set(story["widths"])) > 1) == (how["widths"] == "per-layer")
+    narrow = load_file(tmp_path / "out" / "model.safetensors")
+    dense, masks = load_file(Path(model) / "model.safetensors"), load_file(tmp_path / "out" / "prunenet_masks.safetensors")
+    for layer in range(3):
+        name, keep = f"model.layers.{layer}.mlp.{{}}_proj.weight", masks[f"layers.{layer}.keep"].long()
+        assert torch.equal(narrow[name.format("up")], dense[name.format("up")][keep])
+        as_it_was = torch.equal(narrow[name.format("down")], dense[name.format("down")][:, keep])
+        assert as_it_was == (how["refit"] == "off")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=how["widths"] == "per-layer")
+    assert loaded(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--widths", "wide"), "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
+        (("--channels", "best"), "unknown channels 'best'; it is one of policy, elimination"),
+        (("--refit", "on"), "unknown refit 'on'; it is one of off, layerwise, sequential"),
+        (("--moments", "none", "--refit", "layerwise"), "give text (--moments self or data)"),
+        (("--moments", "none", "--channels", "elimination"), "give text (--moments self or data)"),
+        (("--moments", "maybe"), "'maybe'"),
+        (("--policy", "none", "--channels", "policy"), "no policy to choose the channels"),
+        (("--policy", "none", "--widths", "per-layer"), "no policy to say where to cut"),
+        (("--policy", "none", "--moments", "none"), "no policy to choose the channels"),
+        (("--policy", "alpaca"), "policy 'alpaca' does not exist"),
+        (("--text", "words.txt"), "--text is read with --moments data only"),
+        (("--params", "0.99"), "the FFN channels hold"),
+        (("--round", "0"), "got 0"),
+        (("--round", "64"), "has no multiple of 64"),
+    ],
+)
+def test_prune_refuses_what_it_cannot_do_before_any_text_is_written(model, tmp_path, monkeypatch, options, message):
+    def too_early(*_, **__):
+        raise AssertionError("text was written before the refusal")
+
+    monkeypatch.setattr("prunenet.calibration.calibration_for", too_early)
+    amount = () if "--params" in options else ("--ratio", 0.5)
+    result = run("prune", model, "--out", tmp_path / "out", *amount, *options)
+    assert result.exit_code in (1, 2)
+    assert message in " ".join(result.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_policy_lists_the_zoo_and_a_known_one_is_found_by_name_or_family(model, learned, tmp_path, monkeypatch):
+    shutil.copytree(learned, tmp_path / "zoo" / "llama")
+    monkeypatch.setattr(artifact, "ZOO", tmp_path / "zoo")
+    ask = ("prune", model, "--ratio", 0.5, "--moments", "none")
+    assert "take one that ships: llama" in refused(*ask, "--policy", "alpaca", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    by_family, by_name = facts(*ask, "--out", tmp_path / "a"), facts(*ask, "--policy", "llama", "--out", tmp_path / "b")
+    assert by_family["policy"] == by_name["policy"] == "llama"
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_prune_by_share_of_all_parameters(model, policy, tmp_path):
-    given = facts("prune", model, "--policy", policy, "--params", 0.2, "--round", 1, "--out", tmp_path / "out")
+    ask = ("--policy", policy, "--moments", "none", "--params", 0.2, "--round", 1)
+    given = facts("prune", model, *ask, "--out", tmp_path / "out")
     assert given["removed"] == pytest.approx(0.2, abs=0.01)
 
 
 def test_eval_compares_side_by_side_and_report_draws_it(model, policy, text, tmp_path):
-    facts("prune", model, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "narrow")
+    facts("prune", model, "--policy", policy, "--moments", "none", "--ratio", 0.5, "--out", tmp_path / "narrow")
     result = run("eval", model, tmp_path / "narrow", "--text", text, "--window", 20, "--no-speed", "--json")
     rows = json.loads(result.stdout)["models"]
     assert [row["window"] for row in rows] == [20, 20]
@@ -104,16 +239,20 @@ def test_tables_are_shown_without_json(model, text):
     assert "tiny" in shown
 
 
-def test_a_checkpoint_without_a_tokenizer_is_cut_all_the_same(policy, tmp_path):
+def test_a_checkpoint_without_a_tokenizer_is_cut_from_its_weights_alone(policy, tmp_path):
     tiny_model("opt").save_pretrained(tmp_path / "bare")
-    result = run("prune", tmp_path / "bare", "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")
+    ask = ("prune", tmp_path / "bare", "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")
+    assert "has no tokenizer" in refused(*ask)
+    assert not (tmp_path / "out").exists()
+    result = run(*ask, "--moments", "none")
     assert result.exit_code == 0
     assert "has no tokenizer" in result.stderr
 
 
 def test_the_folder_s_name_does_not_matter(policy, tmp_path):
     folder = save_tiny(tmp_path / "dolphin-phi-llama3", "opt")
-    assert facts("prune", folder, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")["width"] == 24
+    ask = ("--policy", policy, "--moments", "none", "--ratio", 0.5)
+    assert facts("prune", folder, *ask, "--out", tmp_path / "out")["width"] == 24
 
 
 @pytest.mark.parametrize(
@@ -132,7 +271,7 @@ def test_the_folder_s_name_does_not_matter(policy, tmp_path):
     ],
 )
 def test_prune_refuses_bad_amounts_in_one_sentence(model, policy, tmp_path, options, message):
-    assert message in refused("prune", model, "--policy", policy, "--out", tmp_path / "out", *options)
+    assert message in refused("prune", model, "--policy", policy, "--moments", "none", "--out", tmp_path / "out", *options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,6 +322,18 @@ def test_train_refuses_unknown_presets_and_ratios_before_it_makes_a_folder(model
     assert not (tmp_path / "q").exists()
 
 
+def test_train_learns_where_to_cut_too_unless_widths_are_to_be_uniform(model, tmp_path):
+    ask = ("train", model, "--updates", 1, "--masks", 2)
+    whole = facts(*ask, "--out", tmp_path / "whole")
+    assert (whole["regime"], whole["width_updates"]) == ("self", PRESETS["widths"].updates)
+    assert min(whole["predicted_gain_of_widths"], whole["predicted_gain_of_widths_with_refit"]) >= 0
+    assert Policy.from_pretrained(tmp_path / "whole").config.recipe["where"]["reward"] == "divergence"
+    uniform = facts(*ask, "--widths", "uniform", "--out", tmp_path / "uniform")
+    assert "width_updates" not in uniform
+    config = Policy.from_pretrained(tmp_path / "uniform").config
+    assert (config.recipe["where"], config.gain, config.refitted_gain) == (None, None, None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -209,7 +360,7 @@ def test_a_model_given_twice_is_refused(model, text):
 
 
 def test_export_pads_per_layer_widths_and_says_what_it_cannot_do(model, policy, tmp_path):
-    facts("prune", model, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "narrow")
+    facts("prune", model, "--policy", policy, "--moments", "none", "--ratio", 0.5, "--out", tmp_path / "narrow")
     assert "one width for all layers already" in refused("export", tmp_path / "narrow", "--pad", "--out", tmp_path / "x")
     assert "say --pad" in refused("export", tmp_path / "narrow", "--out", tmp_path / "x")
 
@@ -220,7 +371,7 @@ def test_python_m_prunenet_is_the_command():
 
 
 def test_the_pruned_file_holds_only_kept_channels(model, policy, tmp_path):
-    facts("prune", model, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")
+    facts("prune", model, "--policy", policy, "--moments", "none", "--ratio", 0.5, "--out", tmp_path / "out")
     dense = load_file(Path(model) / "model.safetensors")
     narrow = load_file(tmp_path / "out" / "model.safetensors")
     keep = load_file(tmp_path / "out" / "prunenet_masks.safetensors")["layers.1.keep"].long()

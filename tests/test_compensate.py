@@ -4,12 +4,12 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut, cut_layers, held_back, refit_sequentially
+from prunenet.compensate import Cut, Refits, cut_layers, held_back, refit_sequentially
 from prunenet.divergence import divergence
 from prunenet.layers import down_linears, ffn_widths
-from prunenet.masks import width_at
+from prunenet.masks import top_channels, width_at
 from prunenet.moments import ffn_moments
-from prunenet.refit import lost
+from prunenet.refit import lost, ridge
 
 
 def model_and_blocks(family="llama"):
@@ -124,3 +124,22 @@ def test_a_cut_without_refit_zeroes_columns_alone():
     down = Cut([keep], None).down(0, dense)
     assert torch.equal(down[:, keep], dense[:, keep])
     assert not bool(down[:, ~keep].any())
+
+
+def test_refits_at_levels_are_the_refits_of_their_masks():
+    model, blocks = model_and_blocks()
+    refits = Refits(model, blocks, levels=6, damping=0.3)
+    assert refits.step == 8
+    for layer, moments in enumerate(ffn_moments(model, blocks)):
+        dense = down_linears(model)[layer].weight.detach()
+        for width in (8, 24, 40):
+            keep = top_channels(refits.scores[layer], width)
+            expected = torch.zeros_like(dense)
+            expected[:, keep] = ridge(dense, moments.second, keep, damping=0.3)
+            torch.testing.assert_close(refits.down(layer, keep, dense), expected)
+        assert torch.equal(refits.down(layer, torch.ones(48, dtype=torch.bool), dense), dense)
+
+
+def test_levels_divide_the_width():
+    model, blocks = model_and_blocks()
+    assert Refits(model, blocks, levels=5).step == 12  # of 48 channels, 4 levels

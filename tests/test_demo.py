@@ -1,6 +1,7 @@
 """The demo, on a tiny model: what it makes, that a second run uses it, and what it refuses."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from test_cli import save_tiny
 from typer.testing import CliRunner
 
 from prunenet import demo, tables
+from prunenet.checkpoint import load_model, load_provenance
 from prunenet.cli import app
+from prunenet.policies.apply import prune
+from prunenet.policies.artifact import Policy
 from prunenet.policies.recipe import Recipe
 
 RECIPE = Recipe(updates=2, masks=4, hidden=(4,), evaluate_every=1)
@@ -37,10 +41,15 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
 
 
-def test_a_second_run_uses_what_the_first_one_made(run, tmp_path):
+def test_a_second_run_uses_what_the_first_one_made(run, tmp_path, monkeypatch):
     first = run()
     assert [row["ratio"] for row in first] == [0.0, 0.5]
+    story = load_provenance(tmp_path / "out" / "ratio-0.5")
+    assert {name: story.how[name] for name in demo.HOW} == demo.HOW
+    assert (story.regime, story.how["text"]["text"]) == ("self", "self-generated")
+    assert Policy.from_pretrained(tmp_path / "out" / "policy").config.recipe["where"] is None
     made = stamps(tmp_path / "out")
+    monkeypatch.setattr(demo, "self_blocks", None)  # nothing is written, trained or pruned again
     second = run()
     assert stamps(tmp_path / "out") == made
     assert [row["perplexity"] for row in second] == [row["perplexity"] for row in first]
@@ -53,6 +62,23 @@ def test_results_of_another_recipe_or_model_are_not_passed_off_as_this_one(run, 
     tiny_model("llama", seed=3).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="another recipe or model"):
         run()
+
+
+def test_a_checkpoint_pruned_in_another_way_is_not_passed_off_as_the_demo_s(run, tmp_path):
+    run()
+    policy = Policy.from_pretrained(tmp_path / "out" / "policy")
+    shutil.rmtree(tmp_path / "out" / "ratio-0.5")
+    prune(load_model(tmp_path / "model"), policy, ratio=0.5).save_pretrained(tmp_path / "out" / "ratio-0.5")
+    with pytest.raises(ValueError, match="holds another pruned model"):
+        run()
+
+
+def test_a_size_asked_for_later_is_added_to_those_that_are_there(run, tmp_path):
+    run()
+    made = stamps(tmp_path / "out")
+    rows = run(ratios=(0.5, 0.25))
+    assert [row["ratio"] for row in rows] == [0.0, 0.5, 0.25]
+    assert made.items() <= stamps(tmp_path / "out").items()
 
 
 def test_a_demo_model_that_cannot_be_had_is_one_sentence():

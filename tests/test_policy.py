@@ -1,37 +1,53 @@
 """A saved policy: exact on reload, deterministic, nested over ratios, and clear about what it cannot read."""
 
 import json
+import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
+from families import FAMILIES, tiny_model, token_ids
 
 import prunenet
-from prunenet.layers import ffn_widths
-from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
+from prunenet.calibration import Blocks
+from prunenet.layers import down_linears, ffn_widths
+from prunenet.masks import top_channels
+from prunenet.policies import apply, artifact
+from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer
+from prunenet.provenance import REGIMES, Regime
 from prunenet.stats import CONTEXT, STATISTICS
 
 RATIOS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
 
-def some_policy() -> Policy:
-    policy = Policy.untrained(PolicyConfig(hidden=(8,)))
+def some_policy(**config) -> Policy:
+    """Its scores and both kinds of widths are random."""
+    policy = Policy.untrained(PolicyConfig(hidden=(8,), **config))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        policy.scorer.out.weight.normal_(generator=torch.Generator().manual_seed(0))
+        for linear in (policy.scorer.out, policy.scorer.widths.out, policy.scorer.refitted_widths.out):
+            linear.weight.normal_(generator=generator)
     return policy
 
 
+def some_blocks(regime: str = "self") -> Blocks:
+    return Blocks(token_ids(10, 24), regime, {"text": "random"})
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_masks_nest_as_the_ratio_rises_and_ratio_zero_keeps_all(family):
+def test_masks_nest_as_the_ratio_rises_and_ratio_zero_keeps_all(family, per_layer):
     policy, model = some_policy(), tiny_model(family)
-    by_ratio = [policy.masks(model, ratio) for ratio in RATIOS]
+    by_ratio = [policy.masks(model, ratio, per_layer=per_layer) for ratio in RATIOS]
     assert all(mask.all() for mask in by_ratio[0])
     for wider, narrower in pairwise(by_ratio):
         for a, b in zip(wider, narrower, strict=True):
             assert not (b & ~a).any()
             assert b.sum() <= a.sum()
+    if per_layer:
+        assert len({int(mask.sum()) for mask in by_ratio[4]}) > 1
 
 
 def test_an_untrained_scorer_is_its_prior():
@@ -161,3 +177,187 @@ def test_a_policy_s_files_can_be_read_by_whoever_may_read_its_folder(tmp_path):
     (tmp_path / "plain").write_text("")
     usual = (tmp_path / "plain").stat().st_mode
     assert {path.stat().st_mode for path in folder.iterdir()} == {usual}
+
+
+@pytest.mark.parametrize("refitted", [False, True])
+def test_per_layer_widths_add_up_to_as_many_channels_as_uniform_ones(refitted):
+    policy, model = some_policy(), tiny_model("llama")
+    for ratio in RATIOS:
+        learned = policy.widths(model, ratio, per_layer=True, refitted=refitted)
+        assert sum(learned) == sum(policy.widths(model, ratio))
+        if ratio > 0:
+            assert len(set(learned)) > 1
+
+
+def test_widths_for_refitted_layers_are_learned_apart():
+    policy, model = some_policy(), tiny_model("llama")
+    assert policy.widths(model, 0.5, per_layer=True) != policy.widths(model, 0.5, per_layer=True, refitted=True)
+    plain = prunenet.prune(model, policy, ratio=0.5, blocks=some_blocks(), widths="per-layer", refit="off")
+    refitted = prunenet.prune(model, policy, ratio=0.5, blocks=some_blocks(), widths="per-layer")
+    assert ffn_widths(plain.model) == policy.widths(model, 0.5, per_layer=True)
+    assert ffn_widths(refitted.model) == policy.widths(model, 0.5, per_layer=True, refitted=True)
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(-0.1, "uniform"), (0.05, "uniform"), (0.051, "per-layer")])
+@pytest.mark.parametrize("measured", [False, True])
+def test_auto_takes_per_layer_widths_for_a_predicted_gain_above_5_percent(monkeypatch, measured, gain, chosen):
+    policy = some_policy(gain=None if measured else gain)
+    monkeypatch.setattr(apply, "_gain", lambda *_: gain)
+    blocks = some_blocks() if measured else None
+    pruned = prunenet.prune(tiny_model("llama"), policy, ratio=0.5, blocks=blocks)
+    assert pruned.provenance.how["widths"] == chosen
+    assert pruned.provenance.how["predicted_gain"] == gain
+    assert (len(set(ffn_widths(pruned.model))) > 1) == (chosen == "per-layer")
+    assert sum(ffn_widths(pruned.model)) == 3 * 24
+
+
+def test_auto_is_uniform_where_nothing_else_was_learned():
+    assert prunenet.prune(tiny_model("llama"), some_policy(), ratio=0.5).provenance.how["widths"] == "uniform"
+    untrained = Policy.untrained(PolicyConfig(gain=0.5))
+    how = prunenet.prune(tiny_model("llama"), untrained, ratio=0.5).provenance.how
+    assert (how["widths"], how["predicted_gain"]) == ("uniform", None)
+
+
+def test_the_predicted_gain_is_that_of_the_pruned_models_on_blocks_held_back():
+    model, blocks = tiny_model("llama"), some_blocks()
+
+    def loss(widths: str) -> float:
+        narrow = prunenet.prune(model, some_policy(), ratio=0.5, blocks=blocks, widths=widths).model
+        with torch.no_grad():
+            dense, pruned = (m(blocks.ids[-2:]).logits.double().log_softmax(-1) for m in (model, narrow))
+        return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+
+    predicted = prunenet.prune(model, some_policy(), ratio=0.5, blocks=blocks).provenance.how["predicted_gain"]
+    assert predicted == pytest.approx(1 - math.exp(loss("per-layer") - loss("uniform")), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trained", "measured", "recorded"),
+    [
+        ("weights", None, "weights"),
+        ("self", None, "self"),
+        ("data", None, "data"),
+        ("weights", "self", "self"),
+        ("data", "self", "data"),
+        ("self", "data", "data"),
+        (None, "self", "self"),
+        (None, "data", "data"),
+    ],
+)
+def test_the_regime_recorded_is_the_most_that_any_step_looked_at(trained, measured, recorded):
+    policy = None if trained is None else some_policy(regime=trained)
+    blocks = None if measured is None else some_blocks(measured)
+    pruned = prunenet.prune(tiny_model("llama"), policy, ratio=0.5, blocks=blocks)
+    assert pruned.provenance.regime == recorded
+
+
+def test_the_regimes_have_one_source():
+    assert tuple(REGIMES) == get_args(Regime) == ("weights", "self", "data")
+
+
+@pytest.mark.parametrize("channels", ["policy", "elimination"])
+@pytest.mark.parametrize("refit", ["off", "layerwise", "sequential"])
+def test_measuring_and_refitting_leave_the_dense_model_alone(channels, refit):
+    model, policy = tiny_model("llama"), some_policy()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stages = []
+    pruned = prunenet.prune(
+        model,
+        policy,
+        ratio=0.5,
+        blocks=some_blocks(),
+        channels=channels,
+        refit=refit,
+        progress=lambda what, done, of: stages.append((what, done, of)),
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [stage for stage in stages if stage[1] == stage[2]] == [
+        (what, 3, 3) for what in ("cutting", *(["refitting"] if refit == "sequential" else []))
+    ]
+    narrow = [linear.weight for linear in down_linears(pruned.model)]
+    kept = [linear.weight[:, keep] for linear, keep in zip(down_linears(model), pruned.keep, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(narrow, kept, strict=True)) == (refit == "off")
+    if channels == "policy":
+        scores = zip(policy.scores(model), ffn_widths(pruned.model), strict=True)
+        assert all(torch.equal(top_channels(*a), b) for a, b in zip(scores, pruned.keep, strict=True))
+
+
+def test_a_refit_comes_nearer_to_the_dense_model_than_none():
+    model, blocks = tiny_model("llama"), Blocks(token_ids(40, 24), "self", {})
+    ids = token_ids(8, 24, seed=1)
+
+    def distance(refit: str) -> float:
+        narrow = prunenet.prune(model, ratio=0.5, blocks=blocks, refit=refit).model
+        with torch.no_grad():
+            return float((narrow(ids).logits - model(ids).logits).square().mean())
+
+    assert distance("layerwise") < distance("off")
+    assert distance("sequential") < distance("off")
+
+
+def test_scores_that_the_caller_has_are_not_computed_again(monkeypatch):
+    model, policy = tiny_model("llama"), some_policy()
+    expected = prunenet.prune(model, policy, ratio=0.5).keep
+    scores = policy.scores(model)
+    monkeypatch.setattr(Policy, "scores", None)
+    keep = prunenet.prune(model, policy, ratio=0.5, scores=scores).keep
+    assert all(torch.equal(a, b) for a, b in zip(keep, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"widths": "wide"}, "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
+        ({"channels": "best"}, "unknown channels 'best'; it is one of policy, elimination"),
+        ({"refit": "on"}, "unknown refit 'on'; it is one of off, layerwise, sequential"),
+        ({"refit": "layerwise"}, "give text"),
+        ({"channels": "elimination"}, "give text"),
+        ({"policy": None}, "no policy to choose the channels"),
+        ({"policy": None, "blocks": some_blocks(), "channels": "policy"}, "no policy to choose the channels"),
+        ({"policy": None, "blocks": some_blocks(), "widths": "per-layer"}, "no policy to say where to cut"),
+        ({"blocks": Blocks(token_ids(1, 24), "self", {})}, "give 2 blocks or more, got 1"),
+    ],
+)
+def test_choices_that_cannot_be_met_are_one_sentence(choices, message):
+    with pytest.raises(ValueError, match=message):
+        prunenet.prune(tiny_model("llama"), **{"policy": some_policy(), "ratio": 0.5} | choices)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A zoo with a policy for Llama, and with a folder that holds none."""
+    some_policy(trained_on={"model_type": "llama"}).save_pretrained(tmp_path / "zoo" / "llama")
+    (tmp_path / "zoo" / "empty").mkdir()
+    monkeypatch.setattr(artifact, "ZOO", tmp_path / "zoo")
+    return tmp_path / "zoo"
+
+
+def test_the_zoo_is_found_by_name_and_by_family(shipped):
+    assert zoo() == {"llama": shipped / "llama"}
+    assert Policy.from_pretrained("llama").sha256 == some_policy(trained_on={"model_type": "llama"}).sha256
+    asked = ((None, "llama", True), ("llama", "opt", True), (None, "opt", False), ("none", "llama", False))
+    for choice, family, found in asked:
+        policy, name = policy_for(choice, family)
+        assert (policy is not None, name) == (found, "llama" if found else "none")
+
+
+def test_a_policy_that_is_neither_a_folder_nor_in_the_zoo_lists_what_is(shipped, tmp_path):
+    with pytest.raises(PolicyError, match=r"policy 'alpaca' does not exist; .*\(or take one that ships: llama\)"):
+        policy_for("alpaca", "llama")
+    with pytest.raises(PolicyError, match="holds no policy"):
+        policy_for(str(tmp_path), "llama")
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_family_s_policy(shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("llama")
+    policy, _ = policy_for(None, "llama")
+    assert policy is not None
+
+
+def test_an_empty_zoo_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifact, "ZOO", tmp_path / "nothing")
+    assert zoo() == {}
+    assert policy_for(None, "llama") == (None, "none")
+    with pytest.raises(PolicyError, match=r"make one with 'prunenet train'$"):
+        policy_for("llama", "llama")

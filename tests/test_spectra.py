@@ -14,8 +14,6 @@ from prunenet.spectra import (
     energy_kept,
     gram,
     ks_distance,
-    masked_singular_values,
-    singular_values,
     wasserstein_distance,
 )
 
@@ -33,6 +31,12 @@ def _masks(d_ff: int, widths: list[int], seed: int = 1) -> torch.Tensor:
     return order < torch.tensor(widths)[:, None]
 
 
+def _masked_values(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values of each W[K] in float64, falling, padded with zeros, and how many count: behind every distance."""
+    eigenvalues, counts = spectra._masked_eigenvalues(weight, gram(weight), keep, torch.float64)
+    return spectra._roots(eigenvalues), counts
+
+
 def _widths(d_ff: int) -> list[int]:
     return sorted({1, d_ff, *(max(1, int(d_ff * share)) for share in (0.2, 0.4, 0.6, 0.9))})
 
@@ -41,15 +45,14 @@ def _widths(d_ff: int) -> list[int]:
 def test_singular_values_are_those_of_a_full_decomposition(shape: tuple[int, int]) -> None:
     weight = _weight(*shape)
     expected = torch.linalg.svdvals(weight.double())
-    torch.testing.assert_close(singular_values(gram(weight)), expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(singular_values(gram(weight), count=1), expected[:1])
+    torch.testing.assert_close(SpectralReference.of(weight).values, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_masked_singular_values_are_those_of_the_kept_rows(shape: tuple[int, int]) -> None:
     weight = _weight(*shape)
     keep = _masks(shape[0], _widths(shape[0]))
-    values, counts = masked_singular_values(weight, gram(weight), keep)
+    values, counts = _masked_values(weight, keep)
     for mask, row, count in zip(keep, values, counts, strict=True):
         expected = torch.linalg.svdvals(weight[mask].double())
         assert int(count) == len(expected)
@@ -60,9 +63,8 @@ def test_masked_singular_values_are_those_of_the_kept_rows(shape: tuple[int, int
 @pytest.mark.parametrize("shape", SHAPES)
 def test_removing_rows_never_raises_a_singular_value(shape: tuple[int, int]) -> None:
     weight = _weight(*shape)
-    matrix = gram(weight)
     keep = _masks(shape[0], [shape[0]]).repeat(shape[0], 1).tril()  # nested: 1 row, 2 rows, ... all rows
-    values, _ = masked_singular_values(weight, matrix, keep)
+    values, _ = _masked_values(weight, keep)
     assert (values.diff(dim=0) > -1e-9 * values.max()).all()
 
 
@@ -195,7 +197,7 @@ def test_bad_input_is_one_clear_sentence() -> None:
     jaxtyping.config.update("jaxtyping_disable", True)  # as for a caller without a type checker
     try:
         with pytest.raises(ValueError, match="8 booleans, got 7"):
-            masked_singular_values(reference.weight, reference.gram, torch.ones(1, 7, dtype=torch.bool))
+            reference.distance(torch.ones(1, 7, dtype=torch.bool))
         with pytest.raises(ValueError, match="one of ks, wasserstein, energy, got 'chi'"):
             reference.distance(torch.ones(1, 8, dtype=torch.bool), "chi")
     finally:

@@ -10,8 +10,7 @@ import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model
 
 from prunenet import stats
-from prunenet.architectures import ARCHITECTURES
-from prunenet.layers import iter_ffns
+from prunenet.layers import activation, iter_ffns
 from prunenet.stats import CONTEXT, STATISTICS, channel_statistics, layer_context
 
 COLUMN = {name: index for index, name in enumerate(STATISTICS)}
@@ -34,8 +33,8 @@ def test_statistics_of_every_family_are_finite_bounded_and_one_row_a_channel(fam
         assert torch.isfinite(layer).all()
         assert layer.abs().max() <= 4
         missing = {name for name in STATISTICS if not layer[:, COLUMN[name]].any()}
-        expected = {name for name in STATISTICS if name.startswith("gate")} if not ARCHITECTURES[family].gated else set()
         ffn = next(iter_ffns(model))
+        expected = {name for name in STATISTICS if ffn.gate is None and name.startswith("gate")}
         expected |= {f"{side}_bias" for side in ("gate", "up") if getattr(ffn, f"{side}_bias") is None}
         assert missing == expected
         present = layer[:, [column for name, column in COLUMN.items() if name not in missing]]
@@ -146,7 +145,7 @@ def test_the_activation_energy_is_that_of_a_gaussian_residual_stream(family: str
     moment = table.T @ table
     factor = torch.linalg.cholesky(moment * D_MODEL / moment.trace() + 1e-6 * torch.eye(D_MODEL))
     stream = torch.randn(400_000, D_MODEL, generator=torch.Generator().manual_seed(0)) @ factor.T * ffn.norm_scale
-    hidden = stats._activation(model)(stream @ (ffn.up if ffn.gate is None else ffn.gate).T + _bias(ffn, "gate"))
+    hidden = activation(model)(stream @ (ffn.up if ffn.gate is None else ffn.gate).T + _bias(ffn, "gate"))
     if ffn.gate is not None:
         hidden = hidden * (stream @ ffn.up.T + ffn.up_bias)
     expected = (hidden.square().mean(0) * ffn.down.square().sum(0)).log()

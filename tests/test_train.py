@@ -1,6 +1,5 @@
 """Training is reproducible, resumable bit for bit, and never ends worse than it began."""
 
-import os
 import random
 import signal
 import subprocess
@@ -11,13 +10,58 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import tiny_model, token_ids
 
+from prunenet.calibration import Blocks
+from prunenet.layers import down_linears
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe, recipe_for
-from prunenet.policies.train import STATE, train
+from prunenet.policies.train import train
 
 SHORT = Recipe(reward="spectral", updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy")
+WHERE = Recipe(
+    reward="divergence",
+    subset="widths",
+    updates=4,
+    masks=8,
+    learning_rate=0.1,
+    gamma=1.0,
+    round_to=4,
+    evaluate_every=2,
+    evaluate_at=(0.5,),
+)
+STAGES = ("channels", "widths", "refitted_widths")
+
+
+def state(folder: Path, stage: str = "channels") -> Path:
+    return folder / "training" / stage / "state.safetensors"
+
+
+def own_text(n: int = 5, tokens: int = 16) -> Blocks:
+    return Blocks(token_ids(n, tokens), "self", {"text": "self-generated"})
+
+
+def long_run(algorithm: str, out: Path, resume: bool = False) -> None:
+    """Each stage takes longer than it takes to kill it."""
+    first = replace(SHORT, algorithm=algorithm, epochs=2, updates=60)
+    where = replace(WHERE, algorithm=algorithm, epochs=2, updates=15)
+    train(tiny_model("llama"), first, where=where, blocks=own_text(5, 8), out=out, resume=resume)
+
+
+def kill_in(stage: str, out: Path, algorithm: str) -> None:
+    """Starts the run, or resumes it, in another process, and kills that at some moment of the stage."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_train import Path, long_run
+long_run({algorithm!r}, Path({str(out)!r}), resume={stage != STAGES[0]})
+"""
+    with subprocess.Popen([sys.executable, "-c", script]) as run:
+        while not state(out, stage).exists() and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.SystemRandom().uniform(0, 0.15))
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
 def weights(folder: Path) -> bytes:
@@ -50,9 +94,9 @@ def test_the_policy_returned_is_the_best_one_seen():
     model = tiny_model("llama")
     from prunenet.envs import SpectralReward
     from prunenet.envs.sweep import View
-    from prunenet.policies.train import mode_reward
+    from prunenet.policies.run import mode_reward
 
-    value = mode_reward(trained.policy.scorer, View.of(model), SpectralReward(model, distance="energy"), SHORT.evaluate_at)
+    value = mode_reward(trained.policy.scorer, View.of(model), SpectralReward(model, distance="energy"), SHORT)
     assert value == max(reward for _, reward in trained.history)
     assert value > trained.history[0][1]
 
@@ -73,29 +117,13 @@ def test_the_model_is_as_it_was_after_training():
 
 
 @pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
-def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(tmp_path, algorithm):
-    script = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from families import tiny_model
-from prunenet.policies.recipe import Recipe
-from prunenet.policies.train import train
-recipe = Recipe("spectral", "energy", updates=150, masks=4, hidden=(8,), evaluate_every=10, algorithm={algorithm!r})
-train(tiny_model("llama"), recipe, out=sys.argv[1], resume="resume" in sys.argv)
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-c", script]
-    whole = subprocess.Popen([*start, str(tmp_path / "whole")], env=environment)
-    killed = subprocess.Popen([*start, str(tmp_path / "killed")], env=environment)
-    state = tmp_path / "killed" / STATE
-    while not state.exists() and killed.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.SystemRandom().uniform(0, 0.5))
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-    subprocess.run([*start, str(tmp_path / "killed"), "resume"], env=environment, check=True)
-    assert whole.wait() == 0
+def test_a_run_killed_in_each_stage_in_turn_resumes_to_the_same_policy_bit_for_bit(tmp_path, algorithm):
+    for stage in STAGES:
+        kill_in(stage, tmp_path / "killed", algorithm)
+        assert [state(tmp_path / "killed", name).exists() for name in STAGES].count(True) == STAGES.index(stage) + 1
+        assert not (tmp_path / "killed" / "model.safetensors").exists()
+    long_run(algorithm, tmp_path / "killed", resume=True)
+    long_run(algorithm, tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert (tmp_path / "killed" / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
 
@@ -124,7 +152,7 @@ def test_a_folder_in_use_is_refused_and_nothing_to_resume_is_said(tmp_path):
 
 def test_a_damaged_state_is_one_clear_sentence(tmp_path):
     train(tiny_model("llama"), SHORT, out=tmp_path)
-    (tmp_path / STATE).write_bytes(b"not a state")
+    state(tmp_path).write_bytes(b"not a state")
     with pytest.raises(PolicyError, match="is damaged"):
         train(tiny_model("llama"), SHORT, out=tmp_path, resume=True)
 
@@ -133,7 +161,7 @@ def test_tensorboard_shows_the_reward(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tiny_model("llama"), SHORT, out=tmp_path)
-    (log,) = (tmp_path / "training").glob("run_*")
+    (log,) = state(tmp_path).parent.glob("run_*")
     events = EventAccumulator(str(log)).Reload()
     assert [event.step for event in events.Scalars("prunenet/reward_of_mode")][-1] == SHORT.updates * SHORT.masks * 3
 
@@ -146,8 +174,6 @@ def test_tensorboard_shows_the_reward(tmp_path):
         ({"gamma": 1.5}, r"gamma must be in \[0, 1\]"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"ratio": (0.5, 0.1)}, "must rise"),
-        ({"reward": "specktral"}, "unknown reward 'specktral'; it is one of spectral"),
-        ({"algorithm": "sac"}, "unknown algorithm 'sac'"),
         ({"evaluate_at": (1.5,)}, "got 1.5"),
         ({"seed": -1}, "seed must be in"),
         ({"entropy": 0.1}, "needs subset 'bernoulli'"),
@@ -158,9 +184,22 @@ def test_recipes_out_of_range_are_refused(changes, message):
         replace(SHORT, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": "specktral"}, "unknown reward 'specktral'; it is one of spectral, reconstruction, divergence"),
+        ({"algorithm": "sac"}, "unknown algorithm 'sac'; it is one of a2c, ppo"),
+        ({"subset": "best"}, "unknown subset 'best'; it is one of fixed, bernoulli, widths"),
+    ],
+)
+def test_names_that_a_recipe_does_not_know_are_refused(unchecked, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SHORT, **changes)
+
+
 def test_presets_are_found_by_name():
     assert recipe_for("paper", {"seed": 3}) == replace(PRESETS["paper"], seed=3)
-    with pytest.raises(ValueError, match="unknown preset 'fast'; presets: default, spectral, paper"):
+    with pytest.raises(ValueError, match="unknown preset 'fast'; presets: default, widths, spectral, paper"):
         recipe_for("fast", {})
 
 
@@ -169,6 +208,72 @@ def test_a_policy_trained_on_one_width_applies_to_another():
     keep = trained.policy.masks(tiny_model("opt"), 0.5, round_to=1)
     assert [int(mask.sum()) for mask in keep] == [24] * len(keep)
     assert isinstance(trained.policy, Policy)
+
+
+@pytest.mark.parametrize("important", [0, 1, 2])
+def test_the_later_stages_leave_most_channels_to_the_layer_that_matters_most(important):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer, linear in enumerate(down_linears(model)):
+            linear.weight.mul_(1 if layer == important else 0.01)
+    trained = train(model, SHORT, where=WHERE, blocks=own_text())
+    config = trained.policy.config
+    for refitted, gain, history in (
+        (False, config.gain, trained.widths_history),
+        (True, config.refitted_gain, trained.refitted_history),
+    ):
+        widths = trained.policy.widths(model, 0.5, per_layer=True, refitted=refitted, round_to=4)
+        assert widths[important] > 24 > max(width for layer, width in enumerate(widths) if layer != important)
+        assert sum(widths) == 3 * 24
+        assert gain == pytest.approx(1 - history[0][1] / max(reward for _, reward in history))
+        assert gain > 0
+
+
+def test_the_later_stages_leave_the_channels_scores_as_they_are():
+    model = tiny_model("llama")
+    first = train(model, SHORT)
+    whole = train(model, SHORT, where=WHERE, blocks=own_text())
+    assert all(torch.equal(a, b) for a, b in zip(first.policy.scores(model), whole.policy.scores(model), strict=True))
+    assert first.history == whole.history
+    assert (first.widths_history, first.refitted_history, first.policy.config.gain) == ([], [], None)
+    assert [first.policy.offsets(model, refitted=refitted) for refitted in (False, True)] == [[0.0] * 3] * 2
+
+
+def test_a_policy_that_has_learned_where_to_cut_reloads_to_the_same_bits(tmp_path):
+    model = tiny_model("llama")
+    trained = train(model, SHORT, where=WHERE, blocks=own_text(), out=tmp_path / "a").policy
+    again = Policy.from_pretrained(tmp_path / "a")
+    for refitted in (False, True):
+        assert again.offsets(model, refitted=refitted) == trained.offsets(model, refitted=refitted) != [0.0] * 3
+    assert all(torch.equal(a, b) for a, b in zip(again.scores(model), trained.scores(model), strict=True))
+    assert again.sha256 == trained.sha256
+    assert (again.config.gain, again.config.refitted_gain) == (trained.config.gain, trained.config.refitted_gain)
+    again.save_pretrained(tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_regime_is_the_most_that_either_stage_looked_at():
+    from prunenet.envs import SpectralReward
+
+    model, data = tiny_model("llama"), replace(own_text(), regime="data")
+    assert train(model, SHORT, blocks=data).policy.config.regime == "weights"
+    assert train(model, SHORT, where=WHERE, blocks=own_text()).policy.config.regime == "self"
+    own = train(model, SHORT, where=WHERE, blocks=data, reward=SpectralReward(model), regime="weights")
+    assert own.policy.config.regime == "data"
+
+
+def test_a_second_stage_without_text_is_refused_before_the_first_one_runs(tmp_path):
+    with pytest.raises(ValueError, match="the divergence reward is measured on text: give token blocks"):
+        train(tiny_model("llama"), SHORT, where=WHERE, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_another_second_stage_is_refused(tmp_path):
+    train(tiny_model("llama"), SHORT, where=WHERE, blocks=own_text(), out=tmp_path)
+    for other in (None, replace(WHERE, updates=5)):
+        with pytest.raises(PolicyError, match="was started with recipe"):
+            train(tiny_model("llama"), SHORT, where=other, blocks=own_text(), out=tmp_path, resume=True)
 
 
 def test_a_reward_of_one_s_own_says_its_regime_and_is_recorded():
@@ -189,6 +294,6 @@ def test_resuming_on_other_weights_is_refused(tmp_path):
 
 
 def test_the_caller_s_random_numbers_are_left_alone():
-    state = torch.get_rng_state()
+    before = torch.get_rng_state()
     train(tiny_model("llama"), SHORT)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,48 @@
+"""The policies that ship: they load by name, say where they come from, and cut a model of another width and depth."""
+
+import pytest
+import torch
+from families import tiny_model
+
+import prunenet
+from prunenet.layers import ffn_widths
+from prunenet.policies.artifact import Policy, PolicyError, policy_for, zoo
+
+
+def test_every_policy_of_the_zoo_loads_and_says_what_it_was_trained_on():
+    assert "llama" in zoo()
+    for name, folder in zoo().items():
+        policy = Policy.from_pretrained(name)
+        assert policy.config.trained_on["model_type"] == name
+        assert policy.config.regime in ("weights", "self")
+        assert policy.config.gain > 0
+        assert policy.config.refitted_gain > 0
+        assert not (folder / "training").exists()
+
+
+def test_a_model_s_family_chooses_its_policy_unless_the_user_does():
+    assert policy_for(None, "llama")[1] == "llama"
+    assert policy_for("none", "llama") == (None, "none")
+    assert policy_for(None, "a family without one") == (None, "none")
+    with pytest.raises(PolicyError, match=r"does not exist.*take one that ships: llama"):
+        policy_for("lama", "llama")
+
+
+@pytest.mark.parametrize("refitted", [False, True])
+def test_it_says_where_to_cut_at_ratios_it_was_not_trained_at(refitted):
+    model = tiny_model("llama")
+    policy = Policy.from_pretrained("llama")
+    previous = ffn_widths(model)
+    for ratio in (0.05, 0.25, 0.5, 0.75):
+        widths = policy.widths(model, ratio, per_layer=True, refitted=refitted)
+        assert sum(widths) == sum(policy.widths(model, ratio))
+        assert all(a >= b for a, b in zip(previous, widths, strict=True))
+        previous = widths
+
+
+def test_it_cuts_another_width_and_depth_from_weights_alone():
+    model = tiny_model("llama")
+    pruned = prunenet.prune(model, Policy.from_pretrained("llama"), ratio=0.5, widths="uniform", policy_name="llama")
+    assert pruned.provenance.policy == "llama"
+    assert all(bool(torch.isfinite(row).all()) for row in Policy.from_pretrained("llama").scores(model))
+    assert set(ffn_widths(pruned.model)) == {24}
