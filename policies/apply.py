@@ -87,31 +87,27 @@ def prune(
             blocks that are not given.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
-    channels, refit = check_choices(blocks is not None, widths, channels, refit)
-    _check_policy(policy, widths, channels)
-    ratio = resolve_ratio(model, ratio, params)
+    channels, refit = check_choices(policy, blocks is not None, widths, channels, refit)
+    ratio = check_size(model, ratio, params, round_to)
     ways = _ways(model, policy, ratio, widths, round_to, refit != "off")
-    if channels == "elimination":
-        scores = None
-    elif scores is None and policy is not None:
-        scores = policy.scores(model)
+    ranked = (scores or policy.scores(model)) if policy is not None and channels == "policy" else None
     if blocks is None:
         assert policy is not None
-        assert scores is not None
-        cuts = {name: Cut([top_channels(*pair) for pair in zip(scores, way, strict=True)], None) for name, way in ways.items()}
-        gain = policy.config.gain if len(ways) > 1 else None
+        assert ranked is not None
+        cuts = {name: Cut([top_channels(*pair) for pair in zip(ranked, way, strict=True)], None) for name, way in ways.items()}
+        gain = policy.config.gain
     else:
         counted = _counted(progress, "cutting")
-        found = cut_layers(model, blocks.ids, list(ways.values()), scores=scores, refit=refit != "off", progress=counted)
+        found = cut_layers(model, blocks.ids, list(ways.values()), scores=ranked, refit=refit != "off", progress=counted)
         cuts = dict(zip(ways, found, strict=True))
-        gain = _gain(model, cuts, blocks) if len(ways) > 1 else None
-    chosen = _chosen(cuts, gain)
+        gain = _gain(model, cuts, blocks)
+    chosen, gain = _chosen(cuts, gain)
     cut = cuts[chosen]
     if refit == "sequential":
         assert blocks is not None
         cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=_counted(progress, "refitting"))
     narrow = cut.model(model)
-    how = {"widths": chosen, "predicted_gain": gain, "channels": channels, "refit": refit}
+    how: dict[str, Any] = {"widths": chosen, "predicted_gain": gain, "channels": channels, "refit": refit}
     provenance = Provenance.of(
         model,
         narrow,
@@ -126,11 +122,13 @@ def prune(
     return Pruned(narrow, cut.keep, provenance)
 
 
-def check_choices(measured: bool, widths: str, channels: str | None, refit: str | None) -> tuple[str, str]:
+def check_choices(
+    policy: Policy | None, measured: bool, widths: str, channels: str | None, refit: str | None
+) -> tuple[str, str]:
     """The choices of channels and refit, defaults filled in; `measured`: whether there is text to measure activations on.
 
     Raises:
-        ValueError: an unknown choice, or one that needs text where there is none.
+        ValueError: an unknown choice, or one that needs a policy or text where there is none.
     """
     channels = channels or ("elimination" if measured else "policy")
     refit = refit or ("layerwise" if measured else "off")
@@ -140,14 +138,11 @@ def check_choices(measured: bool, widths: str, channels: str | None, refit: str 
             raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(allowed)}")
     if not measured and (channels == "elimination" or refit != "off"):
         raise ValueError("elimination and refit measure activations: give text (--moments self or data), or switch them off")
-    return channels, refit
-
-
-def _check_policy(policy: Policy | None, widths: str, channels: str) -> None:
     if policy is None and channels == "policy":
         raise ValueError("no policy to choose the channels; give one (--policy), or text to choose them by (--moments self)")
     if policy is None and widths == "per-layer":
         raise ValueError("no policy to say where to cut; give one (--policy), or say --widths uniform")
+    return channels, refit
 
 
 def _ways(
@@ -163,17 +158,20 @@ def _ways(
     return {"uniform": uniform} if learned == uniform else {"uniform": uniform, "per-layer": learned}
 
 
-def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float:
+def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float | None:
     """By which share per-layer widths lower exp(KL), and so perplexity, on blocks held back from the fit."""
+    if len(cuts) == 1:
+        return None
     _, held = held_back(blocks.ids)
     loss = {name: divergence(model, cut.down, held[:_JUDGED]) for name, cut in cuts.items()}
     return 1 - math.exp(loss["per-layer"] - loss["uniform"])
 
 
-def _chosen(cuts: dict[str, Cut], gain: float | None) -> str:
+def _chosen(cuts: dict[str, Cut], gain: float | None) -> tuple[str, float | None]:
+    """Which cut, and the gain that decided; None where there was nothing to decide."""
     if len(cuts) == 1:
-        return next(iter(cuts))
-    return "per-layer" if gain is not None and gain > AUTO_GAIN else "uniform"
+        return next(iter(cuts)), None
+    return "per-layer" if gain is not None and gain > AUTO_GAIN else "uniform", gain
 
 
 def _regime(policy: Policy | None, blocks: Blocks | None) -> str:
@@ -200,6 +198,18 @@ def resolve_ratio(model: PreTrainedModel, ratio: float | None, params: float | N
     ffns = list(iter_ffns(model))
     total, _ = count_parameters(model)
     return ratio_for_parameters(params, total, [f.channel_parameters for f in ffns], [f.d_ff for f in ffns])
+
+
+def check_size(model: PreTrainedModel, ratio: float | None, params: float | None, round_to: int) -> float:
+    """`resolve_ratio`, and that every layer can be rounded to a multiple of `round_to`.
+
+    Raises:
+        ValueError: as `resolve_ratio` and `prunenet.masks.width_at`.
+    """
+    ratio = resolve_ratio(model, ratio, params)
+    for d_ff in set(ffn_widths(model)):
+        width_at(d_ff, ratio, round_to)
+    return ratio
 
 
 def check_amount(ratio: float | None, params: float | None) -> None:

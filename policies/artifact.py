@@ -188,10 +188,11 @@ def policy_for(choice: str | None, model_type: str) -> tuple[Policy | None, str]
     Raises:
         PolicyError: neither in the zoo nor a folder with a policy.
     """
-    if choice == "none" or (choice is None and model_type not in zoo()):
+    if choice is None and model_type in zoo():
+        return Policy.from_pretrained(zoo()[model_type]), model_type
+    if choice is None or choice == "none":
         return None, "none"
-    name = choice or model_type
-    return Policy.from_pretrained(name), Path(name).name
+    return Policy.from_pretrained(choice), Path(choice).name
 
 
 def _find(source: str | Path) -> Path:

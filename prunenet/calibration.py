@@ -101,7 +101,7 @@ def _written(
         return None if progress is None else lambda done, of: progress(number * of + done, 2 * of)
 
     from_start = generate_blocks(model, start, seed=seed, progress=of_half(0), **shared)
-    known = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    known = min(len(tokenizer), model.config.vocab_size)
     opening = torch.randint(known, (half, 1), generator=torch.Generator().manual_seed(seed))
     plain: dict[str, Any] = {"hot": 1.0, "temperature": 1.0, "top_p": 1.0}
     opened = generate_blocks(model, start, seed=seed + 1, prefixes=opening, progress=of_half(1), **plain, **shared)

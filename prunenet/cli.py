@@ -127,7 +127,7 @@ def prune(
     with one_sentence():
         from prunenet.checkpoint import load_model
         from prunenet.folders import check_absent
-        from prunenet.policies.apply import check_amount, check_choices
+        from prunenet.policies.apply import check_amount, check_choices, check_size
         from prunenet.policies.apply import prune as cut
         from prunenet.policies.artifact import policy_for
 
@@ -135,9 +135,10 @@ def prune(
         check_absent(out)
         if text and moments != "data":
             raise ValueError("--text is read with --moments data only: add that, or leave --text out")
-        check_choices(moments != "none", widths, channels, refit)
         dense = load_model(model, dtype=dtype, device=device)
         trained, name = policy_for(policy, dense.config.model_type)
+        check_choices(trained, moments != "none", widths, channels, refit)
+        check_size(dense, ratio, params, round_to)
         blocks = None if moments == "none" else _blocks(dense, model, moments, text or "builtin", seed)
         with tables.stages(errors) as advance:
             pruned = cut(
