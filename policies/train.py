@@ -103,17 +103,17 @@ def train(
     config = PolicyConfig(
         hidden=recipe.hidden,
         prior=dict(recipe.prior),
-        regime=regime or ("weights" if blocks is None else blocks.regime),
+        regime=_regime(regime, where, blocks),
         text=None if blocks is None else dict(blocks.source),
         trained_on={"model": _name(model), "model_type": model.config.model_type, "weights": weights_sha256(model)},
         recipe=recorded(recipe, where) | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
     folder = None if out is None else check_run(Path(out), resume)
     view = View.of(model)
-    policy = Policy.untrained(config, seed=recipe.seed)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
     histories: dict[str, list[tuple[int, float]]] = {}
     with _random_state_kept():
+        policy = Policy.untrained(config, seed=recipe.seed)
         for stage in _stages(model, recipe, where, reward, blocks):
             run = Run(view, policy.scorer, stage.reward, stage.recipe, stage.state(folder), progress, identity, stage.order)
             histories[stage.name] = run.learn(model, resume and unfinished(folder, stage.name))
@@ -122,6 +122,15 @@ def train(
     if folder is not None:
         policy.save_pretrained(folder)
     return Training(policy, *(histories.get(name, []) for name in ("channels", "widths", "refitted_widths")))
+
+
+def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None) -> str:
+    """The most that any stage looks at."""
+    if blocks is None:
+        return regime or "weights"
+    if regime is None or (where is not None and where.reward != "spectral"):
+        return max(regime or "weights", blocks.regime, key=("weights", "self", "data").index)
+    return regime
 
 
 def _stages(
