@@ -74,8 +74,8 @@ def prune(
         widths: "uniform", "per-layer" (as the policy learned, as many channels in all) or "auto": per-layer where that is
             predicted to lower perplexity by more than 5 % (`AUTO_GAIN`).
         blocks: token blocks to measure activations on (see `prunenet.calibration`). None: weights alone.
-        channels: "policy" (its scores, from weights) or "elimination" (greedy, from activations: needs blocks). Default:
-            elimination where there are blocks.
+        channels: "policy" (its scores, from weights) or "elimination" (greedy, from activations: needs blocks). Default: the
+            policy where there is one. On self-written text elimination knows more about that text and less about others.
         refit: "off", "layerwise" or "sequential" (behind the layers that are cut already) least squares of the down matrices
             on blocks. Default: layerwise where there are blocks.
         scores: `policy.scores(model)`, where the caller has them already.
@@ -130,7 +130,7 @@ def check_choices(
     Raises:
         ValueError: an unknown choice, or one that needs a policy or text where there is none.
     """
-    channels = channels or ("elimination" if measured else "policy")
+    channels = channels or ("policy" if policy is not None or not measured else "elimination")
     refit = refit or ("layerwise" if measured else "off")
     given = (("widths", widths, WIDTHS), ("channels", channels, CHANNELS), ("refit", refit, REFITS))
     for name, value, allowed in given:

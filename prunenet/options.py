@@ -60,7 +60,7 @@ Widths = Annotated[
 ]
 Channels = Annotated[
     str | None,
-    typer.Option(help="Who chooses them: policy (from weights) or elimination (from activations, the default with moments)."),
+    typer.Option(help="Who chooses them: policy (from weights, the default) or elimination (from activations)."),
 ]
 Refit = Annotated[str | None, typer.Option(help="off, layerwise (the default with moments) or sequential: least squares.")]
 PruneMoments = Annotated[

@@ -153,7 +153,7 @@ def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moment
     done = facts(*ask, "--out", tmp_path / "out")
     story = json.loads((tmp_path / "out" / "prunenet.json").read_text())
     how = story["how"]
-    assert how["channels"] == (channels or ("policy" if moments == "none" else "elimination"))
+    assert how["channels"] == (channels or "policy")
     assert how["refit"] == (refit or ("off" if moments == "none" else "layerwise"))
     if widths == "auto":
         assert how["widths"] == ("per-layer" if how["predicted_gain"] > 0.05 else "uniform")
