@@ -118,7 +118,8 @@ def rows(shop: Workshop) -> Iterator[Row]:
     """Every row of the table."""
     yield Row("dense", "dense", "-", 0, shop.dense)
     for seed, policy in enumerate(shop.policies):
-        yield Row("self", "elimination + refit, learned widths", "self", seed, shop.measured(shop.written, policy))
+        make = shop.measured(shop.written, policy, channels="policy")
+        yield Row("self", "policy's channels + refit, learned widths", "self", seed, make)
     for calibration in CALIBRATION:
         text = lambda name=calibration: shop.external(name)  # noqa: E731
         for name in ("wanda_sp", "flap", "llm_pruner_element1"):
@@ -138,13 +139,7 @@ def rows(shop: Workshop) -> Iterator[Row]:
         yield Row(
             "ablation", "elimination, learned widths, no refit", "self", 0, shop.measured(shop.written, first, refit="off")
         )
-        yield Row(
-            "ablation",
-            "policy's channels + refit, learned widths",
-            "self",
-            0,
-            shop.measured(shop.written, first, channels="policy"),
-        )
+        yield Row("ablation", "elimination + refit, learned widths", "self", 0, shop.measured(shop.written, first))
         make = shop.measured(shop.written, first, refit="sequential")
         yield Row("ablation", "elimination + sequential refit, learned widths", "self", 0, make)
     for seed, policy in enumerate(shop.policies):
