@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,10 +57,13 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_train import Path, long_run
 long_run({algorithm!r}, Path({str(out)!r}), resume={stage != STAGES[0]})
 """
+    seen: set[int] = set()  # times of the state's versions: the first is from before any update
     with subprocess.Popen([sys.executable, "-c", script]) as run:
-        while not state(out, stage).exists() and run.poll() is None:
-            time.sleep(0.01)
-        time.sleep(random.SystemRandom().uniform(0, 0.15))
+        while len(seen) < 3 and run.poll() is None:
+            time.sleep(0.005)
+            with suppress(FileNotFoundError):
+                seen.add(state(out, stage).stat().st_mtime_ns)
+        time.sleep(random.SystemRandom().uniform(0, 0.1))
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
