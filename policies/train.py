@@ -28,6 +28,7 @@ from prunenet.envs.sweep import View
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import Recipe, as_json
 from prunenet.policies.run import Run
+from prunenet.policies.scorer import ChannelScorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def train(
     histories: dict[str, list[tuple[int, float]]] = {}
     with _random_state_kept():
         policy = Policy.untrained(config, seed=recipe.seed)
-        for stage in _stages(model, recipe, where, reward, blocks):
+        for stage in _stages(model, policy.scorer, view, recipe, where, reward, blocks):
             run = Run(view, policy.scorer, stage.reward, stage.recipe, stage.state(folder), progress, identity, stage.order)
             histories[stage.name] = run.learn(model, resume and unfinished(folder, stage.name))
     gain, refitted_gain = (_gain(where, histories.get(name)) for name in ("widths", "refitted_widths"))
@@ -134,16 +135,24 @@ def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None) -> 
 
 
 def _stages(
-    model: PreTrainedModel, recipe: Recipe, where: Recipe | None, reward: Reward | None, blocks: Blocks | None
+    model: PreTrainedModel,
+    scorer: ChannelScorer,
+    view: View,
+    recipe: Recipe,
+    where: Recipe | None,
+    reward: Reward | None,
+    blocks: Blocks | None,
 ) -> Iterator[_Stage]:
-    """One after the other: a later one's reward is measured once the earlier ones are done."""
+    """One after the other: a later one's reward is measured, with the scorer as it is by then, once the earlier ones are done."""
     yield _Stage("channels", recipe, reward or _reward(model, recipe, blocks))
     if where is None:
         return
     yield _Stage("widths", where, _reward(model, where, blocks))
     if where.reward == "divergence" and blocks is not None:
         fit, held = held_back(blocks.ids)
-        refits = Refits(model, fit)
+        with torch.no_grad():
+            scores = list(scorer(torch.stack(list(view.statistics)), view.context))
+        refits = Refits(model, fit, scores=scores)
         judge = DivergenceReward(model, held[: where.blocks, : where.tokens], refit=refits.down)
         yield _Stage("refitted_widths", replace(where, round_to=refits.step), judge, refits.scores)
 

@@ -127,13 +127,14 @@ def _order(down: Tensor, second: Tensor, least: int) -> Tensor:
 
 
 class Refits:
-    """Every layer's channels in the order of elimination, and its refitted down matrix at evenly spaced widths.
+    """Every layer's channels in an order, and its refitted down matrix at evenly spaced widths.
 
     What a search over widths looks up in place of a solve. Holds about `levels` / 2 times the down matrices, in their dtype.
 
     Args:
         model: the dense model; not changed.
         blocks: token blocks to fit on.
+        scores: of each layer's channels, higher stays; default the order of greedy elimination on these moments.
         levels: widths of each layer, evenly spaced: the largest number up to this that divides d_ff.
         damping: of every refit; `cut_layers` chooses it for each layer, which a search can do without.
         progress: called with (layers done, layers in all).
@@ -151,6 +152,7 @@ class Refits:
         model: PreTrainedModel,
         blocks: Int[Tensor, "n tokens"],
         *,
+        scores: Sequence[Float[Tensor, " _"]] | None = None,
         levels: int = 24,
         damping: float = 0.2,
         progress: Callable[[int, int], None] | None = None,
@@ -162,16 +164,16 @@ class Refits:
         d_ff = widths.pop()
         self.step = d_ff // max(n for n in range(1, levels + 1) if d_ff % n == 0)
         self._found: list[dict[int, Tensor]] = []
-        scores = []
+        orders = []
         walk = LayerWalk(model, blocks)
         for index in walk:
             second, down = _finite(walk.moments(index), index).second, downs[index]
-            scores.append(_order(down, second, self.step))
-            keeps = {width: top_channels(scores[-1], width) for width in range(self.step, d_ff, self.step)}
+            orders.append(_order(down, second, self.step) if scores is None else scores[index])
+            keeps = {width: top_channels(orders[-1], width) for width in range(self.step, d_ff, self.step)}
             self._found.append({width: ridge(down, second, keep, damping=damping) for width, keep in keeps.items()})
             if progress is not None:
                 progress(index + 1, len(downs))
-        self.scores = torch.stack(scores).float()
+        self.scores = torch.stack(orders).float()
 
     def down(self, layer: int, keep: Bool[Tensor, " _"], dense: Float[Tensor, "d_model d_ff"]) -> Float[Tensor, "d_model d_ff"]:
         """The layer's refitted down matrix for channels that `scores` ranks highest, with zeros in the other columns.

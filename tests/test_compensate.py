@@ -126,10 +126,13 @@ def test_a_cut_without_refit_zeroes_columns_alone():
     assert not bool(down[:, ~keep].any())
 
 
-def test_refits_at_levels_are_the_refits_of_their_masks():
+@pytest.mark.parametrize("own", [False, True])
+def test_refits_at_levels_are_the_refits_of_their_masks(own):
     model, blocks = model_and_blocks()
-    refits = Refits(model, blocks, levels=6, damping=0.3)
+    scores = [torch.randn(48, generator=torch.Generator().manual_seed(layer)) for layer in range(len(ffn_widths(model)))]
+    refits = Refits(model, blocks, scores=scores if own else None, levels=6, damping=0.3)
     assert refits.step == 8
+    assert torch.equal(refits.scores, torch.stack(scores)) == own
     for layer, moments in enumerate(ffn_moments(model, blocks)):
         dense = down_linears(model)[layer].weight.detach()
         for width in (8, 24, 40):
