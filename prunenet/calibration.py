@@ -44,7 +44,7 @@ def self_blocks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    sequences: int = 80,
+    sequences: int = 160,
     tokens: int = 256,
     seed: int = 0,
     cache: Path | None = None,
