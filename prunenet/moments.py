@@ -7,7 +7,7 @@ measured behind the changed one (sequential mode, METHODS.md 5); `paired_moments
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,6 @@ from transformers import PreTrainedModel
 from prunenet.architectures import architecture_for
 from prunenet.layers import check_tokens, decoder_layers, down_linears
 
-# Of one layer: (n, tokens), how much each token counts.
-_Weights = Float[Tensor, "n tokens"]
-TokenWeights = Sequence[_Weights] | Callable[[int], _Weights]
-
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -31,7 +27,7 @@ class Moments:
     Attributes:
         second: E[h h^T], (d_ff, d_ff), float32.
         mean: E[h], (d_ff,), float32.
-        tokens: how many were averaged: those that are not skipped and whose weight is not 0.
+        tokens: how many were averaged: those that are not skipped.
     """
 
     second: Float[Tensor, "d_ff d_ff"]
@@ -41,7 +37,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a dense model's layer has, t, where the pruned model's has h: the same layer, tokens and token weights.
+    """What a dense model's layer has, t, where the pruned model's has h: the same layer and tokens.
 
     Attributes:
         cross: E[t h^T], (d_ff, d_ff), float32.
@@ -59,27 +55,20 @@ class _Captured(Exception):
 
 
 class _Sums:
-    """Weighted sums over tokens, in float32."""
+    """Sums over tokens, in float32."""
 
     def __init__(self, d_ff: int, device: torch.device) -> None:
         self.second = torch.zeros(d_ff, d_ff, device=device)
         self.mean = torch.zeros(d_ff, device=device)
-        self.weight, self.tokens = 0.0, 0
+        self.tokens = 0
 
-    def add(self, h: Float[Tensor, "tokens d_ff"], weights: Float[Tensor, " tokens"] | None) -> None:
+    def add(self, h: Float[Tensor, "tokens d_ff"]) -> None:
         self.tokens += len(h)
-        if weights is None:
-            self.weight += len(h)
-            self.second.addmm_(h.T, h)
-            self.mean.add_(h.sum(0))
-            return
-        self.weight += float(weights.sum(dtype=torch.float64))
-        scaled = h * weights.sqrt()[:, None]
-        self.second.addmm_(scaled.T, scaled)
-        self.mean.addmv_(h.T, weights)
+        self.second.addmm_(h.T, h)
+        self.mean.add_(h.sum(0))
 
     def moments(self) -> Moments:
-        return Moments(self.second.div_(self.weight), self.mean.div_(self.weight), self.tokens)
+        return Moments(self.second.div_(self.tokens), self.mean.div_(self.tokens), self.tokens)
 
 
 class LayerWalk:
@@ -91,8 +80,6 @@ class LayerWalk:
         batch: blocks per forward pass.
         changing: whether the caller changes layers on the way. Then leaving the loop body passes the hidden states through the
             layer as it is by then; otherwise the outputs of the measurement are passed on, at half the cost.
-        weights: for each layer (a sequence, or a function of the layer's index) how much each token counts: (n, tokens), at
-            least 0, on any scale; second is then sum w h h^T / sum w. Default: all tokens count the same.
         skip: positions at the start of each block that no moment counts, in [0, tokens). The first token of a block is often
             an attention sink, with activations so large that it alone shapes H; later tokens still see it.
 
@@ -109,7 +96,6 @@ class LayerWalk:
         *,
         batch: int = 4,
         changing: bool = False,
-        weights: TokenWeights | None = None,
         skip: int = 0,
     ) -> None:
         check_tokens(model, blocks)
@@ -125,7 +111,7 @@ class LayerWalk:
         self._hidden = [calls[0][0] for calls in self._calls]
         self._outputs: list[Tensor] = []
         self._changing = changing
-        self._weights, self._skip, self._batch = weights, skip, batch
+        self._skip, self._batch = skip, batch
         self.blocks = blocks
         self.tokens = blocks.numel()
 
@@ -139,22 +125,18 @@ class LayerWalk:
 
     @torch.no_grad()
     def moments(self, index: int) -> Moments:
-        """Of the layer that the walk stands at.
-
-        Raises:
-            ValueError: token weights of another shape than the blocks, negative, not finite, or zero wherever they count.
-        """
+        """Of the layer that the walk stands at."""
         sums = _Sums(self._downs[index].in_features, self._hidden[0].device)
         outputs = []
-        for part, weights in enumerate(self._weights_of(index)):
+        for part in range(len(self._calls)):
             output, h, _ = self._measured(index, part)
-            sums.add(*_counted(weights, h))
+            sums.add(h)
             outputs.append(output)
         self._outputs = outputs
         return sums.moments()
 
     def _measured(self, index: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden states behind the layer, h, |W h|^2 of each token), of one batch of blocks."""
+        """(hidden states behind the layer; then, of each token that counts, h and |W h|^2 in float32), of one batch."""
         seen: list[Tensor] = []
 
         def see(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -167,24 +149,9 @@ class LayerWalk:
             output = self._through(index, part)
         finally:
             hook.remove()
-        h, energies = seen
+        blocks = len(self._hidden[part])
+        h, energies = (rows.unflatten(0, (blocks, -1))[:, self._skip :].flatten(0, 1).float() for rows in seen)
         return output, h, energies
-
-    def _weights_of(self, index: int) -> list[Tensor | None]:
-        """How much each token of each batch counts, (batch * tokens,); None where all count the same."""
-        if self._weights is None and not self._skip:
-            return [None] * len(self._calls)
-        shape, given = tuple(self.blocks.shape), self._weights
-        weights = torch.ones(shape) if given is None else given(index) if callable(given) else given[index]
-        if tuple(weights.shape) != shape:
-            raise ValueError(f"layer {index}: token weights must have the blocks' shape {shape}, got {tuple(weights.shape)}")
-        weights = weights.detach().to(self._hidden[0].device, torch.float32, copy=True)
-        weights[:, : self._skip] = 0
-        if not bool(torch.isfinite(weights).all()) or float(weights.min()) < 0 or float(weights.max()) == 0:
-            raise ValueError(
-                f"layer {index}: token weights must be finite, at least 0, and above 0 for some token that is not skipped"
-            )
-        return [part.flatten() for part in torch.split(weights, self._batch)]
 
     @torch.no_grad()
     def _through(self, index: int, part: int) -> Tensor:
@@ -233,11 +200,10 @@ def ffn_moments(
     blocks: Int[Tensor, "n tokens"],
     *,
     batch: int = 4,
-    weights: TokenWeights | None = None,
     skip: int = 0,
 ) -> Iterator[Moments]:
     """The moments of each layer of a model left as it is, first to last. Arguments: see `LayerWalk`."""
-    walk = LayerWalk(model, blocks, batch=batch, weights=weights, skip=skip)
+    walk = LayerWalk(model, blocks, batch=batch, skip=skip)
     for index in walk:
         yield walk.moments(index)
 
@@ -250,15 +216,15 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
     `changing=True`, and narrow the pruned model's layer after it was measured. Holds two d_ff x d_ff matrices.
 
     Args:
-        dense: over the dense model; its own token weights and `skip` are not used.
-        pruned: over the model being pruned, with the same blocks and batch; this layer must still have all its channels.
+        dense: over the dense model.
+        pruned: over the model being pruned, with the same blocks, batch and `skip`; this layer still has all its channels.
         index: of the layer.
 
     Raises:
-        ValueError: other blocks, another batch or another width; token weights as in `LayerWalk.moments`.
+        ValueError: other blocks, another batch, skip or width.
     """
-    if dense._batch != pruned._batch or not torch.equal(dense.blocks.cpu(), pruned.blocks.cpu()):
-        raise ValueError("activations are paired token by token: give both walks the same blocks and the same batch")
+    if (dense._batch, dense._skip) != (pruned._batch, pruned._skip) or not torch.equal(dense.blocks.cpu(), pruned.blocks.cpu()):
+        raise ValueError("activations are paired token by token: give both walks the same blocks, batch and skip")
     d_ff = pruned._downs[index].in_features
     if dense._downs[index].in_features != d_ff:
         raise ValueError(
@@ -269,25 +235,15 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
     sums, cross, mean = _Sums(d_ff, device), torch.zeros(d_ff, d_ff, device=device), torch.zeros(d_ff, device=device)
     energy = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for part, weights in enumerate(pruned._weights_of(index)):
+    for part in range(len(pruned._calls)):
         dense_output, t, written = dense._measured(index, part)
         pruned_output, h, _ = pruned._measured(index, part)
-        h, t, written, counted = _counted(weights, h, t.to(device), written.to(device))
-        sums.add(h, counted)
-        if counted is not None:
-            t, written = t * counted[:, None], written * counted
+        t = t.to(device)
+        sums.add(h)
         cross.addmm_(t.T, h)
         mean.add_(t.sum(0))
         energy += written.to(energy).sum()
         outputs[0].append(dense_output)
         outputs[1].append(pruned_output)
     dense._outputs, pruned._outputs = outputs
-    return sums.moments(), Target(cross.div_(sums.weight), mean.div_(sums.weight), float(energy) / sums.weight)
-
-
-def _counted(weights: Tensor | None, *rows: Tensor) -> list[Any]:
-    """The rows in float32, then the weights; tokens of weight 0 are left out, so that an overflow there does no harm."""
-    if weights is None:
-        return [*(row.float() for row in rows), None]
-    counts = weights > 0
-    return [*(row[counts].float() for row in rows), weights[counts]]
+    return sums.moments(), Target(cross.div_(sums.tokens), mean.div_(sums.tokens), float(energy) / sums.tokens)
