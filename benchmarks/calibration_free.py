@@ -3,8 +3,9 @@
     python benchmarks/calibration_free.py MODEL --data ../shared/data --policies runs/seed0 runs/seed1 runs/seed2 \
         --out benchmarks/results/calibration_free.jsonl
 
-Every cell cuts the model to the same number of FFN channels and scores it on WikiText-2 test and on the built-in test text.
-Policies are folders written by `prunenet train MODEL --seed N`; row "learned" takes one for each seed.
+Every cell cuts the model to the same number of FFN channels and scores it on WikiText-2 test and on the built-in test text; or,
+with `--tasks ../shared/data/tasks --limit 100` and another --out, on zero-shot tasks. Policies are folders written by
+`prunenet train MODEL --seed N`; a row with a policy has one line for each.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
 from prunenet.text import CalibrationText, TestText, load_text
+from prunenet.zeroshot import task_files, zero_shot
 
 Make = Callable[[float], PreTrainedModel]
 CALIBRATION = {"ptb": "ptb/ptb.valid.txt", "wikitext2": "wikitext2/wiki.valid.tokens"}
@@ -153,7 +155,10 @@ def rows(shop: Workshop) -> Iterator[Row]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: perplexity on WikiText-2 test / built-in text; mean and standard deviation where there are several seeds."""
+    """Markdown: perplexity on WikiText-2 test / built-in text, or accuracy on each task and on average; over several seeds the
+    mean and the standard deviation."""
+    names = [name for name in lines[0] if name.startswith(("perplexity_", "accuracy"))]
+    digits = 1 if names[0].startswith("perplexity_") else 3
     ratios = sorted({line["ratio"] for line in lines if line["ratio"]})
     found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for line in lines:
@@ -161,10 +166,10 @@ def table(lines: list[dict[str, Any]]) -> str:
 
     def shown(cells: list[dict[str, Any]]) -> str:
         parts = []
-        for name in TESTS:
-            values = torch.tensor([cell[f"perplexity_{name}"] for cell in cells], dtype=torch.float64)
-            spread = f" ± {float(values.std()):,.1f}" if len(values) > 1 else ""
-            parts.append(f"{float(values.mean()):,.1f}{spread}")
+        for name in names:
+            values = torch.tensor([cell[name] for cell in cells], dtype=torch.float64)
+            spread = f" ± {float(values.std()):,.{digits}f}" if len(values) > 1 else ""
+            parts.append(f"{float(values.mean()):,.{digits}f}{spread}")
         return " / ".join(parts)
 
     rows = [f"| | regime | {' | '.join(f'{ratio:g}' for ratio in ratios)} |", "|---" * (2 + len(ratios)) + "|"]
@@ -183,6 +188,8 @@ def main() -> None:
     parser.add_argument("--policies", type=Path, nargs="*", default=[])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.2, 0.4])
     parser.add_argument("--windows", type=int, default=8, help="of 1024 tokens of WikiText-2 test, 0 for the whole split")
+    parser.add_argument("--tasks", type=Path, help="folder of <task>.jsonl: measure accuracy in place of perplexity")
+    parser.add_argument("--limit", type=int, help="first questions of each task; default all")
     parser.add_argument("--tokens", type=int, default=16384, help="of external calibration text")
     parser.add_argument("--groups", nargs="+", default=["dense", "self", "data", "ablation", "weights"])
     parser.add_argument("--only", help="rows whose name holds this")
@@ -201,9 +208,30 @@ def main() -> None:
                 cell(shop, row, ratio, arguments)
 
 
+def quality(shop: Workshop, narrow: PreTrainedModel, arguments: argparse.Namespace) -> dict[str, float]:
+    """Perplexity on the test texts."""
+    found: dict[str, float] = {}
+    for name, (text, window) in TESTS.items():
+        path = text if text == "builtin" else str(arguments.data / text)
+        most = arguments.windows or None
+        if name == "builtin":
+            most = min(most or 6, 6)
+        scored = perplexity(narrow, shop.tokenizer, load_text(path, TestText), window=window, max_windows=most)
+        found |= {f"perplexity_{name}": scored.value, f"tokens_{name}": scored.tokens}
+    return found
+
+
+def accuracy(shop: Workshop, narrow: PreTrainedModel, arguments: argparse.Namespace) -> dict[str, float]:
+    """Zero-shot accuracy on the tasks, lm-eval's prompts, and its mean."""
+    results = zero_shot(narrow, shop.tokenizer, task_files(arguments.tasks), limit=arguments.limit)
+    found = {f"accuracy_{result.task}": result.accuracy for result in results}
+    return found | {"accuracy": sum(found.values()) / len(found)}
+
+
 def cell(shop: Workshop, row: Row, ratio: float, arguments: argparse.Namespace) -> None:
     """Prunes, scores and writes one line, unless the file has it already."""
-    place = {"method": row.method, "regime": row.regime, "ratio": ratio, "seed": row.seed, "windows": arguments.windows}
+    place: dict[str, Any] = {"method": row.method, "regime": row.regime, "ratio": ratio, "seed": row.seed}
+    place |= {"windows": arguments.windows} if arguments.tasks is None else {"limit": arguments.limit}
     done = [json.loads(line) for line in arguments.out.open()] if arguments.out.exists() else []
     if any(all(line[key] == value for key, value in place.items()) for line in done):
         return
@@ -212,20 +240,12 @@ def cell(shop: Workshop, row: Row, ratio: float, arguments: argparse.Namespace) 
         narrow = row.make(ratio)
     pruned = time.perf_counter()
     line: dict[str, Any] = {"model": Path(arguments.model).name, **place, "parameters": count_parameters(narrow)[0]}
-    for name, (text, window) in TESTS.items():
-        path = text if text == "builtin" else str(arguments.data / text)
-        most = (
-            None
-            if name == "wikitext2" and not arguments.windows
-            else min(arguments.windows or 6, 6 if window == 512 else 10**9)
-        )
-        scored = perplexity(narrow, shop.tokenizer, load_text(path, TestText), window=window, max_windows=most)
-        line |= {f"perplexity_{name}": scored.value, f"tokens_{name}": scored.tokens}
+    line |= quality(shop, narrow, arguments) if arguments.tasks is None else accuracy(shop, narrow, arguments)
     line |= {"seconds_pruning": pruned - start, "seconds": time.perf_counter() - start, "prunenet": __version__}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    shown = {name: round(line[f"perplexity_{name}"], 2) for name in TESTS}
+    shown = {name: round(value, 3) for name, value in line.items() if name.startswith(("perplexity_", "accuracy"))}
     print(row.regime, row.method, ratio, row.seed, shown, f"{line['seconds']:.0f} s", flush=True)
 
 
