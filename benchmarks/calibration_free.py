@@ -15,19 +15,22 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet import __version__
 from prunenet.calibration import Blocks, data_blocks, self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.compensate import cut_layers, refit_sequentially
+from prunenet.compensate import Cut, cut_layers, refit_sequentially
+from prunenet.envs.divergence import DivergenceReward
 from prunenet.evaluate import perplexity
 from prunenet.layers import count_parameters, ffn_widths
-from prunenet.masks import width_at
+from prunenet.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
@@ -84,29 +87,54 @@ class Workshop:
         return lambda ratio: prune(self.model, policy, ratio=ratio, widths=widths).model
 
     def measured(
-        self, blocks: Callable[[], Blocks], policy: Policy | None, *, refit: str = "layerwise", channels: str = "elimination"
+        self, blocks: Callable[[], Blocks], *, channels: Policy | None, widths: Policy | None, refit: str = "layerwise"
     ) -> Make:
-        """Elimination (or the policy's channels) on blocks, at uniform widths or the policy's; all ratios from one walk."""
+        """A policy's channels (None: elimination's) refitted on blocks, at a policy's widths (None: uniform)."""
 
         def make(ratio: float) -> PreTrainedModel:
-            key = (
-                blocks().source["text"],
-                blocks().source["seed"],
-                channels,
-                refit == "off",
-                None if policy is None else policy.sha256,
-            )
-            if key not in self._cuts:
-                ways = [self._widths(policy, r, refit != "off") for r in self.ratios]
-                scores = policy.scores(self.model) if policy is not None and channels == "policy" else None
+            source = blocks().source
+            key = (source["text"], source["seed"], channels, refit == "off")
+            if key not in self._cuts:  # all ratios and both kinds of widths from one walk
+                learned = channels or next(iter(self.policies), None)
+                kinds = [(kind, r) for kind in dict.fromkeys((None, learned)) for r in self.ratios]
+                scores = None if channels is None else channels.scores(self.model)
+                ways = [self._widths(kind, r, refit != "off") for kind, r in kinds]
                 cuts = cut_layers(self.model, blocks().ids, ways, scores=scores, refit=refit != "off")
-                self._cuts[key] = dict(zip(self.ratios, cuts, strict=True))
-            cut = self._cuts[key][ratio]
+                self._cuts[key] = dict(zip(kinds, cuts, strict=True))
+            cut: Cut = self._cuts[key][widths, ratio]
             if refit == "sequential":
                 cut = refit_sequentially(self.model, cut, blocks().ids, dense_targets=False)
             return cut.model(self.model)
 
         return make
+
+    def best_of(self, n: int, policy: Policy | None) -> Make:
+        """What chance finds at the cost of a stage of training: n random cuts at ratio 0.3, judged as training judges them.
+
+        Random widths; a policy's channels, or random ones. Other ratios take the best one's log-odds and channels.
+        """
+
+        def make(ratio: float) -> PreTrainedModel:
+            if (n, policy) not in self._cuts:
+                generator = torch.Generator().manual_seed(0)
+                d_ff = ffn_widths(self.model)
+                known = None if policy is None else policy.scores(self.model)
+                draws = []
+                for _ in range(n):
+                    offsets = torch.randn(len(d_ff), generator=generator).mul(0.5).tolist()
+                    draws.append((offsets, known or [torch.rand(width, generator=generator) for width in d_ff]))
+                keeps = [self._keep(offsets, scores, 0.3) for offsets, scores in draws]
+                reward = DivergenceReward(self.model, self.written().ids[:4, :128])
+                paid = reward.sweep([torch.stack(layer) for layer in zip(*keeps, strict=True)])["divergence"]
+                self._cuts[n, policy] = draws[int(paid.argmax())]
+            offsets, scores = self._cuts[n, policy]
+            return Cut(self._keep(offsets, scores, ratio), None).model(self.model)
+
+        return make
+
+    def _keep(self, offsets: list[float], scores: list[Tensor], ratio: float) -> list[Tensor]:
+        widths = widths_for_budget(ffn_widths(self.model), offsets, ratio)
+        return [top_channels(row, width) for row, width in zip(scores, widths, strict=True)]
 
     ratios: tuple[float, ...] = ()
 
@@ -120,8 +148,10 @@ def rows(shop: Workshop) -> Iterator[Row]:
     """Every row of the table."""
     yield Row("dense", "dense", "-", 0, shop.dense)
     for seed, policy in enumerate(shop.policies):
-        make = shop.measured(shop.written, policy, channels="policy")
+        make = shop.measured(shop.written, channels=policy, widths=policy)
         yield Row("self", "policy's channels + refit, learned widths", "self", seed, make)
+        make = shop.measured(shop.written, channels=policy, widths=None)
+        yield Row("self", "policy's channels + refit, uniform", "self", seed, make)
     for calibration in CALIBRATION:
         text = lambda name=calibration: shop.external(name)  # noqa: E731
         for name in ("wanda_sp", "flap", "llm_pruner_element1"):
@@ -129,29 +159,45 @@ def rows(shop: Workshop) -> Iterator[Row]:
         for name in ("flap", "llm_pruner_element1"):
             make = shop.baseline(name, text, 0, allocation="uniform")
             yield Row("data", f"{name}, uniform, {calibration}", "data", 0, make)
-        yield Row("data", f"elimination + refit, uniform, {calibration}", "data", 0, shop.measured(text, None))
-    if shop.policies:
-        text = lambda: shop.external("wikitext2")  # noqa: E731
-        make = shop.measured(text, shop.policies[0])
-        yield Row("data", "elimination + refit, learned widths, wikitext2", "data", 0, make)
-    yield Row("ablation", "elimination + refit, uniform", "self", 0, shop.measured(shop.written, None))
-    yield Row("ablation", "elimination, uniform, no refit", "self", 0, shop.measured(shop.written, None, refit="off"))
-    if shop.policies:
-        first = shop.policies[0]
-        yield Row(
-            "ablation", "elimination, learned widths, no refit", "self", 0, shop.measured(shop.written, first, refit="off")
-        )
-        yield Row("ablation", "elimination + refit, learned widths", "self", 0, shop.measured(shop.written, first))
-        make = shop.measured(shop.written, first, refit="sequential")
-        yield Row("ablation", "elimination + sequential refit, learned widths", "self", 0, make)
+        make = shop.measured(text, channels=None, widths=None)
+        yield Row("data", f"elimination + refit, uniform, {calibration}", "data", 0, make)
+    yield from ablations(shop)
     for seed, policy in enumerate(shop.policies):
         yield Row("weights", "policy, learned widths", "weights", seed, shop.weights(policy, "per-layer"))
         yield Row("weights", "policy, uniform", "weights", seed, shop.weights(policy, "uniform"))
     yield Row("weights", "untrained policy", "weights", 0, shop.weights(Policy.untrained(PolicyConfig()), "uniform"))
+    if shop.policies:
+        yield Row("weights", "untrained scores, learned widths", "weights", 0, shop.weights(untrained(shop), "per-layer"))
     for seed in range(5):
         yield Row("weights", "random", "weights", seed, shop.baseline("random", None, seed))
     for name in ("magnitude", "lila", "folding", "prunenet_published", "prunenet_published_trained"):
         yield Row("weights", name, "weights", 0, shop.baseline(name, None, 0))
+
+
+def ablations(shop: Workshop) -> Iterator[Row]:
+    """What each part brings; the first policy stands for all seeds."""
+    elimination = partial(shop.measured, shop.written, channels=None)
+    yield Row("ablation", "elimination + refit, uniform", "self", 0, elimination(widths=None))
+    yield Row("ablation", "elimination, uniform, no refit", "self", 0, elimination(widths=None, refit="off"))
+    if not shop.policies:
+        return
+    first = shop.policies[0]
+    yield Row("ablation", "elimination, learned widths, no refit", "self", 0, elimination(widths=first, refit="off"))
+    yield Row("ablation", "elimination + refit, learned widths", "self", 0, elimination(widths=first))
+    make = shop.measured(shop.written, channels=first, widths=first, refit="sequential")
+    yield Row("ablation", "policy's channels + sequential refit, learned widths", "self", 0, make)
+    make = shop.measured(lambda: shop.external("wikitext2"), channels=None, widths=first)
+    yield Row("data", "elimination + refit, learned widths, wikitext2", "data", 0, make)
+    yield Row("ablation", "policy's channels, best of 96 random widths", "self", 0, shop.best_of(96, first))
+    yield Row("ablation", "best of 96 random masks and widths", "self", 0, shop.best_of(96, None))
+
+
+def untrained(shop: Workshop) -> Policy:
+    """The first policy's widths, with the scores that training starts from."""
+    policy, fresh = shop.policies[0], Policy.untrained(PolicyConfig())
+    for name in ("widths", "refitted_widths"):
+        getattr(fresh.scorer, name).load_state_dict(getattr(policy.scorer, name).state_dict())
+    return fresh
 
 
 def table(lines: list[dict[str, Any]]) -> str:
