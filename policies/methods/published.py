@@ -104,6 +104,7 @@ def started(evidence: Evidence, generator: torch.Generator) -> PublishedScorer:
     return PublishedScorer(*shapes.pop(), generator).to(evidence.ffns[0].up.device)
 
 
+@torch.enable_grad()
 def trained(
     evidence: Evidence,
     generator: torch.Generator,
