@@ -98,7 +98,7 @@ class Workshop:
                 learned = channels or next(iter(self.policies), None)
                 kinds = [(kind, r) for kind in dict.fromkeys((None, learned)) for r in self.ratios]
                 scores = None if channels is None else channels.scores(self.model)
-                ways = [self._widths(kind, r, refit != "off") for kind, r in kinds]
+                ways = [self._widths(kind, r) for kind, r in kinds]
                 cuts = cut_layers(self.model, blocks().ids, ways, scores=scores, refit=refit != "off")
                 self._cuts[key] = dict(zip(kinds, cuts, strict=True))
             cut: Cut = self._cuts[key][widths, ratio]
@@ -138,10 +138,10 @@ class Workshop:
 
     ratios: tuple[float, ...] = ()
 
-    def _widths(self, policy: Policy | None, ratio: float, refitted: bool) -> list[int]:
+    def _widths(self, policy: Policy | None, ratio: float) -> list[int]:
         if policy is None:
             return [width_at(d_ff, ratio) for d_ff in ffn_widths(self.model)]
-        return policy.widths(self.model, ratio, per_layer=True, refitted=refitted)
+        return policy.widths(self.model, ratio, per_layer=True)
 
 
 def rows(shop: Workshop) -> Iterator[Row]:
@@ -195,8 +195,7 @@ def ablations(shop: Workshop) -> Iterator[Row]:
 def untrained(shop: Workshop) -> Policy:
     """The first policy's widths, with the scores that training starts from."""
     policy, fresh = shop.policies[0], Policy.untrained(PolicyConfig())
-    for name in ("widths", "refitted_widths"):
-        getattr(fresh.scorer, name).load_state_dict(getattr(policy.scorer, name).state_dict())
+    fresh.scorer.widths.load_state_dict(policy.scorer.widths.state_dict())
     return fresh
 
 

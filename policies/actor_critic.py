@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from jaxtyping import Float
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -31,7 +30,6 @@ class KeepMaskPolicy(ActorCriticPolicy):
         scorer: the network that is trained.
         subset: "fixed" (exact width), "bernoulli" (expected width) or "widths" (the best channels of a width that is drawn).
         round_to: of the widths that are drawn.
-        order: for "widths", scores that choose the channels, which are then refitted; default the scorer's, without refit.
         generator: draws the masks.
     """
 
@@ -46,12 +44,11 @@ class KeepMaskPolicy(ActorCriticPolicy):
         subset: Subset,
         generator: torch.Generator,
         round_to: int = 1,
-        order: Float[Tensor, "layers d_ff"] | None = None,
         use_sde: bool = False,
         **kwargs: Any,
     ) -> None:
         self._parts = (view, scorer, subset)
-        self.round_to, self.order = round_to, order
+        self.round_to = round_to
         self.generator = generator
         super().__init__(observation_space, action_space, lr_schedule, use_sde=use_sde, **kwargs)
 
@@ -81,8 +78,8 @@ class KeepMaskPolicy(ActorCriticPolicy):
         ratio, left = (obs["context"][:, -len(PROGRESS) + PROGRESS.index(name)] for name in ("ratio", "budget_left"))
         budget = ((1 - ratio.double()) * total).round()
         with torch.no_grad():
-            logits = self.scorer(self.statistics, self.view.context) if self.order is None else self.order
-        offsets = self.scorer.offsets(self.view.context, refitted=self.order is not None)
+            logits = self.scorer(self.statistics, self.view.context)
+        offsets = self.scorer.offsets(self.view.context)
         remaining = (left.double() * budget).round().long()
         return SweptWidths(logits, offsets, obs["layer"].long().flatten(), remaining, round_to=self.round_to)
 

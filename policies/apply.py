@@ -89,7 +89,7 @@ def prune(
     """
     channels, refit = check_choices(policy, blocks is not None, widths, channels, refit)
     ratio = check_size(model, ratio, params, round_to)
-    ways = _ways(model, policy, ratio, widths, round_to, refit != "off")
+    ways = _ways(model, policy, ratio, widths, round_to)
     ranked = (scores or policy.scores(model)) if policy is not None and channels == "policy" else None
     if blocks is None:
         assert policy is not None
@@ -145,14 +145,12 @@ def check_choices(
     return channels, refit
 
 
-def _ways(
-    model: PreTrainedModel, policy: Policy | None, ratio: float, widths: str, round_to: int, refitted: bool
-) -> dict[str, list[int]]:
+def _ways(model: PreTrainedModel, policy: Policy | None, ratio: float, widths: str, round_to: int) -> dict[str, list[int]]:
     """The widths to consider, by name."""
     uniform = [width_at(d_ff, ratio, round_to) for d_ff in ffn_widths(model)]
     if policy is None or widths == "uniform":
         return {"uniform": uniform}
-    learned = policy.widths(model, ratio, per_layer=True, refitted=refitted, round_to=round_to)
+    learned = policy.widths(model, ratio, per_layer=True, round_to=round_to)
     if widths == "per-layer":
         return {"per-layer": learned}
     return {"uniform": uniform} if learned == uniform else {"uniform": uniform, "per-layer": learned}

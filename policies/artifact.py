@@ -23,7 +23,7 @@ from prunenet.policies.scorer import ChannelScorer
 from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, channel_statistics, layer_context
 
 ZOO = Path(__file__).parent / "zoo"
-FORMAT_VERSION = 2  # 2: the scorer has the layers' log-odds
+FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
 
 
 class PolicyError(ValueError):
@@ -43,7 +43,6 @@ class PolicyConfig:
         recipe: how it was trained.
         text: what the reward was measured on; None in the weights regime.
         gain: by which share learned widths lowered exp(KL) against uniform ones, on that text; None if none were learned.
-        refitted_gain: the same for layers that are refitted after the cut.
     """
 
     statistics: tuple[str, ...] = STATISTICS
@@ -56,7 +55,6 @@ class PolicyConfig:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] | None = None
     gain: float | None = None
-    refitted_gain: float | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -130,21 +128,18 @@ class Policy:
         return [scorer(rows, context) for rows, context in zip(statistics, layer_context(model), strict=True)]
 
     @torch.no_grad()
-    def offsets(self, model: PreTrainedModel, *, refitted: bool = False) -> list[float]:
+    def offsets(self, model: PreTrainedModel) -> list[float]:
         """Log-odds of each layer's share of channels kept, see `ChannelScorer.offsets`. All 0: uniform widths."""
         context = layer_context(model)
-        return [float(offset) for offset in self.scorer.to(context.device).offsets(context, refitted=refitted)]
+        return [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
 
-    def widths(
-        self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, refitted: bool = False, round_to: int = 8
-    ) -> list[int]:
+    def widths(self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8) -> list[int]:
         """Width of each layer when `ratio` of all channels is removed: the same share everywhere, or as learned.
 
         Args:
             model: any model of a supported family.
             ratio: share of FFN channels removed, in [0, 1).
             per_layer: as learned; as many channels in all.
-            refitted: as learned for layers that are refitted after the cut.
             round_to: widths are multiples of this.
 
         Raises:
@@ -152,7 +147,7 @@ class Policy:
         """
         d_ff = ffn_widths(model)
         if per_layer:
-            return widths_for_budget(d_ff, self.offsets(model, refitted=refitted), ratio, round_to)
+            return widths_for_budget(d_ff, self.offsets(model), ratio, round_to)
         return [width_at(width, ratio, round_to) for width in d_ff]
 
     def masks(

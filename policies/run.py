@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -30,9 +29,7 @@ from prunenet.policies.scorer import ChannelScorer
 from prunenet.policies.vec_env import SweepVecEnv
 
 
-def _algorithm(
-    env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None, order: Tensor | None
-) -> OnPolicyAlgorithm:
+def _algorithm(env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None) -> OnPolicyAlgorithm:
     """Both algorithms with the same policy, buffer and optimiser."""
     shared: dict[str, Any] = {
         "learning_rate": lambda remaining: recipe.learning_rate * remaining,
@@ -49,7 +46,6 @@ def _algorithm(
             "scorer": scorer,
             "subset": recipe.subset,
             "round_to": recipe.round_to,
-            "order": order,
             "generator": torch.Generator().manual_seed(recipe.seed),
             "optimizer_class": torch.optim.AdamW,
         },
@@ -73,7 +69,6 @@ class Run(BaseCallback):
         state: file of the run's state, in a folder of its own beside the TensorBoard log; None keeps all in memory.
         progress: called with (updates done, updates in all, best reward so far).
         identity: what a resumed run must say alike.
-        order: see `KeepMaskPolicy`.
     """
 
     model: OnPolicyAlgorithm
@@ -87,7 +82,6 @@ class Run(BaseCallback):
         state: Path | None,
         progress: Callable[[int, int, float], None] | None,
         identity: dict[str, Any],
-        order: Float[Tensor, "layers d_ff"] | None = None,
     ) -> None:
         super().__init__()
         self.view = view
@@ -97,7 +91,6 @@ class Run(BaseCallback):
         self.file = state
         self.progress = progress
         self.identity = identity
-        self.order = order
         self.state = Progress(0, -float("inf"), {}, [])
 
     def learn(self, model: PreTrainedModel, resume: bool) -> list[tuple[int, float]]:
@@ -109,7 +102,7 @@ class Run(BaseCallback):
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         log = None if self.file is None else self.file.parent
-        algorithm = _algorithm(env, view, self.scorer, recipe, log, self.order)
+        algorithm = _algorithm(env, view, self.scorer, recipe, log)
         if resume and self.file is not None:
             self.restore(algorithm, self.file)
             env.set_options({"sweep": self.state.updates})
@@ -157,7 +150,7 @@ class Run(BaseCallback):
 
     def _evaluate(self) -> None:
         scorer = self._policy.scorer
-        value = mode_reward(scorer, self.view, self.reward, self.recipe, self.order)
+        value = mode_reward(scorer, self.view, self.reward, self.recipe)
         self.state.history.append((self.state.updates, value))
         self.logger.record("prunenet/reward_of_mode", value)
         if value > self.state.best_reward:
@@ -166,12 +159,10 @@ class Run(BaseCallback):
 
 
 @torch.no_grad()
-def mode_reward(
-    scorer: ChannelScorer, view: View, reward: Reward, recipe: Recipe, order: Float[Tensor, "layers d_ff"] | None = None
-) -> float:
+def mode_reward(scorer: ChannelScorer, view: View, reward: Reward, recipe: Recipe) -> float:
     """What the masks that `apply` would play are paid: mean over the layers, plus the sweep's; over `recipe.evaluate_at`."""
-    scores = scorer(torch.stack(list(view.statistics)), view.context) if order is None else order
-    offsets = scorer.offsets(view.context, refitted=order is not None).tolist()
+    scores = scorer(torch.stack(list(view.statistics)), view.context)
+    offsets = scorer.offsets(view.context).tolist()
     widths = [_widths(view, offsets, ratio, recipe) for ratio in recipe.evaluate_at]
     keep = [torch.stack([top_channels(row, at[layer]) for at in widths]) for layer, row in enumerate(scores)]
     layers: list[Tensor] = [term for layer, masks in enumerate(keep) for term in reward.layer(layer, masks).values()]

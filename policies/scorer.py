@@ -57,7 +57,6 @@ class ChannelScorer(nn.Module):
             nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=generator)
             nn.init.zeros_(layer.bias)
         self.widths = WidthHead(context, generator=generator)
-        self.refitted_widths = WidthHead(context, generator=generator)
 
     prior: Tensor
 
@@ -72,12 +71,7 @@ class ChannelScorer(nn.Module):
         logits: Tensor = statistics @ self.prior + self.out(x).squeeze(-1)
         return logits - logits.mean(-1, keepdim=True)
 
-    def offsets(self, context: Float[Tensor, "layers n_context"], *, refitted: bool = False) -> Float[Tensor, " layers"]:
-        """Log-odds of each layer's share of channels kept, see `prunenet.policies.widths`.
-
-        Args:
-            context: of all layers.
-            refitted: for layers whose down matrices are refitted after the cut: what is cheap to cut is then another matter.
-        """
-        offsets: Tensor = (self.refitted_widths if refitted else self.widths)(context)
+    def offsets(self, context: Float[Tensor, "layers n_context"]) -> Float[Tensor, " layers"]:
+        """Log-odds of each layer's share of channels kept, from the context of all layers; see `prunenet.policies.widths`."""
+        offsets: Tensor = self.widths(context)
         return offsets

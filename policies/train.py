@@ -16,19 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.calibration import Blocks, weights_sha256
-from prunenet.compensate import Refits, held_back
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import Recipe, as_json
 from prunenet.policies.run import Run
-from prunenet.policies.scorer import ChannelScorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +35,11 @@ class Training:
         policy: the best seen.
         history: (updates, reward of the deterministic masks) at each evaluation, the first before any update.
         widths_history: the same of the second stage; empty without one.
-        refitted_history: the same of the third.
     """
 
     policy: Policy
     history: list[tuple[int, float]]
     widths_history: list[tuple[int, float]]
-    refitted_history: list[tuple[int, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """One run of a training: its folder's name, and what `Run` needs."""
-
-    name: str
-    recipe: Recipe
-    reward: Reward
-    order: Float[Tensor, "layers d_ff"] | None = None
-
-    def state(self, folder: Path | None) -> Path | None:
-        return None if folder is None else _state(folder, self.name)
 
 
 def train(
@@ -78,9 +59,8 @@ def train(
     Args:
         model: stays on its device; read, never changed.
         recipe: of the channels' scores; default `PRESETS["default"]`.
-        where: of the stages that learn the layers' widths, such as `PRESETS["widths"]`: with the scores as they are by then,
-            and once more for layers that are refitted after the cut (on blocks held back from the refit). None leaves widths
-            uniform.
+        where: of the stage that learns the layers' widths, such as `PRESETS["widths"]`, with the scores as they are by then.
+            None leaves widths uniform.
         out: folder for the policy; `out/training` holds the run's state and its TensorBoard log. None keeps all in memory.
         resume: go on with the run in `out`.
         blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.calibration`.
@@ -115,14 +95,13 @@ def train(
     histories: dict[str, list[tuple[int, float]]] = {}
     with _random_state_kept():
         policy = Policy.untrained(config, seed=recipe.seed)
-        for stage in _stages(model, policy.scorer, view, recipe, where, reward, blocks):
-            run = Run(view, policy.scorer, stage.reward, stage.recipe, stage.state(folder), progress, identity, stage.order)
-            histories[stage.name] = run.learn(model, resume and unfinished(folder, stage.name))
-    gain, refitted_gain = (_gain(where, histories.get(name)) for name in ("widths", "refitted_widths"))
-    policy = Policy(policy.scorer.cpu(), replace(config, gain=gain, refitted_gain=refitted_gain))
+        for name, of, paid in _stages(model, recipe, where, reward, blocks):
+            run = Run(view, policy.scorer, paid, of, folder and _state(folder, name), progress, identity)
+            histories[name] = run.learn(model, resume and unfinished(folder, name))
+    policy = Policy(policy.scorer.cpu(), replace(config, gain=_gain(where, histories.get("widths"))))
     if folder is not None:
         policy.save_pretrained(folder)
-    return Training(policy, *(histories.get(name, []) for name in ("channels", "widths", "refitted_widths")))
+    return Training(policy, histories["channels"], histories.get("widths", []))
 
 
 def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None) -> str:
@@ -135,26 +114,12 @@ def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None) -> 
 
 
 def _stages(
-    model: PreTrainedModel,
-    scorer: ChannelScorer,
-    view: View,
-    recipe: Recipe,
-    where: Recipe | None,
-    reward: Reward | None,
-    blocks: Blocks | None,
-) -> Iterator[_Stage]:
-    """One after the other: a later one's reward is measured, with the scorer as it is by then, once the earlier ones are done."""
-    yield _Stage("channels", recipe, reward or _reward(model, recipe, blocks))
-    if where is None:
-        return
-    yield _Stage("widths", where, _reward(model, where, blocks))
-    if where.reward == "divergence" and blocks is not None:
-        fit, held = held_back(blocks.ids)
-        with torch.no_grad():
-            scores = list(scorer(torch.stack(list(view.statistics)), view.context))
-        refits = Refits(model, fit, scores=scores)
-        judge = DivergenceReward(model, held[: where.blocks, : where.tokens], refit=refits.down)
-        yield _Stage("refitted_widths", replace(where, round_to=refits.step), judge, refits.scores)
+    model: PreTrainedModel, recipe: Recipe, where: Recipe | None, reward: Reward | None, blocks: Blocks | None
+) -> Iterator[tuple[str, Recipe, Reward]]:
+    """Name, recipe and reward of each stage; a later one's reward is measured once the earlier ones are done."""
+    yield "channels", recipe, reward or _reward(model, recipe, blocks)
+    if where is not None:
+        yield "widths", where, _reward(model, where, blocks)
 
 
 def _gain(where: Recipe | None, history: list[tuple[int, float]] | None) -> float | None:

@@ -60,10 +60,10 @@ def policy(tmp_path_factory, model) -> str:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> str:
     """A policy with scores and widths that are not the untrained ones, as if trained on the model's own text."""
-    policy = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2, refitted_gain=0.2))
+    policy = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for linear in (policy.scorer.out, policy.scorer.widths.out, policy.scorer.refitted_widths.out):
+        for linear in (policy.scorer.out, policy.scorer.widths.out):
             linear.weight.normal_(generator=generator)
     return str(policy.save_pretrained(tmp_path_factory.mktemp("policies") / "learned"))
 
@@ -331,7 +331,7 @@ def test_train_learns_where_to_cut_too_unless_widths_are_to_be_uniform(model, tm
     uniform = facts(*ask, "--widths", "uniform", "--out", tmp_path / "uniform")
     assert "width_updates" not in uniform
     config = Policy.from_pretrained(tmp_path / "uniform").config
-    assert (config.recipe["where"], config.gain, config.refitted_gain) == (None, None, None)
+    assert (config.recipe["where"], config.gain) == (None, None)
 
 
 @pytest.mark.parametrize(

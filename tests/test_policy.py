@@ -23,11 +23,11 @@ RATIOS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
 
 def some_policy(**config) -> Policy:
-    """Its scores and both kinds of widths are random."""
+    """Its scores and widths are random."""
     policy = Policy.untrained(PolicyConfig(hidden=(8,), **config))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for linear in (policy.scorer.out, policy.scorer.widths.out, policy.scorer.refitted_widths.out):
+        for linear in (policy.scorer.out, policy.scorer.widths.out):
             linear.weight.normal_(generator=generator)
     return policy
 
@@ -178,23 +178,13 @@ def test_a_policy_s_files_can_be_read_by_whoever_may_read_its_folder(tmp_path):
     assert {path.stat().st_mode for path in folder.iterdir()} == {usual}
 
 
-@pytest.mark.parametrize("refitted", [False, True])
-def test_per_layer_widths_add_up_to_as_many_channels_as_uniform_ones(refitted):
+def test_per_layer_widths_add_up_to_as_many_channels_as_uniform_ones():
     policy, model = some_policy(), tiny_model("llama")
     for ratio in RATIOS:
-        learned = policy.widths(model, ratio, per_layer=True, refitted=refitted)
+        learned = policy.widths(model, ratio, per_layer=True)
         assert sum(learned) == sum(policy.widths(model, ratio))
         if ratio > 0:
             assert len(set(learned)) > 1
-
-
-def test_widths_for_refitted_layers_are_learned_apart():
-    policy, model = some_policy(), tiny_model("llama")
-    assert policy.widths(model, 0.5, per_layer=True) != policy.widths(model, 0.5, per_layer=True, refitted=True)
-    plain = prunenet.prune(model, policy, ratio=0.5, blocks=some_blocks(), widths="per-layer", refit="off")
-    refitted = prunenet.prune(model, policy, ratio=0.5, blocks=some_blocks(), widths="per-layer")
-    assert ffn_widths(plain.model) == policy.widths(model, 0.5, per_layer=True)
-    assert ffn_widths(refitted.model) == policy.widths(model, 0.5, per_layer=True, refitted=True)
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(-0.1, "uniform"), (0.05, "uniform"), (0.051, "per-layer")])

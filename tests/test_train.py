@@ -31,7 +31,7 @@ WHERE = Recipe(
     evaluate_every=2,
     evaluate_at=(0.5,),
 )
-STAGES = ("channels", "widths", "refitted_widths")
+STAGES = ("channels", "widths")
 
 
 def state(folder: Path, stage: str = "channels") -> Path:
@@ -215,43 +215,37 @@ def test_a_policy_trained_on_one_width_applies_to_another():
 
 
 @pytest.mark.parametrize("important", [0, 1, 2])
-def test_the_later_stages_leave_most_channels_to_the_layer_that_matters_most(important):
+def test_the_second_stage_leaves_most_channels_to_the_layer_that_matters_most(important):
     model = tiny_model("llama")
     with torch.no_grad():
         for layer, linear in enumerate(down_linears(model)):
             linear.weight.mul_(1 if layer == important else 0.01)
     trained = train(model, SHORT, where=WHERE, blocks=own_text())
     config = trained.policy.config
-    for refitted, gain, history in (
-        (False, config.gain, trained.widths_history),
-        (True, config.refitted_gain, trained.refitted_history),
-    ):
-        widths = trained.policy.widths(model, 0.5, per_layer=True, refitted=refitted, round_to=4)
-        assert widths[important] > 24 > max(width for layer, width in enumerate(widths) if layer != important)
-        assert sum(widths) == 3 * 24
-        assert gain == pytest.approx(1 - history[0][1] / max(reward for _, reward in history))
-        assert gain > 0
+    widths = trained.policy.widths(model, 0.5, per_layer=True, round_to=4)
+    assert widths[important] > 24 > max(width for layer, width in enumerate(widths) if layer != important)
+    assert sum(widths) == 3 * 24
+    assert config.gain == pytest.approx(1 - trained.widths_history[0][1] / max(reward for _, reward in trained.widths_history))
+    assert config.gain > 0
 
 
-def test_the_later_stages_leave_the_channels_scores_as_they_are():
+def test_the_second_stage_leaves_the_channels_scores_as_they_are():
     model = tiny_model("llama")
     first = train(model, SHORT)
     whole = train(model, SHORT, where=WHERE, blocks=own_text())
     assert all(torch.equal(a, b) for a, b in zip(first.policy.scores(model), whole.policy.scores(model), strict=True))
     assert first.history == whole.history
-    assert (first.widths_history, first.refitted_history, first.policy.config.gain) == ([], [], None)
-    assert [first.policy.offsets(model, refitted=refitted) for refitted in (False, True)] == [[0.0] * 3] * 2
+    assert (first.widths_history, first.policy.config.gain, first.policy.offsets(model)) == ([], None, [0.0] * 3)
 
 
 def test_a_policy_that_has_learned_where_to_cut_reloads_to_the_same_bits(tmp_path):
     model = tiny_model("llama")
     trained = train(model, SHORT, where=WHERE, blocks=own_text(), out=tmp_path / "a").policy
     again = Policy.from_pretrained(tmp_path / "a")
-    for refitted in (False, True):
-        assert again.offsets(model, refitted=refitted) == trained.offsets(model, refitted=refitted) != [0.0] * 3
+    assert again.offsets(model) == trained.offsets(model) != [0.0] * 3
     assert all(torch.equal(a, b) for a, b in zip(again.scores(model), trained.scores(model), strict=True))
     assert again.sha256 == trained.sha256
-    assert (again.config.gain, again.config.refitted_gain) == (trained.config.gain, trained.config.refitted_gain)
+    assert again.config.gain == trained.config.gain
     again.save_pretrained(tmp_path / "b")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -16,7 +16,6 @@ def test_every_policy_of_the_zoo_loads_and_says_what_it_was_trained_on():
         assert policy.config.trained_on["model_type"] == name
         assert policy.config.regime in ("weights", "self")
         assert policy.config.gain > 0
-        assert policy.config.refitted_gain > 0
         assert not (folder / "training").exists()
 
 
@@ -28,13 +27,12 @@ def test_a_model_s_family_chooses_its_policy_unless_the_user_does():
         policy_for("lama", "llama")
 
 
-@pytest.mark.parametrize("refitted", [False, True])
-def test_it_says_where_to_cut_at_ratios_it_was_not_trained_at(refitted):
+def test_it_says_where_to_cut_at_ratios_it_was_not_trained_at():
     model = tiny_model("llama")
     policy = Policy.from_pretrained("llama")
     previous = ffn_widths(model)
     for ratio in (0.05, 0.25, 0.5, 0.75):
-        widths = policy.widths(model, ratio, per_layer=True, refitted=refitted)
+        widths = policy.widths(model, ratio, per_layer=True)
         assert sum(widths) == sum(policy.widths(model, ratio))
         assert all(a >= b for a, b in zip(previous, widths, strict=True))
         previous = widths
