@@ -187,10 +187,9 @@ def test_what_a_layer_of_low_influence_cannot_give_is_taken_from_the_others() ->
 
 
 def test_removed_parameters_count_where_layers_cost_differently() -> None:
-    room = Budget((1000, 2000), (3, 1), 3000, round_to=1)
-    # Weights 2/3 and 1/3 times c: 3000 * 2c/3 + 2000 * c/3 = 2000 parameters.
-    widths = by_influence(room, [0.0, math.log(2)], temperature=1.0)
-    assert widths == [500, 1500]
+    # Shares of 0.3 and 0.15, as 2 to 1, remove 9 * 300 + 150 of 10000 parameters.
+    room = Budget((1000, 1000), (9, 1), 7150, round_to=1)
+    assert by_influence(room, [0.0, math.log(2)], temperature=1.0) == [700, 850]
 
 
 @pytest.mark.parametrize(("influence", "temperature"), [([0.1], 0.1), ([0.1, math.nan, 0.2], 0.1), ([0.1, 0.2, 0.3], 0.0)])
