@@ -1,11 +1,25 @@
+import math
+
 import pytest
 import torch
 from families import D_FF, tiny_model, token_ids
 
+from prunenet.architectures import architecture_for
 from prunenet.calibration import Blocks
 from prunenet.layers import decoder_layers
 from prunenet.masks import width_at
-from prunenet.policies.methods import Budget, Evidence, global_sort, outlier_share, owl, protected, uniform
+from prunenet.policies.methods import (
+    Budget,
+    Evidence,
+    block_influence,
+    by_influence,
+    cut,
+    global_sort,
+    outlier_share,
+    owl,
+    protected,
+    uniform,
+)
 from prunenet.policies.methods.allocation import fitted
 
 
@@ -25,9 +39,9 @@ def test_every_allocation_spends_exactly_what_a_uniform_cut_leaves(ratio, round_
     room = budget(ratio, round_to=round_to)
     generator = torch.Generator().manual_seed(1)
     outliers = torch.rand(8, generator=generator).tolist()
-    found = [uniform(room), global_sort(room, rows(8)), owl(room, outliers)]
+    found = [uniform(room), global_sort(room, rows(8)), owl(room, outliers), by_influence(room, outliers)]
     if ratio < 0.7:  # three whole layers of eight cost more than 30 %
-        found.append(protected(room, 2, 1))
+        found += [protected(room, 2, 1), global_sort(room, rows(8), first=2, last=1)]
     for widths in found:
         assert room.cost(widths) == room.parameters
         assert all(0 < width <= 1536 and width % round_to == 0 for width in widths)
@@ -72,6 +86,16 @@ def test_a_global_sort_leaves_every_layer_its_floor() -> None:
     scores = [torch.arange(64.0) + 100 * layer for layer in range(3)]
     room = Budget((64,) * 3, (1,) * 3, 96, round_to=8, floor=10)
     assert global_sort(room, scores) == [16, 16, 64]
+
+
+def test_a_global_sort_with_whole_layers_ranks_the_others_alone() -> None:
+    scores = rows(5, 40)
+    room = Budget((40,) * 5, (7,) * 5, 7 * 150, round_to=1)
+    threshold = torch.cat(scores[1:-1]).sort(descending=True).values[69]
+    inner = [int((row >= threshold).sum()) for row in scores[1:-1]]
+    assert global_sort(room, scores, first=1, last=1) == [40, *inner, 40]
+    with pytest.raises(ValueError, match="protect fewer layers or remove less"):
+        global_sort(room, scores, first=2, last=2)
 
 
 def test_protected_layers_stay_whole_and_the_others_share_the_cut() -> None:
@@ -144,3 +168,61 @@ def test_input_norms_are_those_of_every_linear_of_a_layer_over_all_tokens(model_
         for linear, norm in layer:
             torch.testing.assert_close(norm, seen[linear].reshape(77, -1).norm(dim=0))
     assert D_FF in {len(norm) for _, norm in measured[0]}
+
+
+def test_layers_of_low_influence_lose_more_by_hand() -> None:
+    # Weights 1/2, 1/4, 1/4 of three layers at a ratio of 0.3: 0.45, 0.225, 0.225 are removed.
+    room = Budget((1000,) * 3, (1,) * 3, 2100, round_to=1)
+    assert by_influence(room, [0.0, math.log(2), math.log(2)], temperature=1.0) == [550, 775, 775]
+    assert by_influence(room, [0.0, 0.5 * math.log(2), 0.5 * math.log(2)], temperature=0.5) == [550, 775, 775]
+    assert by_influence(room, [0.7, 0.7, 0.7]) == [700, 700, 700]
+
+
+def test_what_a_layer_of_low_influence_cannot_give_is_taken_from_the_others() -> None:
+    room = Budget((1000,) * 3, (1,) * 3, 1200, round_to=8)
+    widths = by_influence(room, [0.0, 1.0, 1.0], temperature=0.2)
+    assert widths[0] == 8
+    assert sum(widths) == 1200
+    assert abs(widths[1] - widths[2]) <= 8
+
+
+def test_removed_parameters_count_where_layers_cost_differently() -> None:
+    # Shares of 0.3 and 0.15, as 2 to 1, remove 9 * 300 + 150 of 10000 parameters.
+    room = Budget((1000, 1000), (9, 1), 7150, round_to=1)
+    assert by_influence(room, [0.0, math.log(2)], temperature=1.0) == [700, 850]
+
+
+@pytest.mark.parametrize(("influence", "temperature"), [([0.1], 0.1), ([0.1, math.nan, 0.2], 0.1), ([0.1, 0.2, 0.3], 0.0)])
+def test_influences_that_allocate_nothing_are_an_error(influence, temperature) -> None:
+    with pytest.raises(ValueError, match=r"influence|temperature"):
+        by_influence(Budget((48,) * 3, (1,) * 3, 72), influence, temperature=temperature)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "phi3"])
+def test_block_influence_compares_what_enters_and_leaves_a_layer(model_type) -> None:
+    model, ids = tiny_model(model_type), token_ids(6, 11)
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+    found = block_influence(model, ids)
+    # The last of the states is behind the final norm.
+    for layer in range(2):
+        a, b = states[layer].double(), states[layer + 1].double()
+        expected = (1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
+        assert found[layer] == pytest.approx(float(expected), abs=1e-6)
+    assert len(found) == 3
+    down = decoder_layers(model)[2].get_submodule(architecture_for(model.config).down)
+    out = decoder_layers(model)[2].get_submodule(architecture_for(model.config).attention_out)
+    for linear in (down, out):
+        for parameter in linear.parameters():
+            parameter.data.zero_()
+    assert block_influence(model, ids)[2] == pytest.approx(0.0, abs=1e-6), "a layer that writes nothing"
+
+
+def test_the_influence_of_the_text_cuts_any_method() -> None:
+    model = tiny_model("llama")
+    evidence = Evidence(model, Blocks(token_ids(4, 10), "data", {}))
+    made = cut(evidence, "magnitude", 0.5, allocation="influence")
+    assert made.widths == by_influence(Budget.of(model, 0.5), block_influence(model, evidence.ids))
+    assert made.widths != uniform(Budget.of(model, 0.5))
+    with pytest.raises(ValueError, match="blocks=None"):
+        cut(Evidence(model), "magnitude", 0.5, allocation="influence")

@@ -10,6 +10,8 @@ FFN channels only. Formulas: METHODS.md section 6; each file opens with its sour
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.cut import Cut, cut, pruned_model
 from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.group_tuning import Tuned, group_tuned
+from prunenet.policies.methods.influence import block_influence, by_influence
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
 
 __all__ = [
@@ -20,8 +22,12 @@ __all__ = [
     "Cut",
     "Evidence",
     "Method",
+    "Tuned",
+    "block_influence",
+    "by_influence",
     "cut",
     "global_sort",
+    "group_tuned",
     "outlier_share",
     "owl",
     "protected",

@@ -73,23 +73,25 @@ def uniform(budget: Budget) -> list[int]:
     return fitted(budget, [budget.share * d_ff for d_ff in budget.d_ff])
 
 
-def global_sort(budget: Budget, scores: Sequence[Float[Tensor, " _"]]) -> list[int]:
+def global_sort(budget: Budget, scores: Sequence[Float[Tensor, " _"]], *, first: int = 0, last: int = 0) -> list[int]:
     """One ranking of the channels of all layers (FLAP, arXiv 2312.11983, section 4.2).
 
     Args:
         budget: its floor is kept in every layer first.
         scores: of each layer, comparable between layers; higher stays longer.
+        first, last: how many layers at each end are left whole.
 
     Raises:
-        ValueError: not one score a channel, or one that is not a number.
+        ValueError: not one score a channel, one that is not a number, or layers to be left whole that cannot be paid for.
     """
     if [len(row) for row in scores] != list(budget.d_ff):
         raise ValueError(f"a global sort needs one score a channel, got {[len(row) for row in scores]} of {list(budget.d_ff)}")
     ranked = [row.detach().double().cpu().clone() for row in scores]
     if any(bool(row.isnan().any()) for row in ranked):
         raise ValueError("scores contain NaN; the model's weights or activations are damaged")
+    inner = _inner(budget, first, last)
     for layer, row in enumerate(ranked):
-        row[row.topk(budget.least(layer)).indices] = torch.inf
+        row[row.topk(budget.least(layer) if layer in inner else len(row)).indices] = torch.inf
     layers = torch.cat([torch.full((d_ff,), layer) for layer, d_ff in enumerate(budget.d_ff)])
     layers = layers[torch.cat(ranked).argsort(descending=True, stable=True)]
     spent = torch.tensor(budget.costs)[layers].cumsum(0)
@@ -107,16 +109,22 @@ def protected(budget: Budget, first: int, last: int) -> list[int]:
     Raises:
         ValueError: nothing is left to cut, or the layers left cannot make up for those left whole.
     """
+    inner = _inner(budget, first, last)
+    whole = budget.cost([0 if layer in inner else d_ff for layer, d_ff in enumerate(budget.d_ff)])
+    left, room = budget.parameters - whole, budget.cost(budget.d_ff) - whole
+    return fitted(budget, [left / room * d_ff if layer in inner else float(d_ff) for layer, d_ff in enumerate(budget.d_ff)])
+
+
+def _inner(budget: Budget, first: int, last: int) -> range:
+    """The layers that may be cut; raises ValueError where they cannot make up for those left whole."""
     inner = range(first, len(budget.d_ff) - last)
-    whole = [0 if layer in inner else d_ff for layer, d_ff in enumerate(budget.d_ff)]
-    left = budget.parameters - budget.cost(whole)
-    room = budget.cost(budget.d_ff) - budget.cost(whole)
-    if left < sum(budget.costs[layer] * budget.least(layer) for layer in inner) or (room == 0 and budget.share < 1):
+    least = [budget.least(layer) if layer in inner else d_ff for layer, d_ff in enumerate(budget.d_ff)]
+    if first + last > 0 and budget.cost(least) > budget.parameters:
         raise ValueError(
             f"{len(budget.d_ff)} layers with the first {first} and the last {last} left whole cannot be cut to "
             f"{budget.share:.0%} of their channels; protect fewer layers or remove less"
         )
-    return fitted(budget, [left / room * d_ff if layer in inner else float(d_ff) for layer, d_ff in enumerate(budget.d_ff)])
+    return inner
 
 
 def owl(budget: Budget, outliers: Sequence[float], *, lam: float = 0.08) -> list[int]:

@@ -18,6 +18,7 @@ from prunenet.moments import LayerWalk
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.flap import mean_bias, standardised
+from prunenet.policies.methods.influence import by_influence
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
 from prunenet.surgery import narrowed
 
@@ -82,7 +83,7 @@ def cut(
         method: a name in `METHODS`, or a method of one's own.
         ratio: share of the FFN channels of all layers removed, in [0, 1).
         allocation: how widths are chosen, or the widths themselves (within the budget); default the method's own. For "global",
-            scores that are not comparable between layers are standardised in each layer first. "owl" reads text.
+            scores that are not comparable between layers are standardised in each layer first. "owl" and "influence" read text.
         compensate: "mean_bias" adds what the removed channels write on average in the dense model; default the method's own.
         sequential: measure each layer behind the cut ones, where the method is published so; False measures the dense model.
         round_to: widths are multiples of this.
@@ -137,11 +138,15 @@ def _widths(
     if allocation == "owl":
         layers = ([(linear.weight.detach(), norm) for linear, norm in layer] for layer in evidence.input_norms)
         return owl(budget, [outlier_share(*zip(*layer, strict=True)) for layer in layers])
+    if allocation == "influence":
+        return by_influence(budget, evidence.influence)
     if allocation != "global":
-        raise ValueError(f"an allocation is uniform, global, protected, owl or a list of widths, got {allocation!r}")
+        raise ValueError(f"an allocation is uniform, global, protected, owl, influence or a list of widths, got {allocation!r}")
     if scores is None:
         raise ValueError(f"{method.name} has no scores to sort; use another allocation than 'global'")
-    return global_sort(budget, scores if method.comparable else [standardised(row.float()) for row in scores])
+    rows = scores if method.comparable else [standardised(row.float()) for row in scores]
+    first, last = method.protects if method.allocation == "global" else (0, 0)
+    return global_sort(budget, rows, first=first, last=last)
 
 
 def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> list[Bool[Tensor, " _"]]:

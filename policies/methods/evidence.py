@@ -16,6 +16,7 @@ from prunenet.calibration import Blocks
 from prunenet.layers import FFN, check_tokens, decoder_layers, iter_ffns
 from prunenet.moments import Moments, ffn_moments
 from prunenet.policies.methods.gradients import TaylorSums, draw_windows, taylor_sums
+from prunenet.policies.methods.influence import block_influence
 
 _BATCH = 4
 
@@ -94,7 +95,21 @@ class Evidence:
     @cached_property
     def taylor(self) -> list[TaylorSums]:
         """Of each layer, from 10 sequences of 64 tokens drawn from the blocks (shorter where the blocks are)."""
-        return taylor_sums(self.model, draw_windows(self.ids, 10, 64, self.generator()))
+        return taylor_sums(self.model, self._sequences)
+
+    @cached_property
+    def taylor_by_sequence(self) -> list[list[TaylorSums]]:
+        """The same for each of the sequences alone: first the sequence, then the layer."""
+        return [taylor_sums(self.model, sequence[None]) for sequence in self._sequences]
+
+    @cached_property
+    def influence(self) -> list[float]:
+        """Block influence of each layer over all tokens, in [0, 2]; see `block_influence`."""
+        return block_influence(self.model, self.ids, batch=_BATCH)
+
+    @property
+    def _sequences(self) -> Int[Tensor, "n tokens"]:
+        return draw_windows(self.ids, 10, 64, self.generator())
 
     @cached_property
     def input_norms(self) -> list[list[tuple[nn.Linear, Float[Tensor, " d_in"]]]]:

@@ -25,6 +25,21 @@ from prunenet.layers import check_tokens, decoder_layers
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """One slice (gate, up or down) of every channel of a layer, one channel a row, its bias the last entry where it has one.
+
+    Attributes:
+        weight: w.
+        first: g, the gradient of the mean loss.
+        second: G, the mean over sequences of the squared gradient of each.
+    """
+
+    weight: Float[Tensor, "d_ff entries"]
+    first: Float[Tensor, "d_ff entries"]
+    second: Float[Tensor, "d_ff entries"]
+
+
+@dataclass(frozen=True, slots=True)
 class TaylorSums:
     """Of one layer: sums over the weights w of each slice (gate, up, down; ungated: up, down) of each channel.
 
@@ -69,10 +84,15 @@ def next_token_loss(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> Flo
 
 
 def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:
-    """Of each layer, from one backward pass for each window.
+    """Of each layer. Arguments and errors: `channel_gradients`."""
+    return [_sums(slices) for slices in channel_gradients(model, windows)]
 
-    Holds two float copies of the FFN weights while it runs (640 MB for SmolLM2-135M). The model's own gradients and flags stay
-    as they are.
+
+def channel_gradients(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> Iterator[list[Slice]]:
+    """The slices (gate, up, down; ungated: up, down) of each layer, from one backward pass for each window.
+
+    Holds two float copies of the FFN weights until the last layer is read (640 MB for SmolLM2-135M). The model's own gradients
+    and flags stay as they are.
 
     Args:
         model: in eval mode.
@@ -85,7 +105,7 @@ def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> lis
     if windows.shape[1] < 2:
         raise ValueError(f"a loss needs windows of 2 tokens or more, got {windows.shape[1]}")
     architecture = architecture_for(model.config)
-    parameters = [_slices(layer, architecture) for layer in decoder_layers(model, architecture)]
+    parameters = [_parameters(layer, architecture) for layer in decoder_layers(model, architecture)]
     flat = [parameter for layer in parameters for _, rows in layer for parameter in rows]
     first = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in flat]
     second = [torch.zeros_like(total) for total in first]
@@ -95,10 +115,10 @@ def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> lis
                 first[i] += gradient / len(windows)
                 second[i] += gradient.to(second[i]).square_() / len(windows)
     gradients = iter(zip(first, second, strict=True))
-    return [_sums(layer, architecture, gradients) for layer in parameters]
+    return (_slices(layer, architecture, gradients) for layer in parameters)
 
 
-def _slices(layer: nn.Module, architecture: Architecture) -> list[tuple[bool, list[nn.Parameter]]]:
+def _parameters(layer: nn.Module, architecture: Architecture) -> list[tuple[bool, list[nn.Parameter]]]:
     """(whether channels are columns, [weight, and bias if its channels' own]) of each linear of the FFN."""
     inputs = [layer.get_submodule(path) for path in architecture.input_linears]
     found = [(False, [p for p in (linear.weight, linear.bias) if isinstance(p, nn.Parameter)]) for linear in inputs]
@@ -107,21 +127,23 @@ def _slices(layer: nn.Module, architecture: Architecture) -> list[tuple[bool, li
     return [*found, (True, [down])]
 
 
-@torch.no_grad()
-def _sums(
+def _slices(
     layer: list[tuple[bool, list[nn.Parameter]]], architecture: Architecture, gradients: Iterator[tuple[Tensor, Tensor]]
-) -> TaylorSums:
-    rows: list[tuple[Tensor, Tensor]] = []
+) -> list[Slice]:
+    found: list[Slice] = []
     for columns, parameters in layer:
-        terms = []
+        parts = []
         for parameter in parameters:
             first, second = next(gradients)
-            weight = parameter.detach().to(first)
-            pair = (weight * first, weight.square() * second)
-            terms.append(tuple(t.T if columns else t.reshape(len(t), -1) for t in pair))
-        linear, square = (torch.cat(parts, dim=1) for parts in zip(*terms, strict=True))
+            parts.append([t.T if columns else t.reshape(len(t), -1) for t in (parameter.detach().to(first), first, second)])
+        whole = [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
         fused = architecture.fused and not columns
-        rows += zip(linear.chunk(2), square.chunk(2), strict=True) if fused else [(linear, square)]
+        found += [Slice(*half) for half in zip(*(t.chunk(2) for t in whole), strict=True)] if fused else [Slice(*whole)]
+    return found
+
+
+def _sums(slices: list[Slice]) -> TaylorSums:
+    rows = [(part.weight * part.first, part.weight.square() * part.second) for part in slices]
     return TaylorSums(
         vector=torch.stack([linear.sum(1) for linear, _ in rows]),
         element1=torch.stack([linear.abs().sum(1) for linear, _ in rows]),

@@ -12,11 +12,22 @@ from torch import Tensor
 
 from prunenet.layers import FFN
 from prunenet.moments import Moments
-from prunenet.policies.methods import flap, folding, lila, llm_pruner, magnitude, published, random_channels, wanda_sp
+from prunenet.policies.methods import (
+    adapruner,
+    flap,
+    folding,
+    lila,
+    llm_pruner,
+    magnitude,
+    published,
+    random_channels,
+    saap,
+    wanda_sp,
+)
 from prunenet.policies.methods.evidence import Evidence
 
 Needs = Literal["weights", "text", "gradients"]
-Allocation = Literal["uniform", "global", "protected", "owl"]
+Allocation = Literal["uniform", "global", "protected", "owl", "influence"]
 Compensation = Literal["none", "mean_bias"]
 
 
@@ -35,7 +46,8 @@ class Method:
         comparable: whether scores of different layers may be ranked together as they are.
         compensate: what the published method does about what it removed.
         allocation: the published one.
-        protects: layers at both ends (first, last) that allocation "protected" leaves whole.
+        protects: layers at both ends (first, last) that allocation "protected" leaves whole; "global" too, where that is the
+            published one.
     """
 
     name: str
@@ -59,6 +71,19 @@ _TAYLOR: dict[str, Any] = {
     "allocation": "protected",
     "protects": (4, 2),
 }
+_SAAP: dict[str, Any] = {
+    "needs": "gradients",
+    "comparable": True,
+    "allocation": "global",
+    "protects": (3, 2),
+}
+_SAAP_SOURCE = "SAAP, Zheng et al., 2024, arXiv 2412.15127, as in METHODS.md section 8; mostly a reconstruction, see saap.py"
+_ADAPRUNER: dict[str, Any] = {
+    "needs": "gradients",
+    "allocation": "protected",
+    "protects": adapruner.PROTECTS,
+}
+_ADAPRUNER_SOURCE = "AdaPruner, AAAI 2025, arXiv 2503.06184, as in METHODS.md section 7; a reconstruction, see adapruner.py"
 _ROWS = (
     Method("random", "weights", "uniform draws", random_channels.scores),
     Method("magnitude", "weights", "product of the norms of a channel's slices", magnitude.scores),
@@ -90,5 +115,20 @@ _ROWS = (
     Method("llm_pruner_element1", score=partial(llm_pruner.scores, variant="element1"), **_TAYLOR),
     Method("llm_pruner_element2", score=partial(llm_pruner.scores, variant="element2"), **_TAYLOR),
     Method("llm_pruner_mix", score=partial(llm_pruner.scores, variant="mix"), **_TAYLOR),
+    Method("saap", source=_SAAP_SOURCE, score=saap.scores, **_SAAP),
+    Method(
+        "saap_flipped",
+        source=f"{_SAAP_SOURCE}; the sign of the stability term turned over",
+        score=partial(saap.scores, removes="stable"),
+        **_SAAP,
+    ),
+    Method("saap_fusion", source=f"{_SAAP_SOURCE}; without the stability term", score=partial(saap.scores, beta=0.0), **_SAAP),
+    Method("adapruner", source=_ADAPRUNER_SOURCE, score=adapruner.scores, **_ADAPRUNER),
+    Method(
+        "adapruner_random",
+        source=f"{_ADAPRUNER_SOURCE}; the best of as many random draws, its control",
+        score=partial(adapruner.scores, strategy="random", starts={}),
+        **_ADAPRUNER,
+    ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
