@@ -150,7 +150,7 @@ class LayerWalk:
         finally:
             hook.remove()
         blocks = len(self._hidden[part])
-        h, energies = (rows.unflatten(0, (blocks, -1))[:, self._skip :].flatten(0, 1).float() for rows in seen)
+        h, energies = (rows.reshape(blocks, -1, *rows.shape[1:])[:, self._skip :].flatten(0, 1).float() for rows in seen)
         return output, h, energies
 
     @torch.no_grad()
