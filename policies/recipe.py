@@ -19,7 +19,8 @@ Subset = Literal["fixed", "bernoulli", "widths"]
 Features = Literal["weights", "moments"]
 
 MOMENT_PRIOR: Mapping[str, float] = {"moment_write": 1.0}
-"""Where a policy that reads moments starts: of its statistics, the one that alone earns most `reconstruction` on other text."""
+"""Where a policy that reads moments starts: the order of Wanda-sp. No other of its statistics earns more `reconstruction` on
+other text (means over 20 tiny random models: 0.956; moment_fluctuation 0.955, moment_unique 0.951; after a refit all 0.968)."""
 
 
 @dataclass(frozen=True, slots=True)
