@@ -22,11 +22,12 @@ from prunenet.moments import LayerWalk, Moments, ffn_moments
 from prunenet.policies import artifact
 from prunenet.policies import train as training
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, zoo
-from prunenet.policies.recipe import MOMENT_PRIOR, Recipe
+from prunenet.policies.recipe import MOMENT_PRIOR, PRESETS, Recipe
 from prunenet.policies.train import train
 from prunenet.stats import STATISTICS, channel_statistics
 
 SHORT = Recipe(features="moments", updates=4, masks=4, hidden=(8,), evaluate_every=2)
+WHERE = replace(PRESETS["widths"], updates=2, masks=2, round_to=4, evaluate_at=(0.5,))
 
 
 def own_text(n: int = 10, tokens: int = 24, regime: str = "self", seed: int = 0) -> Blocks:
@@ -251,12 +252,15 @@ def test_a_run_that_was_stopped_resumes_to_the_same_policy_bit_for_bit(tmp_path)
         if done == 3:
             raise Stopped
 
+    def run(folder: str, recipe: Recipe = SHORT, **choices) -> None:
+        train(tiny_model("llama"), recipe, where=WHERE, blocks=own_text(), out=tmp_path / folder, **choices)
+
     with pytest.raises(Stopped):
-        train(tiny_model("llama"), SHORT, blocks=own_text(), out=tmp_path / "stopped", progress=stop)
+        run("stopped", progress=stop)
     with pytest.raises(PolicyError, match="was started with recipe"):
-        train(tiny_model("llama"), replace(SHORT, features="weights"), blocks=own_text(), out=tmp_path / "stopped", resume=True)
-    train(tiny_model("llama"), SHORT, blocks=own_text(), out=tmp_path / "stopped", resume=True)
-    train(tiny_model("llama"), SHORT, blocks=own_text(), out=tmp_path / "whole")
+        run("stopped", replace(SHORT, features="weights"), resume=True)
+    run("stopped", resume=True)
+    run("whole")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
