@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.activation_stats import channel_features
 from prunenet.envs.rewards import Reward
 from prunenet.layers import ffn_widths
 from prunenet.masks import check_keep, check_ratio
-from prunenet.stats import channel_statistics, layer_context
+from prunenet.stats import layer_context
 
 PROGRESS = ("ratio", "target", "budget_left")
 """What an observation's context holds beside the layer's own context, each in [0, 1]: the sweep's ratio, the share of this
@@ -33,11 +34,11 @@ class View:
     context: Float[Tensor, "layers n_context"]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> View:
-        """Computes the statistics of a model's layers.
+    def of(cls, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"] | None = None) -> View:
+        """Computes the statistics of a model's layers: from weights and, given token blocks, from activations on them.
 
         Raises:
-            ValueError: the layers have different widths (an action must have one length).
+            ValueError: the layers have different widths (an action must have one length); or as `channel_features`.
             UnsupportedArchitecture: see `prunenet.architectures`.
         """
         widths = set(ffn_widths(model))
@@ -46,7 +47,7 @@ class View:
                 f"the layers of this model have {len(widths)} different widths ({min(widths)} to {max(widths)}); "
                 "train on the dense model that it was cut from"
             )
-        return cls(tuple(channel_statistics(model)), layer_context(model))
+        return cls(tuple(channel_features(model, blocks)), layer_context(model))
 
     @property
     def layers(self) -> int:

@@ -18,7 +18,7 @@ from prunenet.compensate import Cut, cut_layers, held_back, refit_sequentially
 from prunenet.divergence import divergence
 from prunenet.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at
-from prunenet.policies.artifact import Policy
+from prunenet.policies.artifact import Policy, check_measured
 
 AUTO_GAIN = 0.05
 """Widths "auto" takes per-layer ones, which stock loaders read only padded, for a predicted gain in perplexity above this."""
@@ -73,12 +73,14 @@ def prune(
         round_to: widths are multiples of this.
         widths: "uniform", "per-layer" (as the policy learned, as many channels in all) or "auto": per-layer where that is
             predicted to lower perplexity by more than 5 % (`AUTO_GAIN`).
-        blocks: token blocks to measure activations on (see `prunenet.calibration`). None: weights alone.
-        channels: "policy" (its scores, from weights) or "elimination" (greedy, from activations: needs blocks). Default: the
-            policy where there is one. On self-written text elimination knows more about that text and less about others.
+        blocks: token blocks to measure activations on (see `prunenet.calibration`). None: weights alone, which a policy that
+            reads moments cannot do.
+        channels: "policy" (its scores, from weights and, where it reads moments, from blocks) or "elimination" (greedy, from
+            activations: needs blocks). Default: the policy where there is one. On self-written text elimination knows more
+            about that text and less about others.
         refit: "off", "layerwise" or "sequential" (behind the layers that are cut already) least squares of the down matrices
             on blocks. Default: layerwise where there are blocks.
-        scores: `policy.scores(model)`, where the caller has them already.
+        scores: `policy.scores(model, blocks)`, where the caller has them already.
         policy_name: recorded in the provenance.
         progress: called with (what is going on, layers done, layers in all).
 
@@ -90,7 +92,9 @@ def prune(
     channels, refit = check_choices(policy, blocks is not None, widths, channels, refit)
     ratio = check_size(model, ratio, params, round_to)
     ways = _ways(model, policy, ratio, widths, round_to)
-    ranked = (scores or policy.scores(model)) if policy is not None and channels == "policy" else None
+    ranked = scores if channels == "policy" else None
+    if policy is not None and channels == "policy" and ranked is None:
+        ranked = policy.scores(model, blocks, progress=_counted(progress, "scoring"))
     if blocks is None:
         assert policy is not None
         assert ranked is not None
@@ -136,6 +140,8 @@ def check_choices(
     for name, value, allowed in given:
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(allowed)}")
+    if policy is not None:
+        check_measured(policy, measured)
     if not measured and (channels == "elimination" or refit != "off"):
         raise ValueError("elimination and refit measure activations: give text (--moments self or data), or switch them off")
     if policy is None and channels == "policy":

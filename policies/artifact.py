@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.activation_stats import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
+from prunenet.calibration import Blocks
 from prunenet.folders import write_atomic
 from prunenet.layers import ffn_widths
 from prunenet.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, channel_statistics, layer_context
+from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
@@ -36,6 +38,7 @@ class PolicyConfig:
 
     Attributes:
         statistics, statistics_version, context: what the scorer reads, in order.
+        moments, moments_version: statistics of activations on token blocks that it reads behind the others; () reads none.
         hidden: widths of the scorer's hidden layers.
         prior: the closed-form score that the scorer starts from.
         regime: what training was allowed to look at: weights, self or data.
@@ -48,6 +51,8 @@ class PolicyConfig:
     statistics: tuple[str, ...] = STATISTICS
     statistics_version: int = STATISTICS_VERSION
     context: tuple[str, ...] = CONTEXT
+    moments: tuple[str, ...] = ()
+    moments_version: int = MOMENT_STATISTICS_VERSION
     hidden: tuple[int, ...] = (32, 32)
     prior: Mapping[str, float] = field(default_factory=dict)
     regime: str = "weights"
@@ -60,6 +65,8 @@ class PolicyConfig:
 
 class Policy:
     """Scores FFN channels from a model's weights and turns scores into keep masks at any ratio. Deterministic.
+
+    A policy whose configuration names `moments` reads activations as well, and needs token blocks wherever it scores.
 
     Args:
         scorer: the network.
@@ -74,7 +81,8 @@ class Policy:
     def untrained(cls, config: PolicyConfig, *, seed: int = 0) -> Policy:
         """A fresh policy: its score is the closed-form prior."""
         generator = torch.Generator().manual_seed(seed)
-        scorer = ChannelScorer(config.statistics, config.context, hidden=config.hidden, prior=config.prior, generator=generator)
+        read = (*config.statistics, *config.moments)
+        scorer = ChannelScorer(read, config.context, hidden=config.hidden, prior=config.prior, generator=generator)
         return cls(scorer, config)
 
     @classmethod
@@ -102,7 +110,7 @@ class Policy:
         """Writes `config.json` and `model.safetensors`; an existing policy in the folder is replaced file by file."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n"
+        config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
         write_atomic(folder / "model.safetensors", self._weights())
         write_atomic(folder / "config.json", config.encode())
         return folder
@@ -110,20 +118,36 @@ class Policy:
     def _weights(self) -> bytes:
         return save({name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()})
 
+    def _fields(self) -> dict[str, Any]:
+        fields = asdict(self.config)
+        if not self.config.moments:  # as it was before policies read any, hash included
+            del fields["moments"], fields["moments_version"]
+        return fields
+
     @property
     def sha256(self) -> str:
         """Hash of the weights and of the configuration: what provenance records."""
-        config = json.dumps(asdict(self.config), sort_keys=True).encode()
+        config = json.dumps(self._fields(), sort_keys=True).encode()
         return hashlib.sha256(self._weights() + config).hexdigest()
 
     @torch.no_grad()
-    def scores(self, model: PreTrainedModel) -> list[Float[Tensor, " d_ff"]]:
+    def scores(
+        self, model: PreTrainedModel, blocks: Blocks | None = None, *, progress: Callable[[int, int], None] | None = None
+    ) -> list[Float[Tensor, " _"]]:
         """One score per channel of each layer, higher stays longer; comparable within a layer only.
 
+        Args:
+            model: any model of a supported family.
+            blocks: token blocks to measure activations on, one layer at a time. A policy from weights alone leaves them unread.
+            progress: of that, called with (layers done, layers in all).
+
         Raises:
+            ValueError: the policy reads activations, and no blocks are given; or as `prunenet.activation_stats`.
             UnsupportedArchitecture: see `prunenet.architectures`.
         """
-        statistics = channel_statistics(model)
+        check_measured(self, blocks is not None)
+        ids = blocks.ids if blocks is not None and self.config.moments else None
+        statistics = channel_features(model, ids, progress=progress)
         scorer = self.scorer.to(statistics[0].device)
         return [scorer(rows, context) for rows, context in zip(statistics, layer_context(model), strict=True)]
 
@@ -151,21 +175,37 @@ class Policy:
         return [width_at(width, ratio, round_to) for width in d_ff]
 
     def masks(
-        self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8
+        self,
+        model: PreTrainedModel,
+        ratio: float,
+        *,
+        blocks: Blocks | None = None,
+        per_layer: bool = False,
+        round_to: int = 8,
     ) -> list[Bool[Tensor, " _"]]:
         """Keep masks that remove `ratio` of all channels; masks at a higher ratio are subsets.
 
         Args:
             model: any model of a supported family.
             ratio: share of FFN channels removed, in [0, 1).
+            blocks: as for `scores`.
             per_layer: widths as learned, in place of the same share everywhere; as many channels in all.
             round_to: widths are multiples of this.
 
         Raises:
-            ValueError: ratio out of range.
+            ValueError: ratio out of range, or as `scores`.
         """
         widths = self.widths(model, ratio, per_layer=per_layer, round_to=round_to)
-        return [top_channels(scores, width) for scores, width in zip(self.scores(model), widths, strict=True)]
+        return [top_channels(scores, width) for scores, width in zip(self.scores(model, blocks), widths, strict=True)]
+
+
+def check_measured(policy: Policy, measured: bool) -> None:
+    """Raises ValueError where a policy that reads activations has no token blocks to measure them on."""
+    if policy.config.moments and not measured:
+        raise ValueError(
+            "this policy scores channels by their activations: give it token blocks to measure them on (--moments self or "
+            "data), or take a policy that reads weights alone"
+        )
 
 
 def zoo() -> dict[str, Path]:
@@ -212,7 +252,7 @@ def _read_config(path: Path) -> PolicyConfig:
     if fields.get("format_version") != FORMAT_VERSION:
         raise PolicyError(f"{path} has format {fields.get('format_version')}, this version reads {FORMAT_VERSION}; train again")
     try:
-        fields |= {name: tuple(fields[name]) for name in ("statistics", "context", "hidden") if name in fields}
+        fields |= {name: tuple(fields[name]) for name in ("statistics", "context", "moments", "hidden") if name in fields}
         config = PolicyConfig(**fields)
         objects = (config.prior, config.trained_on, config.recipe)
         if not all(isinstance(width, int) for width in config.hidden) or not all(isinstance(o, dict) for o in objects):
@@ -224,5 +264,10 @@ def _read_config(path: Path) -> PolicyConfig:
         raise PolicyError(
             f"{path.parent} reads statistics version {config.statistics_version} ({len(config.statistics)} per channel), "
             f"this prunenet computes version {STATISTICS_VERSION} ({len(STATISTICS)}); train the policy again"
+        )
+    if config.moments and (config.moments, config.moments_version) != (MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION):
+        raise PolicyError(
+            f"{path.parent} reads moment statistics version {config.moments_version} ({len(config.moments)} per channel), "
+            f"this prunenet computes version {MOMENT_STATISTICS_VERSION} ({len(MOMENT_STATISTICS)}); train the policy again"
         )
     return config

@@ -16,6 +16,11 @@ RewardName = Literal["spectral", "reconstruction", "divergence"]
 Algorithm = Literal["a2c", "ppo"]
 Baseline = Literal["group", "value", "none"]
 Subset = Literal["fixed", "bernoulli", "widths"]
+Features = Literal["weights", "moments"]
+
+MOMENT_PRIOR: Mapping[str, float] = {"moment_write": 1.0}
+"""Where a policy that reads moments starts: the order of Wanda-sp. No other of its statistics earns more `reconstruction` on
+other text (means over 20 tiny random models: 0.956; moment_fluctuation 0.955, moment_unique 0.951; after a refit all 0.968)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +29,10 @@ class Recipe:
 
     Attributes:
         reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction" (`ReconstructionReward`) or
-            "divergence" (`prunenet.envs.divergence.DivergenceReward`), both on token blocks. Either way the policy is applied
-            from weights alone.
+            "divergence" (`prunenet.envs.divergence.DivergenceReward`), both on token blocks.
+        features: what the scorer reads. "weights": statistics of the weights; the policy is applied from weights alone,
+            whatever its reward read. "moments": besides those, statistics of activations (`prunenet.activation_stats`), which
+            it then needs wherever it is applied.
         distance, matrices, form: of the spectral reward.
         ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
         updates: sweeps, each followed by one policy update.
@@ -41,13 +48,14 @@ class Recipe:
         blocks, tokens: how many blocks, and how many tokens of each, the divergence reward reads for each mask.
         entropy: weight of the entropy bonus.
         hidden: widths of the scorer's hidden layers.
-        prior: weights of the closed-form score that the scorer starts from.
+        prior: weights of the closed-form score that the scorer starts from; with moments, none given means `MOMENT_PRIOR`.
         evaluate_every: updates between evaluations of the deterministic masks; the best policy seen is the result.
         evaluate_at: ratios of those evaluations.
         seed: of everything random.
     """
 
     reward: RewardName = "reconstruction"
+    features: Features = "weights"
     distance: Distance = "ks"
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
     form: Form = "bounded"
@@ -95,6 +103,7 @@ class Recipe:
 
 _NAMES = {
     "reward": get_args(RewardName),
+    "features": get_args(Features),
     "algorithm": get_args(Algorithm),
     "baseline": get_args(Baseline),
     "subset": get_args(Subset),

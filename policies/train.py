@@ -16,14 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.activation_stats import MOMENT_STATISTICS
 from prunenet.calibration import Blocks, weights_sha256
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
-from prunenet.policies.recipe import Recipe, as_json
+from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.run import Run
 
 
@@ -63,40 +66,46 @@ def train(
             None leaves widths uniform.
         out: folder for the policy; `out/training` holds the run's state and its TensorBoard log. None keeps all in memory.
         resume: go on with the run in `out`.
-        blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.calibration`.
+        blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.calibration`. With
+            `recipe.features` "moments" the scorer reads statistics of the first half of them, and every reward is measured on
+            the second: what is true of one text alone does not pay.
         reward: replaces the recipe's reward.
         regime: what a reward of your own looks at; needed with `reward` unless `blocks` say it.
         progress: called with (updates done, updates in all, best reward so far).
 
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and `resume` is not set.
-        ValueError: the recipe's reward needs blocks, and none are given; or a reward of your own comes without its regime.
+        ValueError: the recipe's reward or its features need blocks, and none (or too few) are given; or a reward of your own
+            comes without its regime.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
     recipe = recipe or Recipe()
-    if reward is None and {recipe.reward, "spectral" if where is None else where.reward} == {"spectral"}:
+    read = recipe.features == "moments"
+    if not read and reward is None and {recipe.reward, "spectral" if where is None else where.reward} == {"spectral"}:
         blocks = None  # it reads weights alone, and the record must say so
     if regime is None and reward is not None and blocks is None:
         raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
     for wanted in (recipe if reward is None else None, where):
         if wanted is not None and wanted.reward != "spectral" and blocks is None:
             raise ValueError(f"the {wanted.reward} reward is measured on text: give token blocks (see prunenet.calibration)")
+    measured, paid = _halves(blocks) if read else (None, blocks)
     config = PolicyConfig(
+        moments=MOMENT_STATISTICS if read else (),
         hidden=recipe.hidden,
-        prior=dict(recipe.prior),
-        regime=_regime(regime, where, blocks),
+        prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
+        regime=_regime(regime, where, blocks, read),
         text=None if blocks is None else dict(blocks.source),
         trained_on={"model": _name(model), "model_type": model.config.model_type, "weights": weights_sha256(model)},
         recipe=recorded(recipe, where) | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
     folder = None if out is None else check_run(Path(out), resume)
-    view = View.of(model)
+    view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
     histories: dict[str, list[tuple[int, float]]] = {}
     with _random_state_kept():
         policy = Policy.untrained(config, seed=recipe.seed)
-        for name, of, paid in _stages(model, recipe, where, reward, blocks):
-            run = Run(view, policy.scorer, paid, of, folder and _state(folder, name), progress, identity)
+        for name, of, judge in _stages(model, recipe, where, reward, paid):
+            run = Run(view, policy.scorer, judge, of, folder and _state(folder, name), progress, identity)
             histories[name] = run.learn(model, resume and unfinished(folder, name))
     policy = Policy(policy.scorer.cpu(), replace(config, gain=_gain(where, histories.get("widths"))))
     if folder is not None:
@@ -104,11 +113,23 @@ def train(
     return Training(policy, histories["channels"], histories.get("widths", []))
 
 
-def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None) -> str:
-    """The most that any stage looks at."""
+def _halves(blocks: Blocks | None) -> tuple[Int[Tensor, "n tokens"], Blocks]:
+    """Blocks for the scorer to read moments of, and blocks for the rewards."""
+    if blocks is None or len(blocks.ids) < 2:
+        given = "none" if blocks is None else str(len(blocks.ids))
+        raise ValueError(
+            "a policy that reads moments measures them on text, and its rewards on other text: give 2 token blocks or more "
+            f"(see prunenet.calibration), got {given}"
+        )
+    half = len(blocks.ids) // 2
+    return blocks.ids[:half], replace(blocks, ids=blocks.ids[half:])
+
+
+def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None, read: bool) -> str:
+    """The most that any stage, or the scorer, looks at."""
     if blocks is None:
         return regime or "weights"
-    if regime is None or (where is not None and where.reward != "spectral"):
+    if regime is None or read or (where is not None and where.reward != "spectral"):
         return max(regime or "weights", blocks.regime, key=("weights", "self", "data").index)
     return regime
 

@@ -22,6 +22,7 @@ from prunenet.options import (
     Channels,
     Device,
     Dtype,
+    Features,
     Json,
     Masks,
     Model,
@@ -67,6 +68,7 @@ def train(
     ratio: Ratios = None,
     algorithm: Algorithm = None,
     reward: RewardName = None,
+    features: Features = None,
     moments: Moments = None,
     text: CalibrationSource = None,
     distance: SpectralDistance = None,
@@ -78,7 +80,7 @@ def train(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train a policy on a model; apply it afterwards, from weights alone, at any ratio."""
+    """Train a policy on a model; apply it afterwards, by default from weights alone, at any ratio."""
     with one_sentence():
         from prunenet.checkpoint import load_model
         from prunenet.policies.recipe import recipe_for, widths_recipe
@@ -86,13 +88,13 @@ def train(
         from prunenet.policies.train import train as learn
 
         given: dict[str, Any] = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
-        given |= {"distance": distance, "learning_rate": learning_rate, "seed": seed}
+        given |= {"features": features, "distance": distance, "learning_rate": learning_rate, "seed": seed}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
         where = None if widths == "uniform" or (widths is None and preset != "default") else widths_recipe(seed)
-        _check_inputs(recipe.reward, moments, text, distance)
+        _check_inputs(recipe.reward, recipe.features, moments, text, distance)
         check_run(out, resume)
         dense = load_model(model, dtype=dtype, device=device)
-        reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"}
+        reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"} or recipe.features == "moments"
         blocks = _blocks(dense, model, moments or "self", text or "builtin", 0) if reads else None
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(dense, recipe, where=where, out=out, resume=resume, blocks=blocks, progress=advance)
@@ -101,7 +103,6 @@ def train(
         facts |= {"reward_untrained": first, "reward": best}
         if where is not None:
             facts |= {"width_updates": where.updates, "predicted_gain_of_widths": trained.policy.config.gain}
-            facts |= {"predicted_gain_of_widths_with_refit": trained.policy.config.refitted_gain}
         show(facts, as_json, lambda: tables.facts("policy", facts))
 
 
@@ -268,9 +269,9 @@ def _blocks(dense: PreTrainedModel, source: str, moments: Literal["self", "data"
         return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
 
 
-def _check_inputs(reward: str, moments: str | None, text: str | None, distance: str | None) -> None:
+def _check_inputs(reward: str, features: str, moments: str | None, text: str | None, distance: str | None) -> None:
     """Raises ValueError for an option that this run would not read."""
-    if reward == "spectral" and (moments or text):
+    if reward == "spectral" and features == "weights" and (moments or text):
         raise ValueError(
             "the spectral reward reads weights alone: leave --moments and --text out, or say --reward reconstruction"
         )

@@ -73,7 +73,7 @@ def eliminate(
     w, h = weight.to(device, torch.float64), second.to(device, torch.float64)
     energy = ((w @ h) * w).sum()
     lam = damping * float(h.diagonal().mean())
-    inverse, gram = _damped_inverse(h, lam, damping), w.T @ w
+    inverse, gram = damped_inverse(h, lam, damping), w.T @ w
     active = torch.arange(d_ff, device=device)
     orders, losses, factors = [], [], []
     left = d_ff - least
@@ -113,7 +113,12 @@ def score_order(elimination: Elimination, d_ff: int) -> Float64[Tensor, " d_ff"]
     return scores
 
 
-def _damped_inverse(second: _Square, lam: float, damping: float) -> _Square:
+def damped_inverse(second: _Square, lam: float, damping: float) -> _Square:
+    """(H + lam I)^-1; `damping` is what the error calls lam.
+
+    Raises:
+        ValueError: H + lam I is not positive definite, or not finite.
+    """
     damped = second.clone()
     damped.diagonal().add_(lam)
     factor, failed = torch.linalg.cholesky_ex(damped)

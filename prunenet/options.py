@@ -38,9 +38,15 @@ RewardName = Annotated[
     Literal["spectral", "reconstruction"] | None,
     typer.Option(help="spectral: from weights alone. reconstruction: from activations on text, see --moments."),
 ]
+Features = Annotated[
+    Literal["weights", "moments"] | None,
+    typer.Option(
+        help="What the policy reads: weights (the default), or also moments of activations; it then needs text to prune."
+    ),
+]
 Moments = Annotated[
     Literal["self", "data"] | None,
-    typer.Option(help="Text of the reconstruction reward: self (the model writes it, the default) or data (see --text)."),
+    typer.Option(help="Text of reward and moments: self (the model writes it, the default) or data (see --text)."),
 ]
 CalibrationSource = Annotated[
     str | None, typer.Option("--text", help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].")
@@ -60,7 +66,7 @@ Widths = Annotated[
 ]
 Channels = Annotated[
     str | None,
-    typer.Option(help="Who chooses them: policy (from weights, the default) or elimination (from activations)."),
+    typer.Option(help="Who chooses them: policy (the default) or elimination (from activations)."),
 ]
 Refit = Annotated[str | None, typer.Option(help="off, layerwise (the default with moments) or sequential: least squares.")]
 PruneMoments = Annotated[

@@ -84,7 +84,7 @@ def channel_statistics(model: PreTrainedModel) -> list[Float32[Tensor, "_ n_stat
         raw |= {"down_twin": _twin([unit.pop("down")]), "input_twin": _twin(list(unit.values()))}
         raw |= {name: bias.float() for name in ("gate_bias", "up_bias") if (bias := getattr(ffn, name)) is not None}
         columns = torch.stack([raw.get(name, torch.zeros_like(energy)) for name in STATISTICS], dim=-1)
-        result.append(_standardised(columns))
+        result.append(standardised(columns))
         stream.read_ffn(ffn, energy)
     return result
 
@@ -259,7 +259,8 @@ def _ridge_leverage(rows: _Rows, gram: _Square) -> _PerChannel:
     return whitened.square().sum(0)
 
 
-def _standardised(columns: Float32[Tensor, "d_ff n_stats"]) -> Float32[Tensor, "d_ff n_stats"]:
+def standardised(columns: Float32[Tensor, "d_ff n_stats"]) -> Float32[Tensor, "d_ff n_stats"]:
+    """Raw statistics of a layer in units of their spread inside it, in [-4, 4] (step 2 above); a constant column becomes 0."""
     centred = columns - columns.median(dim=0).values
     scale = 1.4826 * centred.abs().median(dim=0).values
     # A statistic that more than half of the channels share (biases that are mostly zero) has no deviation from the median.

@@ -18,7 +18,7 @@ COLUMN = {name: index for index, name in enumerate(STATISTICS)}
 
 def _raw(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Statistics before standardisation."""
-    monkeypatch.setattr(stats, "_standardised", lambda columns: columns)
+    monkeypatch.setattr(stats, "standardised", lambda columns: columns)
     return channel_statistics(model)
 
 
