@@ -195,7 +195,7 @@ def _same_text(cell: Cell, later: Sequence[Cell]) -> bool:
 def _asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
     """What was asked for, in the words of a line."""
     spec, scored = cell.spec, plan.evaluation
-    fields = {"score": None, "allocation": None, "moments": None, "refit": None}
+    fields: dict[str, str | None] = dict.fromkeys(("score", "allocation", "moments", "refit"))
     policy = None
     if spec is not None:
         fields = {"score": spec.method, "allocation": spec.allocation, "moments": spec.moments, "refit": spec.refit}

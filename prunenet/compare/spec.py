@@ -25,6 +25,8 @@ WITHOUT_TEXT = ("uniform", "global", "protected", "learned")
 """Allocations that need no text of their own; every other one reads some."""
 RESERVED = ("self", "random", "seed", "builtin", "none")
 """Words that cannot name a calibration text."""
+WITHOUT_SCORES = ("uniform", "protected", "owl", "influence", "learned")
+"""Allocations that look at no method's scores, so that a merge can have them."""
 _FORM = "method[:allocation][@moments][+refit]"
 # (allocation, refit) of the methods that are ours.
 _OWN = {"prunenet": ("auto", "layerwise"), "prunenet-weights": ("learned", "off"), "elimination": ("uniform", "layerwise")}
@@ -141,10 +143,9 @@ def _sensible(text: str, method: str, allocation: str, moments: str | None, refi
     """The spec, unless its parts contradict each other."""
     row = METHODS.get(method)
     if row is not None and row.merge is not None:
-        if allocation == "global":
-            raise ValueError(
-                f"{text!r}: {method} merges channels and has no scores to sort; choose another allocation than global"
-            )
+        if allocation not in WITHOUT_SCORES:
+            choices = ", ".join(name for name in allocations() if name in WITHOUT_SCORES)
+            raise ValueError(f"{text!r}: {method} merges channels and has no scores for {allocation}; choose one of {choices}")
         if refit != "off":
             raise ValueError(f"{text!r}: {method} merges channels, and merged ones are not refitted; leave +{refit} out")
     if allocation == "auto" and refit == "mean_bias":

@@ -184,8 +184,8 @@ class Workshop:
         refitted = spec.refit in ("layerwise", "sequential")
         allocation: Any = spec.allocation
         if allocation == "learned":
-            asked = {"per_layer": True, "refitted": refitted, "round_to": self.round_to}
-            allocation = cast(Policy, self.policy).widths(self.model, ratio, **asked)
+            learned = cast(Policy, self.policy)
+            allocation = learned.widths(self.model, ratio, per_layer=True, refitted=refitted, round_to=self.round_to)
         compensate: Any = "mean_bias" if spec.refit == "mean_bias" else "none"
         found = cut(
             evidence,
