@@ -20,7 +20,8 @@ from prunenet.demo_model import cache_folder
 from prunenet.folders import write_atomic
 from prunenet.generate import document_start, generate_blocks
 from prunenet.provenance import TextRegime
-from prunenet.text import CalibrationText, calibration_blocks, content_sha256, load_text
+from prunenet.synthetic import random_blocks
+from prunenet.text import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
 
 _GENERATOR_VERSION = 2  # raise when generate_blocks samples differently: cached text is then written anew
 
@@ -75,15 +76,100 @@ def self_blocks(
         "start": document_start(tokenizer),
         "version": _GENERATOR_VERSION,
     }
+    ids = _cached(model, source, cache, lambda: _written(model, tokenizer, sequences, tokens, seed, progress))
+    return Blocks(ids, "self", {"text": "self-generated", **source})
+
+
+def prefix_blocks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    *,
+    sequences: int = 80,
+    tokens: int = 256,
+    prefix: int = 4,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Blocks:
+    """Text that the model writes behind the first tokens of documents (METHODS.md 4, after arXiv 2410.17711); regime "data".
+
+    The nucleus and the filter are those of `generate_blocks`; temperature 0.7 and repetition penalty 1.1 from the start. A
+    document is what stands between blank lines, or a line where a text has too few of those.
+
+    Args:
+        model, tokenizer: as for `self_blocks`.
+        text: whose documents' openings are taken, drawn without replacement; in turn where there are fewer than sequences.
+        sequences: how many are sampled, before the filter.
+        tokens: length of each.
+        prefix: first tokens of a document; shorter documents are left out.
+        seed: of the draw and of the sampling.
+        cache, progress: as for `self_blocks`.
+
+    Raises:
+        TypeError: the text is not a `CalibrationText`.
+        TextError: no document has so many tokens.
+        ValueError: the tokenizer has no token to start from, or sequences that are too short.
+    """
+    start = document_start(tokenizer)
+    openings = _openings(tokenizer, text, sequences, prefix, seed)
+    sampling: dict[str, Any] = {"sequences": sequences, "tokens": tokens, "seed": seed, "temperature": 0.7, "penalty": 1.1}
+    source = {"prefixes": Path(text.name).name, "sha256": content_sha256(text), "prefix": prefix, **sampling}
+    source |= {"start": start, "version": _GENERATOR_VERSION}
+    sampling |= {"hot": sampling["temperature"], "prefixes": openings, "progress": progress}
+    ids = _cached(model, source, cache, lambda: generate_blocks(model, start, **sampling).cpu())
+    return Blocks(ids, "data", {"text": "self-generated from document prefixes", **source})
+
+
+def _openings(
+    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, count: int, tokens: int, seed: int
+) -> Int[Tensor, "n tokens"]:
+    """The first tokens of up to `count` documents, drawn without replacement."""
+    if not isinstance(text, CalibrationText):
+        raise TypeError(
+            f"prefixes are taken from a CalibrationText, got a {type(text).__name__}: test text is only ever scored"
+        )
+    documents = [part.strip() for part in text.content.split("\n\n") if part.strip()]
+    if len(documents) < count:
+        documents = [line.strip() for line in text.content.splitlines() if line.strip()]
+    found = []
+    for number in torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist():
+        # A token takes no more than 64 characters as a rule: long documents need not be read whole.
+        ids = tokenizer(documents[number][: 64 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+        if len(ids) == tokens:
+            found.append(ids)
+        if len(found) == count:
+            break
+    if not found:
+        raise TextError(
+            f"text {text.name!r} has no document of {tokens} tokens or more to take the first tokens of; give more text"
+        )
+    return torch.tensor(found)
+
+
+def token_blocks(model: PreTrainedModel, *, count: int = 64, window: int = 256, seed: int = 0) -> Blocks:
+    """Uniformly drawn token ids (METHODS.md 3, `tokens`). Nothing is external, so the regime is "self".
+
+    Raises:
+        ValueError: see `prunenet.synthetic.random_blocks`.
+    """
+    ids = random_blocks(model, count, window, torch.Generator().manual_seed(seed))
+    return Blocks(ids, "self", {"text": "random tokens", "count": count, "window": window, "seed": seed})
+
+
+def _cached(
+    model: PreTrainedModel, source: Mapping[str, Any], cache: Path | None, write: Callable[[], Int[Tensor, "n tokens"]]
+) -> Int[Tensor, "n tokens"]:
+    """What was written before with these settings by a model of the same weights, or else what `write` writes now."""
     key = hashlib.sha256((json.dumps(source, sort_keys=True) + weights_sha256(model)).encode()).hexdigest()[:24]
     path = (cache or cache_folder() / "self-generated") / f"{key}.safetensors"
     try:
-        ids = load_file(path)["ids"]
+        return load_file(path)["ids"]
     except (FileNotFoundError, SafetensorError, KeyError):
         path.parent.mkdir(parents=True, exist_ok=True)  # a cache that refuses says so before the work, not after
-        ids = _written(model, tokenizer, sequences, tokens, seed, progress)
+        ids = write()
         write_atomic(path, save({"ids": ids.contiguous()}))
-    return Blocks(ids, "self", {"text": "self-generated", **source})
+        return ids
 
 
 def _written(

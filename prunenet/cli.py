@@ -1,4 +1,4 @@
-"""The command line: train, prune, eval, export, report, demo. Every command takes --json, for machines.
+"""The command line: train, prune, eval, compare, export, report, demo. Every command takes --json, for machines.
 
 Results go to standard output, progress and errors to standard error. A user's mistake is one sentence and exit code 1 (2 where
 the command line itself is off); PRUNENET_DEBUG=1 shows the traceback.
@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 
 from prunenet import tables
+from prunenet.compare.command import compare
 from prunenet.console import errors, one_sentence, show
 from prunenet.options import (
     Algorithm,
@@ -193,6 +194,9 @@ def evaluate(
                 progress=advance,
             )
         show({"models": rows}, as_json, lambda: tables.comparison(rows))
+
+
+app.command()(compare)
 
 
 @app.command()

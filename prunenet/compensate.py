@@ -115,6 +115,32 @@ def cut_layers(
     return [_cut(layers, refit) for layers in found]
 
 
+@torch.no_grad()
+def refit_kept(
+    model: PreTrainedModel,
+    keep: Sequence[Bool[Tensor, " _"]],
+    fitted: Sequence[Moments],
+    checked: Sequence[Moments],
+) -> Cut:
+    """What `cut_layers` makes of given channels, from moments that are there already.
+
+    Args:
+        model: the dense model, in eval mode; not changed.
+        keep: (d_ff,) of each layer.
+        fitted: moments of each layer on the blocks to fit on, see `held_back`.
+        checked: on those held back, which choose the damping.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    layers = []
+    for index, (linear, mask) in enumerate(zip(down_linears(model), keep, strict=True)):
+        weight, moments = linear.weight.detach(), _finite(fitted[index], index)
+        damping = choose_damping(weight, moments, checked[index], mask, DAMPINGS)
+        layers.append((mask, ridge(weight, moments.second, mask, damping=damping), damping))
+    return _cut(layers, refit=True)
+
+
 def _cut(layers: list[tuple[Tensor, Tensor, float]], refit: bool) -> Cut:
     keep = [mask for mask, _, _ in layers]
     if not refit:

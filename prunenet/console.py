@@ -18,10 +18,10 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turns a user's mistake, or a disk's refusal, into one sentence and exit code 1."""
+    """Turns a user's mistake, a disk's refusal or a missing extra into one sentence and exit code 1."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PRUNENET_DEBUG"):
             raise
         errors.print(f"[red]error:[/red] {escape(_sentence(error))}")

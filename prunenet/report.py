@@ -7,10 +7,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+except ImportError as error:
+    raise ImportError(f"figures need matplotlib ({error}); pip install 'prunenet[figures]'") from error
 
 from prunenet.folders import write_atomic
 

@@ -101,6 +101,16 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
+    """Words to the left, numbers (under the fourth heading and all after it) to the right."""
+    table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
+    for index, title in enumerate(headings):
+        table.add_column(escape(title), justify="left" if index < 3 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def _cell(row: dict[str, Any], first: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
     value, base = row.get(key), first.get(key)
     if value is None:

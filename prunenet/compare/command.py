@@ -1,0 +1,208 @@
+"""The subcommand `prunenet compare`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.markup import escape
+
+from prunenet import tables
+from prunenet.console import errors, one_sentence, show
+from prunenet.options import Device, Dtype, Json, Model, PolicyName, Window
+
+if TYPE_CHECKING:
+    from prunenet.compare.results import Line, Results
+    from prunenet.compare.run import Evaluation, Plan
+    from prunenet.compare.workshop import Amount, Workshop
+    from prunenet.text import CalibrationText
+
+T = TypeVar("T")
+Specs = Annotated[list[str], typer.Argument(metavar="METHOD", help="method[:allocation][@moments][+refit], or all; see above.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="JSON lines; what is in it is not done again.")]
+RatioList = Annotated[str, typer.Option(metavar="SHARES", help="Shares of FFN channels to remove, as in 0.2,0.3.")]
+SeedList = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 0,1,2.")]
+Texts = Annotated[
+    list[str], typer.Option("--text", help="Text to score, repeatable: builtin, a file, or a dataset as id[:config[:split]].")
+]
+Calibration = Annotated[
+    list[str],
+    typer.Option(metavar="NAME=TEXT", help="A short name for a calibration text, repeatable, as in ptb=ptb.valid.txt."),
+]
+Tokens = Annotated[int, typer.Option(help="Tokens of calibration text.")]
+CalibrationWindow = Annotated[
+    int | None, typer.Option(help="Tokens of a block of calibration text; default 256, or what the model reads.")
+]
+
+
+def compare(
+    model: Model,
+    specs: Specs,
+    out: Out = Path("compare.jsonl"),
+    ratios: RatioList = "0.2,0.3",
+    seeds: SeedList = "0",
+    text: Texts = ["builtin"],  # noqa: B006
+    window: Window = 1024,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: no overlap.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows of each text.")] = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="TASKS", help="Zero-shot tasks, as in arc_easy,piqa, or all in the folder.")
+    ] = "",
+    task_data: Annotated[Path | None, typer.Option(help="Folder of their <task>.jsonl files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.")] = None,
+    calibration: Calibration = [],  # noqa: B006
+    calibration_tokens: Tokens = 16384,
+    calibration_window: CalibrationWindow = None,
+    policy: PolicyName = None,
+    round_to: Annotated[int, typer.Option("--round", help="Widths are multiples of this.")] = 8,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw into this folder (needs matplotlib).")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare ways to prune at equal size: METHODs x --ratios x --seeds, one JSON line each; a killed run goes on.
+
+    A METHOD is method[:allocation][@moments][+refit], as in wanda_sp, flap:uniform, llm_pruner_element1:owl@ptb,
+    wanda_sp:learned@seed:ptb+layerwise. What is left out is the method's own. Moments: self (the model writes the text; the
+    default), random (tokens), TEXT or seed:TEXT (the model goes on from the first tokens of its documents), with TEXT builtin,
+    a file, a dataset, or a name given with --calibration. Refit: off, mean_bias, layerwise or sequential. Methods and
+    allocations: a wrong name lists them. Ours: prunenet (what 'prunenet prune' does), prunenet-weights, elimination.
+    """
+    with one_sentence():
+        from prunenet.checkpoint import load_model, load_tokenizer
+        from prunenet.compare.results import Results
+        from prunenet.compare.run import Plan, check
+        from prunenet.compare.spec import parse_all
+        from prunenet.compare.workshop import Workshop
+        from prunenet.policies.artifact import policy_for
+
+        named = dict(_named(given) for given in calibration)
+        parsed = parse_all(specs, named)
+        shares, numbers = _listed("ratios", ratios, float), _listed("seeds", seeds, int)
+        _check_figures(figures)
+        results = Results(out)
+        scored = _evaluation(text, window, stride, max_windows, _task_files(tasks, task_data), limit)
+        texts = _calibration_texts({spec.text for spec in parsed if spec.text is not None}, named, scored)
+        dense, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
+        trained, name = policy_for(policy, dense.config.model_type)
+        amount = _amount(calibration_tokens, calibration_window, dense.config)
+        # "all" means what can be done; what was asked for by name is refused by `check`.
+        parsed = [spec for spec in parsed if trained is not None or not spec.needs_policy or spec.name in specs]
+        plan = Plan(model, parsed, shares, numbers, scored, amount, round_to)
+        workshop = Workshop(dense, tokenizer, policy=trained, policy_name=name, texts=texts, amount=amount, round_to=round_to)
+        check(plan, workshop)
+        _present(_done(plan, workshop, results), markdown, figures, as_json)
+
+
+def _check_figures(folder: Path | None) -> None:
+    """Says now what is missing, not after the work."""
+    if folder is not None:
+        importlib.import_module("prunenet.compare.figures")
+
+
+def _done(plan: Plan, workshop: Workshop, results: Results) -> list[Line]:
+    from prunenet.compare.run import compare as run
+
+    with tables.stages(errors) as advance:
+        workshop.progress = lambda done, of: advance("writing text", done, of)
+        return run(plan, workshop, results, report=_report, progress=advance)
+
+
+def _present(lines: list[Line], markdown: Path | None, figures: Path | None, as_json: bool) -> None:
+    from prunenet.compare import summary
+    from prunenet.folders import write_atomic
+
+    rows = summary.summarise(lines)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(markdown, summary.markdown(rows, lines).encode())
+    if figures is not None:
+        from prunenet.compare.figures import draw_comparison
+
+        draw_comparison(rows, figures, lines[0]["model"])
+    show({"cells": lines}, as_json, lambda: tables.grid(summary.headings(rows), summary.cells_of(rows), summary.caption(lines)))
+    failed = sum(line["error"] is not None for line in lines)
+    if failed:
+        errors.print(f"[red]{failed} of {len(lines)} cells failed[/red]; the same command tries them again")
+        raise typer.Exit(1)
+
+
+def _report(line: Line) -> None:
+    name = line["method"] if line["method"] == "dense" else f"{line['method']} {line['ratio']:g} seed {line['seed']}"
+    if line["error"] is not None:
+        errors.print(f"[red]failed:[/red] {escape(name)}: {escape(line['error'])}")
+        return
+    found = ", ".join("infinite" if text["value"] is None else f"{text['value']:,.2f}" for text in line["perplexity"])
+    seconds = line["seconds_pruning"] - line["seconds_shared"] + line["seconds_evaluation"]
+    errors.print(f"{escape(name)}: perplexity {found} ({seconds:,.0f} s)")
+
+
+def _evaluation(
+    sources: list[str],
+    window: int,
+    stride: int | None,
+    max_windows: int | None,
+    tasks: dict[str, Path],
+    limit: int | None,
+) -> Evaluation:
+    from prunenet.compare.run import Evaluation
+    from prunenet.text import TestText, load_text
+
+    texts = [load_text(source, TestText) for source in dict.fromkeys(sources)]
+    return Evaluation(texts, window, stride, max_windows, tasks, limit)
+
+
+def _task_files(tasks: str, folder: Path | None) -> dict[str, Path]:
+    from prunenet.task_files import task_files
+
+    if not tasks and folder is None:
+        return {}
+    if folder is None:
+        raise ValueError(f"tasks are read from local files: give the folder of {tasks.split(',')[0]}.jsonl as --task-data")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("zero-shot tasks need lm-eval; pip install 'prunenet[eval]', or leave --tasks out")
+    names = _listed("tasks", tasks, str) if tasks not in ("", "all") else []
+    return task_files({name: folder / f"{name}.jsonl" for name in names} if names else folder)
+
+
+def _calibration_texts(wanted: set[str], named: dict[str, str], scored: Evaluation) -> dict[str, CalibrationText]:
+    from prunenet.text import CalibrationText, load_text
+
+    found = {name: load_text(named.get(name, name), CalibrationText) for name in sorted(wanted)}
+    for name, text in found.items():
+        if any(text.content == test.content for test in scored.texts):
+            raise ValueError(f"{name!r} is a text to be scored, and calibration must not see it; give another split or file")
+    return found
+
+
+def _amount(tokens: int, window: int | None, config: Any) -> Amount:
+    from prunenet.compare.workshop import Amount
+
+    window = window or min(256, getattr(config, "max_position_embeddings", None) or 256)
+    if tokens < 2 * window:
+        raise ValueError(f"calibration takes two blocks at least, {2 * window} tokens of windows of {window}, got {tokens}")
+    return Amount(tokens // window, window)
+
+
+def _named(given: str) -> tuple[str, str]:
+    from prunenet.compare.spec import RESERVED
+
+    name, equals, source = given.partition("=")
+    if not equals or not name or not source or name in RESERVED or set(name) & set("@+:/, "):
+        raise ValueError(
+            f"--calibration is NAME=TEXT, as in ptb=ptb.valid.txt, NAME one word and not {', '.join(RESERVED)}; got {given!r}"
+        )
+    return name, source
+
+
+def _listed(what: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    """The different items between commas."""
+    try:
+        return list(dict.fromkeys(kind(item.strip()) for item in text.split(",")))
+    except ValueError:
+        word = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"--{what} are {word} between commas, got {text!r}") from None

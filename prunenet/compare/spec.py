@@ -1,0 +1,190 @@
+"""How a way to prune is named: `method[:allocation][@moments][+refit]`.
+
+    wanda_sp                              as published, on text that the model writes
+    flap:uniform                          another allocation
+    llm_pruner_element1:owl@ptb           other text
+    wanda_sp:learned@seed:ptb+layerwise   where to cut from the policy, document prefixes of a text, and a refit
+    prunenet                              what `prunenet prune` does by default
+
+What is left out is the method's own: its allocation, its compensation, and text that the model writes by itself where any part
+reads text. Names come from `METHODS` and `Allocation`; nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from prunenet.policies.methods import METHODS, Allocation
+
+REFITS = ("off", "mean_bias", "layerwise", "sequential")
+"""What is done about the channels removed: nothing, a bias (FLAP), least squares of each layer alone, or behind cut layers."""
+WITHOUT_TEXT = ("uniform", "global", "protected", "learned")
+"""Allocations that need no text of their own; every other one reads some."""
+RESERVED = ("self", "random", "seed", "builtin", "none")
+"""Words that cannot name a calibration text."""
+WITHOUT_SCORES = ("uniform", "protected", "owl", "influence", "learned")
+"""Allocations that look at no method's scores, so that a merge can have them."""
+_FORM = "method[:allocation][@moments][+refit]"
+# (allocation, refit) of the methods that are ours.
+_OWN = {"prunenet": ("auto", "layerwise"), "prunenet-weights": ("learned", "off"), "elimination": ("uniform", "layerwise")}
+_PRODUCT = ("auto", "uniform", "learned")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A way to prune, every choice filled in.
+
+    Attributes:
+        method: one of `methods()`.
+        allocation: one of `allocations()`, or "auto" (of `prunenet`: uniform or learned, whichever is predicted to be better).
+        moments: where activations and gradients are measured: "self", "random", "seed:TEXT" or TEXT, with TEXT a name,
+            "builtin", a file or a dataset; None where nothing reads text.
+        refit: one of `REFITS`.
+    """
+
+    method: str
+    allocation: str
+    moments: str | None
+    refit: str
+
+    @property
+    def name(self) -> str:
+        """The shortest text that means this."""
+        allocation, refit = _defaults(self.method)
+        return (
+            self.method
+            + ("" if self.allocation == allocation else f":{self.allocation}")
+            + ("" if self.moments in (None, "self") else f"@{self.moments}")
+            + ("" if self.refit == refit else f"+{self.refit}")
+        )
+
+    @property
+    def product(self) -> bool:
+        """Whether `prunenet.policies.apply.prune` makes it, as `prunenet prune` does."""
+        return (
+            self.method in _OWN and self.method != "elimination" and self.allocation in _PRODUCT and self.refit != "mean_bias"
+        )
+
+    @property
+    def asks_policy(self) -> bool:
+        """Whether a policy is looked at, if there is one."""
+        return self.method in ("prunenet", "prunenet-weights") or self.allocation == "learned"
+
+    @property
+    def needs_policy(self) -> bool:
+        """Whether it cannot be done without one. (Without one, `prunenet` cuts uniformly and by elimination.)"""
+        return self.asks_policy and not (self.product and self.moments is not None and self.allocation != "learned")
+
+    @property
+    def text(self) -> str | None:
+        """The name of the external text that is read, if any."""
+        if self.moments is None or self.moments in ("self", "random"):
+            return None
+        return self.moments.removeprefix("seed:")
+
+
+def methods() -> list[str]:
+    """Every method that a spec can name: ours, then those of the table."""
+    return [*_OWN, *METHODS]
+
+
+def allocations() -> list[str]:
+    """Every allocation that a spec can name, but for "auto", which is `prunenet`'s."""
+    return [*get_args(Allocation), "learned"]
+
+
+def parse(text: str, calibration: Collection[str] = ()) -> Spec:
+    """Reads a spec.
+
+    Args:
+        text: `method[:allocation][@moments][+refit]`.
+        calibration: names given to calibration texts.
+
+    Raises:
+        ValueError: a part that is unknown (the choices are listed), or parts that make no sense together.
+    """
+    head, at, tail = text.partition("@")
+    rest = tail if at else head
+    before, plus, refit = rest.rpartition("+")
+    # A plus may be part of a file's name.
+    if plus and refit not in REFITS and at and set(refit) & set("./"):
+        plus = ""
+    if plus:
+        head, tail = (head, before) if at else (before, tail)
+    method, colon, allocation = head.partition(":")
+    _known(text, "method", method, methods())
+    own_allocation, own_refit = _defaults(method)
+    if colon:
+        choices = [*allocations(), *(["auto"] if method == "prunenet" else [])]
+        _known(text, "allocation", allocation, choices)
+    if plus:
+        _known(text, "refit", refit, REFITS)
+    if at:
+        _check_moments(text, tail, calibration)
+    return _sensible(text, method, allocation or own_allocation, tail if at else None, refit if plus else own_refit)
+
+
+def parse_all(texts: Collection[str], calibration: Collection[str] = ()) -> list[Spec]:
+    """`parse` of each, every spec once; `all` stands for every method as it is published.
+
+    Raises:
+        ValueError: as `parse`; or none given.
+    """
+    if not texts:
+        raise ValueError(f"nothing to compare: give methods as {_FORM}, or all; methods: {', '.join(methods())}")
+    named = [name for text in texts for name in (methods() if text == "all" else [text])]
+    return list(dict.fromkeys(parse(name, calibration) for name in named))
+
+
+def _sensible(text: str, method: str, allocation: str, moments: str | None, refit: str) -> Spec:
+    """The spec, unless its parts contradict each other."""
+    row = METHODS.get(method)
+    if row is not None and row.merge is not None:
+        if allocation not in WITHOUT_SCORES:
+            choices = ", ".join(name for name in allocations() if name in WITHOUT_SCORES)
+            raise ValueError(f"{text!r}: {method} merges channels and has no scores for {allocation}; choose one of {choices}")
+        if refit != "off":
+            raise ValueError(f"{text!r}: {method} merges channels, and merged ones are not refitted; leave +{refit} out")
+    if allocation == "auto" and refit == "mean_bias":
+        raise ValueError(f"{text!r}: mean_bias goes with one allocation; say prunenet:learned or prunenet:uniform")
+    looks = row is not None and row.needs != "weights"
+    looks = looks or method == "elimination" or allocation not in WITHOUT_TEXT or refit != "off"
+    if method == "prunenet-weights" and looks:
+        raise ValueError(f"{text!r}: prunenet-weights reads the weights alone; say prunenet where text is read")
+    if moments is not None and not looks:
+        raise ValueError(f"{text!r}: no part of it reads text; leave @{moments} out")
+    return Spec(method, allocation, (moments or "self") if looks else None, refit)
+
+
+def _check_moments(text: str, moments: str, calibration: Collection[str]) -> None:
+    kind, colon, inner = moments.partition(":")
+    if moments in ("self", "random"):
+        return
+    if moments == "seed" or (kind == "seed" and not inner):
+        raise ValueError(
+            f"{text!r}: seed needs the text whose documents' first tokens are taken; say @seed:builtin or @seed:TEXT"
+        )
+    source = inner if kind == "seed" and colon else moments
+    if source in calibration or source == "builtin" or Path(source).expanduser().is_file() or set(source) & set("/:"):
+        return
+    names = "".join(f"{name}, " for name in calibration)
+    raise ValueError(
+        f"{text!r}: unknown moments {source!r}; it is one of self, random, seed:TEXT or TEXT, with TEXT one of {names}"
+        "builtin, a file or a dataset as id:config:split (--calibration NAME=TEXT gives a name)"
+    )
+
+
+def _known(text: str, what: str, given: str, choices: Collection[str]) -> None:
+    if given not in choices:
+        raise ValueError(f"{text!r}: unknown {what} {given!r}; it is one of {', '.join(choices)} (the form is {_FORM})")
+
+
+def _defaults(method: str) -> tuple[str, str]:
+    """The method's own allocation and refit."""
+    if method in _OWN:
+        return _OWN[method]
+    row = METHODS[method]
+    return row.allocation, "off" if row.compensate == "none" else row.compensate

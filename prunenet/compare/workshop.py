@@ -1,0 +1,245 @@
+"""One model: a spec, a ratio and a seed -> a narrow model. What several cells measure is measured once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunenet.calibration import Blocks, data_blocks, prefix_blocks, self_blocks, token_blocks
+from prunenet.compare.evidence import SharedEvidence
+from prunenet.compare.ledger import Ledger
+from prunenet.compare.spec import Spec
+from prunenet.compensate import Cut, refit_kept, refit_sequentially
+from prunenet.layers import down_linears, ffn_widths
+from prunenet.policies.apply import prune
+from prunenet.policies.artifact import Policy
+from prunenet.policies.methods import METHODS, Allocation, Method, cut
+from prunenet.text import CalibrationText, content_sha256
+
+KEPT = 0.8
+"""Share of self-written sequences that the filter keeps."""
+_PROTECTS = (4, 2)  # LLM-Pruner's, for methods that protect no layers of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much calibration text is read: `count` blocks of `window` tokens."""
+
+    count: int = 64
+    window: int = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A narrow model and what went into it.
+
+    Attributes:
+        model: shares what was not cut with the dense one.
+        widths: channels of each layer.
+        biases: parameters that a compensation added, which no allocation counts.
+        regime: what the whole way looked at, a policy's training included: weights, self or data.
+        applied_regime: what cutting this model looked at.
+        policy: name of the policy that was asked; None without one.
+        calibration: where the text comes from and how much of it was read; None where none was.
+    """
+
+    model: PreTrainedModel
+    widths: list[int]
+    biases: int
+    regime: str
+    applied_regime: str
+    policy: str | None
+    calibration: Mapping[str, Any] | None
+
+
+class Workshop:
+    """Makes narrow models of one dense model.
+
+    Holds the measurements of each text (moments: 3 d_ff^2 float32 a layer at most, for refits) until `forget`.
+
+    Args:
+        model, tokenizer: the dense model, which must not change.
+        policy, policy_name: what `prunenet` specs and learned allocations ask; None: there is none.
+        texts: calibration texts by the names that specs have for them.
+        amount: of calibration text.
+        round_to: widths are multiples of this.
+
+    Attributes:
+        progress: called with (tokens, tokens in all) while the model writes text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        policy: Policy | None = None,
+        policy_name: str = "none",
+        texts: Mapping[str, CalibrationText] | None = None,
+        amount: Amount | None = None,
+        round_to: int = 8,
+    ) -> None:
+        self.model, self.tokenizer, self.policy, self.policy_name = model, tokenizer, policy, policy_name
+        self.ledger, self.round_to = Ledger(), round_to
+        self.progress: Callable[[int, int], None] | None = None
+        self._texts, self._amount = texts or {}, amount or Amount()
+        self._blocks: dict[tuple[str, int], tuple[Blocks, float | None]] = {}
+        self._evidence: dict[tuple[str, int], SharedEvidence] = {}
+        self._scores: dict[tuple[str, int, str], list[Float[Tensor, " _"]]] = {}
+
+    def blocks(self, moments: str, seed: int) -> tuple[Blocks, float | None]:
+        """Text to measure on, and how many seconds it took to have it; None where the model had written it before.
+
+        Raises:
+            TextError, ValueError: see `prunenet.calibration`.
+        """
+        if (moments, seed) not in self._blocks:
+            wrote = False
+
+            def progress(done: int, total: int) -> None:
+                nonlocal wrote
+                wrote = True
+                if self.progress is not None:
+                    self.progress(done, total)
+
+            start = time.perf_counter()
+            found = self._written(moments, seed, progress)
+            writes = moments == "self" or moments.startswith("seed:")
+            self._blocks[moments, seed] = found, None if writes and not wrote else time.perf_counter() - start
+        return self._blocks[moments, seed]
+
+    def sha256(self, spec: Spec) -> str | None:
+        """Of the external text that a spec reads, if any."""
+        return None if spec.text is None else content_sha256(self._texts[spec.text])
+
+    def make(self, spec: Spec, ratio: float, seed: int) -> Made:
+        """The narrow model of a spec.
+
+        Raises:
+            ValueError: the method, its allocation or its refit cannot do this; the sentence says why.
+        """
+        blocks = None if spec.moments is None else self.blocks(spec.moments, seed)[0]
+        evidence = self._evidence_of(spec.moments, blocks, seed)
+        if spec.product:
+            narrow, biases = self._product(spec, ratio, blocks), 0
+        else:
+            narrow, biases = self._assembled(spec, ratio, evidence)
+        asked = self.policy if spec.asks_policy else None
+        seen = ["weights"] if blocks is None else [blocks.regime]
+        regimes = [*seen, *([] if asked is None else [asked.config.regime])]
+        return Made(
+            model=narrow,
+            widths=ffn_widths(narrow),
+            biases=biases,
+            regime=max(regimes, key=("weights", "self", "data").index),
+            applied_regime=seen[0],
+            policy=None if asked is None else self.policy_name,
+            calibration=None if blocks is None else dict(blocks.source) | {"tokens_read": blocks.ids.numel()},
+        )
+
+    def forget(self, moments: str | None, seed: int) -> None:
+        """Drops everything measured on a text."""
+        label = moments or ""
+        self.ledger.forget(label, seed)
+        self._blocks.pop((label, seed), None)
+        self._evidence.pop((label, seed), None)
+        for key in [key for key in self._scores if key[:2] == (label, seed)]:
+            del self._scores[key]
+
+    def _written(self, moments: str, seed: int, progress: Callable[[int, int], None]) -> Blocks:
+        count, window = self._amount.count, self._amount.window
+        sequences = 2 * round(count / KEPT / 2)
+        if moments == "self":
+            return self_blocks(self.model, self.tokenizer, sequences=sequences, tokens=window, seed=seed, progress=progress)
+        if moments == "random":
+            return token_blocks(self.model, count=count, window=window, seed=seed)
+        if moments.startswith("seed:"):
+            text = self._texts[moments.removeprefix("seed:")]
+            asked: dict[str, Any] = {"sequences": sequences, "tokens": window, "seed": seed, "progress": progress}
+            return prefix_blocks(self.model, self.tokenizer, text, **asked)
+        return data_blocks(self.tokenizer, self._texts[moments], count=count, window=window, seed=seed)
+
+    def _evidence_of(self, moments: str | None, blocks: Blocks | None, seed: int) -> SharedEvidence:
+        label = moments or ""
+        if (label, seed) not in self._evidence:
+            self._evidence[label, seed] = SharedEvidence(self.model, blocks, seed, self.ledger, label)
+        return self._evidence[label, seed]
+
+    def _product(self, spec: Spec, ratio: float, blocks: Blocks | None) -> PreTrainedModel:
+        widths = "per-layer" if spec.allocation == "learned" else spec.allocation
+        scores = None if self.policy is None else self._policy_scores()
+        options: dict[str, Any] = {"blocks": blocks, "widths": widths, "refit": spec.refit, "scores": scores}
+        with torch.no_grad():
+            return prune(self.model, self.policy, ratio=ratio, round_to=self.round_to, **options).model
+
+    def _assembled(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> tuple[PreTrainedModel, int]:
+        """Scores, then widths, then refit; and how many parameters a bias adds."""
+        refitted = spec.refit in ("layerwise", "sequential")
+        allocation: Any = spec.allocation
+        if allocation == "learned":
+            learned = cast(Policy, self.policy)
+            allocation = learned.widths(self.model, ratio, per_layer=True, refitted=refitted, round_to=self.round_to)
+        compensate: Any = "mean_bias" if spec.refit == "mean_bias" else "none"
+        found = cut(
+            evidence,
+            self._method(spec, evidence),
+            ratio,
+            allocation=cast(Allocation, allocation),
+            compensate=compensate,
+            round_to=self.round_to,
+        )
+        if not refitted:
+            biases = 0 if found.biases is None else self._new_biases()
+            return found.applied(self.model), biases
+        return self._refitted(spec, found.keep, evidence).model(self.model), 0
+
+    def _refitted(self, spec: Spec, keep: list[Bool[Tensor, " _"]], evidence: SharedEvidence) -> Cut:
+        if spec.refit == "layerwise":
+            return refit_kept(self.model, keep, evidence.fitted, evidence.checked)
+        return refit_sequentially(self.model, Cut(keep, None), evidence.ids, dense_targets=False)
+
+    def _method(self, spec: Spec, evidence: SharedEvidence) -> Method:
+        """The method's row, its scores shared between cells."""
+        if spec.method == "elimination":
+            return Method("elimination", "text", "greedy elimination, prunenet.eliminate", lambda _: evidence.elimination)
+        if spec.method in ("prunenet", "prunenet-weights"):
+            return Method(spec.method, "weights", "the policy", lambda _: self._policy_scores())
+        row = METHODS[spec.method]
+        if spec.allocation == "protected" and row.protects == (0, 0):
+            row = replace(row, protects=_PROTECTS)
+        if row.score is None:
+            return row
+        # Scores of the weights are the same whatever text the allocation reads.
+        home = self._evidence_of(None, None, evidence.seed) if row.needs == "weights" else evidence
+        return replace(row, score=lambda _: self._scored(row, home))
+
+    def _scored(self, row: Method, evidence: SharedEvidence) -> list[Float[Tensor, " _"]]:
+        key, score = (evidence.label, evidence.seed, f"scores of {row.name}"), row.score
+        assert score is not None
+
+        def make() -> list[Float[Tensor, " _"]]:
+            if key not in self._scores:
+                self._scores[key] = score(evidence)
+            return self._scores[key]
+
+        return self.ledger.measured(key, make)
+
+    def _policy_scores(self) -> list[Float[Tensor, " _"]]:
+        key = ("", 0, "scores of the policy")
+
+        def make() -> list[Float[Tensor, " _"]]:
+            if key not in self._scores:
+                self._scores[key] = cast(Policy, self.policy).scores(self.model)
+            return self._scores[key]
+
+        return self.ledger.measured(key, make)
+
+    def _new_biases(self) -> int:
+        return sum(linear.out_features for linear in down_linears(self.model) if linear.bias is None)
