@@ -59,18 +59,22 @@ class LossPredictor:
     """
 
     def __init__(self, pairs: Pairs, d_ff: Sequence[int], *, seed: int = 0) -> None:
+        config_context, regressor = _boosting()
         self._d_ff = np.array(d_ff, dtype=float)
-        self._trees = _regressor()(
+        self._trees = regressor(
             n_estimators=100, max_depth=2, learning_rate=0.15, subsample=0.7, max_features=0.5, random_state=seed
         )
         losses = np.array([loss for _, loss in pairs])
-        self._trees.fit(self._features([widths for widths, _ in pairs]), np.log(losses) if losses.min() > 0 else losses)
+        targets = np.log(losses) if losses.min() > 0 else losses
+        # scikit-learn's checks of every single tree take as long as the trees.
+        with config_context(skip_parameter_validation=True, assume_finite=True):
+            self._trees.fit(self._features([widths for widths, _ in pairs]), targets)
         self.importance: list[float] = self._trees.feature_importances_.tolist()
 
     def __call__(self, architectures: Sequence[Sequence[int]]) -> Float64[ndarray, " n"]:
         """Of each: its predicted loss, up to a monotone function."""
-        predicted: Float64[ndarray, " n"] = self._trees.predict(self._features(architectures))
-        return predicted  # type: ignore[no-any-return]  # numpy's arrays are Any to jaxtyping's annotation
+        predicted: list[float] = self._trees.predict(self._features(architectures)).tolist()
+        return np.array(predicted)
 
     def _features(self, architectures: Sequence[Sequence[int]]) -> Float64[ndarray, "n layers"]:
         return np.array(architectures, dtype=float) / self._d_ff
@@ -157,7 +161,7 @@ def predictor_search(
             f"the predictor takes {2 * _FOLDS} or more samples, 1 or more of measured, rounds and tied, and at least as many "
             f"candidates as are measured, got {samples=}, {measured=}, {rounds=}, {tied=}, {candidates=}"
         )
-    _regressor()  # where it is missing, said before anything is measured
+    _boosting()  # where it is missing, said before anything is measured
     space = space or Space.around(budget)
     generator = torch.Generator().manual_seed(seed)
     evaluations = Evaluations(evaluate, path)
@@ -245,11 +249,13 @@ def _samples(space: Space, first: Widths, count: int, tied: int, generator: torc
     return found
 
 
-def _regressor() -> Any:
+def _boosting() -> tuple[Any, Any]:
+    """scikit-learn's `config_context` and its boosted trees; loading them takes seconds, so only where they are used."""
     try:
+        from sklearn import config_context  # type: ignore[import-untyped]
         from sklearn.ensemble import GradientBoostingRegressor  # type: ignore[import-untyped]
     except ImportError:
         raise ImportError(
             "the accuracy predictor needs scikit-learn, which is not installed: pip install 'prunenet[search]'"
         ) from None
-    return GradientBoostingRegressor
+    return config_context, GradientBoostingRegressor
