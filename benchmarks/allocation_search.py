@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> None:
                 seconds = time.perf_counter() - start
                 (cut,) = cut_layers(model, blocks, [facts["widths"]], scores=scores, refit=args.refit)
                 scored = perplexity(cut.model(model), tokenizer, test, window=1024, max_windows=args.max_windows)
-                row = cell | facts | {"perplexity": scored.perplexity, "seconds": seconds, "version": __version__}
+                row = cell | facts | {"perplexity": scored.value, "seconds": seconds, "version": __version__}
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -92,6 +92,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["search"] == "predictor"]
+    if not rows:
+        raise SystemExit("there is no row of the predictor to draw yet; measure first")
     ratios = sorted({row["ratio"] for row in rows})
     figure = Figure(figsize=(9, 2.5 * len(ratios)), layout="constrained")
     for panel, ratio in zip(figure.subplots(len(ratios), squeeze=False)[:, 0], ratios, strict=True):

@@ -73,11 +73,12 @@ class LossPredictor:
 
     def __call__(self, architectures: Sequence[Sequence[int]]) -> Float64[ndarray, " n"]:
         """Of each: its predicted loss, up to a monotone function."""
-        predicted: list[float] = self._trees.predict(self._features(architectures)).tolist()
-        return np.array(predicted)
+        return np.asarray(self._trees.predict(self._features(architectures)))
 
     def _features(self, architectures: Sequence[Sequence[int]]) -> Float64[ndarray, "n layers"]:
-        return np.array(architectures, dtype=float) / self._d_ff
+        shares: Float64[ndarray, "n layers"] = np.array(architectures, dtype=float)
+        shares /= self._d_ff
+        return shares
 
 
 @dataclass(frozen=True, slots=True)
