@@ -3,16 +3,24 @@
     evidence = Evidence(model, self_blocks(model, tokenizer), seed=0)
     narrow = pruned_model(evidence, "flap", 0.3)
     narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation="owl")
+    budget, judge = Budget.of(model, 0.3), WidthDivergence(model, evidence.ids, scores)
+    narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation=evolution_search(budget, judge).widths)
 
 FFN channels only. Formulas: METHODS.md section 6; each file opens with its source and with what differs from it.
 """
 
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.cut import Cut, cut, pruned_model
+from prunenet.policies.methods.evaluations import Evaluator, Searched, best_of_random
 from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.evolution import Screen, evolution_search
 from prunenet.policies.methods.group_tuning import Tuned, group_tuned
 from prunenet.policies.methods.influence import block_influence, by_influence
+from prunenet.policies.methods.predictor import PredictorSearch, predictor_search
+from prunenet.policies.methods.searched_widths import searched_widths
+from prunenet.policies.methods.space import Space
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
+from prunenet.policies.methods.width_divergence import WidthDivergence
 
 __all__ = [
     "METHODS",
@@ -20,17 +28,27 @@ __all__ = [
     "Budget",
     "Compensation",
     "Cut",
+    "Evaluator",
     "Evidence",
     "Method",
+    "PredictorSearch",
+    "Screen",
+    "Searched",
+    "Space",
     "Tuned",
+    "WidthDivergence",
+    "best_of_random",
     "block_influence",
     "by_influence",
     "cut",
+    "evolution_search",
     "global_sort",
     "group_tuned",
     "outlier_share",
     "owl",
+    "predictor_search",
     "protected",
     "pruned_model",
+    "searched_widths",
     "uniform",
 ]

@@ -27,7 +27,7 @@ from prunenet.policies.methods import (
 from prunenet.policies.methods.evidence import Evidence
 
 Needs = Literal["weights", "text", "gradients"]
-Allocation = Literal["uniform", "global", "protected", "owl", "influence"]
+Allocation = Literal["uniform", "global", "protected", "owl", "influence", "predictor", "evolution"]
 Compensation = Literal["none", "mean_bias"]
 
 
