@@ -89,10 +89,10 @@ def folder(tmp_path_factory, tokenizer) -> Path:
 
 def policy() -> Policy:
     """Scores and widths that are not the untrained ones."""
-    made = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2, refitted_gain=0.2))
+    made = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for linear in (made.scorer.out, made.scorer.widths.out, made.scorer.refitted_widths.out):
+        for linear in (made.scorer.out, made.scorer.widths.out):
             linear.weight.normal_(generator=generator)
     return made
 

@@ -181,11 +181,10 @@ class Workshop:
 
     def _assembled(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> tuple[PreTrainedModel, int]:
         """Scores, then widths, then refit; and how many parameters a bias adds."""
-        refitted = spec.refit in ("layerwise", "sequential")
         allocation: Any = spec.allocation
         if allocation == "learned":
             learned = cast(Policy, self.policy)
-            allocation = learned.widths(self.model, ratio, per_layer=True, refitted=refitted, round_to=self.round_to)
+            allocation = learned.widths(self.model, ratio, per_layer=True, round_to=self.round_to)
         compensate: Any = "mean_bias" if spec.refit == "mean_bias" else "none"
         found = cut(
             evidence,
@@ -195,7 +194,7 @@ class Workshop:
             compensate=compensate,
             round_to=self.round_to,
         )
-        if not refitted:
+        if spec.refit not in ("layerwise", "sequential"):
             biases = 0 if found.biases is None else self._new_biases()
             return found.applied(self.model), biases
         return self._refitted(spec, found.keep, evidence).model(self.model), 0
