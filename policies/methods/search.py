@@ -164,7 +164,8 @@ def _tpe() -> Propose:
             for trial in done:
                 finished = optuna.trial.create_trial(params=dict(trial.params), distributions=axes, value=trial.value)
                 study.add_trial(finished)
-            return study.ask(axes).params
+            params: dict[str, Value] = study.ask(axes).params
+            return params
 
     return propose
 
