@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from prunenet.activation_stats import MOMENT_STATISTICS
 from prunenet.calibration import prefix_blocks
 from prunenet.cli import app
 from prunenet.compare import command, ledger, run, summary, workshop
@@ -87,9 +89,9 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     return home
 
 
-def policy() -> Policy:
+def policy(**config) -> Policy:
     """Scores and widths that are not the untrained ones."""
-    made = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2))
+    made = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2, **config))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for linear in (made.scorer.out, made.scorer.widths.out):
@@ -145,6 +147,7 @@ def legal(moments: str | None = None) -> list[Spec]:
         ("random:owl", Spec("random", "owl", "self", "off")),
         ("folding:owl@random", Spec("folding", "owl", "random", "off")),
         ("prunenet", Spec("prunenet", "auto", "self", "layerwise")),
+        ("prunenet:learned+off", Spec("prunenet", "learned", "self", "off")),
         ("prunenet-weights", Spec("prunenet-weights", "learned", None, "off")),
         ("elimination@builtin", Spec("elimination", "uniform", "builtin", "layerwise")),
         ("wanda_sp@me/wiki:raw:train", Spec("wanda_sp", "uniform", "me/wiki:raw:train", "off")),
@@ -210,9 +213,10 @@ def runs(specs, benches) -> None:
             assert bool(torch.isfinite(made.model(input_ids=torch.arange(12)[None]).logits).all()), spec.name
 
 
-# A search is no quick call: the slow test below has it.
-@pytest.mark.parametrize("method", [name for name in methods() if not name.startswith("adapruner")])
-def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_refit(method, benches):
+@pytest.mark.parametrize("method", methods())
+def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_refit(method, benches, monkeypatch):
+    if method in METHODS and METHODS[method].searches:
+        monkeypatch.setitem(METHODS, method, replace(METHODS[method], score=partial(METHODS[method].score, trials=6)))
     own = parse(method).allocation
     specs = [spec for spec in legal() if spec.method == method and spec.allocation in (*WITHOUT_SCORES, "global", own)]
     runs([spec for spec in specs if spec.refit == "off" or (spec.refit, spec.allocation) == ("layerwise", own)], benches)
@@ -221,6 +225,21 @@ def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_re
 def test_every_allocation_runs_and_every_refit(benches):
     specs = [spec for spec in legal() if spec.method == "flap"]
     runs([spec for spec in specs if spec.refit == "off" or spec.allocation == "uniform"], benches)
+
+
+def test_a_method_that_searches_does_so_once_for_each_ratio_at_that_ratio(model, tokenizer, monkeypatch):
+    asked = []
+
+    def score(evidence, *, ratio):
+        asked.append(ratio)
+        return [torch.arange(D_FF).float() for _ in evidence.ffns]
+
+    monkeypatch.setitem(METHODS, "seeker", Method("seeker", "text", "here", score, searches=True))
+    bench = shop(model, tokenizer)
+    for spec in ("seeker@random", "seeker:owl@random"):
+        for ratio in (0.125, 0.5):
+            bench.make(parse(spec), ratio, 0)
+    assert asked == [0.125, 0.5]
 
 
 @pytest.mark.slow
@@ -263,6 +282,15 @@ def test_elimination_is_what_prune_makes_without_a_policy(model, benches):
     assert same(benches.make(parse("elimination"), 0.5, 0).model, expected)
     without = shop(model, benches.tokenizer, policy=None)
     assert same(without.make(parse("prunenet"), 0.5, 0).model, expected)
+
+
+def test_a_policy_that_reads_activations_reads_those_of_the_text_that_is_named(model, benches):
+    reads = policy(moments=MOMENT_STATISTICS)
+    bench, blocks = shop(model, benches.tokenizer, policy=reads), benches.blocks("words", 0)[0]
+    made = {text: bench.make(parse(f"prunenet:uniform@{text}+off", ["words"]), RATIO, 0).model for text in ("words", "random")}
+    expected = prune(model, reads, ratio=RATIO, round_to=4, widths="uniform", blocks=blocks, refit="off").model
+    assert same(made["words"], expected)
+    assert not same(made["random"], expected)
 
 
 def test_a_refit_from_known_moments_is_the_one_of_cut_layers(model, benches):
@@ -538,6 +566,12 @@ def test_a_mistake_is_one_sentence_and_no_file(specs, options, words, folder, tm
     said = " ".join(result.stderr.split())
     assert said.count("error:") == 1
     assert all(word in said for word in words), said
+
+
+def test_weights_alone_are_not_enough_for_a_policy_that_reads_activations(folder, tmp_path):
+    reads = policy(moments=MOMENT_STATISTICS).save_pretrained(tmp_path / "reads")
+    _, result = compare(folder, "prunenet-weights", policy=reads, out=tmp_path / "r.jsonl", code=1)
+    assert "scores channels by their activations" in " ".join(result.stderr.split())
 
 
 def test_calibration_never_sees_a_text_that_is_scored(folder, tmp_path):

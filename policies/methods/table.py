@@ -48,6 +48,7 @@ class Method:
         allocation: the published one.
         protects: layers at both ends (first, last) that allocation "protected" leaves whole; "global" too, where that is the
             published one.
+        searches: whether `score` searches at a size and takes it, as `ratio`: the one of the cut is meant.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Method:
     compensate: Compensation = "none"
     allocation: Allocation = "uniform"
     protects: tuple[int, int] = (0, 0)
+    searches: bool = False
 
 
 _PRUNENET = "Sengupta et al., ICLR 2025, arXiv 2501.15296"
@@ -79,6 +81,7 @@ _SAAP: dict[str, Any] = {
 }
 _SAAP_SOURCE = "SAAP, Zheng et al., 2024, arXiv 2412.15127, as in METHODS.md section 8; mostly a reconstruction, see saap.py"
 _ADAPRUNER: dict[str, Any] = {
+    "searches": True,
     "needs": "gradients",
     "allocation": "protected",
     "protects": adapruner.PROTECTS,

@@ -23,6 +23,7 @@ from prunenet.evaluate import perplexity
 from prunenet.latency import check_positions
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.masks import check_ratio, width_at
+from prunenet.policies.artifact import check_measured
 from prunenet.text import TestText, content_sha256, token_windows, tokenise
 from prunenet.zeroshot import TaskResult, read_task, zero_shot
 
@@ -128,6 +129,8 @@ def check(plan: Plan, workshop: Workshop) -> None:
                 f"{spec.name!r} asks a policy, and none ships for model type {model.config.model_type!r}; train one "
                 "(prunenet train) and give its folder as --policy"
             )
+        if workshop.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
+            check_measured(workshop.policy, spec.moments is not None)
     check_positions(model, scored.window, "window")
     check_positions(model, plan.amount.window, "calibration window")
     for text in scored.texts:

@@ -76,7 +76,7 @@ class Spec:
     @property
     def needs_policy(self) -> bool:
         """Whether it cannot be done without one. (Without one, `prunenet` cuts uniformly and by elimination.)"""
-        return self.asks_policy and not (self.product and self.moments is not None and self.allocation != "learned")
+        return self.asks_policy and not (self.method == "prunenet" and self.product and self.allocation != "learned")
 
     @property
     def text(self) -> str | None:
@@ -151,7 +151,7 @@ def _sensible(text: str, method: str, allocation: str, moments: str | None, refi
     if allocation == "auto" and refit == "mean_bias":
         raise ValueError(f"{text!r}: mean_bias goes with one allocation; say prunenet:learned or prunenet:uniform")
     looks = row is not None and row.needs != "weights"
-    looks = looks or method == "elimination" or allocation not in WITHOUT_TEXT or refit != "off"
+    looks = looks or method in ("prunenet", "elimination") or allocation not in WITHOUT_TEXT or refit != "off"
     if method == "prunenet-weights" and looks:
         raise ValueError(f"{text!r}: prunenet-weights reads the weights alone; say prunenet where text is read")
     if moments is not None and not looks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from prunenet.text import CalibrationText, content_sha256
 
 KEPT = 0.8
 """Share of self-written sequences that the filter keeps."""
+_Scores = Float[Tensor, " _"]
 _PROTECTS = (4, 2)  # LLM-Pruner's, for methods that protect no layers of their own
 
 
@@ -92,7 +94,7 @@ class Workshop:
         self._texts, self._amount = texts or {}, amount or Amount()
         self._blocks: dict[tuple[str, int], tuple[Blocks, float | None]] = {}
         self._evidence: dict[tuple[str, int], SharedEvidence] = {}
-        self._scores: dict[tuple[str, int, str], list[Float[Tensor, " _"]]] = {}
+        self._scores: dict[tuple[str, int, str], list[_Scores]] = {}
 
     def blocks(self, moments: str, seed: int) -> tuple[Blocks, float | None]:
         """Text to measure on, and how many seconds it took to have it; None where the model had written it before.
@@ -128,7 +130,7 @@ class Workshop:
         blocks = None if spec.moments is None else self.blocks(spec.moments, seed)[0]
         evidence = self._evidence_of(spec.moments, blocks, seed)
         if spec.product:
-            narrow, biases = self._product(spec, ratio, blocks), 0
+            narrow, biases = self._product(spec, ratio, evidence), 0
         else:
             narrow, biases = self._assembled(spec, ratio, evidence)
         asked = self.policy if spec.asks_policy else None
@@ -172,10 +174,10 @@ class Workshop:
             self._evidence[label, seed] = SharedEvidence(self.model, blocks, seed, self.ledger, label)
         return self._evidence[label, seed]
 
-    def _product(self, spec: Spec, ratio: float, blocks: Blocks | None) -> PreTrainedModel:
+    def _product(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> PreTrainedModel:
         widths = "per-layer" if spec.allocation == "learned" else spec.allocation
-        scores = None if self.policy is None else self._policy_scores()
-        options: dict[str, Any] = {"blocks": blocks, "widths": widths, "refit": spec.refit, "scores": scores}
+        scores = None if self.policy is None else self._policy_scores(evidence)
+        options: dict[str, Any] = {"blocks": evidence.blocks, "widths": widths, "refit": spec.refit, "scores": scores}
         with torch.no_grad():
             return prune(self.model, self.policy, ratio=ratio, round_to=self.round_to, **options).model
 
@@ -188,7 +190,7 @@ class Workshop:
         compensate: Any = "mean_bias" if spec.refit == "mean_bias" else "none"
         found = cut(
             evidence,
-            self._method(spec, evidence),
+            self._method(spec, ratio, evidence),
             ratio,
             allocation=cast(Allocation, allocation),
             compensate=compensate,
@@ -204,12 +206,12 @@ class Workshop:
             return refit_kept(self.model, keep, evidence.fitted, evidence.checked)
         return refit_sequentially(self.model, Cut(keep, None), evidence.ids, dense_targets=False)
 
-    def _method(self, spec: Spec, evidence: SharedEvidence) -> Method:
+    def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
         """The method's row, its scores shared between cells."""
         if spec.method == "elimination":
             return Method("elimination", "text", "greedy elimination, prunenet.eliminate", lambda _: evidence.elimination)
         if spec.method in ("prunenet", "prunenet-weights"):
-            return Method(spec.method, "weights", "the policy", lambda _: self._policy_scores())
+            return Method(spec.method, "weights", "the policy", lambda _: self._policy_scores(evidence))
         row = METHODS[spec.method]
         if spec.allocation == "protected" and row.protects == (0, 0):
             row = replace(row, protects=_PROTECTS)
@@ -217,25 +219,29 @@ class Workshop:
             return row
         # Scores of the weights are the same whatever text the allocation reads.
         home = self._evidence_of(None, None, evidence.seed) if row.needs == "weights" else evidence
-        return replace(row, score=lambda _: self._scored(row, home))
+        given: Callable[..., list[_Scores]] = row.score
+        score = partial(given, ratio=ratio) if row.searches else given
+        name = f"scores of {row.name}" + (f" at {ratio:g}" if row.searches else "")
+        return replace(row, score=lambda _: self._scored(name, score, home))
 
-    def _scored(self, row: Method, evidence: SharedEvidence) -> list[Float[Tensor, " _"]]:
-        key, score = (evidence.label, evidence.seed, f"scores of {row.name}"), row.score
-        assert score is not None
+    def _scored(self, name: str, score: Callable[..., list[_Scores]], evidence: SharedEvidence) -> list[_Scores]:
+        key = (evidence.label, evidence.seed, name)
 
-        def make() -> list[Float[Tensor, " _"]]:
+        def make() -> list[_Scores]:
             if key not in self._scores:
                 self._scores[key] = score(evidence)
             return self._scores[key]
 
         return self.ledger.measured(key, make)
 
-    def _policy_scores(self) -> list[Float[Tensor, " _"]]:
-        key = ("", 0, "scores of the policy")
+    def _policy_scores(self, evidence: SharedEvidence) -> list[_Scores]:
+        policy = cast(Policy, self.policy)
+        place = (evidence.label, evidence.seed) if policy.config.moments else ("", 0)
+        key = (*place, "scores of the policy")
 
-        def make() -> list[Float[Tensor, " _"]]:
+        def make() -> list[_Scores]:
             if key not in self._scores:
-                self._scores[key] = cast(Policy, self.policy).scores(self.model)
+                self._scores[key] = policy.scores(self.model, evidence.blocks)
             return self._scores[key]
 
         return self.ledger.measured(key, make)
