@@ -2,7 +2,8 @@
 
 Names and columns are those of lm-eval's tasks. `arc_easy`, `arc_challenge`: allenai/ai2_arc; `piqa`: baber/piqa; `winogrande`:
 allenai/winogrande, winogrande_xl; `copa`, `boolq`: aps/super_glue; `openbookqa`: allenai/openbookqa; `sciq`: allenai/sciq;
-`hellaswag`: Rowan/hellaswag. The split is what lm-eval scores: validation, and test for ARC, OpenBookQA and SciQ.
+`hellaswag`: Rowan/hellaswag; `mmlu`: cais/mmlu, all subjects or some. The split is what lm-eval scores: validation, and test for
+ARC, OpenBookQA, SciQ and MMLU.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COLUMNS: dict[str, dict[str, type]] = {
         "correct_answer": str,
     },
     "hellaswag": {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str},
+    "mmlu": {"question": str, "subject": str, "choices": list, "answer": int},
 }
 
 
@@ -119,7 +121,11 @@ def _fault(task: str, row: object) -> str | None:
         if not isinstance(row[column], kind):
             return f"has {row[column]!r} in column {column!r}, which is not {kind.__name__}"
     allowed: dict[str, Sequence[object]] = {"label": (0, 1), "answer": ("1", "2")}
-    if "choices" in row:
+    if task == "mmlu":
+        if len(row["choices"]) != 4:
+            return f"has {len(row['choices'])} choices in column 'choices', not 4"
+        allowed["answer"] = range(4)
+    elif "choices" in row:
         texts, labels = row["choices"].get("text"), row["choices"].get("label")
         if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
             return "has no lists 'text' and 'label' of equal length in column 'choices'"

@@ -76,6 +76,10 @@ SAMPLES: dict[str, list[dict]] = {
         {"activity_label": "Sport", "ctx_a": "Two girls run.", "ctx_b": "", "label": "3"}
         | {"endings": ["a", "b", "c [substeps]", '"d" d']},
     ],
+    "mmlu": [
+        {"question": " What is two?\n", "subject": "abstract_algebra", "choices": ["a sum", "1 + 1", "it's 3", "7"], "answer": 1},
+        {"question": "Is 0 even?", "subject": "abstract_algebra", "choices": ["no", "at times", '"odd"', "yes "], "answer": 3},
+    ],
 }
 
 
@@ -254,6 +258,8 @@ def test_good_rows_are_read_and_every_column_is_needed(task: str, tmp_path: Path
         ("winogrande", {"sentence": "no gap"}, "has no gap '_' in column 'sentence'"),
         ("copa", {"question": "why"}, r"'why' in column 'question', not one of \['cause', 'effect'\]"),
         ("hellaswag", {"label": ""}, r"has '' in column 'label', not one of \['0', '1', '2', '3'\]"),
+        ("mmlu", {"answer": 4}, r"has 4 in column 'answer', not one of \[0, 1, 2, 3\]"),
+        ("mmlu", {"choices": ["yes", "no"]}, "has 2 choices in column 'choices', not 4"),
     ],
 )
 def test_a_row_without_a_right_answer_says_so(task: str, change: dict, message: str, tmp_path: Path) -> None:
@@ -332,6 +338,7 @@ OWN = {
     "openbookqa": "openbookqa/openbookqa",
     "sciq": "sciq/sciq",
     "hellaswag": "hellaswag/hellaswag",
+    "mmlu": "mmlu/default/mmlu_abstract_algebra",
 }
 
 
@@ -371,6 +378,20 @@ def assert_same_prompts(task: str, file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", COLUMNS)
 def test_prompts_and_targets_are_those_of_the_installed_lm_eval(task: str, tmp_path: Path) -> None:
     assert_same_prompts(task, write(tmp_path, task), tmp_path)
+
+
+@needs_harness
+def test_the_prompt_names_every_subject_of_mmlu_as_lm_eval_does(tmp_path: Path) -> None:
+    import lm_eval
+
+    files = sorted((Path(lm_eval.__file__).parent / "tasks/mmlu/default").glob("mmlu_*.yaml"))
+    theirs = [yaml.safe_load(file.read_text(encoding="utf-8"))["description"] for file in files]
+    rows = [SAMPLES["mmlu"][0] | {"subject": file.stem.removeprefix("mmlu_")} for file in files]
+    with zeroshot._quiet_harness():
+        ours = zeroshot._task("mmlu", read_task("mmlu", write(tmp_path, "mmlu", rows))[0])
+    prompts = [ours.fewshot_context(row, num_fewshot=0) for row in ours.eval_docs]
+    assert len(files) == 57
+    assert all(prompt.startswith(description) for prompt, description in zip(prompts, theirs, strict=True))
 
 
 @needs_harness
