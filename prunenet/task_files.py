@@ -2,8 +2,8 @@
 
 Names and columns are those of lm-eval's tasks. `arc_easy`, `arc_challenge`: allenai/ai2_arc; `piqa`: baber/piqa; `winogrande`:
 allenai/winogrande, winogrande_xl; `copa`, `boolq`: aps/super_glue; `openbookqa`: allenai/openbookqa; `sciq`: allenai/sciq;
-`hellaswag`: Rowan/hellaswag; `mmlu`: cais/mmlu, all subjects or some. The split is what lm-eval scores: validation, and test for
-ARC, OpenBookQA, SciQ and MMLU.
+`hellaswag`: Rowan/hellaswag; `mmlu`: cais/mmlu, all subjects or some. The split is what lm-eval scores: validation, and test
+for ARC, OpenBookQA, SciQ and MMLU.
 """
 
 from __future__ import annotations

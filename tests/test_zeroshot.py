@@ -41,6 +41,7 @@ EXAM = [
         "answerKey": "E",
     },
 ]
+ALGEBRA = {"subject": "abstract_algebra"}
 SAMPLES: dict[str, list[dict]] = {
     "arc_easy": EXAM,
     "arc_challenge": EXAM[::-1],
@@ -77,7 +78,12 @@ SAMPLES: dict[str, list[dict]] = {
         | {"endings": ["a", "b", "c [substeps]", '"d" d']},
     ],
     "mmlu": [
-        {"question": " What is two?\n", "subject": "abstract_algebra", "choices": ["a sum", "1 + 1", "it's 3", "7"], "answer": 1},
+        {
+            "question": " What is two?\n",
+            "subject": "abstract_algebra",
+            "choices": ["a sum", "1 + 1", "it's 3", "7"],
+            "answer": 1,
+        },
         {"question": "Is 0 even?", "subject": "abstract_algebra", "choices": ["no", "at times", '"odd"', "yes "], "answer": 3},
     ],
 }
