@@ -2,10 +2,10 @@
 
     python benchmarks/transfer.py --policy llama --data ../shared/data --out benchmarks/results/transfer.jsonl
 
-The other model is `stories15M` (see `stories`): 6 layers of d_ff 768 in place of the 30 layers of d_ff 1536 of SmolLM2-135M, on
-which the policy was trained, another tokenizer, another kind of text. Two texts: what the dense model writes by itself, of a
-seed that nothing else uses (its own domain), and WikiText-2 test (foreign to it); windows of 256. Ratios reach beyond those of the
-training (0.1 to 0.6 for the scores, 0.2 to 0.4 for the widths).
+The other model is `stories15M` (see `stories`): 6 layers of d_ff 768 in place of the 30 layers of d_ff 1536 of SmolLM2-135M,
+on which the policy was trained, another tokenizer, another kind of text. Two texts: what the dense model writes by itself, of
+a seed that nothing else uses (its own domain), and WikiText-2 test (foreign to it); windows of 256. Ratios reach beyond those
+of the training (0.1 to 0.6 for the scores, 0.2 to 0.4 for the widths).
 """
 
 from __future__ import annotations
