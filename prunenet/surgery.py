@@ -139,8 +139,8 @@ def _pick(layer: nn.Module, channels: Int[Tensor, " width"], d_ff: int, architec
 
 
 def _select(parameter: Tensor, dim: int, index: Int[Tensor, " n"]) -> nn.Parameter:
-    index = index.to(parameter.device)
-    chosen = parameter.detach().index_select(dim, index.clamp_min(0)).index_fill_(dim, (index < 0).nonzero().flatten(), 0)
+    blank = (index < 0).nonzero().flatten().to(parameter.device)  # before the move: on the meta device nothing can be counted
+    chosen = parameter.detach().index_select(dim, index.clamp_min(0).to(parameter.device)).index_fill_(dim, blank, 0)
     return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
 
 
