@@ -50,7 +50,9 @@ class View:
         if isinstance(model, PreTrainedModel) and blocks is not None:
             return cls(tuple(channel_features(model, blocks)), layer_context(model))
         if blocks is not None:
-            raise ValueError("activations are measured on a model in memory, and this one is read layer by layer from its files")
+            raise ValueError(
+                "activations are measured on a model in memory, and this one is read layer by layer from its files"
+            )
         statistics, rows = zip(*observe(model), strict=True)
         return cls(statistics, torch.stack([row.to(rows[0].device) for row in rows]))
 

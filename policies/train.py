@@ -87,7 +87,9 @@ def train(
     if not read and reward is None and {recipe.reward, "spectral" if where is None else where.reward} == {"spectral"}:
         blocks = None  # it reads weights alone, and the record must say so
     if blocks is not None and not isinstance(model, PreTrainedModel):
-        raise ValueError("activations need the model in memory, and this one is read layer by layer: leave the blocks out, or load it")
+        raise ValueError(
+            "activations need the model in memory, and this one is read layer by layer: leave the blocks out, or load it"
+        )
     if regime is None and reward is not None and blocks is None:
         raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
     for wanted in (recipe if reward is None else None, where):

@@ -21,6 +21,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from prunenet.architectures import architecture_for
@@ -140,7 +142,9 @@ def save_streamed(
     keep = [mask.cpu() for mask in keep]
     narrow = narrowed(source.skeleton, keep)
     provenance = describe(narrow)
-    tensors = remove_tied_weights_from_state_dict(dict(narrow.state_dict()), narrow)
+    state = remove_tied_weights_from_state_dict(dict(narrow.state_dict()), narrow)
+    name_of = {id(tensor): name for name, tensor in state.items()}
+    tensors: dict[str, Tensor] = revert_weight_conversion(narrow, state)  # by the names of the files
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
     cuts = _cuts(source.skeleton, keep)
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -148,7 +152,8 @@ def save_streamed(
 
     def rows(name: str) -> Iterator[Tensor]:
         nonlocal done
-        for piece in _cut_rows(source.stored[name], *cuts.get(name, (None, None))):
+        inside = name_of[id(tensors[name])]
+        for piece in _cut_rows(source.stored[inside], *cuts.get(inside, (None, None))):
             yield piece
             done += piece.nbytes
             if progress is not None:
@@ -168,7 +173,7 @@ def save_streamed(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_story(folder, keep, provenance)
-        _verify(folder, hashes, tensors)
+        _verify(folder, hashes, state)
     return provenance
 
 
@@ -194,16 +199,24 @@ def _skeleton(folder: Path, dtype: str, stored: dict[str, StoredTensor]) -> PreT
 
 
 def _located(skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of the skeleton lies; one of several tied ones, and files without the base model's prefix, suffice."""
-    prefix = f"{skeleton.base_model_prefix}."
+    """Where each tensor of the skeleton lies, under any name that `from_pretrained` knows; one of several tied is enough."""
     state = skeleton.state_dict(keep_vars=True)
-    tied: dict[int, list[str]] = {}
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    here, tied = {}, {}
+    for name, tensor in stored.items():
+        renamed, converted = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
+        if converted is not None:
+            raise CheckpointError(
+                f"{folder} stores {name} in a form that is converted when it is loaded, and cannot be streamed"
+            )
+        here[renamed] = tensor
     for name, tensor in state.items():
         tied.setdefault(id(tensor), []).append(name)
     found, missing = {}, []
     for names in tied.values():
-        spellings = (spelling for name in names for spelling in (name, name.removeprefix(prefix), prefix + name))
-        entry = next((stored[spelling] for spelling in spellings if spelling in stored), None)
+        entry = next((here[name] for name in names if name in here), None)
         if entry is None:
             missing.append(names[0])
             continue

@@ -89,6 +89,8 @@ def set_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     config.per_layer_config = None
     for name in ("per_layer_ffn", "auto_map"):
         config.__dict__.pop(name, None)
+    # How transformers renamed tensors when it read them for the dense class: per-layer classes are saved and read as they are.
+    model.__dict__.pop("_weight_conversions", None)
     setattr(config, architecture.width, max(widths))
     stock = getattr(type(model), "stock_class", type(model))
     if len(set(widths)) == 1:

@@ -270,9 +270,7 @@ def test_a_hub_id_without_a_hub_is_one_clear_sentence(load, source) -> None:
 def test_a_hub_model_is_refused_by_its_configuration_before_its_weights_are_fetched(stored, tmp_path, monkeypatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
     asked = []
-    monkeypatch.setattr(
-        sources, "snapshot_download", lambda _id, allow_patterns, **_: asked.append(allow_patterns) or tmp_path
-    )
+    monkeypatch.setattr(sources, "snapshot_download", lambda _id, allow_patterns, **_: asked.append(allow_patterns) or tmp_path)
     with pytest.raises(UnsupportedArchitecture, match="mixture of experts"):
         load_model("some/mixture")
     assert asked == [["config.json"]]

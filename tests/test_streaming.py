@@ -84,6 +84,7 @@ def test_weights_and_statistics_of_every_family_are_those_of_the_loaded_model(tm
         ("phi3", torch.bfloat16, SHARDS, {}),
         ("phi", torch.float32, "1GB", {"bias": True}),
         ("opt", torch.float16, SHARDS, {"bias": True}),
+        ("gpt_neox", torch.float32, "1GB", {}),
     ],
     ids=lambda value: str(value),
 )
@@ -179,7 +180,7 @@ def widen(folder: Path) -> None:
         (truncate, "model-00002-of-.* is damaged .*; fetch it again"),
         (lose_a_shard, "has no model-00002-of-"),
         (lose_a_tensor, r"lacks 1 of the model's tensors, e\.g\. .*; fetch it again"),
-        (widen, r"cannot be loaded: tensor .* is \[.*\], config.json says \[.*\]"),
+        (widen, r"cannot be loaded: .* is \[.*\], config.json says \[.*\]"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_sentence_before_any_weight_is_read(tmp_path, damage, message) -> None:
@@ -227,7 +228,7 @@ def test_a_file_that_does_not_read_back_as_it_was_written_is_an_error_and_leaves
 
     monkeypatch.setattr(streaming, "write_shard", bent)
     source = StreamedCheckpoint.open(stored(tmp_path / "dense"))
-    with pytest.raises(CheckpointError, match=r"out was not saved: model.safetensors does not read back as written"):
+    with pytest.raises(CheckpointError, match=r"out was not saved: model.safetensors does not read back as it was written"):
         prune_streamed(source, tmp_path / "out", policy, ratio=0.4)
     assert left_in(tmp_path) == ["dense"]
 
