@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,9 @@ def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, parameter in skeleton.named_parameters():
         digest.update(name.encode())
-        pieces = [parameter.detach()] if model is skeleton else (rows for _, rows in model.stored[name].slabs())
+        pieces: Iterable[Tensor] = [parameter.detach()]
+        if not isinstance(model, PreTrainedModel):
+            pieces = (rows for _, rows in model.stored[name].slabs())
         for piece in pieces:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -55,7 +55,7 @@ class StoredTensor:
     def __getitem__(self, rows: slice) -> Tensor:
         start, stop, _ = rows.indices(len(self))
         values = torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.stored)
-        left = memoryview(values.view(-1).view(torch.uint8).numpy())
+        left = values.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + start * self._row * self.stored.itemsize)
             while left:
@@ -142,8 +142,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], rows: Callable[[str],
 
         write(memoryview(len(text).to_bytes(8, "little") + text))
         for name in order:
-            pieces = (piece.contiguous().view(-1).view(torch.uint8).cpu() for piece in rows(name))
-            written = sum(write(memoryview(piece.numpy())) for piece in pieces)
+            pieces = (piece.cpu().contiguous().view(-1).view(torch.uint8).numpy() for piece in rows(name))
+            written = sum([write(piece.data) for piece in pieces])
             if written != tensors[name].nbytes:
                 raise ValueError(f"tensor {name} takes {tensors[name].nbytes} bytes, its pieces gave {written}")
     return digest.hexdigest()

@@ -204,7 +204,8 @@ def _located(skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder:
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    here, tied = {}, {}
+    here: dict[str, StoredTensor] = {}
+    tied: dict[int, list[str]] = {}
     for name, tensor in stored.items():
         renamed, converted = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
         if converted is not None:
@@ -214,7 +215,8 @@ def _located(skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder:
         here[renamed] = tensor
     for name, tensor in state.items():
         tied.setdefault(id(tensor), []).append(name)
-    found, missing = {}, []
+    found: dict[str, StoredTensor] = {}
+    missing = []
     for names in tied.values():
         entry = next((here[name] for name in names if name in here), None)
         if entry is None:
