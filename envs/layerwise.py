@@ -11,11 +11,10 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import PROGRESS, Sweep, View, draw_ratio
-from prunenet.layers import iter_ffns
+from prunenet.layers import Weights, iter_ffns, structure
 
 Observation = dict[str, NDArray[Any]]
 BOUND = 4.0
@@ -76,7 +75,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     channels), and `reward/<term>` for each term. `reset` gives `ratio` and `budget_left`.
 
     ## Arguments
-    * `model`: a causal LM of a supported family.
+    * `model`: a causal LM of a supported family, in memory or streamed (`prunenet.streaming.StreamedCheckpoint`).
     * `reward`: an object with the methods of `prunenet.envs.rewards.Reward`; default `SpectralReward(model)`.
     * `ratio`: share of FFN channels removed, in [0, 1), or a range `(low, high)`. Default 0.3.
     * `min_width`: fewest channels that a layer may keep, default 1.
@@ -95,7 +94,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Weights,
         *,
         reward: Reward | None = None,
         ratio: float | Sequence[float] = 0.3,
@@ -153,9 +152,9 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         return {"ratio": self._sweep.ratio, "budget_left": int(self._sweep.left)}
 
 
-def channel_parameters(model: PreTrainedModel) -> list[int]:
+def channel_parameters(model: Weights) -> list[int]:
     """Parameters that go away with one channel, for each layer."""
-    return [ffn.channel_parameters for ffn in iter_ffns(model)]
+    return [ffn.channel_parameters for ffn in iter_ffns(structure(model))]
 
 
 def as_keep(action: Any, sweep: Sweep) -> Tensor:

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.layers import FFN, down_linears, iter_ffns
+from prunenet.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
 from prunenet.moments import ffn_moments
 from prunenet.spectra import DISTANCES, Distance, SpectralReference
 
@@ -58,7 +58,8 @@ class SpectralReward:
     """How well the singular values of a layer's matrices survive a mask, averaged over the matrices (METHODS.md 2).
 
     Args:
-        model: its weights are read, never changed.
+        model: its weights are read, never changed. Of one that is streamed only spectra are kept, d_model numbers a matrix; a
+            layer is read again each time that its masks are judged.
         distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared norm lost); all in [0, 1].
         matrices: which of gate, up and down to compare; those that the family does not have are passed over.
         form: "bounded" pays 1 - distance, "inverse" pays 1 / distance as published.
@@ -70,7 +71,7 @@ class SpectralReward:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Weights,
         *,
         distance: str = "ks",
         matrices: Sequence[str] = ("gate", "up", "down"),
@@ -82,15 +83,27 @@ class SpectralReward:
             _check_name("matrix", name, get_args(Matrix))
         self.distance = cast(Distance, distance)
         self.form = form
-        self._references = [_references(ffn, matrices) for ffn in iter_ffns(model)]
+        self._model, self._matrices = model, matrices
+        self._held: list[list[SpectralReference]] = []
+        self._spectra: list[list[Float64[Tensor, " side"]]] = []
+        for index in range(len(ffn_widths(model))):
+            references = _references(ffn_at(model, index), matrices)
+            self._spectra.append([reference.eigenvalues for reference in references])
+            if isinstance(model, PreTrainedModel):
+                self._held.append(references)
 
     def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
         """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, min(d_model, d_ff)] if inverse."""
-        references = self._references[index]
+        references = self._references(index)
         distances = [reference.distance(keep, kind=self.distance).float() for reference in references]
         most = float(len(references[0].eigenvalues))
         paid = [bounded(d) if self.form == "bounded" else inverse(d, most) for d in distances]
         return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
+
+    def _references(self, index: int) -> list[SpectralReference]:
+        if self._held:
+            return self._held[index]
+        return _references(ffn_at(self._model, index), self._matrices, self._spectra[index])
 
     def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
         """No term: everything has been paid layer by layer."""
@@ -147,12 +160,16 @@ class ReconstructionReward:
         return {}
 
 
-def _references(ffn: FFN, matrices: Sequence[str]) -> list[SpectralReference]:
+def _references(
+    ffn: FFN, matrices: Sequence[str], spectra: Sequence[Float64[Tensor, " side"]] | None = None
+) -> list[SpectralReference]:
     # An ungated FFN has one input matrix; the paper's gate matrix is fc1 there.
     gate = ffn.up if ffn.gate is None else ffn.gate
     views = {"gate": gate, "up": None if ffn.gate is None else ffn.up, "down": ffn.down.T}
     found = [views[name] for name in dict.fromkeys(matrices)]
-    references = [SpectralReference.of(weight) for weight in found if weight is not None]
+    present = [weight for weight in found if weight is not None]
+    known = spectra or [None for _ in present]
+    references = [SpectralReference.of(*pair) for pair in zip(present, known, strict=True)]
     if not references:
         raise ValueError(f"this family has none of the matrices {', '.join(matrices) or '(none given)'}; use gate or down")
     return references

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from prunenet.activation_stats import channel_features
 from prunenet.envs.rewards import Reward
-from prunenet.layers import ffn_widths
+from prunenet.layers import Weights, ffn_widths
 from prunenet.masks import check_keep, check_ratio
-from prunenet.stats import layer_context
+from prunenet.stats import layer_context, observe
 
 PROGRESS = ("ratio", "target", "budget_left")
 """What an observation's context holds beside the layer's own context, each in [0, 1]: the sweep's ratio, the share of this
@@ -34,7 +34,7 @@ class View:
     context: Float[Tensor, "layers n_context"]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"] | None = None) -> View:
+    def of(cls, model: Weights, blocks: Int[Tensor, "n tokens"] | None = None) -> View:
         """Computes the statistics of a model's layers: from weights and, given token blocks, from activations on them.
 
         Raises:
@@ -47,7 +47,14 @@ class View:
                 f"the layers of this model have {len(widths)} different widths ({min(widths)} to {max(widths)}); "
                 "train on the dense model that it was cut from"
             )
-        return cls(tuple(channel_features(model, blocks)), layer_context(model))
+        if isinstance(model, PreTrainedModel) and blocks is not None:
+            return cls(tuple(channel_features(model, blocks)), layer_context(model))
+        if blocks is not None:
+            raise ValueError(
+                "activations are measured on a model in memory, and this one is read layer by layer from its files"
+            )
+        statistics, rows = zip(*observe(model), strict=True)
+        return cls(statistics, torch.stack([row.to(rows[0].device) for row in rows]))
 
     @property
     def layers(self) -> int:

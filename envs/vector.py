@@ -10,11 +10,11 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from prunenet.envs.layerwise import Observation, as_keep, observation_space
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import Sweep, View, draw_ratio
+from prunenet.layers import Weights
 
 
 class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
@@ -38,7 +38,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Weights,
         num_envs: int = 1,
         *,
         reward: Reward | None = None,

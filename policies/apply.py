@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prunenet.checkpoint import Provenance, identify, save_pruned
 from prunenet.compensate import Cut, cut_layers, held_back, refit_sequentially
 from prunenet.divergence import divergence
 from prunenet.layers import count_parameters, ffn_widths, iter_ffns
-from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at
+from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.policies.artifact import Policy, check_measured
 
 AUTO_GAIN = 0.05
@@ -91,39 +91,46 @@ def prune(
     """
     channels, refit = check_choices(policy, blocks is not None, widths, channels, refit)
     ratio = check_size(model, ratio, params, round_to)
-    ways = _ways(model, policy, ratio, widths, round_to)
+    ways = ways_to_cut(model, policy, ratio, widths, round_to)
     ranked = scores if channels == "policy" else None
     if policy is not None and channels == "policy" and ranked is None:
-        ranked = policy.scores(model, blocks, progress=_counted(progress, "scoring"))
+        ranked = policy.scores(model, blocks, progress=stage_of(progress, "scoring"))
     if blocks is None:
         assert policy is not None
         assert ranked is not None
         cuts = {name: Cut([top_channels(*pair) for pair in zip(ranked, way, strict=True)], None) for name, way in ways.items()}
         gain = policy.config.gain
     else:
-        counted = _counted(progress, "cutting")
+        counted = stage_of(progress, "cutting")
         found = cut_layers(model, blocks.ids, list(ways.values()), scores=ranked, refit=refit != "off", progress=counted)
         cuts = dict(zip(ways, found, strict=True))
         gain = _gain(model, cuts, blocks)
-    chosen, gain = _chosen(cuts, gain)
+    chosen, gain = chosen_way(cuts, gain)
     cut = cuts[chosen]
     if refit == "sequential":
         assert blocks is not None
-        cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=_counted(progress, "refitting"))
+        cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=stage_of(progress, "refitting"))
     narrow = cut.model(model)
     how: dict[str, Any] = {"widths": chosen, "predicted_gain": gain, "channels": channels, "refit": refit}
-    provenance = Provenance.of(
-        model,
-        narrow,
-        policy=policy_name if policy is not None else "elimination",
-        policy_sha256=None if policy is None else policy.sha256,
-        regime=_regime(policy, blocks),
-        ratio=ratio,
-        seed=None if policy is None else policy.config.recipe.get("seed"),
-        how=how | ({} if blocks is None else {"text": dict(blocks.source)}),
-        **_base(model),
-    )
+    how |= {} if blocks is None else {"text": dict(blocks.source)}
+    regime = _regime(policy, blocks)
+    provenance = provenance_of(model, narrow, policy=policy, name=policy_name, regime=regime, ratio=ratio, how=how)
     return Pruned(narrow, cut.keep, provenance)
+
+
+def provenance_of(
+    dense: PreTrainedModel, narrow: PreTrainedModel, *, policy: Policy | None, name: str, **facts: Any
+) -> Provenance:
+    """The record of a cut; `facts` are those that the policy and the models do not say."""
+    return Provenance.of(
+        dense,
+        narrow,
+        policy=name if policy is not None else "elimination",
+        policy_sha256=None if policy is None else policy.sha256,
+        seed=None if policy is None else policy.config.recipe.get("seed"),
+        **facts,
+        **_base(dense),
+    )
 
 
 def check_choices(
@@ -151,12 +158,19 @@ def check_choices(
     return channels, refit
 
 
-def _ways(model: PreTrainedModel, policy: Policy | None, ratio: float, widths: str, round_to: int) -> dict[str, list[int]]:
-    """The widths to consider, by name."""
+def ways_to_cut(
+    model: PreTrainedModel,
+    policy: Policy | None,
+    ratio: float,
+    widths: str,
+    round_to: int,
+    offsets: list[float] | None = None,
+) -> dict[str, list[int]]:
+    """The widths to consider, by name; `offsets`: of the policy on this model, where they are known already."""
     uniform = [width_at(d_ff, ratio, round_to) for d_ff in ffn_widths(model)]
     if policy is None or widths == "uniform":
         return {"uniform": uniform}
-    learned = policy.widths(model, ratio, per_layer=True, round_to=round_to)
+    learned = widths_for_budget(ffn_widths(model), offsets or policy.offsets(model), ratio, round_to)
     if widths == "per-layer":
         return {"per-layer": learned}
     return {"uniform": uniform} if learned == uniform else {"uniform": uniform, "per-layer": learned}
@@ -171,7 +185,7 @@ def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float
     return 1 - math.exp(loss["per-layer"] - loss["uniform"])
 
 
-def _chosen(cuts: dict[str, Cut], gain: float | None) -> tuple[str, float | None]:
+def chosen_way(cuts: Collection[str], gain: float | None) -> tuple[str, float | None]:
     """Which cut, and the gain that decided; None where there was nothing to decide."""
     if len(cuts) == 1:
         return next(iter(cuts)), None
@@ -185,7 +199,8 @@ def _regime(policy: Policy | None, blocks: Blocks | None) -> str:
     return max([*seen, *([blocks.regime] if blocks is not None else [])], key=order.index)
 
 
-def _counted(progress: Callable[[str, int, int], None] | None, what: str) -> Callable[[int, int], None] | None:
+def stage_of(progress: Callable[[str, int, int], None] | None, what: str) -> Callable[[int, int], None] | None:
+    """The callback of one stage."""
     return None if progress is None else lambda done, of: progress(what, done, of)
 
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from prunenet.activation_stats import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
 from prunenet.calibration import Blocks
 from prunenet.folders import write_atomic
-from prunenet.layers import ffn_widths
+from prunenet.layers import Weights, ffn_widths
 from prunenet.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context
+from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context, observe
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
@@ -146,10 +146,34 @@ class Policy:
             UnsupportedArchitecture: see `prunenet.architectures`.
         """
         check_measured(self, blocks is not None)
-        ids = blocks.ids if blocks is not None and self.config.moments else None
-        statistics = channel_features(model, ids, progress=progress)
+        if blocks is None or not self.config.moments:
+            return self.read(model)[0]
+        statistics = channel_features(model, blocks.ids, progress=progress)
         scorer = self.scorer.to(statistics[0].device)
         return [scorer(rows, context) for rows, context in zip(statistics, layer_context(model), strict=True)]
+
+    @torch.no_grad()
+    def read(
+        self, model: Weights, *, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[list[Float[Tensor, " _"]], list[float]]:
+        """(`scores`, `offsets`) from weights alone, in one pass over them: memory holds one layer of a streamed checkpoint.
+
+        Args:
+            model: any model of a supported family, in memory or streamed.
+            progress: called with (layers done, layers in all).
+
+        Raises:
+            ValueError, UnsupportedArchitecture: as `scores`.
+        """
+        check_measured(self, False)
+        scores, rows, layers = [], [], len(ffn_widths(model))
+        for statistics, row in observe(model):
+            scores.append(self.scorer.to(row.device)(statistics, row))
+            rows.append(row)
+            if progress is not None:
+                progress(len(rows), layers)
+        context = torch.stack([row.to(rows[0].device) for row in rows])
+        return scores, [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
 
     @torch.no_grad()
     def offsets(self, model: PreTrainedModel) -> list[float]:

@@ -16,11 +16,11 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from prunenet.envs.rewards import Reward
 from prunenet.envs.sweep import View
 from prunenet.envs.vector import LayerwisePruningVectorEnv
+from prunenet.layers import Weights
 from prunenet.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
 from prunenet.policies.recipe import Recipe
@@ -93,7 +93,7 @@ class Run(BaseCallback):
         self.identity = identity
         self.state = Progress(0, -float("inf"), {}, [])
 
-    def learn(self, model: PreTrainedModel, resume: bool) -> list[tuple[int, float]]:
+    def learn(self, model: Weights, resume: bool) -> list[tuple[int, float]]:
         """The whole run, or what is left of it. Returns the rewards at each evaluation, the first before any update."""
         view, recipe = self.view, self.recipe
         env = SweepVecEnv(

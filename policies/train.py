@@ -25,9 +25,11 @@ from prunenet.calibration import Blocks, weights_sha256
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.sweep import View
+from prunenet.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.run import Run
+from prunenet.streaming import StreamedCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Training:
 
 
 def train(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedCheckpoint,
     recipe: Recipe | None = None,
     *,
     where: Recipe | None = None,
@@ -60,7 +62,8 @@ def train(
     """Trains a policy.
 
     Args:
-        model: stays on its device; read, never changed.
+        model: stays on its device; read, never changed. One that is streamed is trained on from its weights alone: with the
+            spectral reward, whose every step reads a layer from disk.
         recipe: of the channels' scores; default `PRESETS["default"]`.
         where: of the stage that learns the layers' widths, such as `PRESETS["widths"]`, with the scores as they are by then.
             None leaves widths uniform.
@@ -83,6 +86,10 @@ def train(
     read = recipe.features == "moments"
     if not read and reward is None and {recipe.reward, "spectral" if where is None else where.reward} == {"spectral"}:
         blocks = None  # it reads weights alone, and the record must say so
+    if blocks is not None and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            "activations need the model in memory, and this one is read layer by layer: leave the blocks out, or load it"
+        )
     if regime is None and reward is not None and blocks is None:
         raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
     for wanted in (recipe if reward is None else None, where):
@@ -95,7 +102,7 @@ def train(
         prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
         regime=_regime(regime, where, blocks, read),
         text=None if blocks is None else dict(blocks.source),
-        trained_on={"model": _name(model), "model_type": model.config.model_type, "weights": weights_sha256(model)},
+        trained_on={"model": _name(model), "model_type": structure(model).config.model_type, "weights": weights_sha256(model)},
         recipe=recorded(recipe, where) | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
     folder = None if out is None else check_run(Path(out), resume)
@@ -135,7 +142,11 @@ def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None, rea
 
 
 def _stages(
-    model: PreTrainedModel, recipe: Recipe, where: Recipe | None, reward: Reward | None, blocks: Blocks | None
+    model: PreTrainedModel | StreamedCheckpoint,
+    recipe: Recipe,
+    where: Recipe | None,
+    reward: Reward | None,
+    blocks: Blocks | None,
 ) -> Iterator[tuple[str, Recipe, Reward]]:
     """Name, recipe and reward of each stage; a later one's reward is measured once the earlier ones are done."""
     yield "channels", recipe, reward or _reward(model, recipe, blocks)
@@ -168,18 +179,20 @@ def _random_state_kept() -> Iterator[None]:
         torch.set_rng_state(state[2])
 
 
-def _reward(model: PreTrainedModel, recipe: Recipe, blocks: Blocks | None) -> Reward:
+def _reward(model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks: Blocks | None) -> Reward:
     if recipe.reward == "spectral":
         return SpectralReward(model, distance=recipe.distance, matrices=recipe.matrices, form=recipe.form)
     assert blocks is not None, "checked before"
+    assert isinstance(model, PreTrainedModel), "checked before"
     if recipe.reward == "divergence":
         return DivergenceReward(model, blocks.ids[: recipe.blocks, : recipe.tokens])
     return ReconstructionReward(model, blocks.ids)
 
 
-def _name(model: PreTrainedModel) -> str:
+def _name(model: PreTrainedModel | StreamedCheckpoint) -> str:
     """The hub id, or the last part of a local path: where a folder lies is nobody else's business."""
-    source = model.config._name_or_path or type(model).__name__
+    config, fallback = structure(model).config, type(structure(model)).__name__
+    source = config._name_or_path or fallback
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from prunenet.policies.apply import Pruned, prune
     from prunenet.policies.artifact import Policy, PolicyError
     from prunenet.policies.recipe import PRESETS, Recipe
+    from prunenet.policies.stream import prune_streamed
     from prunenet.policies.train import train
+    from prunenet.streaming import StreamedCheckpoint
 
 _HOMES = {
     "UnsupportedArchitecture": "prunenet.architectures",
@@ -32,6 +34,8 @@ _HOMES = {
     "PolicyError": "prunenet.policies.artifact",
     "PRESETS": "prunenet.policies.recipe",
     "Recipe": "prunenet.policies.recipe",
+    "StreamedCheckpoint": "prunenet.streaming",
+    "prune_streamed": "prunenet.policies.stream",
     "train": "prunenet.policies.train",
 }
 __all__ = [
@@ -41,10 +45,12 @@ __all__ = [
     "PolicyError",
     "Pruned",
     "Recipe",
+    "StreamedCheckpoint",
     "UnsupportedArchitecture",
     "load_model",
     "load_tokenizer",
     "prune",
+    "prune_streamed",
     "train",
 ]
 

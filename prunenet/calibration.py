@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.demo_model import cache_folder
 from prunenet.folders import write_atomic
 from prunenet.generate import document_start, generate_blocks
+from prunenet.layers import structure
 from prunenet.provenance import TextRegime
+from prunenet.streaming import StreamedCheckpoint
 from prunenet.synthetic import random_blocks
 from prunenet.text import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
 
@@ -226,12 +228,17 @@ def calibration_for(
     return data_blocks(tokenizer, load_text(text, CalibrationText), window=tokens, seed=seed)
 
 
-def weights_sha256(model: PreTrainedModel) -> str:
+def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:
     """Hash of what the model computes with: its parameters and its configuration, less the path it came from."""
     digest = hashlib.sha256()
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    skeleton = structure(model)
+    fields = {k: v for k, v in skeleton.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
+    for name, parameter in skeleton.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        pieces: Iterable[Tensor] = [parameter.detach()]
+        if not isinstance(model, PreTrainedModel):
+            pieces = (rows for _, rows in model.stored[name].slabs())
+        for piece in pieces:
+            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

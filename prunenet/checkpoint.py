@@ -7,35 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from jaxtyping import Bool
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet import modeling
-from prunenet.architectures import architecture_for
 from prunenet.folders import CheckpointError as CheckpointError
 from prunenet.folders import new_folder
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.provenance import Provenance as Provenance
+from prunenet.sources import UNLOADABLE, config_and_class, find_folder, in_short, open_checkpoint
 from prunenet.surgery import zero_padded
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
-# What transformers raises when weights and configuration are damaged or do not belong together.
-_UNLOADABLE = (OSError, SafetensorError, StrictDataclassError, ValueError, RuntimeError, LookupError, AttributeError, TypeError)
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_model(source: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -43,7 +32,7 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "cpu") 
 
     Args:
         source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
-        dtype: one of `DTYPES`; `auto` keeps the stored one.
+        dtype: one of `prunenet.sources.DTYPES`; `auto` keeps the stored one.
         device: a torch device.
 
     Raises:
@@ -51,23 +40,14 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "cpu") 
         CheckpointError: nothing there, hub unreachable, quantised, damaged or incomplete weights, or no such device.
         ValueError: unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    fields = _read_json(_folder(source, "config.json") / "config.json")
-    if "model_type" not in fields:
-        raise CheckpointError(f"{source} is not a language model: its config.json has no model_type")
-    architecture_for(SimpleNamespace(**fields))  # type: ignore[arg-type]
-    if fields.get("quantization_config"):
-        raise CheckpointError(f"{source} is quantised, and channels of quantised layers cannot be cut; give the original model")
-    folder = _folder(source, "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
-    _check_weights(folder)
+    folder = open_checkpoint(source, dtype)
     model = _read_model(folder, dtype)
     if not Path(source).is_dir():  # what provenance records; loaded from the cache, the model would name a folder there
         model.config._name_or_path, model.config._commit_hash = str(source), folder.name
     try:
         model.to(device)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"the model cannot be put on device {device!r}: {_in_short(error)}") from error
+        raise CheckpointError(f"the model cannot be put on device {device!r}: {in_short(error)}") from error
     return model
 
 
@@ -77,19 +57,19 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    folder = _folder(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
+    folder = find_folder(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):  # transformers would make an empty one up
         raise CheckpointError(f"{source} has no tokenizer that can be read: it holds no tokenizer file")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise CheckpointError(f"{source} has no tokenizer that can be read: {_in_short(error)}") from error
+        raise CheckpointError(f"{source} has no tokenizer that can be read: {in_short(error)}") from error
     return tokenizer
 
 
 def identify(source: str | Path) -> tuple[str, str]:
     """(base_model, revision) for `Provenance`: hub id and commit, or folder name and `sha256:...` of config and weights."""
-    folder = _folder(source, "config.json")
+    folder = find_folder(source, "config.json")
     if not Path(source).is_dir():
         return str(source), folder.name
     digest = hashlib.sha256()
@@ -129,17 +109,22 @@ def save_pruned(
         ValueError: model, masks and provenance contradict each other.
     """
     _check_story(model, keep, provenance)
-    indices = {f"layers.{i}.keep": mask.nonzero().flatten().to("cpu", torch.int32) for i, mask in enumerate(keep)}
     out = Path(out)
     with new_folder(out, sum(p.numel() * p.element_size() for p in model.parameters())) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
-        save_file(indices, folder / _MASKS)
-        (folder / "README.md").write_text(provenance.card(card_text), encoding="utf-8")
+        write_story(folder, keep, provenance, card_text)
         _verify(model, folder)
     return out
+
+
+def write_story(folder: Path, keep: Sequence[Bool[Tensor, " _"]], provenance: Provenance, card_text: str | None = None) -> None:
+    """Writes what stands beside the weights: `prunenet.json`, `prunenet_masks.safetensors` and the model card."""
+    indices = {f"layers.{i}.keep": mask.nonzero().flatten().to("cpu", torch.int32) for i, mask in enumerate(keep)}
+    (folder / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
+    save_file(indices, folder / _MASKS)
+    (folder / "README.md").write_text(provenance.card(card_text), encoding="utf-8")
 
 
 def load_provenance(folder: str | Path) -> Provenance:
@@ -154,7 +139,7 @@ def load_provenance(folder: str | Path) -> Provenance:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint of prunenet: it has no {_PROVENANCE}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_in_short(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {in_short(error)}") from error
 
 
 def load_masks(folder: str | Path) -> list[Bool[Tensor, " _"]]:
@@ -165,7 +150,7 @@ def load_masks(folder: str | Path) -> list[Bool[Tensor, " _"]]:
         for index, mask in enumerate(masks):
             mask[indices[f"layers.{index}.keep"].long()] = True
     except (OSError, SafetensorError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{Path(folder) / _MASKS} is missing or damaged: {_in_short(error)}") from error
+        raise CheckpointError(f"{Path(folder) / _MASKS} is missing or damaged: {in_short(error)}") from error
     return masks
 
 
@@ -197,56 +182,9 @@ def _check_story(model: PreTrainedModel, keep: Sequence[Tensor], provenance: Pro
         raise ValueError(f"masks are for layers of {dense} channels, provenance says {list(provenance.dense_widths)}")
 
 
-def _folder(source: str | Path, *patterns: str) -> Path:
-    """The local folder of a source; files of a hub id that match the patterns are fetched, or found in the cache."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{source} is a file; give the folder that holds config.json and model.safetensors")
-    if isinstance(source, Path) or str(source).startswith((".", "/", "~")):
-        raise CheckpointError(f"folder {source} does not exist; check the path")
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{source!r} is neither a folder here nor available from the Hugging Face hub ({_in_short(error)}); "
-            "check the spelling and the connection, or give the path of a downloaded checkpoint"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {_in_short(error)}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} is damaged: it does not hold a JSON object")
-    return fields
-
-
-def _check_weights(folder: Path) -> None:
-    names = [_WEIGHTS]
-    if (folder / _INDEX).exists() and not (folder / _WEIGHTS).exists():
-        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; only complete safetensors checkpoints are read")
-        try:
-            with safe_open(folder / name, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / name} is damaged ({_in_short(error)}); fetch it again") from error
-
-
 def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTrainedModel:
+    config, kind = config_and_class(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        if hasattr(config, "per_layer_ffn"):
-            kind = getattr(modeling, modeling.PREFIX + kind.__name__)
         model, found = kind.from_pretrained(
             folder,
             config=config,
@@ -256,8 +194,8 @@ def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTr
             output_loading_info=True,
             attn_implementation=attention,
         )
-    except _UNLOADABLE as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_in_short(error)}") from error
+    except UNLOADABLE as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{folder} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}; fetch it again")
     assert isinstance(model, PreTrainedModel)
@@ -285,8 +223,3 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     difference = float((first - fresh(**inputs).logits).abs().max())
     if not difference == 0:
         raise CheckpointError(f"{folder.name} was not saved: after a reload its logits differ by up to {difference}, not 0")
-
-
-def _in_short(error: BaseException) -> str:
-    """The message on one line; libraries write paragraphs."""
-    return textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,7 @@ from rich.markup import escape
 from prunenet import tables
 from prunenet.compare.command import compare
 from prunenet.console import errors, one_sentence, show
+from prunenet.inputs import blocks_for, check_reward_inputs, check_streamable, open_model, tokenizer_of
 from prunenet.options import (
     Algorithm,
     CalibrationSource,
@@ -38,17 +39,13 @@ from prunenet.options import (
     Refit,
     RewardName,
     SpectralDistance,
+    Stream,
     Text,
     TrainWidths,
     Updates,
     Widths,
     Window,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from prunenet.calibration import Blocks
 
 app = typer.Typer(
     help="Learns once per model family which FFN channels matter, and cuts any model of that family to any size.",
@@ -77,13 +74,13 @@ def train(
     widths: TrainWidths = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
+    stream: Stream = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Train a policy on a model; apply it afterwards, by default from weights alone, at any ratio."""
     with one_sentence():
-        from prunenet.checkpoint import load_model
         from prunenet.policies.recipe import recipe_for, widths_recipe
         from prunenet.policies.train import check_run
         from prunenet.policies.train import train as learn
@@ -92,11 +89,12 @@ def train(
         given |= {"features": features, "distance": distance, "learning_rate": learning_rate, "seed": seed}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
         where = None if widths == "uniform" or (widths is None and preset != "default") else widths_recipe(seed)
-        _check_inputs(recipe.reward, recipe.features, moments, text, distance)
-        check_run(out, resume)
-        dense = load_model(model, dtype=dtype, device=device)
+        check_reward_inputs(recipe.reward, recipe.features, moments, text, distance)
         reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"} or recipe.features == "moments"
-        blocks = _blocks(dense, model, moments or "self", text or "builtin", 0) if reads else None
+        check_streamable(stream, reads, "say --preset spectral as well")
+        check_run(out, resume)
+        dense = open_model(model, stream, dtype=dtype, device=device)
+        blocks = blocks_for(dense, model, moments or "self", text or "builtin", 0) if reads else None
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(dense, recipe, where=where, out=out, resume=resume, blocks=blocks, progress=advance)
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
@@ -121,43 +119,41 @@ def prune(
     refit: Refit = None,
     round_to: Annotated[int, typer.Option("--round", help="Widths are multiples of this.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the text that the model writes, or of the windows drawn.")] = 0,
+    stream: Stream = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Cut a model to any size into an ordinary checkpoint, by default without any data from outside."""
     with one_sentence():
-        from prunenet.checkpoint import load_model
         from prunenet.folders import check_absent
-        from prunenet.policies.apply import check_amount, check_choices, check_size
-        from prunenet.policies.apply import prune as cut
+        from prunenet.layers import structure
+        from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
+        from prunenet.policies.stream import prune_streamed
+        from prunenet.streaming import StreamedCheckpoint
 
-        check_amount(ratio, params)
+        apply.check_amount(ratio, params)
         check_absent(out)
         if text and moments != "data":
             raise ValueError("--text is read with --moments data only: add that, or leave --text out")
-        dense = load_model(model, dtype=dtype, device=device)
-        trained, name = policy_for(policy, dense.config.model_type)
-        check_choices(trained, moments != "none", widths, channels, refit)
-        check_size(dense, ratio, params, round_to)
-        blocks = None if moments == "none" else _blocks(dense, model, moments, text or "builtin", seed)
-        with tables.stages(errors) as advance:
-            pruned = cut(
-                dense,
-                trained,
-                ratio=ratio,
-                params=params,
-                round_to=round_to,
-                widths=widths,
-                blocks=blocks,
-                channels=channels,
-                refit=refit,
-                policy_name=name,
-                progress=advance,
-            )
-        pruned.save_pretrained(out, tokenizer=_tokenizer(model))
-        facts = tables.provenance_facts(pruned.provenance, out)
+        check_streamable(stream, moments != "none", "say --moments none as well")
+        dense = open_model(model, stream, dtype=dtype, device=device)
+        trained, name = policy_for(policy, structure(dense).config.model_type)
+        apply.check_choices(trained, moments != "none", widths, channels, refit)
+        apply.check_size(structure(dense), ratio, params, round_to)
+        same: dict[str, Any] = {"ratio": ratio, "params": params, "round_to": round_to, "widths": widths, "policy_name": name}
+        if isinstance(dense, StreamedCheckpoint):
+            assert trained is not None, "check_choices"
+            with tables.stages(errors) as advance:
+                story = prune_streamed(dense, out, trained, tokenizer=tokenizer_of(model), progress=advance, **same)
+        else:
+            blocks = None if moments == "none" else blocks_for(dense, model, moments, text or "builtin", seed)
+            with tables.stages(errors) as advance:
+                pruned = apply.prune(dense, trained, blocks=blocks, channels=channels, refit=refit, progress=advance, **same)
+            pruned.save_pretrained(out, tokenizer=tokenizer_of(model))
+            story = pruned.provenance
+        facts = tables.provenance_facts(story, out)
         show(facts, as_json, lambda: tables.facts("pruned model", facts))
 
 
@@ -263,34 +259,3 @@ def main() -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     app()
-
-
-def _blocks(dense: PreTrainedModel, source: str, moments: Literal["self", "data"], text: str, seed: int) -> Blocks:
-    from prunenet.calibration import calibration_for
-    from prunenet.checkpoint import load_tokenizer
-
-    with tables.progress(errors, "text") as advance:
-        return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
-
-
-def _check_inputs(reward: str, features: str, moments: str | None, text: str | None, distance: str | None) -> None:
-    """Raises ValueError for an option that this run would not read."""
-    if reward == "spectral" and features == "weights" and (moments or text):
-        raise ValueError(
-            "the spectral reward reads weights alone: leave --moments and --text out, or say --reward reconstruction"
-        )
-    if reward == "reconstruction" and distance:
-        raise ValueError("--distance belongs to the spectral reward: say --preset spectral as well, or leave it out")
-    if text and moments != "data":
-        raise ValueError("--text is read with --moments data only: add that, or leave --text out")
-
-
-def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """A checkpoint without a tokenizer can be cut all the same."""
-    from prunenet.checkpoint import CheckpointError, load_tokenizer
-
-    try:
-        return load_tokenizer(source)
-    except CheckpointError as error:
-        errors.print(f"note: {escape(str(error))}; the pruned checkpoint gets none either")
-        return None

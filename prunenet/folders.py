@@ -22,6 +22,13 @@ def check_absent(out: Path) -> None:
         raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
 
 
+def check_room(out: Path, needed: int) -> None:
+    """Raises CheckpointError where the disk that `out` will be on has less than `needed` bytes free."""
+    home = next(parent for parent in out.absolute().parents if parent.exists())
+    if shutil.disk_usage(home).free < needed:
+        raise _disk_full(out, needed, home)
+
+
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
     """Yields a folder that becomes `out` when the block succeeds and is removed, with all in it, when it does not.
@@ -34,10 +41,9 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         CheckpointError: `out` exists, the disk is full, or the folder cannot be written.
     """
     check_absent(out)
+    check_room(out, needed)
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     home = out.absolute().parents[len(missing)]
-    if shutil.disk_usage(home).free < needed:
-        raise _disk_full(out, needed, home)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # What tempfile makes is closed to others; the folder inside it has the usual permissions.

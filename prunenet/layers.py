@@ -1,10 +1,10 @@
-"""Walks a model and yields the FFN of one decoder layer at a time, as views on the model's own weights."""
+"""Walks a model and yields the FFN of one decoder layer at a time: views on weights in memory, or copies read from disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -58,6 +58,69 @@ class FFN:
         return slices * self.d_model + biases
 
 
+@runtime_checkable
+class Table(Protocol):
+    """Rows of an embedding matrix, (vocabulary, width): a tensor, or a `prunenet.shards.StoredTensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A model whose weights stay on disk and are read one layer at a time; see `prunenet.streaming.StreamedCheckpoint`."""
+
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: structure, shapes and configuration, no weights."""
+        ...
+
+    def ffn(self, index: int) -> FFN:
+        """One layer's weights, a copy; whoever lets go of it frees the memory."""
+        ...
+
+    def tables(self) -> tuple[Table, Table | None]:
+        """As `tables` below."""
+        ...
+
+
+Weights = PreTrainedModel | Streamed
+
+
+def structure(model: Weights) -> PreTrainedModel:
+    """The model, or what stands for it where its weights are on disk: shapes and configuration, to read no weight from."""
+    return model if isinstance(model, PreTrainedModel) else model.skeleton
+
+
+def ffn_at(model: Weights, index: int) -> FFN:
+    """The FFN of one layer.
+
+    Raises:
+        UnsupportedArchitecture: see `decoder_layers`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return model.ffn(index)
+    architecture = architecture_for(model.config)
+    return read_ffn(decoder_layers(model, architecture)[index], index, architecture)
+
+
+def tables(model: Weights) -> tuple[Table, Table | None]:
+    """(input embeddings, output embeddings); the second is None where it is the first, or where there is none."""
+    if not isinstance(model, PreTrainedModel):
+        return model.tables()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    rows = table.get_parameter("weight").detach()
+    columns = None if head is None else head.get_parameter("weight").detach()
+    return rows, None if columns is None or columns.data_ptr() == rows.data_ptr() else columns
+
+
 def decoder_layers(model: PreTrainedModel, architecture: Architecture | None = None) -> nn.ModuleList:
     """The decoder layers of a causal LM.
 
@@ -105,20 +168,19 @@ def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
     )
 
 
-def iter_ffns(model: PreTrainedModel) -> Iterator[FFN]:
+def iter_ffns(model: Weights) -> Iterator[FFN]:
     """Yields the FFN of each decoder layer, first to last.
 
     Raises:
         UnsupportedArchitecture: see `decoder_layers`.
     """
-    architecture = architecture_for(model.config)
-    for index, layer in enumerate(decoder_layers(model, architecture)):
-        yield read_ffn(layer, index, architecture)
+    for index in range(len(decoder_layers(structure(model)))):
+        yield ffn_at(model, index)
 
 
-def ffn_widths(model: PreTrainedModel) -> list[int]:
+def ffn_widths(model: Weights) -> list[int]:
     """Number of FFN channels of each layer."""
-    return [ffn.d_ff for ffn in iter_ffns(model)]
+    return [ffn.d_ff for ffn in iter_ffns(structure(model))]
 
 
 def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
@@ -127,10 +189,11 @@ def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
     return [_linear(layer, architecture.down) for layer in decoder_layers(model, architecture)]
 
 
-def activation(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def activation(model: Weights) -> Callable[[Tensor], Tensor]:
     """The function act, element by element, of the model's FFNs: h = act(gate) * up, or act(up) where there is no gate."""
     fields = ("hidden_activation", "hidden_act", "activation_function", "activation")
-    found = next((name for field in fields if (name := getattr(model.config, field, None))), "silu")
+    config = structure(model).config
+    found = next((name for field in fields if (name := getattr(config, field, None))), "silu")
     act: Callable[[Tensor], Tensor] = ACT2FN[found]
     return act
 

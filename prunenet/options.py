@@ -69,6 +69,10 @@ Channels = Annotated[
     typer.Option(help="Who chooses them: policy (the default) or elimination (from activations)."),
 ]
 Refit = Annotated[str | None, typer.Option(help="off, layerwise (the default with moments) or sequential: least squares.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Read (and write) weights layer by layer, for models larger than memory; weights alone."),
+]
 PruneMoments = Annotated[
     Literal["none", "self", "data"],
     typer.Option("--moments", help="none (weights alone), self (text that the model writes) or data (see --text)."),

@@ -117,8 +117,10 @@ class SpectralReference:
     eigenvalues: Float64[Tensor, " side"]
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "d_ff d_model"]) -> SpectralReference:
-        """Reads one matrix.
+    def of(
+        cls, weight: Float[Tensor, "d_ff d_model"], eigenvalues: Float64[Tensor, " side"] | None = None
+    ) -> SpectralReference:
+        """Reads one matrix; `eigenvalues`, where they were kept from an earlier reading, are the costly half of it.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
@@ -126,7 +128,7 @@ class SpectralReference:
         matrix = gram(weight)
         if not torch.isfinite(matrix).all():
             raise ValueError("a weight matrix holds NaN or infinite values; the checkpoint is damaged, load another")
-        return cls(weight, matrix, _eigenvalues(matrix))
+        return cls(weight, matrix, _eigenvalues(matrix) if eigenvalues is None else eigenvalues)
 
     @property
     def values(self) -> Float64[Tensor, " side"]:

@@ -16,15 +16,16 @@ Measured on SmolLM2-135M (4k tokens of English): the rank correlation of expecte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.functional import normalize
 
-from prunenet.layers import FFN, activation, decoder_layers, iter_ffns
+from prunenet.layers import FFN, Weights, activation, decoder_layers, ffn_at, structure, tables
+from prunenet.residual import ResidualStream, moments, normalised
 
 # A policy stores both and refuses other values. Raise the version when a statistic changes its meaning.
 STATISTICS_VERSION = 1
@@ -60,7 +61,7 @@ _PerChannel = Float32[Tensor, " d_ff"]
 _Square = Float32[Tensor, "d_model d_model"]
 
 
-def channel_statistics(model: PreTrainedModel) -> list[Float32[Tensor, "_ n_stats"]]:
+def channel_statistics(model: Weights) -> list[Float32[Tensor, "_ n_stats"]]:
     """Standardised statistics of every FFN channel: (d_ff, len(STATISTICS)) for each layer, on the layer's device.
 
     Values lie in [-4, 4] and are never NaN; a statistic that is constant in a layer, or that the family does not have (the
@@ -72,73 +73,73 @@ def channel_statistics(model: PreTrainedModel) -> list[Float32[Tensor, "_ n_stat
         UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
         ValueError: a weight is NaN or infinite.
     """
-    act, stream, result = activation(model), _Stream(model), []
-    for ffn in iter_ffns(model):
-        stream.read_attention(ffn)
-        slices = _slices(ffn)
-        if not all(torch.isfinite(matrix).all() for matrix in (*slices.values(), stream.moment, stream.attention)):
-            raise ValueError(f"weights of layer {ffn.index} or the embeddings are NaN or infinite; the checkpoint is damaged")
-        energy, raw = _energies(ffn, slices, _normalised(stream.moment), act)
-        raw |= _slice_statistics(slices, stream)
-        unit = {name: torch.nn.functional.normalize(rows, dim=-1) for name, rows in slices.items()}
-        raw |= {"down_twin": _twin([unit.pop("down")]), "input_twin": _twin(list(unit.values()))}
-        raw |= {name: bias.float() for name in ("gate_bias", "up_bias") if (bias := getattr(ffn, name)) is not None}
-        columns = torch.stack([raw.get(name, torch.zeros_like(energy)) for name in STATISTICS], dim=-1)
-        result.append(standardised(columns))
-        stream.read_ffn(ffn, energy)
-    return result
+    return [statistics for statistics, _ in observe(model)]
 
 
-def layer_context(model: PreTrainedModel) -> Float32[Tensor, "layers n_context"]:
+def layer_context(model: Weights) -> Float32[Tensor, "layers n_context"]:
     """What a policy knows about a layer as a whole, (layers, len(CONTEXT)), each in [-4, 4], on the embeddings' device.
 
     Raises:
         UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
     """
-    table = model.get_input_embeddings().get_parameter("weight").detach()
-    written, rows = float(_second_moment(table).trace()), []
-    last = len(decoder_layers(model)) - 1
-    for ffn in iter_ffns(model):
-        slices = _slices(ffn)
+    table, _ = tables(model)
+    written, rows, layers = float(moments(table)[0].trace()), [], len(decoder_layers(structure(model)))
+    for index in range(layers):
+        slices = _slices(ffn_at(model, index))
         norms = torch.stack([_log(of_slice.square().sum(-1)) / 2 for of_slice in slices.values()]).sum(0)
-        spread = float(_log(norms.std(correction=0)))
-        grams = [slices[name].T @ slices[name] for name in ("up", "down")]
-        leading = [_leading(gram / gram.trace().clamp_min(_TINY), min(8, len(gram)))[0] for gram in grams]
-        spectra = [*(float(_log(values.sum())) for values in leading), -float(_log(leading[1][-1] * ffn.d_model))]
-        write, depth = float(grams[1].trace()), ffn.index / max(last, 1)
-        place = [depth, 1 - depth, math.exp(-ffn.index), math.exp(ffn.index - last)]
-        rows.append([*place, spread, *spectra, math.log((write + _TINY) / (written + _TINY))])
-        written += write
-    return torch.tensor(rows, dtype=torch.float32, device=table.device).clamp(-_BOUND, _BOUND)
+        grams = {name: slices[name].T @ slices[name] for name in ("up", "down")}
+        row, written = _context_row(index, layers, norms, grams, written)
+        rows.append(row)
+    return torch.stack(rows).to(table.device)
 
 
-class _Stream:
-    """Second moments of the residual stream in front of one layer after the other; d_model x d_model matrices only."""
+def observe(model: Weights) -> Iterator[tuple[Float32[Tensor, "_ n_stats"], Float32[Tensor, " n_context"]]]:
+    """Yields (`channel_statistics`, row of `layer_context`) of each layer, first to last, in one pass over the weights.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        table, head = (getattr(model, f"get_{side}_embeddings")() for side in ("input", "output"))
-        self.moment = _second_moment(table.weight.detach())
-        self.mean = torch.nn.functional.normalize(table.weight.detach().float().mean(0), dim=0)
-        self.embedding = self.unembedding = _normalised(self.moment)
-        if head is not None and head.weight.data_ptr() != table.weight.data_ptr():
-            self.unembedding = _normalised(_second_moment(head.weight.detach()))
-        self.attention = torch.zeros_like(self.moment)
+    Memory holds one layer (its weights, a copy in float32 and what is computed from it) and a few d_model x d_model matrices.
 
-    def read_attention(self, ffn: FFN) -> None:
-        """Moves to the layer's device and adds what its attention writes."""
-        if len(self.moment) != ffn.d_model:  # embeddings of another width (opt-350m): what they add is unknown
-            self.moment = self.embedding = self.unembedding = torch.eye(ffn.d_model)
-            self.mean, self.attention = torch.zeros(ffn.d_model), torch.zeros_like(self.moment)
-        for name in ("moment", "mean", "embedding", "unembedding", "attention"):
-            setattr(self, name, getattr(self, name).to(ffn.up.device))
-        if ffn.attention_out is not None:
-            rows = ffn.attention_out.float()
-            self.attention = self.attention + rows @ rows.T
+    Raises:
+        As `channel_statistics`.
+    """
+    act, stream, layers = activation(model), ResidualStream(*tables(model)), len(decoder_layers(structure(model)))
+    written = stream.energy
+    for index in range(layers):
+        statistics, norms, grams = _observed(ffn_at(model, index), stream, act)
+        row, written = _context_row(index, layers, norms, grams, written)
+        yield statistics, row
 
-    def read_ffn(self, ffn: FFN, energy: _PerChannel) -> None:
-        """Adds what the FFN writes, given E[h^2] of its channels."""
-        columns = ffn.down.float() * energy.sqrt()
-        self.moment = self.moment + columns @ columns.T
+
+def _observed(
+    ffn: FFN, stream: ResidualStream, act: Callable[[Tensor], Tensor]
+) -> tuple[Float32[Tensor, "d_ff n_stats"], _PerChannel, dict[str, _Square]]:
+    """(statistics, log product norms, W^T W of each slice) of a layer, which the stream then has passed."""
+    stream.read_attention(ffn)
+    slices = _slices(ffn)
+    if not all(torch.isfinite(matrix).all() for matrix in (*slices.values(), stream.moment, stream.attention)):
+        raise ValueError(f"weights of layer {ffn.index} or the embeddings are NaN or infinite; the checkpoint is damaged")
+    grams = {name: rows.T @ rows for name, rows in slices.items()}
+    energy, raw = _energies(ffn, slices, normalised(stream.moment), act)
+    raw |= _slice_statistics(slices, grams, stream)
+    raw["down_twin"] = _twin([normalize(slices["down"], dim=-1)])
+    raw["input_twin"] = _twin([normalize(slices[name], dim=-1) for name in ("gate", "up") if name in slices])
+    raw |= {name: bias.float() for name in ("gate_bias", "up_bias") if (bias := getattr(ffn, name)) is not None}
+    columns = torch.stack([raw.get(name, torch.zeros_like(energy)) for name in STATISTICS], dim=-1)
+    stream.read_ffn(ffn, energy)
+    return standardised(columns), raw["product_norm"], grams
+
+
+def _context_row(
+    index: int, layers: int, norms: _PerChannel, grams: dict[str, _Square], written: float
+) -> tuple[Float32[Tensor, " n_context"], float]:
+    """(row of CONTEXT, `written` with what this layer adds)."""
+    spread = float(_log(norms.std(correction=0)))
+    pair = [grams[name] for name in ("up", "down")]
+    leading = [_leading(gram / gram.trace().clamp_min(_TINY), min(8, len(gram)))[0] for gram in pair]
+    spectra = [*(float(_log(values.sum())) for values in leading), -float(_log(leading[1][-1] * len(pair[1])))]
+    write, depth = float(pair[1].trace()), index / max(layers - 1, 1)
+    place = [depth, 1 - depth, math.exp(-index), math.exp(index - layers + 1)]
+    row = [*place, spread, *spectra, math.log((write + _TINY) / (written + _TINY))]
+    return torch.tensor(row, dtype=torch.float32, device=norms.device).clamp(-_BOUND, _BOUND), written + write
 
 
 def _slices(ffn: FFN) -> dict[str, _Rows]:
@@ -148,12 +149,12 @@ def _slices(ffn: FFN) -> dict[str, _Rows]:
     return slices | {"up": ffn.up.float() * scale, "down": ffn.down.float().T.contiguous()}
 
 
-def _slice_statistics(slices: dict[str, _Rows], stream: _Stream) -> dict[str, _PerChannel]:
+def _slice_statistics(slices: dict[str, _Rows], grams: dict[str, _Square], stream: ResidualStream) -> dict[str, _PerChannel]:
     """What one slice of the channel says alone."""
     result = {}
-    attention = _normalised(stream.attention)
+    attention = normalised(stream.attention)
     for name, rows in slices.items():
-        squared, gram = rows.square().sum(-1), rows.T @ rows
+        squared, gram = rows.square().sum(-1), grams[name]
         mean_square = squared / rows.shape[-1]
         result[f"{name}_norm"] = _log(squared) / 2
         result[f"{name}_leverage"] = _log(_leverage(rows, gram))
@@ -277,17 +278,3 @@ def _log(values: Tensor) -> Tensor:
 def _quadratic(rows: _Rows, matrix: _Square) -> _PerChannel:
     """r^T M r of each row."""
     return ((rows @ matrix) * rows).sum(-1)
-
-
-def _normalised(moment: _Square) -> _Square:
-    """Scaled to a trace of d_model; zero stays zero."""
-    return moment * (len(moment) / moment.trace().clamp_min(_TINY))
-
-
-def _second_moment(table: Float[Tensor, "vocabulary width"]) -> Float32[Tensor, "width width"]:
-    """Mean outer product of the rows, a slab at a time: a half-precision table is never copied whole."""
-    moment = torch.zeros(table.shape[1], table.shape[1], device=table.device)
-    for start in range(0, len(table), 8192):
-        rows = table[start : start + 8192].float()
-        moment += rows.T @ rows
-    return moment / len(table)

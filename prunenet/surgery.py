@@ -89,6 +89,8 @@ def set_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     config.per_layer_config = None
     for name in ("per_layer_ffn", "auto_map"):
         config.__dict__.pop(name, None)
+    # How transformers renamed tensors when it read them for the dense class: per-layer classes are saved and read as they are.
+    model.__dict__.pop("_weight_conversions", None)
     setattr(config, architecture.width, max(widths))
     stock = getattr(type(model), "stock_class", type(model))
     if len(set(widths)) == 1:
@@ -139,8 +141,8 @@ def _pick(layer: nn.Module, channels: Int[Tensor, " width"], d_ff: int, architec
 
 
 def _select(parameter: Tensor, dim: int, index: Int[Tensor, " n"]) -> nn.Parameter:
-    index = index.to(parameter.device)
-    chosen = parameter.detach().index_select(dim, index.clamp_min(0)).index_fill_(dim, (index < 0).nonzero().flatten(), 0)
+    blank = (index < 0).nonzero().flatten().to(parameter.device)  # before the move: on the meta device nothing can be counted
+    chosen = parameter.detach().index_select(dim, index.clamp_min(0).to(parameter.device)).index_fill_(dim, blank, 0)
     return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from prunenet import checkpoint, folders
+from prunenet import checkpoint, folders, sources
 from prunenet.architectures import UnsupportedArchitecture
 from prunenet.checkpoint import (
     CheckpointError,
@@ -270,13 +270,11 @@ def test_a_hub_id_without_a_hub_is_one_clear_sentence(load, source) -> None:
 def test_a_hub_model_is_refused_by_its_configuration_before_its_weights_are_fetched(stored, tmp_path, monkeypatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
     asked = []
-    monkeypatch.setattr(
-        checkpoint, "snapshot_download", lambda _id, allow_patterns, **_: asked.append(allow_patterns) or tmp_path
-    )
+    monkeypatch.setattr(sources, "snapshot_download", lambda _id, allow_patterns, **_: asked.append(allow_patterns) or tmp_path)
     with pytest.raises(UnsupportedArchitecture, match="mixture of experts"):
         load_model("some/mixture")
     assert asked == [["config.json"]]
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: str(stored))
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(stored))
     assert ffn_widths(load_model("some/model")) == [32] * LAYERS
     assert identify("some/model") == ("some/model", stored.name)
 

@@ -1,0 +1,70 @@
+"""What the commands read: a model in memory or streamed, its tokenizer, the text to measure activations on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rich.markup import escape
+
+from prunenet import tables
+from prunenet.console import errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prunenet.calibration import Blocks
+    from prunenet.streaming import StreamedCheckpoint
+
+
+def open_model(source: str, stream: bool, *, dtype: str, device: str) -> PreTrainedModel | StreamedCheckpoint:
+    """The model, loaded or to be read layer by layer. Raises as `checkpoint.load_model`."""
+    if stream:
+        from prunenet.streaming import StreamedCheckpoint
+
+        return StreamedCheckpoint.open(source, dtype=dtype, device=device)
+    from prunenet.checkpoint import load_model
+
+    return load_model(source, dtype=dtype, device=device)
+
+
+def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:
+    """Raises ValueError where activations would be measured on a model that is not in memory; `remedy`: what to say instead."""
+    if stream and reads_text:
+        raise ValueError(f"--stream holds one layer of the model at a time, so nothing can be measured on text: {remedy}")
+
+
+def blocks_for(
+    dense: PreTrainedModel | StreamedCheckpoint, source: str, moments: Literal["self", "data"], text: str, seed: int
+) -> Blocks:
+    """Token blocks to measure activations on; writing them shows progress."""
+    from transformers import PreTrainedModel
+
+    from prunenet.calibration import calibration_for
+    from prunenet.checkpoint import load_tokenizer
+
+    assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
+    with tables.progress(errors, "text") as advance:
+        return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
+
+
+def check_reward_inputs(reward: str, features: str, moments: str | None, text: str | None, distance: str | None) -> None:
+    """Raises ValueError for an option that this training would not read."""
+    if reward == "spectral" and features == "weights" and (moments or text):
+        raise ValueError(
+            "the spectral reward reads weights alone: leave --moments and --text out, or say --reward reconstruction"
+        )
+    if reward == "reconstruction" and distance:
+        raise ValueError("--distance belongs to the spectral reward: say --preset spectral as well, or leave it out")
+    if text and moments != "data":
+        raise ValueError("--text is read with --moments data only: add that, or leave --text out")
+
+
+def tokenizer_of(source: str) -> PreTrainedTokenizerBase | None:
+    """A checkpoint without a tokenizer can be cut all the same."""
+    from prunenet.checkpoint import CheckpointError, load_tokenizer
+
+    try:
+        return load_tokenizer(source)
+    except CheckpointError as error:
+        errors.print(f"note: {escape(str(error))}; the pruned checkpoint gets none either")
+        return None
