@@ -121,7 +121,7 @@ def prune(
         ratio=ratio,
         seed=None if policy is None else policy.config.recipe.get("seed"),
         how=how | ({} if blocks is None else {"text": dict(blocks.source)}),
-        **_base(model),
+        **base_of(model),
     )
     return Pruned(narrow, cut.keep, provenance)
 
@@ -227,7 +227,8 @@ def check_amount(ratio: float | None, params: float | None) -> None:
         raise ValueError(f"share of parameters must be in [0, 1), got {params}")
 
 
-def _base(model: PreTrainedModel) -> dict[str, Any]:
+def base_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Base model and revision, for `Provenance`."""
     source = model.config._name_or_path
     if source and Path(source).is_dir():
         name, revision = identify(source)

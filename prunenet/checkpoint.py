@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet import modeling
+from prunenet import modeling, sliced_modeling
 from prunenet.architectures import architecture_for
 from prunenet.folders import CheckpointError as CheckpointError
 from prunenet.folders import new_folder
@@ -176,6 +176,8 @@ def export_padded(folder: str | Path, out: str | Path) -> Path:
     CheckpointError where the widths are the same in all layers already.
     """
     provenance = load_provenance(folder)
+    if provenance.residual_widths is not None:
+        raise CheckpointError(f"{folder} has a sliced residual stream, which stock loaders cannot read, padded or not")
     if len(set(provenance.widths)) == 1 or provenance.padded_to is not None:
         raise CheckpointError(f"{folder} has one width for all layers already; stock loaders read it as it is")
     model = zero_padded(load_model(folder))
@@ -247,6 +249,8 @@ def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTr
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         if hasattr(config, "per_layer_ffn"):
             kind = getattr(modeling, modeling.PREFIX + kind.__name__)
+        elif hasattr(config, "residual_widths"):
+            kind = getattr(sliced_modeling, sliced_modeling.PREFIX + kind.__name__)
         model, found = kind.from_pretrained(
             folder,
             config=config,

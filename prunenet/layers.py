@@ -109,16 +109,25 @@ def iter_ffns(model: PreTrainedModel) -> Iterator[FFN]:
     """Yields the FFN of each decoder layer, first to last.
 
     Raises:
-        UnsupportedArchitecture: see `decoder_layers`.
+        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced (`prunenet.sliced_modeling`).
     """
+    check_whole(model)
     architecture = architecture_for(model.config)
     for index, layer in enumerate(decoder_layers(model, architecture)):
         yield read_ffn(layer, index, architecture)
 
 
+def check_whole(model: PreTrainedModel) -> None:
+    """Raises UnsupportedArchitecture where the residual stream is sliced: FFNs then read and write different directions."""
+    if hasattr(model.config, "residual_widths"):
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} has a sliced residual stream and is not cut any further; give the dense model"
+        )
+
+
 def ffn_widths(model: PreTrainedModel) -> list[int]:
     """Number of FFN channels of each layer."""
-    return [ffn.d_ff for ffn in iter_ffns(model)]
+    return [linear.in_features for linear in down_linears(model)]
 
 
 def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
