@@ -14,7 +14,7 @@ import copy
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Float64
@@ -23,10 +23,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunenet import sliced_modeling
 from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
-from prunenet.layers import check_whole, count_parameters, decoder_layers, ffn_widths
+from prunenet.layers import check_whole, decoder_layers, ffn_widths
 
 DAMPING = 0.01
 """Of the mean diagonal, added to a covariance's diagonal. It moves eigenvalues and no eigenvector."""
+
+# Attention and FFN of a layer: the module, the linear by which it writes, the norm in front, its shortcut in the sliced model.
+_BLOCKS = (
+    ("self_attn", "o_proj", "input_layernorm", "attention_shortcut"),
+    ("mlp", "down_proj", "post_attention_layernorm", "ffn_shortcut"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +93,7 @@ def check_rotatable(model: PreTrainedModel) -> None:
         )
 
 
-def covariance(parts: Iterable[Float[Tensor, "*batch d_model"]]) -> Float64[Tensor, "d_model d_model"]:
+def covariance(parts: Iterable[Float[Tensor, "... d_model"]]) -> Float64[Tensor, "d_model d_model"]:
     """X^T X + 0.01 mean(diag(X^T X)) I in float64, X all rows of all parts (paper section 3.3; the damping is the code's)."""
     total: Tensor | None = None
     for part in parts:
@@ -116,9 +122,18 @@ def residual_widths(layers: int, d_model: int, width: int, *, slice_head: bool =
 
 def parameters_at(model: PreTrainedModel, widths: Sequence[int]) -> int:
     """Parameters that the sliced model has: sum of numel, shortcuts and the LM head included, which is never tied."""
-    with torch.device("meta"):
-        sliced: PreTrainedModel = _sliced_class(model)(_config(model, widths))
-    return count_parameters(sliced)[0]
+    d_model, source = model.config.hidden_size, cast(Any, model)
+    total = len(source.model.embed_tokens.weight) * widths[0] + len(source.lm_head.weight) * widths[-1]
+    for layer, *points in zip(decoder_layers(model), widths[:-1:2], widths[1::2], widths[2::2], strict=True):
+        total += sum(parameter.numel() for parameter in layer.parameters()) - 2 * d_model  # norms lose their scales
+        for (name, output, *_), before, behind in zip(_BLOCKS, points, points[1:], strict=False):
+            total += before * behind
+            for child, linear in _linears(layer.get_submodule(name)).items():
+                if child == output:
+                    total -= (d_model - behind) * (linear.in_features + (linear.bias is not None))
+                else:
+                    total -= (d_model - before) * linear.out_features
+    return int(total)
 
 
 def width_for(model: PreTrainedModel, parameters: int, *, round_to: int = 8, slice_head: bool = False) -> int:
@@ -170,8 +185,8 @@ def unrotated(model: PreTrainedModel, widths: Sequence[int]) -> PreTrainedModel:
 def blocks_of(model: PreTrainedModel, sliced: PreTrainedModel) -> Iterator[tuple[Block, Block]]:
     """(attention, FFN) of each layer of a dense model and of its `unrotated` copy."""
     for dense, copied in zip(decoder_layers(model), decoder_layers(sliced), strict=True):
-        attention = _block(model, dense, copied, "self_attn", "o_proj", "input_layernorm", "attention_shortcut")
-        yield attention, _block(model, dense, copied, "mlp", "down_proj", "post_attention_layernorm", "ffn_shortcut")
+        attention, ffn = (_block(model, dense, copied, *names) for names in _BLOCKS)
+        yield attention, ffn
 
 
 def rotate_ends(
@@ -196,13 +211,15 @@ def _block(
     model: PreTrainedModel, dense: nn.Module, copied: nn.Module, name: str, output: str, norm: str, shortcut: str
 ) -> Block:
     source, target = dense.get_submodule(name), copied.get_submodule(name)
-    pairs: dict[str, Any] = {
-        child: (module, target.get_submodule(child)) for child, module in source.named_children() if isinstance(module, nn.Linear)
-    }
+    pairs: dict[str, Any] = {child: (linear, target.get_submodule(child)) for child, linear in _linears(source).items()}
     scale = dense.get_submodule(norm).get_parameter("weight").detach() + architecture_for(model.config).norm_offset
     link: Any = copied.get_submodule(shortcut)
     wrote = pairs.pop(output)
     return Block(tuple(pairs.values()), wrote, scale, link, float(getattr(model.config, "residual_multiplier", 1.0)))
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_children() if isinstance(module, nn.Linear)}
 
 
 def _sliced_class(model: PreTrainedModel) -> Any:

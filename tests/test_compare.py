@@ -151,6 +151,7 @@ def legal(moments: str | None = None) -> list[Spec]:
         ("prunenet-weights", Spec("prunenet-weights", "learned", None, "off")),
         ("elimination@builtin", Spec("elimination", "uniform", "builtin", "layerwise")),
         ("wanda_sp@me/wiki:raw:train", Spec("wanda_sp", "uniform", "me/wiki:raw:train", "off")),
+        ("slicegpt", Spec("slicegpt", "uniform", "self", "off")),
         ("wanda_sp@./a+b.txt+off", Spec("wanda_sp", "uniform", "./a+b.txt", "off")),
         ("wanda_sp@./a+b.txt", Spec("wanda_sp", "uniform", "./a+b.txt", "off")),
     ],
@@ -187,6 +188,8 @@ def test_names_come_from_the_tables():
         ("random@ptb", ["no part of it reads text", "leave @ptb out"]),
         ("folding:global", ["no scores for global", "owl"]),
         ("folding+layerwise", ["not refitted"]),
+        ("slicegpt:owl", ["nothing to allocate"]),
+        ("slicegpt+layerwise", ["nothing to allocate or to refit"]),
         ("prunenet-weights+layerwise", ["say prunenet"]),
         ("prunenet+mean_bias", ["prunenet:learned"]),
     ],
@@ -207,7 +210,11 @@ def runs(specs, benches) -> None:
     expected = count_parameters(benches.model)[0] - LAYERS * round(RATIO * D_FF) * 3 * D_MODEL
     for spec in specs:
         made = benches.make(spec, RATIO, 0)
-        assert count_parameters(made.model)[0] - made.biases == expected, spec.name
+        size = count_parameters(made.model)[0] - made.biases
+        if spec.method == "slicegpt":  # steps of its own: never above, and the next one would be
+            assert expected * 0.8 < size <= expected
+        else:
+            assert size == expected, spec.name
         assert (made.biases > 0) == (spec.refit == "mean_bias"), spec.name
         with torch.no_grad():
             assert bool(torch.isfinite(made.model(input_ids=torch.arange(12)[None]).logits).all()), spec.name
@@ -397,7 +404,7 @@ ASKED = ("random", "flap@words", "elimination@random")
 FIELDS = {
     *("cell", "error", "format", "model", "revision", "dtype", "method", "score", "allocation", "moments", "refit", "ratio"),
     *("seed", "round_to", "policy_sha256", "calibration_asked", "evaluation", "regime", "applied_regime", "policy"),
-    *("calibration", "widths", "parameters", "non_embedding_parameters", "bias_parameters", "perplexity", "tasks", "accuracy"),
+    *("calibration", "widths", "residual_widths", "parameters", "non_embedding_parameters", "bias_parameters", "perplexity", "tasks", "accuracy"),
     *("seconds_calibration", "seconds_pruning", "seconds_shared", "seconds_evaluation"),
     *("peak_memory_pruning", "peak_memory_evaluation", "device", "threads", "versions", "commit"),
 }

@@ -99,7 +99,7 @@ def sliced(
     return Pruned(made, [torch.ones(d_ff, dtype=torch.bool) for d_ff in ffn_widths(model)], provenance)
 
 
-def sliced_at(evidence: Evidence, ratio: float, *, round_to: int = 8) -> PreTrainedModel:
+def sliced_at(evidence: Evidence, ratio: float, round_to: int = 8) -> PreTrainedModel:
     """The model of `sliced` at a ratio, as published: the row of the table."""
     return sliced(evidence, ratio, round_to=round_to).model
 
