@@ -162,9 +162,7 @@ class LayerWalk:
 
 
 @torch.no_grad()
-def layer_calls(
-    model: PreTrainedModel, ids: Int[Tensor, "n tokens"]
-) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(hidden states, other arguments, keyword arguments) with which each layer is called; hidden states of layer 0 only.
 
     The layers themselves are skipped while the calls are recorded: each hands its input on.

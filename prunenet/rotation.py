@@ -233,7 +233,7 @@ def _config(model: PreTrainedModel, widths: Sequence[int]) -> PreTrainedConfig:
     return config  # type: ignore[no-any-return]
 
 
-def _exact(tensor: Tensor) -> Float64[Tensor, "..."]:
+def _exact(tensor: Tensor) -> Tensor:
     """In float64; on the CPU where the device has none."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

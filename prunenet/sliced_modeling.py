@@ -1,8 +1,8 @@
 """Causal language models whose residual stream is sliced (SliceGPT). Travels beside the checkpoint; needs transformers only.
 
-`sliced_modeling.SlicedLlamaForCausalLM` is `transformers.LlamaForCausalLM` with norms that have no scale, with a linear shortcut
-in place of each residual connection, and with the widths of `config.residual_widths`: behind the embedding, then behind
-attention and behind the FFN of each layer. It serves every family whose layers are pre-norm, with RMSNorms, one after the other.
+`sliced_modeling.SlicedLlamaForCausalLM` is `transformers.LlamaForCausalLM` with norms that have no scale, with a linear
+shortcut in place of each residual connection, and with the widths of `config.residual_widths`: behind the embedding, then
+behind attention and behind the FFN of each layer. It serves every family with RMSNorms in front of attention and FFN.
 
 Source: Ashkboos et al., ICLR 2024, arXiv 2401.15024, section 3.
 """

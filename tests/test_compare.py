@@ -404,7 +404,8 @@ ASKED = ("random", "flap@words", "elimination@random")
 FIELDS = {
     *("cell", "error", "format", "model", "revision", "dtype", "method", "score", "allocation", "moments", "refit", "ratio"),
     *("seed", "round_to", "policy_sha256", "calibration_asked", "evaluation", "regime", "applied_regime", "policy"),
-    *("calibration", "widths", "residual_widths", "parameters", "non_embedding_parameters", "bias_parameters", "perplexity", "tasks", "accuracy"),
+    *("calibration", "widths", "residual_widths", "parameters", "non_embedding_parameters", "bias_parameters"),
+    *("perplexity", "tasks", "accuracy"),
     *("seconds_calibration", "seconds_pruning", "seconds_shared", "seconds_evaluation"),
     *("peak_memory_pruning", "peak_memory_evaluation", "device", "threads", "versions", "commit"),
 }

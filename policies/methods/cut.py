@@ -99,7 +99,7 @@ def cut(
             raise ValueError(f"unknown method {method!r}; it is one of {', '.join(METHODS)}")
         method = METHODS[method]
     if method.rebuild is not None:
-        raise ValueError(f"{method.name} cuts no FFN channels and has no masks or widths of them; ask pruned_model for its model")
+        raise ValueError(f"{method.name} cuts no FFN channels and has no masks of them; ask pruned_model for its model")
     budget = Budget.of(evidence.model, ratio, round_to=round_to, floor=floor)
     scores = None if method.score is None else method.score(evidence)
     widths = _widths(evidence, method, budget, method.allocation if allocation is None else allocation, scores)
