@@ -112,7 +112,8 @@ def eigenbasis(second: Float64[Tensor, "d_model d_model"]) -> Float64[Tensor, "d
     """
     if not bool(torch.isfinite(second).all()):
         raise ValueError("hidden states are not finite; the model's weights are damaged, or its dtype overflows: load float32")
-    return torch.linalg.eigh(second).eigenvectors.flip(1)
+    ascending: Tensor = torch.linalg.eigh(second).eigenvectors
+    return ascending.flip(1)
 
 
 def residual_widths(layers: int, d_model: int, width: int, *, slice_head: bool = False) -> list[int]:

@@ -38,13 +38,14 @@ class SlicedLayer:
     def attend(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(batch, tokens, width in front) -> (batch, tokens, width behind attention)."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        written: torch.Tensor = getattr(self, "resid_attn_dropout", _same)(attended)
-        return self.attention_shortcut(hidden_states) + written
+        behind: torch.Tensor = self.attention_shortcut(hidden_states) + getattr(self, "resid_attn_dropout", _same)(attended)
+        return behind
 
     def feed(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, width behind attention) -> (batch, tokens, width behind the FFN)."""
-        written: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return self.ffn_shortcut(hidden_states) + getattr(self, "resid_mlp_dropout", _same)(written)
+        written = self.mlp(self.post_attention_layernorm(hidden_states))
+        behind: torch.Tensor = self.ffn_shortcut(hidden_states) + getattr(self, "resid_mlp_dropout", _same)(written)
+        return behind
 
 
 class SlicedResiduals:
@@ -80,7 +81,8 @@ def slice_modules(model: Any) -> None:
         layer.post_attention_layernorm = SlicedNorm(config.hidden_size, config.rms_norm_eps)
         layer.attention_shortcut = _shortcut(first, middle, like)
         layer.ffn_shortcut = _shortcut(middle, last, like)
-        layer.__class__ = _sliced_layer(type(layer))
+        stock: Any = type(layer)
+        layer.__class__ = _sliced_layer(stock)
     model.model.norm = SlicedNorm(config.hidden_size, config.rms_norm_eps)
     _resize(model.lm_head, 1, widths[-1])
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from prunenet.activation_stats import MOMENT_STATISTICS
+from prunenet.architectures import ARCHITECTURES
 from prunenet.calibration import prefix_blocks
 from prunenet.cli import app
 from prunenet.compare import command, ledger, run, summary, workshop
@@ -597,6 +598,31 @@ def test_all_leaves_out_what_needs_a_policy_where_there_is_none(folder, tmp_path
     compare(folder, "all", out=tmp_path / "b.jsonl", policy=folder / "policy")
     assert seen[len(methods()) :] != seen[: len(methods())]
     assert any(name.startswith("prunenet-weights") for name in seen)
+
+
+def test_slicegpt_is_a_cell_of_no_more_parameters_and_says_how_wide_its_stream_is(folder, tmp_path):
+    lines, _ = compare(folder, "slicegpt@words", "random", out=tmp_path / "r.jsonl", round=4)
+    (made,) = (line for line in lines if line["method"] == "slicegpt@words")
+    (cut_,) = (line for line in lines if line["method"] == "random")
+    assert made["error"] is None
+    assert made["parameters"] <= cut_["parameters"]
+    width = made["residual_widths"][0]
+    assert (width % 4, made["residual_widths"]) == (0, [width] * 4 + [D_MODEL])
+    assert made["widths"] == [D_FF] * 2
+    assert (made["regime"], cut_["residual_widths"]) == ("data", None)
+
+
+def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot_be_rotated(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], rotates=False))
+    _, result = compare(folder, "slicegpt@words", out=tmp_path / "r.jsonl", code=1)
+    assert "'llama' cannot be sliced" in " ".join(result.stderr.split())
+    seen = []
+    monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
+    monkeypatch.setattr(command, "_present", lambda *_: None)
+    monkeypatch.setattr(command, "_report", lambda *_: None)
+    compare(folder, "all", out=tmp_path / "a.jsonl")
+    assert len(seen) > 10
+    assert not any(name.startswith("slicegpt") for name in seen)
 
 
 # --- what is shown ---
