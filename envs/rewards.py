@@ -168,7 +168,7 @@ def _references(
     views = {"gate": gate, "up": None if ffn.gate is None else ffn.up, "down": ffn.down.T}
     found = [views[name] for name in dict.fromkeys(matrices)]
     present = [weight for weight in found if weight is not None]
-    known = spectra or [None for _ in present]
+    known: Sequence[Tensor | None] = spectra or [None] * len(present)
     references = [SpectralReference.of(*pair) for pair in zip(present, known, strict=True)]
     if not references:
         raise ValueError(f"this family has none of the matrices {', '.join(matrices) or '(none given)'}; use gate or down")

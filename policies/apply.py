@@ -129,7 +129,7 @@ def provenance_of(
         policy_sha256=None if policy is None else policy.sha256,
         seed=None if policy is None else policy.config.recipe.get("seed"),
         **facts,
-        **_base(dense),
+        **base_of(dense),
     )
 
 
@@ -242,7 +242,8 @@ def check_amount(ratio: float | None, params: float | None) -> None:
         raise ValueError(f"share of parameters must be in [0, 1), got {params}")
 
 
-def _base(model: PreTrainedModel) -> dict[str, Any]:
+def base_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Base model and revision, for `Provenance`."""
     source = model.config._name_or_path
     if source and Path(source).is_dir():
         name, revision = identify(source)

@@ -33,6 +33,8 @@ class Architecture:
             stream enters the FFN as it is.
         attention_out: path in a layer of the linear by which attention writes to the residual stream.
         norm_offset: what the norm adds to its weight before scaling (1 for Gemma's RMSNorm).
+        rotates: whether rotating the residual stream leaves the model's function as it is: RMSNorms in front of attention,
+            FFN and LM head and none behind them, attention and FFN one after the other, modules named as in Llama.
     """
 
     model_type: str
@@ -45,6 +47,7 @@ class Architecture:
     norms: tuple[str, ...] = ("post_attention_layernorm",)
     attention_out: str = "self_attn.o_proj"
     norm_offset: float = 0.0
+    rotates: bool = False
 
     @property
     def input_linears(self) -> tuple[str, ...]:
@@ -54,18 +57,18 @@ class Architecture:
 
 _BEFORE_FFN = ("pre_feedforward_layernorm",)
 _ROWS = (
-    Architecture("llama"),
-    Architecture("mistral"),
-    Architecture("qwen2"),
-    Architecture("qwen3"),
-    Architecture("granite"),
-    Architecture("smollm3"),
+    Architecture("llama", rotates=True),
+    Architecture("mistral", rotates=True),
+    Architecture("qwen2", rotates=True),
+    Architecture("qwen3", rotates=True),
+    Architecture("granite", rotates=True),
+    Architecture("smollm3", rotates=True),
     Architecture("stablelm", norms=("post_attention_layernorm", "input_layernorm")),
     Architecture("olmo2", norms=()),
-    Architecture("gemma", norm_offset=1.0),
+    Architecture("gemma", norm_offset=1.0, rotates=True),
     Architecture("gemma2", norms=_BEFORE_FFN, norm_offset=1.0),
     Architecture("gemma3_text", norms=_BEFORE_FFN, norm_offset=1.0),
-    Architecture("phi3", up="mlp.gate_up_proj", gate=None, fused=True),
+    Architecture("phi3", up="mlp.gate_up_proj", gate=None, fused=True, rotates=True),
     Architecture("phi", up="mlp.fc1", down="mlp.fc2", gate=None, norms=("input_layernorm",), attention_out="self_attn.dense"),
     Architecture(
         "opt",

@@ -161,6 +161,8 @@ def export_padded(folder: str | Path, out: str | Path) -> Path:
     CheckpointError where the widths are the same in all layers already.
     """
     provenance = load_provenance(folder)
+    if provenance.residual_widths is not None:
+        raise CheckpointError(f"{folder} has a sliced residual stream, which stock loaders cannot read, padded or not")
     if len(set(provenance.widths)) == 1 or provenance.padded_to is not None:
         raise CheckpointError(f"{folder} has one width for all layers already; stock loaders read it as it is")
     model = zero_padded(load_model(folder))

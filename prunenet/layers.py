@@ -172,15 +172,25 @@ def iter_ffns(model: Weights) -> Iterator[FFN]:
     """Yields the FFN of each decoder layer, first to last.
 
     Raises:
-        UnsupportedArchitecture: see `decoder_layers`.
+        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced (`prunenet.sliced_modeling`).
     """
-    for index in range(len(decoder_layers(structure(model)))):
+    whole = structure(model)
+    check_whole(whole)
+    for index in range(len(decoder_layers(whole))):
         yield ffn_at(model, index)
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raises UnsupportedArchitecture where the residual stream is sliced: FFNs then read and write different directions."""
+    if hasattr(model.config, "residual_widths"):
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} has a sliced residual stream and is not cut any further; give the dense model"
+        )
 
 
 def ffn_widths(model: Weights) -> list[int]:
     """Number of FFN channels of each layer."""
-    return [ffn.d_ff for ffn in iter_ffns(structure(model))]
+    return [linear.in_features for linear in down_linears(structure(model))]
 
 
 def down_linears(model: PreTrainedModel) -> list[nn.Linear]:

@@ -106,8 +106,7 @@ class LayerWalk:
         architecture = architecture_for(model.config)
         self.layers = list(decoder_layers(model, architecture))
         self._downs = down_linears(model)
-        self._model = model
-        self._calls = [self._calls_of(part) for part in torch.split(blocks.to(model.device), batch)]
+        self._calls = [layer_calls(model, part) for part in torch.split(blocks.to(model.device), batch)]
         self._hidden = [calls[0][0] for calls in self._calls]
         self._outputs: list[Tensor] = []
         self._changing = changing
@@ -161,38 +160,44 @@ class LayerWalk:
         assert isinstance(result, Tensor)
         return result
 
-    @torch.no_grad()
-    def _calls_of(self, ids: Int[Tensor, "n tokens"]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-        """(hidden states, other arguments, keyword arguments) with which each layer is called; hidden states of layer 0 only.
 
-        The layers themselves are skipped while the calls are recorded: each hands its input on.
-        """
-        calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-        # Most layers have the forward of their class; accelerate gives them one of their own, which must come back.
-        own = [vars(layer).get("forward") for layer in self.layers]
+@torch.no_grad()
+def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(hidden states, other arguments, keyword arguments) with which each layer is called; hidden states of layer 0 only.
 
-        def recorder(index: int) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-                calls.append((hidden if index == 0 else None, rest, kwargs))
-                if index == len(self.layers) - 1:
-                    raise _Captured
-                return hidden
+    The layers themselves are skipped while the calls are recorded: each hands its input on.
 
-            return forward
+    Args:
+        model: a causal LM in eval mode, left as it is.
+        ids: token ids without padding, on the model's device.
+    """
+    layers = list(decoder_layers(model))
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    # Most layers have the forward of their class; accelerate gives them one of their own, which must come back.
+    own = [vars(layer).get("forward") for layer in layers]
 
-        try:
-            for index, layer in enumerate(self.layers):
-                layer.forward = recorder(index)
-            self._model(input_ids=ids, use_cache=False)
-        except _Captured:
-            pass
-        finally:
-            for layer, forward in zip(self.layers, own, strict=True):
-                vars(layer).pop("forward", None)
-                if forward is not None:
-                    layer.forward = forward
-        return calls
+    def recorder(index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            calls.append((hidden if index == 0 else None, rest, kwargs))
+            if index == len(layers) - 1:
+                raise _Captured
+            return hidden
+
+        return forward
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = recorder(index)
+        model(input_ids=ids, use_cache=False)
+    except _Captured:
+        pass
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+    return calls
 
 
 def ffn_moments(

@@ -40,6 +40,7 @@ class Provenance:
         parameters_before, parameters_after: tied tensors count once.
         non_embedding_before, non_embedding_after: the same without input and output embeddings.
         how: the steps: widths, channels, refit, text, as `prunenet.policies.apply.prune` took them.
+        residual_widths: of a model whose residual stream is sliced (`prunenet.sliced_modeling`), at each point; None elsewhere.
         padded_to: width to which `checkpoint.export_padded` filled every layer with zeros; None in other checkpoints.
     """
 
@@ -57,6 +58,7 @@ class Provenance:
     non_embedding_before: int
     non_embedding_after: int
     how: Mapping[str, Any] = field(default_factory=dict)
+    residual_widths: tuple[int, ...] | None = None
     padded_to: int | None = None
     format_version: int = FORMAT_VERSION
     prunenet_version: str = field(default_factory=lambda: version("prunenet"))
@@ -85,7 +87,8 @@ class Provenance:
     def from_json(cls, text: str) -> Provenance:
         """Reads `prunenet.json`. Raises ValueError, TypeError or KeyError where the text is not one."""
         fields = json.loads(text)
-        return cls(**fields | {name: tuple(fields[name]) for name in ("widths", "dense_widths")})
+        lists = [name for name in ("widths", "dense_widths", "residual_widths") if fields.get(name) is not None]
+        return cls(**fields | {name: tuple(fields[name]) for name in lists})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -93,7 +96,7 @@ class Provenance:
     def card(self, text: str | None = None) -> str:
         """The model card (README.md); `text` is put after the summary."""
         per_layer = self.padded_to is None and len(set(self.widths)) > 1
-        trust = ", trust_remote_code=True" if per_layer else ""
+        trust = ", trust_remote_code=True" if per_layer or self.residual_widths else ""
         fewest, most = min(self.widths), max(self.widths)
         widths = f"{most} in every layer" if fewest == most else f"{fewest} to {most} in a layer, {sum(self.widths)} in all"
         padding = "" if self.padded_to is None else f"\nEvery layer is filled with zeros to {self.padded_to} channels."
@@ -103,6 +106,10 @@ class Provenance:
         steps = [f"{name} {self.how[name]}" for name in ("widths", "channels", "refit") if name in self.how]
         how = f"\nHow: {', '.join(steps)}; policy: `{self.policy}`.\n" if steps else ""
         share = 1 - self.parameters_after / self.parameters_before
+        removed = f"without {self.ratio:.1%} of its FFN channels, chosen by"
+        if self.residual_widths:
+            removed = f"with its residual stream sliced to {min(self.residual_widths)} directions by"
+            widths += "; shortcuts and an LM head of its own count as parameters"
         return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -110,7 +117,7 @@ tags: [prunenet, pruned]
 ---
 # {Path(self.base_model).name}, pruned by PruneNet to {self.parameters_after:,} parameters
 
-`{self.base_model}` ({self.revision}) without {self.ratio:.1%} of its FFN channels, chosen by `{chosen}` in the
+`{self.base_model}` ({self.revision}) {removed} `{chosen}` in the
 {self.regime} regime ({looks_at}). The licence and the limits of the base model apply.
 {how}
 | | before | after |

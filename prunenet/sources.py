@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
-from prunenet import modeling
+from prunenet import modeling, sliced_modeling
 from prunenet.architectures import architecture_for
 from prunenet.folders import CheckpointError
 
@@ -94,7 +94,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def config_and_class(folder: Path) -> tuple[PretrainedConfig, Any]:
-    """The configuration of a checkpoint and the class of its causal LM, ours where widths differ from layer to layer.
+    """The configuration of a checkpoint and the class of its causal LM, ours where widths differ or the stream is sliced.
 
     Raises:
         CheckpointError: the configuration cannot be read.
@@ -106,6 +106,8 @@ def config_and_class(folder: Path) -> tuple[PretrainedConfig, Any]:
         raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
     if hasattr(config, "per_layer_ffn"):
         kind = getattr(modeling, modeling.PREFIX + kind.__name__)
+    elif hasattr(config, "residual_widths"):
+        kind = getattr(sliced_modeling, sliced_modeling.PREFIX + kind.__name__)
     return config, kind
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prunenet import modeling
 from prunenet.architectures import Architecture, architecture_for
-from prunenet.layers import decoder_layers, down_linears, ffn_widths
+from prunenet.layers import check_whole, decoder_layers, down_linears, ffn_widths
 from prunenet.masks import check_keep
 
 
@@ -107,6 +107,7 @@ def set_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
 
 
 def _check(model: PreTrainedModel, keep: Sequence[Tensor]) -> None:
+    check_whole(model)
     widths = ffn_widths(model)
     if len(keep) != len(widths):
         raise ValueError(f"the model has {len(widths)} layers and needs one keep mask for each, got {len(keep)} masks")

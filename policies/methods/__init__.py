@@ -6,7 +6,11 @@
     budget, judge = Budget.of(model, 0.3), WidthDivergence(model, evidence.ids, scores)
     narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation=evolution_search(budget, judge).widths)
 
-FFN channels only. Formulas: METHODS.md section 6; each file opens with its source and with what differs from it.
+FFN channels only, but for SliceGPT, which slices the residual stream:
+
+    sliced(evidence, slicing=0.25).save_pretrained("sliced")  # or sliced(evidence, 0.3): as large as a cut at that ratio
+
+Formulas: METHODS.md section 6; each file opens with its source and with what differs from it.
 """
 
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
@@ -18,6 +22,7 @@ from prunenet.policies.methods.group_tuning import Tuned, group_tuned
 from prunenet.policies.methods.influence import block_influence, by_influence
 from prunenet.policies.methods.predictor import PredictorSearch, predictor_search
 from prunenet.policies.methods.searched_widths import searched_widths
+from prunenet.policies.methods.slicegpt import sliced
 from prunenet.policies.methods.space import Space
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
 from prunenet.policies.methods.width_divergence import WidthDivergence
@@ -50,5 +55,6 @@ __all__ = [
     "protected",
     "pruned_model",
     "searched_widths",
+    "sliced",
     "uniform",
 ]

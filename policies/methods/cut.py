@@ -98,6 +98,8 @@ def cut(
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; it is one of {', '.join(METHODS)}")
         method = METHODS[method]
+    if method.rebuild is not None:
+        raise ValueError(f"{method.name} cuts no FFN channels and has no masks of them; ask pruned_model for its model")
     budget = Budget.of(evidence.model, ratio, round_to=round_to, floor=floor)
     scores = None if method.score is None else method.score(evidence)
     widths = _widths(evidence, method, budget, method.allocation if allocation is None else allocation, scores)
@@ -117,7 +119,19 @@ def cut(
 
 
 def pruned_model(evidence: Evidence, method: str | Method, ratio: float, **options: Any) -> PreTrainedModel:
-    """The narrow model of `cut` with the same arguments, for evaluation in memory; see `Cut.applied`."""
+    """The narrow model of `cut` with the same arguments, for evaluation in memory; see `Cut.applied`.
+
+    A method that cuts no FFN channels (slicegpt) makes a model of no more parameters; of the options it takes `round_to`.
+
+    Raises:
+        ValueError: as `cut`.
+    """
+    row = METHODS.get(method) if isinstance(method, str) else method
+    if row is not None and row.rebuild is not None:
+        round_to = options.pop("round_to", 8)
+        if options.pop("allocation", "uniform") != "uniform" or options:
+            raise ValueError(f"{row.name} has one allocation, uniform, and no options but round_to; leave the others out")
+        return row.rebuild(evidence, ratio, round_to)
     return cut(evidence, method, ratio, **options).applied(evidence.model)
 
 

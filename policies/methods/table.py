@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prunenet.layers import FFN
 from prunenet.moments import Moments
@@ -22,9 +23,11 @@ from prunenet.policies.methods import (
     published,
     random_channels,
     saap,
+    slicegpt,
     wanda_sp,
 )
 from prunenet.policies.methods.evidence import Evidence
+from prunenet.rotation import check_rotatable
 
 Needs = Literal["weights", "text", "gradients"]
 Allocation = Literal["uniform", "global", "protected", "owl", "influence", "predictor", "evolution"]
@@ -33,7 +36,9 @@ Compensation = Literal["none", "mean_bias"]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How to choose the FFN channels that stay, or how to merge them. Exactly one of `score` and `merge` is given.
+    """How to choose the FFN channels that stay, to merge them, or to make another model of equal size.
+
+    Exactly one of `score`, `merge` and `rebuild` is given.
 
     Attributes:
         name: as in `METHODS`.
@@ -41,6 +46,9 @@ class Method:
         source: where it was published.
         score: one score per channel of each layer, higher stays longer.
         merge: the FFN of each layer, narrowed to the given widths.
+        rebuild: the model at a ratio, widths a multiple of `round_to`, where it is no matter of FFN channels; it has no more
+            parameters than a cut at the ratio leaves. Raises UnsupportedArchitecture where `able` does.
+        able: raises UnsupportedArchitecture for a model that `rebuild` cannot take.
         layer_score: the score of one layer, where the method is published as sequential (each layer measured behind the already
             cut ones); None otherwise.
         comparable: whether scores of different layers may be ranked together as they are.
@@ -56,6 +64,8 @@ class Method:
     source: str
     score: Callable[[Evidence], list[Float[Tensor, " _"]]] | None = None
     merge: Callable[[Evidence, Sequence[int]], list[FFN]] | None = None
+    rebuild: Callable[[Evidence, float, int], PreTrainedModel] | None = None
+    able: Callable[[PreTrainedModel], None] | None = None
     layer_score: Callable[[FFN, Moments], Float[Tensor, " _"]] | None = None
     comparable: bool = False
     compensate: Compensation = "none"
@@ -87,6 +97,7 @@ _ADAPRUNER: dict[str, Any] = {
     "protects": adapruner.PROTECTS,
 }
 _ADAPRUNER_SOURCE = "AdaPruner, AAAI 2025, arXiv 2503.06184, as in METHODS.md section 7; a reconstruction, see adapruner.py"
+_SLICEGPT = "Ashkboos et al., ICLR 2024, arXiv 2401.15024"
 _ROWS = (
     Method("random", "weights", "uniform draws", random_channels.scores),
     Method("magnitude", "weights", "product of the norms of a channel's slices", magnitude.scores),
@@ -133,5 +144,6 @@ _ROWS = (
         score=partial(adapruner.scores, strategy="random", starts={}),
         **_ADAPRUNER,
     ),
+    Method("slicegpt", "text", _SLICEGPT, rebuild=slicegpt.sliced_at, able=check_rotatable),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

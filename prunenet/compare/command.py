@@ -15,8 +15,11 @@ from prunenet.console import errors, one_sentence, show
 from prunenet.options import Device, Dtype, Json, Model, PolicyName, Window
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from prunenet.compare.results import Line, Results
     from prunenet.compare.run import Evaluation, Plan
+    from prunenet.compare.spec import Spec
     from prunenet.compare.workshop import Amount, Workshop
     from prunenet.text import CalibrationText
 
@@ -91,11 +94,25 @@ def compare(
         trained, name = policy_for(policy, dense.config.model_type)
         amount = _amount(calibration_tokens, calibration_window, dense.config)
         # "all" means what can be done; what was asked for by name is refused by `check`.
-        parsed = [spec for spec in parsed if trained is not None or not spec.needs_policy or spec.name in specs]
+        parsed = [spec for spec in parsed if spec.name in specs or _possible(spec, dense, trained is not None)]
         plan = Plan(model, parsed, shares, numbers, scored, amount, round_to)
         workshop = Workshop(dense, tokenizer, policy=trained, policy_name=name, texts=texts, amount=amount, round_to=round_to)
         check(plan, workshop)
         _present(_done(plan, workshop, results), markdown, figures, as_json)
+
+
+def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
+    """Whether there is the policy that it needs, and it can take this family of models."""
+    from prunenet.architectures import UnsupportedArchitecture
+    from prunenet.policies.methods import METHODS
+
+    able = METHODS[spec.method].able if spec.method in METHODS else None
+    try:
+        if able is not None:
+            able(model)
+    except UnsupportedArchitecture:
+        return False
+    return policy or not spec.needs_policy
 
 
 def _check_figures(folder: Path | None) -> None:

@@ -24,13 +24,14 @@ from prunenet.latency import check_positions
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.masks import check_ratio, width_at
 from prunenet.policies.artifact import check_measured
+from prunenet.policies.methods import METHODS
 from prunenet.text import TestText, content_sha256, token_windows, tokenise
 from prunenet.zeroshot import TaskResult, read_task, zero_shot
 
 _FORMAT = 1
 # What every line has, besides what identifies its cell; None until it is known.
 _MEASURED = (
-    *("regime", "applied_regime", "policy", "calibration", "widths"),
+    *("regime", "applied_regime", "policy", "calibration", "widths", "residual_widths"),
     *("parameters", "non_embedding_parameters", "bias_parameters"),
     *("perplexity", "tasks", "accuracy"),
     *("seconds_calibration", "seconds_pruning", "seconds_shared", "seconds_evaluation"),
@@ -131,6 +132,9 @@ def check(plan: Plan, workshop: Workshop) -> None:
             )
         if workshop.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
             check_measured(workshop.policy, spec.moments is not None)
+        able = METHODS[spec.method].able if spec.method in METHODS else None
+        if able is not None:
+            able(model)
     check_positions(model, scored.window, "window")
     check_positions(model, plan.amount.window, "calibration window")
     for text in scored.texts:
@@ -260,6 +264,7 @@ def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
     total, inner = count_parameters(made.model)
     line |= {"regime": made.regime, "applied_regime": made.applied_regime, "policy": made.policy, "widths": made.widths}
     line |= {"calibration": None if made.calibration is None else dict(made.calibration)}
+    line["residual_widths"] = getattr(made.model.config, "residual_widths", None)
     line |= {"parameters": total, "non_embedding_parameters": inner, "bias_parameters": made.biases}
     return made.model
 

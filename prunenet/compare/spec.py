@@ -148,6 +148,8 @@ def _sensible(text: str, method: str, allocation: str, moments: str | None, refi
             raise ValueError(f"{text!r}: {method} merges channels and has no scores for {allocation}; choose one of {choices}")
         if refit != "off":
             raise ValueError(f"{text!r}: {method} merges channels, and merged ones are not refitted; leave +{refit} out")
+    if row is not None and row.rebuild is not None and (allocation, refit) != ("uniform", "off"):
+        raise ValueError(f"{text!r}: {method} cuts no FFN channels, so there is nothing to allocate or to refit; say {method}")
     if allocation == "auto" and refit == "mean_bias":
         raise ValueError(f"{text!r}: mean_bias goes with one allocation; say prunenet:learned or prunenet:uniform")
     looks = row is not None and row.needs != "weights"

@@ -129,7 +129,10 @@ class Workshop:
         """
         blocks = None if spec.moments is None else self.blocks(spec.moments, seed)[0]
         evidence = self._evidence_of(spec.moments, blocks, seed)
-        if spec.product:
+        row = METHODS.get(spec.method)
+        if row is not None and row.rebuild is not None:
+            narrow, biases = row.rebuild(evidence, ratio, self.round_to), 0
+        elif spec.product:
             narrow, biases = self._product(spec, ratio, evidence), 0
         else:
             narrow, biases = self._assembled(spec, ratio, evidence)
