@@ -35,6 +35,9 @@ class Architecture:
         norm_offset: what the norm adds to its weight before scaling (1 for Gemma's RMSNorm).
         rotates: whether rotating the residual stream leaves the model's function as it is: RMSNorms in front of attention,
             FFN and LM head and none behind them, attention and FFN one after the other, modules named as in Llama.
+        attention_in: paths in a layer of the query, key and value linears, where heads can be cut: plain linears whose
+            rows are head after head, read by code that asks them and not the configuration how many there are, with no norm
+            over all heads together. () where that is not so.
     """
 
     model_type: str
@@ -48,6 +51,7 @@ class Architecture:
     attention_out: str = "self_attn.o_proj"
     norm_offset: float = 0.0
     rotates: bool = False
+    attention_in: tuple[str, ...] = ()
 
     @property
     def input_linears(self) -> tuple[str, ...]:
@@ -56,18 +60,19 @@ class Architecture:
 
 
 _BEFORE_FFN = ("pre_feedforward_layernorm",)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ROWS = (
-    Architecture("llama", rotates=True),
-    Architecture("mistral", rotates=True),
-    Architecture("qwen2", rotates=True),
-    Architecture("qwen3", rotates=True),
-    Architecture("granite", rotates=True),
-    Architecture("smollm3", rotates=True),
+    Architecture("llama", attention_in=_QKV, rotates=True),
+    Architecture("mistral", attention_in=_QKV, rotates=True),
+    Architecture("qwen2", attention_in=_QKV, rotates=True),
+    Architecture("qwen3", attention_in=_QKV, rotates=True),
+    Architecture("granite", attention_in=_QKV, rotates=True),
+    Architecture("smollm3", attention_in=_QKV, rotates=True),
     Architecture("stablelm", norms=("post_attention_layernorm", "input_layernorm")),
     Architecture("olmo2", norms=()),
-    Architecture("gemma", norm_offset=1.0, rotates=True),
-    Architecture("gemma2", norms=_BEFORE_FFN, norm_offset=1.0),
-    Architecture("gemma3_text", norms=_BEFORE_FFN, norm_offset=1.0),
+    Architecture("gemma", norm_offset=1.0, attention_in=_QKV, rotates=True),
+    Architecture("gemma2", norms=_BEFORE_FFN, norm_offset=1.0, attention_in=_QKV),
+    Architecture("gemma3_text", norms=_BEFORE_FFN, norm_offset=1.0, attention_in=_QKV),
     Architecture("phi3", up="mlp.gate_up_proj", gate=None, fused=True, rotates=True),
     Architecture("phi", up="mlp.fc1", down="mlp.fc2", gate=None, norms=("input_layernorm",), attention_out="self_attn.dense"),
     Architecture(
@@ -125,3 +130,13 @@ def architecture_for(config: PretrainedConfig) -> Architecture:
     raise UnsupportedArchitecture(
         f"model type {model_type!r} is not supported; supported types: {', '.join(sorted(ARCHITECTURES))}"
     )
+
+
+def check_heads(architecture: Architecture) -> None:
+    """Raises UnsupportedArchitecture where the attention heads of a family cannot be cut."""
+    if not architecture.attention_in:
+        known = ", ".join(sorted(row.model_type for row in _ROWS if row.attention_in))
+        raise UnsupportedArchitecture(
+            f"attention heads of model type {architecture.model_type!r} cannot be cut, only those of {known}; "
+            "cut FFN channels alone"
+        )

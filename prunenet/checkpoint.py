@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet import modeling
 from prunenet.folders import CheckpointError as CheckpointError
 from prunenet.folders import new_folder
+from prunenet.heads import group_counts
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.provenance import Provenance as Provenance
 from prunenet.sources import UNLOADABLE, config_and_class, find_folder, in_short, open_checkpoint
@@ -85,6 +87,7 @@ def save_pruned(
     keep: Sequence[Bool[Tensor, " _"]],
     provenance: Provenance,
     *,
+    groups: Sequence[Bool[Tensor, " _"]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card_text: str | None = None,
 ) -> Path:
@@ -98,6 +101,7 @@ def save_pruned(
         out: folder to create; it may exist if it is empty.
         keep: the masks that were applied, one per layer, over the dense model's channels.
         provenance: written to `prunenet.json` and into the model card.
+        groups: the masks of attention heads that were applied; None where heads were left whole.
         tokenizer: saved beside the model.
         card_text: Markdown put into the model card, e.g. a table of results.
 
@@ -109,22 +113,32 @@ def save_pruned(
         ValueError: model, masks and provenance contradict each other.
     """
     _check_story(model, keep, provenance)
+    _check_heads(model, groups, provenance)
     out = Path(out)
     with new_folder(out, sum(p.numel() * p.element_size() for p in model.parameters())) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_story(folder, keep, provenance, card_text)
+        write_story(folder, keep, provenance, groups=groups, card_text=card_text)
         _verify(model, folder)
     return out
 
 
-def write_story(folder: Path, keep: Sequence[Bool[Tensor, " _"]], provenance: Provenance, card_text: str | None = None) -> None:
-    """Writes what stands beside the weights: `prunenet.json`, `prunenet_masks.safetensors` and the model card."""
-    indices = {f"layers.{i}.keep": mask.nonzero().flatten().to("cpu", torch.int32) for i, mask in enumerate(keep)}
+def write_story(
+    folder: Path,
+    keep: Sequence[Bool[Tensor, " _"]],
+    provenance: Provenance,
+    *,
+    groups: Sequence[Bool[Tensor, " _"]] | None = None,
+    card_text: str | None = None,
+) -> None:
+    """Writes what stands beside the model and its code: `prunenet.json`, `prunenet_masks.safetensors` and the model card."""
+    masks = {f"layers.{i}.keep": mask for i, mask in enumerate(keep)}
+    masks |= {f"layers.{i}.groups": mask for i, mask in enumerate(groups or ())}
+    indices = {name: mask.nonzero().flatten().to("cpu", torch.int32) for name, mask in masks.items()}
     (folder / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
     save_file(indices, folder / _MASKS)
-    (folder / "README.md").write_text(provenance.card(card_text), encoding="utf-8")
+    (folder / "README.md").write_text(provenance.card(card_text, code=any(folder.glob("*.py"))), encoding="utf-8")
 
 
 def load_provenance(folder: str | Path) -> Provenance:
@@ -144,34 +158,39 @@ def load_provenance(folder: str | Path) -> Provenance:
 
 def load_masks(folder: str | Path) -> list[Bool[Tensor, " _"]]:
     """The keep mask of each layer, over the channels of the base model. Raises CheckpointError as `load_provenance`."""
-    masks = [torch.zeros(width, dtype=torch.bool) for width in load_provenance(folder).dense_widths]
-    try:
-        indices = load_file(Path(folder) / _MASKS)
-        for index, mask in enumerate(masks):
-            mask[indices[f"layers.{index}.keep"].long()] = True
-    except (OSError, SafetensorError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{Path(folder) / _MASKS} is missing or damaged: {in_short(error)}") from error
-    return masks
+    return _masks(Path(folder) / _MASKS, load_provenance(folder).dense_widths, "keep")
+
+
+def load_head_masks(folder: str | Path) -> list[Bool[Tensor, " _"]] | None:
+    """The mask of each layer over the base model's groups of heads; None where heads are whole. Raises as `load_masks`."""
+    counts = load_provenance(folder).dense_groups
+    return None if counts is None else _masks(Path(folder) / _MASKS, counts, "groups")
 
 
 def export_padded(folder: str | Path, out: str | Path) -> Path:
     """Turns a checkpoint with per-layer widths into a stock one: every layer filled with zero channels to the widest.
 
-    Computes the same function, needs no code beside it, and is larger. Raises as `load_model` and `save_pruned`, and
-    CheckpointError where the widths are the same in all layers already.
+    Groups of attention heads that differ between layers are filled up too, see `surgery.zero_padded`. Computes the same
+    function, needs no code beside it, and is larger. Raises as `load_model` and `save_pruned`, and CheckpointError where the
+    widths are the same in all layers already.
     """
     provenance = load_provenance(folder)
     if provenance.residual_widths is not None:
         raise CheckpointError(f"{folder} has a sliced residual stream, which stock loaders cannot read, padded or not")
-    if len(set(provenance.widths)) == 1 or provenance.padded_to is not None:
+    model, groups = load_model(folder), load_head_masks(folder)
+    if not modeling.is_per_layer(model):
         raise CheckpointError(f"{folder} has one width for all layers already; stock loaders read it as it is")
-    model = zero_padded(load_model(folder))
+    model = zero_padded(model)
     total, body = count_parameters(model)
     provenance = dataclasses.replace(
-        provenance, padded_to=max(provenance.widths), parameters_after=total, non_embedding_after=body
+        provenance,
+        padded_to=max(provenance.widths),
+        padded_groups=None if groups is None else group_counts(model)[0],
+        parameters_after=total,
+        non_embedding_after=body,
     )
     tokenizer = load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").exists() else None
-    return save_pruned(model, out, load_masks(folder), provenance, tokenizer=tokenizer)
+    return save_pruned(model, out, load_masks(folder), provenance, groups=groups, tokenizer=tokenizer)
 
 
 def _check_story(model: PreTrainedModel, keep: Sequence[Tensor], provenance: Provenance) -> None:
@@ -182,6 +201,31 @@ def _check_story(model: PreTrainedModel, keep: Sequence[Tensor], provenance: Pro
     dense = [mask.numel() for mask in keep]
     if list(provenance.dense_widths) != dense:
         raise ValueError(f"masks are for layers of {dense} channels, provenance says {list(provenance.dense_widths)}")
+
+
+def _check_heads(model: PreTrainedModel, groups: Sequence[Tensor] | None, provenance: Provenance) -> None:
+    said = [None if counts is None else list(counts) for counts in (provenance.dense_groups, provenance.groups)]
+    given = [None, None] if groups is None else [[m.numel() for m in groups], [int(m.sum()) for m in groups]]
+    if said != given:
+        raise ValueError(
+            f"masks are for {given[0]} groups of heads and keep {given[1]}, provenance says {said[0]} and {said[1]}; "
+            "give the masks of heads that were applied, or None where heads were left whole"
+        )
+    if groups is not None:
+        expected = [provenance.padded_groups] * len(groups) if provenance.padded_groups else given[1]
+        if (counts := group_counts(model)) != expected:
+            raise ValueError(f"masks keep {expected} groups of heads, the model has {counts}")
+
+
+def _masks(path: Path, lengths: Sequence[int], what: str) -> list[Bool[Tensor, " _"]]:
+    masks = [torch.zeros(length, dtype=torch.bool) for length in lengths]
+    try:
+        indices = load_file(path)
+        for index, mask in enumerate(masks):
+            mask[indices[f"layers.{index}.{what}"].long()] = True
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {in_short(error)}") from error
+    return masks
 
 
 def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTrainedModel:

@@ -140,8 +140,8 @@ def decoder_layers(model: PreTrainedModel, architecture: Architecture | None = N
 
 def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
     """The FFN of one decoder layer, as views."""
-    up = _linear(layer, architecture.up)
-    down = _linear(layer, architecture.down)
+    up = plain_linear(layer, architecture.up)
+    down = plain_linear(layer, architecture.down)
     attention = _find(layer, (architecture.attention_out,))
     norm = _find(layer, architecture.norms)
     scale = getattr(norm, "weight", None)
@@ -152,7 +152,7 @@ def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
         gate_weight, up_weight = up.weight.detach().chunk(2)
         gate_bias, up_bias = (None, None) if up.bias is None else up.bias.detach().chunk(2)
     else:
-        gate = None if architecture.gate is None else _linear(layer, architecture.gate)
+        gate = None if architecture.gate is None else plain_linear(layer, architecture.gate)
         gate_weight, gate_bias = (None, None) if gate is None else (gate.weight.detach(), _detached(gate.bias))
         up_weight, up_bias = up.weight.detach(), _detached(up.bias)
     return FFN(
@@ -196,7 +196,7 @@ def ffn_widths(model: Weights) -> list[int]:
 def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear d_ff -> d_model of each layer: its input is the FFN's channel activations h."""
     architecture = architecture_for(model.config)
-    return [_linear(layer, architecture.down) for layer in decoder_layers(model, architecture)]
+    return [plain_linear(layer, architecture.down) for layer in decoder_layers(model, architecture)]
 
 
 def activation(model: Weights) -> Callable[[Tensor], Tensor]:
@@ -227,17 +227,18 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return total, total - sum(tables.values())
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
+def plain_linear(layer: nn.Module, path: str) -> nn.Linear:
+    """The linear at a path of a layer; raises UnsupportedArchitecture where it is of another kind, as when quantised."""
     module = layer.get_submodule(path)
     if not isinstance(module, nn.Linear) or not isinstance(module.weight, torch.nn.Parameter):
         raise UnsupportedArchitecture(
             f"{path} is a {type(module).__name__}, not a plain linear layer; load the model unquantised"
         )
     return module
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _find(layer: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:

@@ -1,7 +1,8 @@
-"""Causal language models whose FFN width differs from layer to layer. Travels beside the checkpoint; needs transformers only.
+"""Causal language models whose layers differ in FFN width or heads. Travels beside the checkpoint; needs transformers only.
 
 `modeling.PerLayerLlamaForCausalLM` is `transformers.LlamaForCausalLM` with the widths of `config.per_layer_config`, and so on
-for any class name. `config.per_layer_ffn` says where the FFN is, as dotted paths.
+for any class name. `config.per_layer_ffn` says where the FFN is, as dotted paths, and `config.per_layer_heads` where attention
+is, whose width is its number of key-value heads. A model has either or both.
 """
 
 from typing import Any
@@ -10,33 +11,42 @@ import torch
 import transformers
 
 PREFIX = "PerLayer"
+FFN, HEADS = "per_layer_ffn", "per_layer_heads"
 
 
 class PerLayerWidths:
-    """Builds the stock model at the widest layer's width, then narrows each FFN. The checkpoint's weights come later."""
+    """Builds the stock model at the widest layer's width, then narrows each layer. The checkpoint's weights come later."""
 
     _auto_class = "AutoModelForCausalLM"  # makes save_pretrained copy this file and write config.auto_map
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        field = config.per_layer_ffn["width"]
-        widths = [getattr(layer, field) for layer in config.per_layer_config]
+        structures = [getattr(config, name) for name in (FFN, HEADS) if hasattr(config, name)]
+        fields = [structure["width"] for structure in structures]
+        widths = [{field: getattr(layer, field) for field in fields} for layer in config.per_layer_config]
         # Stock code cannot read a width that differs between layers. It sees this very object without them, and not a
         # copy: from_pretrained and every submodule go on using it.
         config.per_layer_config = None
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-            narrow(self, widths, getattr(config, field))
+            for structure, field in zip(structures, fields, strict=True):
+                narrow(self, structure, [layer[field] for layer in widths], getattr(config, field))
         finally:
-            config.per_layer_config = {index: {field: width} for index, width in enumerate(widths)}
+            config.per_layer_config = dict(enumerate(widths))
 
 
-def narrow(model: Any, widths: list[int], widest: int) -> None:
-    """Keeps the first channels of each layer's freshly built FFN."""
-    paths = model.config.per_layer_ffn
-    for layer, width in zip(model.get_submodule(paths["layers"]), widths, strict=True):
-        for path, dim in [*((path, 0) for path in paths["inputs"]), (paths["output"], 1)]:
+def is_per_layer(model: Any) -> bool:
+    """Whether a model needs this file to be loaded."""
+    return isinstance(model, PerLayerWidths)
+
+
+def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int) -> None:
+    """Keeps the first channels, or heads, of each freshly built layer."""
+    paths = [*((path, 0) for path in structure["inputs"]), (structure["output"], 1)]
+    for layer, width in zip(model.get_submodule(structure["layers"]), widths, strict=True):
+        for path, dim in paths:
             linear = layer.get_submodule(path)
-            kept = linear.weight.shape[dim] // widest * width  # a fused gate and up linear has two rows per channel
+            # A fused gate and up linear has two rows per channel, a key-value head has those of its query heads.
+            kept = linear.weight.shape[dim] // widest * width
             linear.weight = torch.nn.Parameter(linear.weight.detach().narrow(dim, 0, kept).clone())
             if dim == 0 and linear.bias is not None:
                 linear.bias = torch.nn.Parameter(linear.bias.detach()[:kept].clone())

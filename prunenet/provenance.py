@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from prunenet.architectures import architecture_for
+from prunenet.heads import QUERY_HEADS, attentions
 from prunenet.layers import count_parameters, ffn_widths
+from prunenet.modeling import HEADS
 
 FORMAT_VERSION = 1
 TextRegime = Literal["self", "data"]
@@ -22,6 +25,8 @@ REGIMES: dict[str, str] = {  # one that looks at more comes later
     "self": "nothing but the checkpoint and text that the model generated was looked at",
     "data": "external calibration text was looked at",
 }
+_OF_GROUPS = ("dense_groups", "groups")
+_OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,10 @@ class Provenance:
         how: the steps: widths, channels, refit, text, as `prunenet.policies.apply.prune` took them.
         residual_widths: of a model whose residual stream is sliced (`prunenet.sliced_modeling`), at each point; None elsewhere.
         padded_to: width to which `checkpoint.export_padded` filled every layer with zeros; None in other checkpoints.
+        dense_groups, groups: groups of attention heads of each layer before and after; None where heads were left whole. Then
+            `ratio` says how much was removed, and not from where: as many parameters as that share of FFN channels.
+        group_heads: query heads of a group.
+        padded_groups: number to which `checkpoint.export_padded` filled groups with zeros.
     """
 
     base_model: str
@@ -60,6 +69,10 @@ class Provenance:
     how: Mapping[str, Any] = field(default_factory=dict)
     residual_widths: tuple[int, ...] | None = None
     padded_to: int | None = None
+    dense_groups: tuple[int, ...] | None = None
+    groups: tuple[int, ...] | None = None
+    group_heads: int | None = None
+    padded_groups: int | None = None
     format_version: int = FORMAT_VERSION
     prunenet_version: str = field(default_factory=lambda: version("prunenet"))
 
@@ -80,6 +93,7 @@ class Provenance:
             parameters_after=after,
             non_embedding_before=body_before,
             non_embedding_after=body_after,
+            **_heads(dense, narrow),
             **choices,
         )
 
@@ -87,18 +101,18 @@ class Provenance:
     def from_json(cls, text: str) -> Provenance:
         """Reads `prunenet.json`. Raises ValueError, TypeError or KeyError where the text is not one."""
         fields = json.loads(text)
-        lists = [name for name in ("widths", "dense_widths", "residual_widths") if fields.get(name) is not None]
+        lists = [name for name in ("widths", "dense_widths", "residual_widths", *_OF_GROUPS) if fields.get(name) is not None]
         return cls(**fields | {name: tuple(fields[name]) for name in lists})
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        """`prunenet.json`. Fields about heads are there only where heads were cut."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None or name not in _OF_HEADS}
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
-    def card(self, text: str | None = None) -> str:
-        """The model card (README.md); `text` is put after the summary."""
-        per_layer = self.padded_to is None and len(set(self.widths)) > 1
-        trust = ", trust_remote_code=True" if per_layer or self.residual_widths else ""
-        fewest, most = min(self.widths), max(self.widths)
-        widths = f"{most} in every layer" if fewest == most else f"{fewest} to {most} in a layer, {sum(self.widths)} in all"
+    def card(self, text: str | None = None, *, code: bool = False) -> str:
+        """The model card (README.md); `text` is put after the summary; `code` says that the model needs code beside it."""
+        trust = ", trust_remote_code=True" if code else ""
+        widths = _numbers(self.widths)
         padding = "" if self.padded_to is None else f"\nEvery layer is filled with zeros to {self.padded_to} channels."
         addition = "" if text is None else f"\n{text.strip()}\n"
         looks_at = REGIMES[self.regime]
@@ -110,6 +124,14 @@ class Provenance:
         if self.residual_widths:
             removed = f"with its residual stream sliced to {min(self.residual_widths)} directions by"
             widths += "; shortcuts and an LM head of its own count as parameters"
+        heads = ""
+        if self.groups is not None:
+            removed = (
+                f"without as many parameters as {self.ratio:.1%} of its FFN channels have, from channels and heads chosen by"
+            )
+            heads = f"\n\nGroups of attention heads left, with {self.group_heads} query heads each: {_numbers(self.groups)}."
+        if self.padded_groups is not None:
+            heads += f"\nEvery layer is filled with zeros to {self.padded_groups} groups."
         return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -125,7 +147,7 @@ tags: [prunenet, pruned]
 | parameters | {self.parameters_before:,} | {self.parameters_after:,} ({-share:.1%}) |
 | without embeddings | {self.non_embedding_before:,} | {self.non_embedding_after:,} |
 
-FFN channels left: {widths}.{padding}
+FFN channels left: {widths}.{padding}{heads}
 {addition}
 ```python
 from transformers import AutoModelForCausalLM
@@ -136,3 +158,21 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
 `prunenet.json` says how this checkpoint was made; `prunenet_masks.safetensors` holds the channels kept, by their number in
 the base model.
 """
+
+
+def _heads(dense: PreTrainedModel, narrow: PreTrainedModel) -> dict[str, Any]:
+    """The fields about heads; none where both models have the same ones."""
+    row = architecture_for(dense.config)
+    whole = [getattr(model.config, QUERY_HEADS, None) for model in (dense, narrow)]
+    if not row.attention_in or (whole[0] == whole[1] and not hasattr(narrow.config, HEADS)):
+        return {}
+    before, after = attentions(dense), attentions(narrow)
+    counts = {name: tuple(a.groups for a in found) for name, found in zip(_OF_GROUPS, (before, after), strict=True)}
+    if len(set(counts.values())) == 1:
+        return {}
+    return counts | {"group_heads": len(before[0].query) // len(before[0].key)}
+
+
+def _numbers(counts: Sequence[int]) -> str:
+    fewest, most = min(counts), max(counts)
+    return f"{most} in every layer" if fewest == most else f"{fewest} to {most} in a layer, {sum(counts)} in all"

@@ -104,7 +104,7 @@ def config_and_class(folder: Path) -> tuple[PretrainedConfig, Any]:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
-    if hasattr(config, "per_layer_ffn"):
+    if hasattr(config, modeling.FFN) or hasattr(config, modeling.HEADS):
         kind = getattr(modeling, modeling.PREFIX + kind.__name__)
     elif hasattr(config, "residual_widths"):
         kind = getattr(sliced_modeling, sliced_modeling.PREFIX + kind.__name__)

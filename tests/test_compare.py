@@ -35,6 +35,7 @@ from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.text import CalibrationText, TestText
 from prunenet.zeroshot import TaskResult
 
+HEADED = [name for name, row in METHODS.items() if row.with_heads is not None]
 # LLM-Pruner leaves 6 layers whole: the other 3 pay for them, with widths that are multiples of 4.
 D_MODEL, D_FF, LAYERS, RATIO = 16, 32, 9, 0.125
 
@@ -155,6 +156,9 @@ def legal(moments: str | None = None) -> list[Spec]:
         ("slicegpt", Spec("slicegpt", "uniform", "self", "off")),
         ("wanda_sp@./a+b.txt+off", Spec("wanda_sp", "uniform", "./a+b.txt", "off")),
         ("wanda_sp@./a+b.txt", Spec("wanda_sp", "uniform", "./a+b.txt", "off")),
+        ("flap+heads", Spec("flap", "global", "self", "mean_bias", heads=True)),
+        ("flap:uniform@./a+b.txt+heads+off", Spec("flap", "uniform", "./a+b.txt", "off", heads=True)),
+        ("random+heads", Spec("random", "uniform", None, "off", heads=True)),
     ],
 )
 def test_a_name_says_method_allocation_moments_and_refit(text, spec):
@@ -162,8 +166,13 @@ def test_a_name_says_method_allocation_moments_and_refit(text, spec):
 
 
 def test_the_shortest_name_of_every_legal_combination_means_the_same():
-    for spec in [*legal(), *legal("builtin")]:
-        assert parse(spec.name) == spec
+    for spec in [
+        *legal(),
+        *legal("builtin"),
+        *(parse(f"{name}+heads") for name in HEADED),
+        parse("flap@ptb+heads+off", ["ptb"]),
+    ]:
+        assert parse(spec.name, ["ptb"]) == spec
     assert {parse(name).name for name in methods()} == set(methods())
 
 
@@ -182,7 +191,7 @@ def test_names_come_from_the_tables():
         ("flap:auto", ["unknown allocation 'auto'"]),
         ("flap+ridge", ["unknown refit 'ridge'", "mean_bias", "sequential"]),
         ("flap@self+ridge", ["unknown refit 'ridge'"]),
-        ("flap+off@self", ["unknown method 'flap+off'", "method[:allocation][@moments][+refit]"]),
+        ("flap+off@self", ["unknown method 'flap+off'", "method[:allocation][@moments][+heads][+refit]"]),
         ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "--calibration"]),
         ("flap@seed", ["@seed:TEXT"]),
         ("flap@seed:pbt", ["unknown moments 'pbt'"]),
@@ -193,6 +202,11 @@ def test_names_come_from_the_tables():
         ("slicegpt+layerwise", ["nothing to allocate or to refit"]),
         ("prunenet-weights+layerwise", ["say prunenet"]),
         ("prunenet+mean_bias", ["prunenet:learned"]),
+        ("wanda_sp+heads", ["scores no attention heads", "llm_pruner_mix"]),
+        ("prunenet+heads", ["scores no attention heads", "flap"]),
+        ("flap:owl+heads", ["uniform, protected, global", "owl"]),
+        ("flap+heads+layerwise", ["+mean_bias", "layerwise"]),
+        ("flap+headss", ["unknown refit 'headss'", "[+heads]"]),
     ],
 )
 def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
@@ -203,6 +217,18 @@ def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
 
 
 # --- combinations ---
+
+
+@pytest.mark.parametrize("name", ["random+heads", "flap:uniform+heads", "flap:uniform+heads+off", "saap:uniform+heads"])
+def test_a_cut_of_heads_is_of_the_size_of_a_cut_without(name, benches) -> None:
+    made = benches.make(parse(name), 0.5, 0)
+    alone = benches.make(replace(parse(name), heads=False), 0.5, 0)
+    sizes = [count_parameters(cut.model)[0] - cut.biases for cut in (alone, made)]
+    assert 0 <= sizes[0] - sizes[1] < 4 * 3 * D_MODEL  # one rounding step of channels
+    assert alone.groups is None
+    assert made.groups == [1] * LAYERS
+    assert (made.biases > 0) == (name == "flap:uniform+heads")
+    assert made.biases == 2 * alone.biases
 
 
 def runs(specs, benches) -> None:
@@ -575,6 +601,14 @@ def test_a_mistake_is_one_sentence_and_no_file(specs, options, words, folder, tm
     said = " ".join(result.stderr.split())
     assert said.count("error:") == 1
     assert all(word in said for word in words), said
+
+
+def test_a_line_says_which_heads_are_left_and_other_lines_do_not_speak_of_heads(folder, tmp_path):
+    lines, _ = compare(folder, "random", "random+heads", out=tmp_path / "r.jsonl")
+    dense, alone, made = lines
+    assert (made["method"], made["heads"], made["head_groups"]) == ("random+heads", True, [1, 1])
+    assert made["cell"] != alone["cell"]
+    assert not [name for line in (dense, alone) for name in line if "head" in name]
 
 
 def test_weights_alone_are_not_enough_for_a_policy_that_reads_activations(folder, tmp_path):

@@ -6,7 +6,9 @@
     budget, judge = Budget.of(model, 0.3), WidthDivergence(model, evidence.ids, scores)
     narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation=evolution_search(budget, judge).widths)
 
-FFN channels only, but for SliceGPT, which slices the residual stream:
+    narrow = pruned_model(evidence, "llm_pruner_element1", 0.3, heads=True)
+
+FFN channels; attention heads too where a method that cuts them is asked to. SliceGPT slices the residual stream instead:
 
     sliced(evidence, slicing=0.25).save_pretrained("sliced")  # or sliced(evidence, 0.3): as large as a cut at that ratio
 
@@ -14,7 +16,7 @@ Formulas: METHODS.md section 6; each file opens with its source and with what di
 """
 
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
-from prunenet.policies.methods.cut import Cut, cut, pruned_model
+from prunenet.policies.methods.cut import WITH_HEADS, Cut, cut, pruned_model
 from prunenet.policies.methods.evaluations import Evaluator, Searched, best_of_random
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.evolution import Screen, evolution_search
@@ -29,6 +31,7 @@ from prunenet.policies.methods.width_divergence import WidthDivergence
 
 __all__ = [
     "METHODS",
+    "WITH_HEADS",
     "Allocation",
     "Budget",
     "Compensation",

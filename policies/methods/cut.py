@@ -12,16 +12,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunenet.heads import out_linears
 from prunenet.layers import FFN, down_linears, iter_ffns
 from prunenet.masks import top_channels
 from prunenet.moments import LayerWalk
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.flap import mean_bias, standardised
+from prunenet.policies.methods.flap import group_mean_bias, mean_bias, standardised
 from prunenet.policies.methods.influence import by_influence
 from prunenet.policies.methods.searched_widths import searched_widths
+from prunenet.policies.methods.structures import Pool, Scores, ranked, shared
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
 from prunenet.surgery import narrowed
+
+WITH_HEADS = ("uniform", "protected", "global")
+"""Allocations that are defined for attention heads too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,31 +38,38 @@ class Cut:
         keep: (d_ff,) mask of each layer. For a merge, a template of the right width and no choice of channels.
         merged: the FFN of each layer where channels were merged; None where they were chosen.
         biases: (d_model,) of each layer, to be added behind the down linear; None without compensation.
+        groups: (groups,) mask of the attention heads of each layer; None where heads were left whole.
+        group_biases: (d_model,) of each layer, to be added behind attention's output linear.
     """
 
     widths: list[int]
     keep: list[Bool[Tensor, " _"]]
     merged: list[FFN] | None = None
     biases: list[Float[Tensor, " _"]] | None = None
+    groups: list[Bool[Tensor, " _"]] | None = None
+    group_biases: list[Float[Tensor, " _"]] | None = None
 
     @torch.no_grad()
     def applied(self, model: PreTrainedModel) -> PreTrainedModel:
         """The narrow model, for evaluation in memory; the dense one stays as it is (see `prunenet.surgery.narrowed`).
 
-        A bias is added to the down linear, whether or not the family's configuration knows of one. It costs d_model parameters
-        a layer, and can be saved and loaded only where the configuration has it (OPT, Phi, GPT-NeoX; Llama with `mlp_bias`).
+        A bias is added to the down linear (and to attention's output linear where heads are cut), whether or not the family's
+        configuration knows of one. It costs d_model parameters a layer, and can be saved and loaded only where the
+        configuration has it (OPT, Phi, GPT-NeoX; Llama with `mlp_bias`, for heads with `attention_bias`).
 
         Args:
             model: the model that the cut was made for.
         """
-        narrow = narrowed(model, self.keep)
+        narrow = narrowed(model, self.keep, self.groups)
         if self.merged is not None:
             for target, source in zip(iter_ffns(narrow), self.merged, strict=True):
                 for name in ("gate", "up", "down", "gate_bias", "up_bias"):
                     if (view := getattr(target, name)) is not None:
                         view.copy_(getattr(source, name))
-        if self.biases is not None:
-            for linear, bias in zip(down_linears(narrow), self.biases, strict=True):
+        for biases, linears in ((self.biases, down_linears), (self.group_biases, out_linears)):
+            if biases is None:
+                continue
+            for linear, bias in zip(linears(narrow), biases, strict=True):
                 added = bias.to(linear.weight)
                 # A new parameter: the old one, where there is one, is shared with the dense model.
                 linear.bias = nn.Parameter(added if linear.bias is None else linear.bias + added, requires_grad=False)
@@ -74,10 +86,11 @@ def cut(
     sequential: bool = True,
     round_to: int = 8,
     floor: int = 1,
+    heads: bool = False,
 ) -> Cut:
-    """Chooses, or merges, the FFN channels of every layer.
+    """Chooses, or merges, the FFN channels of every layer; with `heads`, chooses attention heads too.
 
-    All cuts at one ratio leave equal total parameters, biases of a compensation not counted: see `allocation`.
+    All cuts at one ratio leave equal total parameters, biases of a compensation not counted: see `allocation`, `structures`.
 
     Args:
         evidence: the model and the text.
@@ -90,9 +103,14 @@ def cut(
         sequential: measure each layer behind the cut ones, where the method is published so; False measures the dense model.
         round_to: widths are multiples of this.
         floor: channels that each layer keeps at least.
+        heads: cut groups of attention heads as well, at least one stays in a layer. The budget does not change: the more of
+            them go, the more channels stay. By allocation "uniform" or "protected" the layers that are cut lose the same share
+            of both (LLM-Pruner); by "global" both are ranked together (FLAP, SAAP); no other is defined.
 
     Raises:
-        ValueError: an unknown method or allocation, text that is missing, a ratio out of range, or widths that do not fit.
+        UnsupportedArchitecture: `heads`, and those of the model's family cannot be cut.
+        ValueError: an unknown method or allocation, text that is missing, a ratio out of range, widths that do not fit, or
+            `heads` with a method or an allocation that knows of channels alone.
     """
     if isinstance(method, str):
         if method not in METHODS:
@@ -101,8 +119,13 @@ def cut(
     if method.rebuild is not None:
         raise ValueError(f"{method.name} cuts no FFN channels and has no masks of them; ask pruned_model for its model")
     budget = Budget.of(evidence.model, ratio, round_to=round_to, floor=floor)
-    scores = None if method.score is None else method.score(evidence)
-    widths = _widths(evidence, method, budget, method.allocation if allocation is None else allocation, scores)
+    allocation = method.allocation if allocation is None else allocation
+    groups, scores = None, None
+    if heads:
+        groups, scores, budget = _groups(evidence, method, budget, allocation)
+    elif method.score is not None:
+        scores = method.score(evidence)
+    widths = _widths(evidence, method, budget, allocation, scores)
     if method.merge is not None:
         keep = [torch.arange(d_ff) < width for d_ff, width in zip(budget.d_ff, widths, strict=True)]
         return Cut(widths, keep, merged=method.merge(evidence, widths))
@@ -111,11 +134,12 @@ def cut(
         keep = _sequential(evidence, method, widths)
     else:
         keep = [top_channels(row, width) for row, width in zip(scores, widths, strict=True)]
-    biases = None
+    biases, group_biases = None, None
     if (method.compensate if compensate is None else compensate) == "mean_bias":
-        parts = zip(evidence.ffns, evidence.moments, keep, strict=True)
-        biases = [mean_bias(ffn, moments, mask) for ffn, moments, mask in parts]
-    return Cut(widths, keep, biases=biases)
+        biases = list(map(mean_bias, evidence.ffns, evidence.moments, keep))
+        if groups is not None:
+            group_biases = list(map(group_mean_bias, evidence.attentions, evidence.head_outputs, groups))
+    return Cut(widths, keep, biases=biases, groups=groups, group_biases=group_biases)
 
 
 def pruned_model(evidence: Evidence, method: str | Method, ratio: float, **options: Any) -> PreTrainedModel:
@@ -133,6 +157,32 @@ def pruned_model(evidence: Evidence, method: str | Method, ratio: float, **optio
             raise ValueError(f"{row.name} has one allocation, uniform, and no options but round_to; leave the others out")
         return row.rebuild(evidence, ratio, round_to)
     return cut(evidence, method, ratio, **options).applied(evidence.model)
+
+
+def _groups(
+    evidence: Evidence, method: Method, budget: Budget, allocation: Allocation | Sequence[int]
+) -> tuple[list[Bool[Tensor, " _"]], list[Float[Tensor, " _"]], Budget]:
+    """The heads that stay, and for the channels: their scores, and what the budget leaves them."""
+    if method.with_heads is None:
+        able = ", ".join(name for name, row in METHODS.items() if row.with_heads is not None)
+        raise ValueError(f"{method.name} scores no attention heads; the methods that do: {able}")
+    if not isinstance(allocation, str) or allocation not in WITH_HEADS:
+        raise ValueError(f"attention heads are cut by allocation {', '.join(WITH_HEADS)}, got {allocation!r}")
+    pool = Pool.of(evidence.model, budget)
+    scores = method.with_heads(evidence)
+    if allocation == "global":
+        both = scores if method.comparable else Scores(*map(_standardised, (scores.channels, scores.groups)))
+        first, last = method.protects if method.allocation == "global" else (0, 0)
+        counts = ranked(pool, both, first=first, last=last)
+    else:
+        first, last = method.protects if allocation == "protected" else (0, 0)
+        counts = shared(pool, first=first, last=last)
+    groups = [top_channels(row, count) for row, count in zip(scores.groups, counts, strict=True)]
+    return groups, scores.channels, pool.rest(counts)
+
+
+def _standardised(rows: list[Float[Tensor, " _"]]) -> list[Float[Tensor, " _"]]:
+    return [standardised(row.float()) for row in rows]
 
 
 def _widths(
@@ -163,7 +213,7 @@ def _widths(
         raise ValueError(f"{method.name} has no scores to sort; use another allocation than {allocation!r}")
     if allocation != "global":
         return searched_widths(evidence, budget, scores, allocation)
-    rows = scores if method.comparable else [standardised(row.float()) for row in scores]
+    rows = scores if method.comparable else _standardised(scores)
     first, last = method.protects if method.allocation == "global" else (0, 0)
     return global_sort(budget, rows, first=first, last=last)
 

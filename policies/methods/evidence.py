@@ -1,7 +1,8 @@
-"""What pruning methods look at, computed once for all of them: weights, moments, norms of inputs, Taylor sums."""
+"""What pruning methods look at, computed once for all of them: weights, moments, what linears read, Taylor sums."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.calibration import Blocks
+from prunenet.heads import Attention, attentions, out_linears
 from prunenet.layers import FFN, check_tokens, decoder_layers, iter_ffns
 from prunenet.moments import Moments, ffn_moments
-from prunenet.policies.methods.gradients import TaylorSums, draw_windows, taylor_sums
+from prunenet.policies.methods.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
 from prunenet.policies.methods.influence import block_influence
 
 _BATCH = 4
@@ -36,6 +38,18 @@ class ChannelNorms:
     up: Float32[Tensor, " d_ff"]
     down: Float32[Tensor, " d_ff"]
     gated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutputs:
+    """Of one layer: what its heads put into attention's output linear, over all tokens.
+
+    Attributes:
+        mean, variance: (d_attention,), float32.
+    """
+
+    mean: Float32[Tensor, " d_attention"]
+    variance: Float32[Tensor, " d_attention"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +92,11 @@ class Evidence:
         return list(iter_ffns(self.model))
 
     @cached_property
+    def attentions(self) -> list[Attention]:
+        """Of each layer, as views; raises UnsupportedArchitecture where heads cannot be cut."""
+        return attentions(self.model)
+
+    @cached_property
     def norms(self) -> list[ChannelNorms]:
         """Of each layer."""
         found = []
@@ -103,6 +122,16 @@ class Evidence:
         return [taylor_sums(self.model, sequence[None]) for sequence in self._sequences]
 
     @cached_property
+    def group_taylor(self) -> list[TaylorSums]:
+        """Of each layer's groups of heads, from the same sequences."""
+        return group_taylor_sums(self.model, self._sequences)
+
+    @cached_property
+    def group_taylor_by_sequence(self) -> list[list[TaylorSums]]:
+        """The same for each of the sequences alone."""
+        return [group_taylor_sums(self.model, sequence[None]) for sequence in self._sequences]
+
+    @cached_property
     def influence(self) -> list[float]:
         """Block influence of each layer over all tokens, in [0, 2]; see `block_influence`."""
         return block_influence(self.model, self.ids, batch=_BATCH)
@@ -114,7 +143,6 @@ class Evidence:
     @cached_property
     def input_norms(self) -> list[list[tuple[nn.Linear, Float[Tensor, " d_in"]]]]:
         """Each linear of each decoder layer with the norms of its inputs over all tokens: (d_in,), float32."""
-        check_tokens(self.model, self.ids)
         linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in decoder_layers(self.model)]
         squares = {linear: torch.zeros_like(linear.weight[0], dtype=torch.float32) for layer in linears for linear in layer}
 
@@ -122,9 +150,34 @@ class Evidence:
             assert isinstance(linear, nn.Linear)
             squares[linear] += inputs[0].flatten(0, -2).float().square().sum(0)
 
+        self._watch(squares, add)
+        return [[(linear, squares[linear].sqrt()) for linear in layer] for layer in linears]
+
+    @cached_property
+    def head_outputs(self) -> list[HeadOutputs]:
+        """Of each layer of the dense model."""
+        linears = out_linears(self.model)
+        # In float64, on the CPU: the variance is a small difference where the mean is large.
+        sums = {linear: torch.zeros(2, linear.in_features, dtype=torch.float64) for linear in linears}
+
+        def add(linear: nn.Module, inputs: tuple[Any, ...]) -> None:
+            assert isinstance(linear, nn.Linear)
+            outputs = inputs[0].flatten(0, -2).to("cpu", torch.float64)
+            sums[linear] += torch.stack([outputs.sum(0), outputs.square().sum(0)])
+
+        self._watch(sums, add)
+        found = []
+        for linear in linears:
+            mean, second = (sums[linear] / self.ids.numel()).unbind()
+            variance = (second - mean.square()).clamp_min(0)
+            found.append(HeadOutputs(*(t.to(linear.weight.device, torch.float32) for t in (mean, variance))))
+        return found
+
+    def _watch(self, linears: Iterable[nn.Linear], see: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+        """Shows what enters each linear of the dense model, over all tokens."""
+        check_tokens(self.model, self.ids)
         with ExitStack() as hooks, torch.no_grad():
-            for linear in squares:
-                hooks.enter_context(linear.register_forward_pre_hook(add))
+            for linear in linears:
+                hooks.enter_context(linear.register_forward_pre_hook(see))
             for part in torch.split(self.ids.to(self.model.device), _BATCH):
                 self.model(input_ids=part, use_cache=False)
-        return [[(linear, squares[linear].sqrt()) for linear in layer] for layer in linears]

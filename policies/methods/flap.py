@@ -4,7 +4,7 @@ Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Lang
 sections 4.1 to 4.3; METHODS.md section 6. Statistics of the dense model in one pass, one global sort, mean-bias compensation.
 
 What differs:
-- FFN channels only, so no weighing of heads against channels;
+- heads are cut only where they are asked for (`with_heads`), and as groups where query heads share a key-value head;
 - every layer keeps at least one rounding step of channels, and widths are rounded (see `allocation`);
 - text is the caller's; the authors use 1024 sequences of 128 tokens of WikiText-2's training split.
 """
@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prunenet.heads import Attention
 from prunenet.layers import FFN
 from prunenet.moments import Moments
-from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.evidence import Evidence, HeadOutputs
+from prunenet.policies.methods.structures import Scores
 
 
 def fluctuation(ffn: FFN, moments: Moments) -> Float[Tensor, " d_ff"]:
@@ -31,6 +33,23 @@ def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
     return [standardised(fluctuation(ffn, m)) for ffn, m in zip(evidence.ffns, evidence.moments, strict=True)]
 
 
+def with_heads(evidence: Evidence) -> Scores:
+    """Scores of channels, and `group_fluctuation` of heads on the same scale, for one sort of both."""
+    parts = zip(evidence.attentions, evidence.head_outputs, strict=True)
+    return Scores(scores(evidence), [group_fluctuation(attention, outputs) for attention, outputs in parts])
+
+
+def group_fluctuation(attention: Attention, outputs: HeadOutputs) -> Float[Tensor, " groups"]:
+    """Mean over a group's coordinates j of z((Var_t(X_j) |W_:,j|^2)^2): X what enters the output linear, z within the layer.
+
+    As in the authors' code (CASIA-IVA-Lab/FLAP, lib/prune.py, structure AL-AM), which squares the fluctuations of attention and
+    not those of channels, and standardises coordinates before it averages them over a head. A head so has a score near 0, the
+    mean of all coordinates, where many of them make it up; sums over heads, standardised, would spread as single channels do.
+    """
+    fluctuations = outputs.variance * attention.out.float().square().sum(0)
+    return standardised(fluctuations.square()).view(attention.groups, -1).mean(1)
+
+
 def standardised(scores: Float[Tensor, " d_ff"]) -> Float[Tensor, " d_ff"]:
     """(s - mean) / standard deviation (with d_ff - 1); zeros where all are equal."""
     deviation = scores.std() if len(scores) > 1 else scores.new_zeros(())
@@ -42,3 +61,9 @@ def mean_bias(ffn: FFN, moments: Moments, keep: Bool[Tensor, " d_ff"]) -> Float[
     """W_R mu_R: what the removed channels R write on average."""
     removed = ~keep.to(ffn.down.device)
     return ffn.down.float()[:, removed] @ moments.mean[removed]
+
+
+def group_mean_bias(attention: Attention, outputs: HeadOutputs, groups: Bool[Tensor, " groups"]) -> Float[Tensor, " d_model"]:
+    """What the removed groups of heads write on average."""
+    removed = ~groups.to(attention.out.device).repeat_interleave(attention.group_inputs)
+    return attention.out.float()[:, removed] @ outputs.mean[removed]

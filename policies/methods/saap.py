@@ -12,7 +12,8 @@ What differs. All formulas below are [rec], our reconstruction, and nothing meas
 - fluctuation F_j = standard deviation / mean over calibration sequences of sum_m I_m,j / (2 s_m^2); stability indicator A = F
   standardised within the layer; a channel's score is z(log fused) - beta A, z over all channels of the model. So what
   fluctuates is removed, where FLAP removes what does not: `removes` turns the sign over, to be measured;
-- FFN channels only, so that a layer has one type of structure; the first 3 and the last 2 layers are left whole; beta is 0.5;
+- a layer has one type of structure, FFN channels, or with heads a second one, groups of heads (`with_heads`), with an s and a
+  standardisation of F of its own, z over both; the first 3 and the last 2 layers are left whole; beta is 0.5;
 - I_2 is LLM-Pruner's element-wise importance with both terms of the expansion ("mix").
 """
 
@@ -28,7 +29,10 @@ from torch import Tensor
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.flap import standardised
 from prunenet.policies.methods.gradients import TaylorSums
+from prunenet.policies.methods.structures import Scores
 
+Element = Literal["element1", "element2", "mix"]
+Removes = Literal["unstable", "stable"]
 _LEAST = 1e-6  # of a fused importance, whose mean in a layer is 1 or more: a dead channel must not shape z
 
 
@@ -36,8 +40,8 @@ def scores(
     evidence: Evidence,
     *,
     beta: float = 0.5,
-    removes: Literal["unstable", "stable"] = "unstable",
-    element: Literal["element1", "element2", "mix"] = "mix",
+    removes: Removes = "unstable",
+    element: Element = "mix",
 ) -> list[Float[Tensor, " _"]]:
     """z(log fused) - beta A of each channel; comparable between layers. With `removes="stable"`, plus beta A.
 
@@ -50,13 +54,29 @@ def scores(
     Raises:
         ValueError: a negative beta.
     """
+    return _ranked(evidence, beta, removes, element, heads=False)
+
+
+def with_heads(evidence: Evidence, *, beta: float = 0.5, removes: Removes = "unstable", element: Element = "mix") -> Scores:
+    """The same of channels and groups of heads, ranked together. Arguments and errors: `scores`."""
+    found = _ranked(evidence, beta, removes, element, heads=True)
+    layers = len(evidence.taylor)
+    return Scores(found[:layers], found[layers:])
+
+
+def _ranked(evidence: Evidence, beta: float, removes: Removes, element: Element, *, heads: bool) -> list[Float[Tensor, " _"]]:
+    """Of the channels of each layer, then of the groups of each."""
     if beta < 0:
         raise ValueError(f"beta must be 0 or more, got {beta}; to remove stable channels say removes='stable'")
-    importances = [_importances(sums, element) for sums in evidence.taylor]
+    together = [*evidence.taylor, *(evidence.group_taylor if heads else [])]
+    importances = [_importances(sums, element) for sums in together]
     ranked = standardised(torch.cat(fused(importances)).clamp_min(_LEAST).log())
     found = list(torch.split(ranked, [row.shape[1] for row in importances]))
     if beta > 0:
-        sequences = [[_importances(sums, element) for sums in layers] for layers in evidence.taylor_by_sequence]
+        alone = evidence.taylor_by_sequence
+        if heads:
+            alone = [[*a, *b] for a, b in zip(alone, evidence.group_taylor_by_sequence, strict=True)]
+        sequences = [[_importances(sums, element) for sums in layers] for layers in alone]
         weight = -beta if removes == "unstable" else beta
         for layer, importance in enumerate(importances):
             each = torch.stack([layers[layer] for layers in sequences])

@@ -27,6 +27,7 @@ from prunenet.policies.methods import (
     wanda_sp,
 )
 from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.structures import Scores
 from prunenet.rotation import check_rotatable
 
 Needs = Literal["weights", "text", "gradients"]
@@ -46,12 +47,13 @@ class Method:
         source: where it was published.
         score: one score per channel of each layer, higher stays longer.
         merge: the FFN of each layer, narrowed to the given widths.
+        with_heads: scores of channels and of groups of attention heads, where the method cuts both.
         rebuild: the model at a ratio, widths a multiple of `round_to`, where it is no matter of FFN channels; it has no more
             parameters than a cut at the ratio leaves. Raises UnsupportedArchitecture where `able` does.
         able: raises UnsupportedArchitecture for a model that `rebuild` cannot take.
         layer_score: the score of one layer, where the method is published as sequential (each layer measured behind the already
             cut ones); None otherwise.
-        comparable: whether scores of different layers may be ranked together as they are.
+        comparable: whether scores of different layers, and those of channels and groups, may be ranked together as they are.
         compensate: what the published method does about what it removed.
         allocation: the published one.
         protects: layers at both ends (first, last) that allocation "protected" leaves whole; "global" too, where that is the
@@ -64,6 +66,7 @@ class Method:
     source: str
     score: Callable[[Evidence], list[Float[Tensor, " _"]]] | None = None
     merge: Callable[[Evidence, Sequence[int]], list[FFN]] | None = None
+    with_heads: Callable[[Evidence], Scores] | None = None
     rebuild: Callable[[Evidence, float, int], PreTrainedModel] | None = None
     able: Callable[[PreTrainedModel], None] | None = None
     layer_score: Callable[[FFN, Moments], Float[Tensor, " _"]] | None = None
@@ -76,20 +79,35 @@ class Method:
 
 _PRUNENET = "Sengupta et al., ICLR 2025, arXiv 2501.15296"
 _LILA = "LILA, 2026, as in METHODS.md section 6; the distance is a reconstruction, see lila.py"
-_TAYLOR: dict[str, Any] = {
-    "needs": "gradients",
-    "source": "Ma, Fang and Wang, NeurIPS 2023, arXiv 2305.11627",
-    "comparable": True,
-    "allocation": "protected",
-    "protects": (4, 2),
-}
-_SAAP: dict[str, Any] = {
-    "needs": "gradients",
-    "comparable": True,
-    "allocation": "global",
-    "protects": (3, 2),
-}
 _SAAP_SOURCE = "SAAP, Zheng et al., 2024, arXiv 2412.15127, as in METHODS.md section 8; mostly a reconstruction, see saap.py"
+
+
+def _taylor(variant: llm_pruner.Variant) -> Method:
+    return Method(
+        f"llm_pruner_{variant}",
+        "gradients",
+        "Ma, Fang and Wang, NeurIPS 2023, arXiv 2305.11627",
+        partial(llm_pruner.scores, variant=variant),
+        with_heads=partial(llm_pruner.with_heads, variant=variant),
+        comparable=True,
+        allocation="protected",
+        protects=(4, 2),
+    )
+
+
+def _saap(name: str, differs: str, **options: Any) -> Method:
+    return Method(
+        name,
+        "gradients",
+        f"{_SAAP_SOURCE}{differs}",
+        partial(saap.scores, **options),
+        with_heads=partial(saap.with_heads, **options),
+        comparable=True,
+        allocation="global",
+        protects=(3, 2),
+    )
+
+
 _ADAPRUNER: dict[str, Any] = {
     "searches": True,
     "needs": "gradients",
@@ -99,8 +117,14 @@ _ADAPRUNER: dict[str, Any] = {
 _ADAPRUNER_SOURCE = "AdaPruner, AAAI 2025, arXiv 2503.06184, as in METHODS.md section 7; a reconstruction, see adapruner.py"
 _SLICEGPT = "Ashkboos et al., ICLR 2024, arXiv 2401.15024"
 _ROWS = (
-    Method("random", "weights", "uniform draws", random_channels.scores),
-    Method("magnitude", "weights", "product of the norms of a channel's slices", magnitude.scores),
+    Method("random", "weights", "uniform draws", random_channels.scores, with_heads=random_channels.with_heads),
+    Method(
+        "magnitude",
+        "weights",
+        "product of the norms of a channel's slices",
+        magnitude.scores,
+        with_heads=magnitude.with_heads,
+    ),
     Method("magnitude_gate", "weights", "norm of the gate row", partial(magnitude.scores, matrix="gate")),
     Method("magnitude_up", "weights", "norm of the up row", partial(magnitude.scores, matrix="up")),
     Method("magnitude_down", "weights", "norm of the down column", partial(magnitude.scores, matrix="down")),
@@ -121,22 +145,18 @@ _ROWS = (
         "text",
         "An et al., AAAI 2024, arXiv 2312.11983",
         flap.scores,
+        with_heads=flap.with_heads,
         comparable=True,
         compensate="mean_bias",
         allocation="global",
     ),
-    Method("llm_pruner_vector", score=partial(llm_pruner.scores, variant="vector"), **_TAYLOR),
-    Method("llm_pruner_element1", score=partial(llm_pruner.scores, variant="element1"), **_TAYLOR),
-    Method("llm_pruner_element2", score=partial(llm_pruner.scores, variant="element2"), **_TAYLOR),
-    Method("llm_pruner_mix", score=partial(llm_pruner.scores, variant="mix"), **_TAYLOR),
-    Method("saap", source=_SAAP_SOURCE, score=saap.scores, **_SAAP),
-    Method(
-        "saap_flipped",
-        source=f"{_SAAP_SOURCE}; the sign of the stability term turned over",
-        score=partial(saap.scores, removes="stable"),
-        **_SAAP,
-    ),
-    Method("saap_fusion", source=f"{_SAAP_SOURCE}; without the stability term", score=partial(saap.scores, beta=0.0), **_SAAP),
+    _taylor("vector"),
+    _taylor("element1"),
+    _taylor("element2"),
+    _taylor("mix"),
+    _saap("saap", ""),
+    _saap("saap_flipped", "; the sign of the stability term turned over", removes="stable"),
+    _saap("saap_fusion", "; without the stability term", beta=0.0),
     Method("adapruner", source=_ADAPRUNER_SOURCE, score=adapruner.scores, **_ADAPRUNER),
     Method(
         "adapruner_random",

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from prunenet.text import CalibrationText
 
 T = TypeVar("T")
-Specs = Annotated[list[str], typer.Argument(metavar="METHOD", help="method[:allocation][@moments][+refit], or all; see above.")]
+Specs = Annotated[
+    list[str], typer.Argument(metavar="METHOD", help="method[:allocation][@moments][+heads][+refit], or all; see above.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="JSON lines; what is in it is not done again.")]
 RatioList = Annotated[str, typer.Option(metavar="SHARES", help="Shares of FFN channels to remove, as in 0.2,0.3.")]
 SeedList = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 0,1,2.")]
@@ -69,10 +71,11 @@ def compare(
 ) -> None:
     """Compare ways to prune at equal size: METHODs x --ratios x --seeds, one JSON line each; a killed run goes on.
 
-    A METHOD is method[:allocation][@moments][+refit], as in wanda_sp, flap:uniform, llm_pruner_element1:owl@ptb,
+    A METHOD is method[:allocation][@moments][+heads][+refit], as in wanda_sp, flap:uniform, llm_pruner_element1:owl@ptb,
     wanda_sp:learned@seed:ptb+layerwise. What is left out is the method's own. Moments: self (the model writes the text; the
     default), random (tokens), TEXT or seed:TEXT (the model goes on from the first tokens of its documents), with TEXT builtin,
-    a file, a dataset, or a name given with --calibration. Refit: off, mean_bias, layerwise or sequential. Methods and
+    a file, a dataset, or a name given with --calibration. Heads: cut attention heads too, at the same size, where the method
+    does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias, layerwise or sequential. Methods and
     allocations: a wrong name lists them. Ours: prunenet (what 'prunenet prune' does), prunenet-weights, elimination.
     """
     with one_sentence():

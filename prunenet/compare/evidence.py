@@ -57,5 +57,5 @@ _SHARED = {
     name
     for kind in (Evidence, SharedEvidence)
     for name, value in vars(kind).items()
-    if isinstance(value, cached_property) and name != "ffns"  # views
+    if isinstance(value, cached_property) and name not in ("ffns", "attentions")  # views
 }

@@ -20,6 +20,7 @@ from prunenet.compare.results import Line, Results
 from prunenet.compare.spec import Spec
 from prunenet.compare.workshop import Amount, Made, Workshop
 from prunenet.evaluate import perplexity
+from prunenet.heads import attentions
 from prunenet.latency import check_positions
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.masks import check_ratio, width_at
@@ -130,6 +131,8 @@ def check(plan: Plan, workshop: Workshop) -> None:
                 f"{spec.name!r} asks a policy, and none ships for model type {model.config.model_type!r}; train one "
                 "(prunenet train) and give its folder as --policy"
             )
+        if spec.heads:
+            attentions(model)
         if workshop.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
             check_measured(workshop.policy, spec.moments is not None)
         able = METHODS[spec.method].able if spec.method in METHODS else None
@@ -202,10 +205,11 @@ def _same_text(cell: Cell, later: Sequence[Cell]) -> bool:
 def _asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
     """What was asked for, in the words of a line."""
     spec, scored = cell.spec, plan.evaluation
-    fields: dict[str, str | None] = dict.fromkeys(("score", "allocation", "moments", "refit"))
+    fields: dict[str, str | bool | None] = dict.fromkeys(("score", "allocation", "moments", "refit"))
     policy = None
     if spec is not None:
         fields = {"score": spec.method, "allocation": spec.allocation, "moments": spec.moments, "refit": spec.refit}
+        fields |= {"heads": True} if spec.heads else {}  # not a field of the others: their cells keep their keys
         policy = workshop.policy if spec.asks_policy else None
     amount = None if spec is None or spec.moments is None else asdict(plan.amount) | {"sha256": workshop.sha256(spec)}
     return {
@@ -263,6 +267,7 @@ def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
         line |= {"seconds_pruning": seconds + use.shared, "seconds_shared": use.shared, "peak_memory_pruning": peak}
     total, inner = count_parameters(made.model)
     line |= {"regime": made.regime, "applied_regime": made.applied_regime, "policy": made.policy, "widths": made.widths}
+    line |= {} if made.groups is None else {"head_groups": made.groups}
     line |= {"calibration": None if made.calibration is None else dict(made.calibration)}
     line["residual_widths"] = getattr(made.model.config, "residual_widths", None)
     line |= {"parameters": total, "non_embedding_parameters": inner, "bias_parameters": made.biases}

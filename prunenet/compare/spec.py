@@ -1,9 +1,10 @@
-"""How a way to prune is named: `method[:allocation][@moments][+refit]`.
+"""How a way to prune is named: `method[:allocation][@moments][+heads][+refit]`.
 
     wanda_sp                              as published, on text that the model writes
     flap:uniform                          another allocation
     llm_pruner_element1:owl@ptb           other text
     wanda_sp:learned@seed:ptb+layerwise   where to cut from the policy, document prefixes of a text, and a refit
+    flap@ptb+heads                        attention heads are cut too, not FFN channels alone; the size stays the same
     prunenet                              what `prunenet prune` does by default
 
 What is left out is the method's own: its allocation, its compensation, and text that the model writes by itself where any part
@@ -13,11 +14,11 @@ reads text. Names come from `METHODS` and `Allocation`; nothing is listed twice.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from prunenet.policies.methods import METHODS, Allocation
+from prunenet.policies.methods import METHODS, WITH_HEADS, Allocation
 
 REFITS = ("off", "mean_bias", "layerwise", "sequential")
 """What is done about the channels removed: nothing, a bias (FLAP), least squares of each layer alone, or behind cut layers."""
@@ -27,7 +28,8 @@ RESERVED = ("self", "random", "seed", "builtin", "none")
 """Words that cannot name a calibration text."""
 WITHOUT_SCORES = ("uniform", "protected", "owl", "influence", "learned")
 """Allocations that look at no method's scores, so that a merge can have them."""
-_FORM = "method[:allocation][@moments][+refit]"
+_FORM = "method[:allocation][@moments][+heads][+refit]"
+_HEADS = "heads"
 # (allocation, refit) of the methods that are ours.
 _OWN = {"prunenet": ("auto", "layerwise"), "prunenet-weights": ("learned", "off"), "elimination": ("uniform", "layerwise")}
 _PRODUCT = ("auto", "uniform", "learned")
@@ -43,12 +45,14 @@ class Spec:
         moments: where activations and gradients are measured: "self", "random", "seed:TEXT" or TEXT, with TEXT a name,
             "builtin", a file or a dataset; None where nothing reads text.
         refit: one of `REFITS`.
+        heads: whether attention heads are cut as well as FFN channels.
     """
 
     method: str
     allocation: str
     moments: str | None
     refit: str
+    heads: bool = False
 
     @property
     def name(self) -> str:
@@ -58,6 +62,7 @@ class Spec:
             self.method
             + ("" if self.allocation == allocation else f":{self.allocation}")
             + ("" if self.moments in (None, "self") else f"@{self.moments}")
+            + ("+heads" if self.heads else "")
             + ("" if self.refit == refit else f"+{self.refit}")
         )
 
@@ -100,7 +105,7 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
     """Reads a spec.
 
     Args:
-        text: `method[:allocation][@moments][+refit]`.
+        text: `method[:allocation][@moments][+heads][+refit]`.
         calibration: names given to calibration texts.
 
     Raises:
@@ -110,10 +115,12 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
     rest = tail if at else head
     before, plus, refit = rest.rpartition("+")
     # A plus may be part of a file's name.
-    if plus and refit not in REFITS and at and set(refit) & set("./"):
+    if plus and (refit == _HEADS or (refit not in REFITS and at and set(refit) & set("./"))):
         plus = ""
-    if plus:
-        head, tail = (head, before) if at else (before, tail)
+    rest = before if plus else rest
+    heads = rest.endswith(f"+{_HEADS}")
+    rest = rest.removesuffix(f"+{_HEADS}")
+    head, tail = (head, rest) if at else (rest, tail)
     method, colon, allocation = head.partition(":")
     _known(text, "method", method, methods())
     own_allocation, own_refit = _defaults(method)
@@ -124,7 +131,10 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
         _known(text, "refit", refit, REFITS)
     if at:
         _check_moments(text, tail, calibration)
-    return _sensible(text, method, allocation or own_allocation, tail if at else None, refit if plus else own_refit)
+    if heads:
+        _check_heads(text, method, allocation or own_allocation, refit if plus else own_refit)
+    spec = _sensible(text, method, allocation or own_allocation, tail if at else None, refit if plus else own_refit)
+    return replace(spec, heads=heads)
 
 
 def parse_all(texts: Collection[str], calibration: Collection[str] = ()) -> list[Spec]:
@@ -159,6 +169,16 @@ def _sensible(text: str, method: str, allocation: str, moments: str | None, refi
     if moments is not None and not looks:
         raise ValueError(f"{text!r}: no part of it reads text; leave @{moments} out")
     return Spec(method, allocation, (moments or "self") if looks else None, refit)
+
+
+def _check_heads(text: str, method: str, allocation: str, refit: str) -> None:
+    able = [name for name, row in METHODS.items() if row.with_heads is not None]
+    if method not in able:
+        raise ValueError(f"{text!r}: {method} scores no attention heads; +heads goes with {', '.join(able)}")
+    if allocation not in WITH_HEADS:
+        raise ValueError(f"{text!r}: +heads goes with the allocations {', '.join(WITH_HEADS)}, got {allocation}")
+    if refit not in ("off", "mean_bias"):
+        raise ValueError(f"{text!r}: +heads goes with +off or +mean_bias; a {refit} refit is for FFN channels alone")
 
 
 def _check_moments(text: str, moments: str, calibration: Collection[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.calibration import Blocks, data_blocks, prefix_blocks, self_blocks, token_blocks
@@ -18,10 +18,11 @@ from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
 from prunenet.compensate import Cut, refit_kept, refit_sequentially
+from prunenet.heads import group_counts, out_linears
 from prunenet.layers import down_linears, ffn_widths
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
-from prunenet.policies.methods import METHODS, Allocation, Method, cut
+from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.text import CalibrationText, content_sha256
 
 KEPT = 0.8
@@ -45,6 +46,7 @@ class Made:
     Attributes:
         model: shares what was not cut with the dense one.
         widths: channels of each layer.
+        groups: groups of attention heads of each layer; None where heads are whole.
         biases: parameters that a compensation added, which no allocation counts.
         regime: what the whole way looked at, a policy's training included: weights, self or data.
         applied_regime: what cutting this model looked at.
@@ -59,6 +61,7 @@ class Made:
     applied_regime: str
     policy: str | None
     calibration: Mapping[str, Any] | None
+    groups: list[int] | None = None
 
 
 class Workshop:
@@ -94,7 +97,7 @@ class Workshop:
         self._texts, self._amount = texts or {}, amount or Amount()
         self._blocks: dict[tuple[str, int], tuple[Blocks, float | None]] = {}
         self._evidence: dict[tuple[str, int], SharedEvidence] = {}
-        self._scores: dict[tuple[str, int, str], list[_Scores]] = {}
+        self._scores: dict[tuple[str, int, str], Any] = {}
 
     def blocks(self, moments: str, seed: int) -> tuple[Blocks, float | None]:
         """Text to measure on, and how many seconds it took to have it; None where the model had written it before.
@@ -147,6 +150,7 @@ class Workshop:
             applied_regime=seen[0],
             policy=None if asked is None else self.policy_name,
             calibration=None if blocks is None else dict(blocks.source) | {"tokens_read": blocks.ids.numel()},
+            groups=group_counts(narrow) if spec.heads else None,
         )
 
     def forget(self, moments: str | None, seed: int) -> None:
@@ -198,9 +202,11 @@ class Workshop:
             allocation=cast(Allocation, allocation),
             compensate=compensate,
             round_to=self.round_to,
+            heads=spec.heads,
         )
         if spec.refit not in ("layerwise", "sequential"):
-            biases = 0 if found.biases is None else self._new_biases()
+            pairs = ((found.biases, down_linears), (found.group_biases, out_linears))
+            biases = sum(_new_biases(linears(self.model)) for added, linears in pairs if added is not None)
             return found.applied(self.model), biases
         return self._refitted(spec, found.keep, evidence).model(self.model), 0
 
@@ -220,34 +226,38 @@ class Workshop:
             row = replace(row, protects=_PROTECTS)
         if row.score is None:
             return row
-        # Scores of the weights are the same whatever text the allocation reads.
-        home = self._evidence_of(None, None, evidence.seed) if row.needs == "weights" else evidence
+        if spec.heads:
+            return replace(row, with_heads=self._shared_scores(f"joint scores of {row.name}", row.with_heads, row, evidence))
         given: Callable[..., list[_Scores]] = row.score
         score = partial(given, ratio=ratio) if row.searches else given
         name = f"scores of {row.name}" + (f" at {ratio:g}" if row.searches else "")
-        return replace(row, score=lambda _: self._scored(name, score, home))
+        return replace(row, score=self._shared_scores(name, score, row, evidence))
 
-    def _scored(self, name: str, score: Callable[..., list[_Scores]], evidence: SharedEvidence) -> list[_Scores]:
-        key = (evidence.label, evidence.seed, name)
+    def _shared_scores(self, name: str, score: Any, row: Method, evidence: SharedEvidence) -> Callable[[Evidence], Any]:
+        """The scores of a method's row, computed once."""
+        # Scores of the weights are the same whatever text the allocation reads.
+        home = self._evidence_of(None, None, evidence.seed) if row.needs == "weights" else evidence
+        key = (home.label, home.seed, name)
 
-        def make() -> list[_Scores]:
+        def make() -> Any:
             if key not in self._scores:
-                self._scores[key] = score(evidence)
+                self._scores[key] = score(home)
             return self._scores[key]
 
-        return self.ledger.measured(key, make)
+        return lambda _: self.ledger.measured(key, make)
 
     def _policy_scores(self, evidence: SharedEvidence) -> list[_Scores]:
         policy = cast(Policy, self.policy)
         place = (evidence.label, evidence.seed) if policy.config.moments else ("", 0)
         key = (*place, "scores of the policy")
 
-        def make() -> list[_Scores]:
+        def make() -> Any:
             if key not in self._scores:
                 self._scores[key] = policy.scores(self.model, evidence.blocks)
             return self._scores[key]
 
         return self.ledger.measured(key, make)
 
-    def _new_biases(self) -> int:
-        return sum(linear.out_features for linear in down_linears(self.model) if linear.bias is None)
+
+def _new_biases(linears: list[nn.Linear]) -> int:
+    return sum(linear.out_features for linear in linears if linear.bias is None)
