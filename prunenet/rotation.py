@@ -21,9 +21,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prunenet import sliced_modeling
+from prunenet import modeling, sliced_modeling
 from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
-from prunenet.layers import check_whole, decoder_layers, ffn_widths
+from prunenet.layers import check_whole, decoder_layers
 
 DAMPING = 0.01
 """Of the mean diagonal, added to a covariance's diagonal. It moves eigenvalues and no eigenvector."""
@@ -87,9 +87,9 @@ def check_rotatable(model: PreTrainedModel) -> None:
             f"model type {architecture.model_type!r} cannot be sliced: rotating its residual stream needs RMSNorms in front of "
             f"attention, FFN and LM head, none behind them, and no parallel layers; types that have them: {able}"
         )
-    if len(set(ffn_widths(model))) > 1:
+    if hasattr(model.config, modeling.FFN) or hasattr(model.config, modeling.HEADS):
         raise UnsupportedArchitecture(
-            f"a {type(model).__name__} has FFNs of different widths and cannot be sliced; give a model of one width"
+            f"a {type(model).__name__} has layers of different shapes and cannot be sliced; give a model whose layers are alike"
         )
 
 

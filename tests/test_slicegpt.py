@@ -239,9 +239,11 @@ def test_a_sliced_model_is_neither_cut_nor_sliced_again(saved):
             again()
 
 
-def test_ffns_of_different_widths_are_refused():
-    narrow = narrowed(tiny_model("llama"), random_keep([16, 40, 24]))
-    with pytest.raises(UnsupportedArchitecture, match="different widths"):
+@pytest.mark.parametrize("widths", [[16, 40, 24], [48, 48, 48]])
+def test_layers_of_different_shapes_are_refused(widths):
+    groups = None if len(set(widths)) > 1 else [torch.tensor(mask) for mask in ([True, False], [True, True], [True, True])]
+    narrow = narrowed(tiny_model("llama"), random_keep(widths), groups)
+    with pytest.raises(UnsupportedArchitecture, match="layers of different shapes"):
         sliced(evidence(narrow), 0.3)
 
 
