@@ -101,8 +101,8 @@ class Provenance:
     def from_json(cls, text: str) -> Provenance:
         """Reads `prunenet.json`. Raises ValueError, TypeError or KeyError where the text is not one."""
         fields = json.loads(text)
-        lists = [name for name in ("widths", "dense_widths", "residual_widths", *_OF_GROUPS) if fields.get(name) is not None]
-        return cls(**fields | {name: tuple(fields[name]) for name in lists})
+        optional = [name for name in ("residual_widths", *_OF_GROUPS) if name in fields and fields[name] is not None]
+        return cls(**fields | {name: tuple(fields[name]) for name in ("widths", "dense_widths", *optional)})
 
     def to_json(self) -> str:
         """`prunenet.json`. Fields about heads are there only where heads were cut."""
