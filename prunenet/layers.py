@@ -103,8 +103,9 @@ def ffn_at(model: Weights, index: int) -> FFN:
     """The FFN of one layer.
 
     Raises:
-        UnsupportedArchitecture: see `decoder_layers`.
+        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced (`prunenet.sliced_modeling`).
     """
+    check_whole(structure(model))
     if not isinstance(model, PreTrainedModel):
         return model.ffn(index)
     architecture = architecture_for(model.config)
@@ -172,11 +173,9 @@ def iter_ffns(model: Weights) -> Iterator[FFN]:
     """Yields the FFN of each decoder layer, first to last.
 
     Raises:
-        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced (`prunenet.sliced_modeling`).
+        UnsupportedArchitecture: see `ffn_at`.
     """
-    whole = structure(model)
-    check_whole(whole)
-    for index in range(len(decoder_layers(whole))):
+    for index in range(len(decoder_layers(structure(model)))):
         yield ffn_at(model, index)
 
 
