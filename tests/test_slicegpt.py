@@ -18,6 +18,8 @@ from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
 from prunenet.policies.methods.slicegpt import parameters_left, slice_stream, width_at_slicing
 from prunenet.rotation import covariance, eigenbasis, parameters_at, residual_widths, unrotated
+from prunenet.stats import channel_statistics
+from prunenet.streaming import StreamedCheckpoint
 from prunenet.surgery import narrowed
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})
@@ -234,6 +236,8 @@ def test_a_sliced_model_is_neither_cut_nor_sliced_again(saved):
         lambda: pruned_model(evidence(model), "magnitude", 0.3),
         lambda: sliced(evidence(model), 0.3),
         lambda: narrowed(model, saved[0].keep),
+        lambda: channel_statistics(model),
+        lambda: channel_statistics(StreamedCheckpoint.open(saved[1])),
     ):
         with pytest.raises(UnsupportedArchitecture, match="sliced residual stream"):
             again()

@@ -74,19 +74,18 @@ def test_weights_and_statistics_of_every_family_are_those_of_the_loaded_model(tm
     assert weights_sha256(source) == weights_sha256(model)
 
 
-@pytest.mark.parametrize("widths", ["uniform", "per-layer"])
 @pytest.mark.parametrize(
-    ("model_type", "dtype", "shard", "options"),
+    ("model_type", "dtype", "shard", "options", "widths"),
     [
-        ("llama", torch.bfloat16, SHARDS, {}),
-        ("llama", torch.float16, "1GB", {"tied": True}),
-        ("gemma2", torch.float32, SHARDS, {}),
-        ("phi3", torch.bfloat16, SHARDS, {}),
-        ("phi", torch.float32, "1GB", {"bias": True}),
-        ("opt", torch.float16, SHARDS, {"bias": True}),
-        ("gpt_neox", torch.float32, "1GB", {}),
+        ("llama", torch.bfloat16, SHARDS, {}, "uniform"),
+        ("llama", torch.float16, "1GB", {"tied": True}, "per-layer"),
+        ("gemma2", torch.float32, SHARDS, {}, "uniform"),
+        ("phi3", torch.bfloat16, SHARDS, {}, "per-layer"),
+        ("phi", torch.float32, "1GB", {"bias": True}, "uniform"),
+        ("opt", torch.float16, SHARDS, {"bias": True}, "per-layer"),
+        ("gpt_neox", torch.float32, "1GB", {}, "per-layer"),
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_a_streamed_cut_writes_the_bytes_of_the_cut_in_memory(
     tmp_path, policy, model_type, dtype, shard, options, widths
