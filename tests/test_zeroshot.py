@@ -293,10 +293,10 @@ def test_files_that_are_missing_empty_or_not_json_say_so(tmp_path: Path) -> None
 
 
 def test_tasks_are_found_in_a_folder_or_named_one_by_one(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="'mmlu'; known tasks: arc_easy"):
-        task_files({"mmlu": tmp_path})
-    with pytest.raises(TaskError, match="'mmlu'; known tasks: arc_easy"):
-        read_task("mmlu", tmp_path)
+    with pytest.raises(TaskError, match="'triviaqa'; known tasks: arc_easy"):
+        task_files({"triviaqa": tmp_path})
+    with pytest.raises(TaskError, match="'triviaqa'; known tasks: arc_easy"):
+        read_task("triviaqa", tmp_path)
     with pytest.raises(TaskError, match="does not exist"):
         task_files(tmp_path / "none")
     (tmp_path / "notes.jsonl").write_text("{}")
