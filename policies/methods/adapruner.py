@@ -10,7 +10,8 @@ What differs. The two subspaces and the filter are [rec], our reconstruction; no
 - metric: see `Metric`. Means are over a layer's slices and channels together, so that LLM-Pruner's four metrics and magnitude
   (L1) are points of the space. They are the first trials, on windows drawn evenly, so that the search cannot end worse than
   they do on its own objective. Layers are compared by the allocation alone;
-- objective: log-perplexity of the masked model on blocks held back from the pool, nats per token. About 100 trials;
+- objective: log-perplexity of the masked model on blocks held back from the pool, nats per token. About 100 trials (a row of
+  `prunenet compare`: 60, as its other searches);
 - FFN channels only; no LoRA afterwards; the first 4 and the last 2 layers are left whole, as LLM-Pruner's.
 
 Control: `strategy="random"` with `starts={}`, the best of as many independent draws from the same space.
@@ -148,6 +149,7 @@ def searched(
     sequences: int = 10,
     tokens: int = 64,
     clusters: int = 8,
+    held_tokens: int = 1024,
     widths: Callable[[Budget], Sequence[int]] = as_llm_pruner,
     round_to: int = 8,
     log: Path | None = None,
@@ -155,16 +157,17 @@ def searched(
 ) -> Found:
     """Searches for the calibration windows and the metric whose cut is best on held-back text.
 
-    A trial costs one backward pass for each sequence and one forward pass over the held-back fifth of the blocks.
+    A trial costs one backward pass for each sequence and one forward pass over the held-back blocks.
 
     Args:
-        evidence: its blocks but for the last fifth are the pool, that fifth is held back; its seed starts everything.
+        evidence: its last blocks are held back, the others are the pool; its seed starts everything.
         ratio: at which candidates are cut, in [0, 1).
         trials: the budget, starting points among them.
         strategy: "tpe", or "random" for the control.
         starts: metrics that are tried first.
         sequences: calibration windows of a candidate, 1 or more.
         tokens, clusters: see `Pool.of`.
+        held_tokens: held back at most, in whole blocks: one or more, and no more than a fifth of them.
         widths: the allocation of the cut.
         round_to: widths are multiples of this.
         log, progress: see `search.search`.
@@ -177,7 +180,8 @@ def searched(
             "AdaPruner calibrates on 1 sequence or more and checks on other text: give 2 blocks or more, "
             f"got {sequences} sequences and {len(evidence.ids)} blocks"
         )
-    held = evidence.ids[-max(1, len(evidence.ids) // 5) :]
+    blocks, window = evidence.ids.shape
+    held = evidence.ids[-max(1, min(blocks // 5, held_tokens // window)) :]
     pool = Pool.of(evidence.model, evidence.ids[: -len(held)], evidence.generator(), tokens=tokens, clusters=clusters)
     wanted = list(widths(Budget.of(evidence.model, ratio, round_to=round_to)))
     even = {f"cluster_{i}": float(size / pool.sizes.max()) for i, size in enumerate(pool.sizes)}

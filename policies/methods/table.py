@@ -114,6 +114,7 @@ _ADAPRUNER: dict[str, Any] = {
     "allocation": "protected",
     "protects": adapruner.PROTECTS,
 }
+_TRIALS = 60  # as many as the searched allocations measure architectures
 _ADAPRUNER_SOURCE = "AdaPruner, AAAI 2025, arXiv 2503.06184, as in METHODS.md section 7; a reconstruction, see adapruner.py"
 _SLICEGPT = "Ashkboos et al., ICLR 2024, arXiv 2401.15024"
 _ROWS = (
@@ -157,11 +158,11 @@ _ROWS = (
     _saap("saap", ""),
     _saap("saap_flipped", "; the sign of the stability term turned over", removes="stable"),
     _saap("saap_fusion", "; without the stability term", beta=0.0),
-    Method("adapruner", source=_ADAPRUNER_SOURCE, score=adapruner.scores, **_ADAPRUNER),
+    Method("adapruner", source=_ADAPRUNER_SOURCE, score=partial(adapruner.scores, trials=_TRIALS), **_ADAPRUNER),
     Method(
         "adapruner_random",
         source=f"{_ADAPRUNER_SOURCE}; the best of as many random draws, its control",
-        score=partial(adapruner.scores, strategy="random", starts={}),
+        score=partial(adapruner.scores, trials=_TRIALS, strategy="random", starts={}),
         **_ADAPRUNER,
     ),
     Method("slicegpt", "text", _SLICEGPT, rebuild=slicegpt.sliced_at, able=check_rotatable),
