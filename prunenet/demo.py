@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from prunenet import tables
 from prunenet.calibration import Blocks, self_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, identify, load_model, load_provenance, load_tokenizer
+from prunenet.compensate import cut_layers
 from prunenet.demo_model import fetch_demo_model
 from prunenet.folders import write_atomic
 from prunenet.latency import generate_sentence
-from prunenet.masks import check_ratio
+from prunenet.layers import ffn_widths
+from prunenet.masks import check_ratio, width_at
 from prunenet.measure import measure
-from prunenet.policies.apply import prune
+from prunenet.policies.apply import Pruned, provenance_of
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import recorded, train, unfinished
@@ -26,7 +28,9 @@ from prunenet.report import draw_report
 from prunenet.text import TestText, load_text
 
 PROMPT = "The Nile is the longest river in"
-HOW = {"widths": "uniform", "channels": "policy", "refit": "layerwise"}
+SEQUENCES = 64
+"""Sequences that the model writes: fewer than for `prunenet prune`, which measures more and takes longer for it."""
+HOW: dict[str, Any] = {"widths": "uniform", "channels": "policy", "refit": "layerwise"}
 """How the demo prunes: with the channels that its own policy chooses, and no second stage of training for the widths."""
 
 
@@ -94,31 +98,24 @@ def _policy(dense: PreTrainedModel, folder: Path, recipe: Recipe, console: Conso
 def _own_text(dense: PreTrainedModel, console: Console) -> Blocks:
     """Written once, then read from the cache."""
     with tables.progress(console, "writing") as advance:
-        return self_blocks(dense, load_tokenizer(dense.config._name_or_path), progress=advance)
+        return self_blocks(dense, load_tokenizer(dense.config._name_or_path), sequences=SEQUENCES, progress=advance)
 
 
 def _pruned(dense: PreTrainedModel, policy: Policy, ratios: Sequence[float], out: Path, console: Console) -> list[Path]:
-    """The checkpoint of each ratio: what is in `out` already if it is this policy's, else made now."""
+    """The checkpoint of each ratio: what is in `out` already if it is this policy's, else made now, all in one measurement."""
     source = dense.config._name_or_path
     folders = {ratio: out / f"ratio-{ratio:g}" for ratio in ratios}
     missing = [ratio for ratio, folder in folders.items() if not _made(folder, policy, ratio, identify(source)[1])]
     if missing:
-        blocks, scores = _own_text(dense, console), policy.scores(dense)
-    for ratio in missing:
-        with tables.stages(console) as advance:
-            pruned = prune(
-                dense,
-                policy,
-                ratio=ratio,
-                blocks=blocks,
-                scores=scores,
-                widths=HOW["widths"],
-                channels=HOW["channels"],
-                refit=HOW["refit"],
-                policy_name="demo",
-                progress=advance,
-            )
-        pruned.save_pretrained(folders[ratio], tokenizer=load_tokenizer(source))
+        blocks, d_ff = _own_text(dense, console), ffn_widths(dense)
+        ways = [[width_at(width, ratio) for width in d_ff] for ratio in missing]
+        with tables.progress(console, "cutting") as advance:
+            cuts = cut_layers(dense, blocks.ids, ways, scores=policy.scores(dense), progress=advance)
+        how = HOW | {"predicted_gain": None, "text": dict(blocks.source)}
+        for ratio, cut in zip(missing, cuts, strict=True):
+            narrow = cut.model(dense)
+            record = provenance_of(dense, narrow, policy=policy, name="demo", regime="self", ratio=ratio, how=how)
+            Pruned(narrow, cut.keep, record).save_pretrained(folders[ratio], tokenizer=load_tokenizer(source))
     return list(folders.values())
 
 

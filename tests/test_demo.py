@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
     # A tiny model has 64 positions.
     measure, write = demo.measure, demo.self_blocks
     monkeypatch.setattr(demo, "measure", lambda *a, **k: measure(*a, **{**k, "window": 16, "speed": False}))
-    monkeypatch.setattr(demo, "self_blocks", lambda *a, **k: write(*a, **k, sequences=4, tokens=16))
+    monkeypatch.setattr(demo, "self_blocks", lambda *a, **k: write(*a, **{**k, "sequences": 4, "tokens": 16}))
     monkeypatch.setattr(demo, "draw_report", lambda rows, path: path.write_bytes(b"drawn"))
     return lambda ratios=(0.5,), recipe=RECIPE: demo.run_demo(
         tmp_path / "out", ratios, Console(stderr=True), windows=2, recipe=recipe
