@@ -37,16 +37,17 @@ from prunenet.policies.methods import (
 )
 from prunenet.text import TestText, load_text
 
-SEARCHES = ("uniform", "random", "evolution", "predictor")
+SEARCHES = ("uniform", "random_18", "random", "evolution", "predictor")
 
 
 def searched(name: str, budget: Budget, judge: WidthDivergence, step: int | None, seed: int, path: Path) -> dict[str, Any]:
-    """The row's facts; all searches measure 60 architectures."""
+    """The row's facts; all searches measure 60 architectures, the predictor's authors' control 18."""
     space = Space.around(budget, step=step)
     if name == "predictor":
         return predictor_search(budget, judge, space=space, seed=seed, path=path).as_dict()
     searches: dict[str, Callable[[], Searched]] = {
         "uniform": lambda: best_of_random(budget, judge, 1, path=path),
+        "random_18": lambda: best_of_random(budget, judge, 18, space=space, seed=seed, path=path),
         "random": lambda: best_of_random(budget, judge, 60, space=space, seed=seed, path=path),
         "evolution": lambda: evolution_search(budget, judge, step=step, seed=seed, path=path),
     }
