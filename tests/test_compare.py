@@ -1,6 +1,6 @@
 """`prunenet compare`: names of methods, every legal combination, resuming, failing cells, the file, the table, the figures."""
 
-import importlib
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -601,6 +601,20 @@ def test_a_mistake_is_one_sentence_and_no_file(specs, options, words, folder, tm
     said = " ".join(result.stderr.split())
     assert said.count("error:") == 1
     assert all(word in said for word in words), said
+
+
+def test_calibration_text_that_is_too_short_and_task_files_that_miss_a_column_are_seen_before_any_work(folder, tmp_path):
+    (tmp_path / "short.txt").write_text("three short words")
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "to eat"}\n')
+    for specs, options, words in (
+        (["random", "flap@short"], {"calibration": f"short={tmp_path / 'short.txt'}"}, ["calibration text 'short'", "3 tokens", "--calibration-window"]),
+        (["random"], {"tasks": "piqa", "task_data": str(tmp_path)}, ["piqa.jsonl row 1 has no column 'sol1'"]),
+    ):
+        if "tasks" in options and importlib.util.find_spec("lm_eval") is None:
+            continue
+        _, result = compare(folder, *specs, out=tmp_path / "r.jsonl", code=1, **options)
+        assert not (tmp_path / "r.jsonl").exists()
+        assert all(word in " ".join(result.stderr.split()) for word in words), result.stderr
 
 
 def test_a_line_says_which_heads_are_left_and_other_lines_do_not_speak_of_heads(folder, tmp_path):

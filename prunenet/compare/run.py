@@ -139,7 +139,7 @@ def check(plan: Plan, workshop: Workshop) -> None:
         if able is not None:
             able(model)
     check_positions(model, scored.window, "window")
-    check_positions(model, plan.amount.window, "calibration window")
+    workshop.check_texts(plan.specs)
     for text in scored.texts:
         token_windows(tokenise(workshop.tokenizer, text), scored.window, scored.stride)
     for task, file in scored.tasks.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -19,6 +19,7 @@ from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
 from prunenet.compensate import Cut, refit_kept, refit_sequentially
 from prunenet.heads import group_counts, out_linears
+from prunenet.latency import check_positions
 from prunenet.layers import down_linears, ffn_widths
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
@@ -119,6 +120,15 @@ class Workshop:
             writes = moments == "self" or moments.startswith("seed:")
             self._blocks[moments, seed] = found, None if writes and not wrote else time.perf_counter() - start
         return self._blocks[moments, seed]
+
+    def check_texts(self, specs: Sequence[Spec]) -> None:
+        """Raises ValueError for calibration text that is too short, or windows that the model cannot read."""
+        check_positions(self.model, self._amount.window, "calibration window")
+        for name in sorted({spec.text for spec in specs if spec.text is not None and spec.moments == spec.text}):
+            try:
+                self._written(name, 0, lambda done, of: None)
+            except ValueError as error:
+                raise ValueError(f"calibration text {name!r}: {error}".replace("--window", "--calibration-window")) from None
 
     def sha256(self, spec: Spec) -> str | None:
         """Of the external text that a spec reads, if any."""
