@@ -607,7 +607,11 @@ def test_calibration_text_that_is_too_short_and_task_files_that_miss_a_column_ar
     (tmp_path / "short.txt").write_text("three short words")
     (tmp_path / "piqa.jsonl").write_text('{"goal": "to eat"}\n')
     for specs, options, words in (
-        (["random", "flap@short"], {"calibration": f"short={tmp_path / 'short.txt'}"}, ["calibration text 'short'", "3 tokens", "--calibration-window"]),
+        (
+            ["flap@short"],
+            {"calibration": f"short={tmp_path / 'short.txt'}"},
+            ["text 'short'", "3 tokens", "--calibration-window"],
+        ),
         (["random"], {"tasks": "piqa", "task_data": str(tmp_path)}, ["piqa.jsonl row 1 has no column 'sol1'"]),
     ):
         if "tasks" in options and importlib.util.find_spec("lm_eval") is None:
