@@ -136,7 +136,7 @@ def main() -> None:
     if arguments.job:
         source, out = arguments.source, arguments.out
         facts = prune(source, out, arguments.ratio, arguments.device) if arguments.job == "prune" else copy(source, out)
-        print(json.dumps(facts | {"peak_gigabytes": high_water()}))
+        print(json.dumps(facts | {"cpu_seconds": time.process_time(), "peak_gigabytes": high_water()}))
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         source = Path(scratch) / "dense"

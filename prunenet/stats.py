@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from prunenet.layers import FFN, Weights, activation, decoder_layers, ffn_at, structure, tables
-from prunenet.residual import ResidualStream, moments, normalised
+from prunenet.residual import ResidualStream, moments, normalised, quadratic, self_product
 
 # A policy stores both and refuses other values. Raise the version when a statistic changes its meaning.
 STATISTICS_VERSION = 1
@@ -87,7 +87,7 @@ def layer_context(model: Weights) -> Float32[Tensor, "layers n_context"]:
     for index in range(layers):
         slices = _slices(ffn_at(model, index))
         norms = torch.stack([_log(of_slice.square().sum(-1)) / 2 for of_slice in slices.values()]).sum(0)
-        grams = {name: slices[name].T @ slices[name] for name in ("up", "down")}
+        grams = {name: self_product(slices[name]) for name in ("up", "down")}
         row, written = _context_row(index, layers, norms, grams, written)
         rows.append(row)
     return torch.stack(rows).to(table.device)
@@ -117,7 +117,7 @@ def _observed(
     slices = _slices(ffn)
     if not all(torch.isfinite(matrix).all() for matrix in (*slices.values(), stream.moment, stream.attention)):
         raise ValueError(f"weights of layer {ffn.index} or the embeddings are NaN or infinite; the checkpoint is damaged")
-    grams = {name: rows.T @ rows for name, rows in slices.items()}
+    grams = {name: self_product(rows) for name, rows in slices.items()}
     energy, raw = _energies(ffn, slices, normalised(stream.moment), act)
     raw |= _slice_statistics(slices, grams, stream)
     raw["down_twin"] = _twin([normalize(slices["down"], dim=-1)])
@@ -159,15 +159,15 @@ def _slice_statistics(slices: dict[str, _Rows], grams: dict[str, _Square], strea
         result[f"{name}_norm"] = _log(squared) / 2
         result[f"{name}_leverage"] = _log(_leverage(rows, gram))
         result[f"{name}_ridge"] = _log(_ridge_leverage(rows, gram))
-        result[f"{name}_embedding"] = _log(_quadratic(rows, stream.embedding)) - _log(squared)
-        result[f"{name}_attention"] = _log(_quadratic(rows, attention)) - _log(squared)
+        result[f"{name}_embedding"] = _log(quadratic(rows, stream.embedding)) - _log(squared)
+        result[f"{name}_attention"] = _log(quadratic(rows, attention)) - _log(squared)
         result[f"{name}_mean"] = (rows @ stream.mean) / squared.clamp_min(_TINY).sqrt()
         result[f"{name}_kurtosis"] = _log((rows.square() / mean_square[:, None].clamp_min(_TINY)).square().mean(-1))
         result[f"{name}_peak"] = _log(rows.abs().amax(-1)) - _log(mean_square) / 2
     result["product_norm"] = torch.stack([result[f"{name}_norm"] for name in slices]).sum(0)
     result["down_unembedding"] = result["down_embedding"]
     if stream.unembedding is not stream.embedding:  # not tied
-        result["down_unembedding"] = _log(_quadratic(slices["down"], stream.unembedding)) - 2 * result["down_norm"]
+        result["down_unembedding"] = _log(quadratic(slices["down"], stream.unembedding)) - 2 * result["down_norm"]
     return result
 
 
@@ -179,14 +179,14 @@ def _energies(
     up_moment = up @ moment
     v_up, up_squared, down_squared = (up_moment * up).sum(-1), up.square().sum(-1), down.square().sum(-1)
     result = {"up_residual": _log(v_up) - _log(up_squared)}
-    result["down_residual"] = _log(_quadratic(down, moment)) - _log(down_squared)
+    result["down_residual"] = _log(quadratic(down, moment)) - _log(down_squared)
     zero = torch.zeros_like(v_up)
     up_bias, gate_bias = (zero if bias is None else bias.float() for bias in (ffn.up_bias, ffn.gate_bias))
     if gate is None:
         sphere, linear = up_squared, v_up
         energy = _activated(v_up, up_bias, zero, zero, zero + 1, act)
     else:
-        v_gate, both, gate_squared = _quadratic(gate, moment), (up_moment * gate).sum(-1), gate.square().sum(-1)
+        v_gate, both, gate_squared = quadratic(gate, moment), (up_moment * gate).sum(-1), gate.square().sum(-1)
         result["gate_residual"] = _log(v_gate) - _log(gate_squared)
         product = (gate * up).sum(-1)
         result["gate_up_cosine"] = product / (gate_squared * up_squared).clamp_min(_TINY).sqrt()
@@ -256,8 +256,9 @@ def _leading(gram: _Square, count: int) -> tuple[Float32[Tensor, " count"], Floa
 
 def _ridge_leverage(rows: _Rows, gram: _Square) -> _PerChannel:
     ridge = gram + torch.eye(len(gram), device=gram.device) * (0.01 * gram.diagonal().mean() + _TINY)
-    whitened: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(ridge), rows.T, upper=False)
-    return whitened.square().sum(0)
+    # On the rows' own side: BLAS takes 0.75 of the time that it takes on their transpose.
+    whitened: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(ridge).T, rows, upper=True, left=False)
+    return whitened.square().sum(-1)
 
 
 def standardised(columns: Float32[Tensor, "d_ff n_stats"]) -> Float32[Tensor, "d_ff n_stats"]:
@@ -274,7 +275,3 @@ def standardised(columns: Float32[Tensor, "d_ff n_stats"]) -> Float32[Tensor, "d
 def _log(values: Tensor) -> Tensor:
     return values.clamp_min(_TINY).log()
 
-
-def _quadratic(rows: _Rows, matrix: _Square) -> _PerChannel:
-    """r^T M r of each row."""
-    return ((rows @ matrix) * rows).sum(-1)
