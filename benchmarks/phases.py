@@ -28,7 +28,7 @@ from prunenet.policies.artifact import policy_for
 
 
 class Clock:
-    """Seconds and peak megabytes of each phase."""
+    """Seconds, seconds of all threads together, and peak megabytes of each phase."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -37,11 +37,12 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._reset()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.phases[name] = {"seconds": time.perf_counter() - start, "peak_megabytes": self._peak()}
+        passed = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
+        self.phases[name] = passed | {"peak_megabytes": self._peak()}
         print(name, {key: round(value, 1) for key, value in self.phases[name].items()}, flush=True)
 
     def _reset(self) -> None:

@@ -24,32 +24,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import LlamaConfig, LlamaForCausalLM
+from shapes import SHAPES, config_of
+from transformers import LlamaForCausalLM
 
 from prunenet import __version__
 from prunenet.shards import SLAB, write_shard
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152,
-    },
-}  # fmt: skip
-
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> None:
     """Random weights of standard deviation 0.02 (norms: 1), in shards of 2 GB."""
-    config = LlamaConfig(**SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}))
+    config = config_of(shape, layers)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     folder.mkdir()
     model.save_pretrained(folder, state_dict={})
-    tensors = model.state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size="2GB")
     generator = torch.Generator().manual_seed(seed)
 

@@ -73,8 +73,8 @@ class Result:
         dtype, device: of the parameters.
         threads: CPU threads that torch uses.
         perplexity, loss, tokens, window, stride, text, text_sha256, starts_with_bos: see `Perplexity`.
-        prefill_tokens_per_second, decode_tokens_per_second, prefill_spread, decode_spread, prompt, new_tokens, batch, repeats:
-            see `Speed`.
+        prefill_tokens_per_second, decode_tokens_per_second, prefill_spread, decode_spread, prompt, new_tokens, batch, repeats,
+            compiled: see `Speed`.
     """
 
     parameters: int
@@ -99,6 +99,7 @@ class Result:
     new_tokens: int | None = None
     batch: int | None = None
     repeats: int | None = None
+    compiled: bool | None = None
 
     def as_dict(self) -> dict[str, float | int | str | bool | None]:
         """Flat, for one JSON line; a value that JSON cannot hold (an infinite perplexity) becomes None."""

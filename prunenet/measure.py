@@ -23,6 +23,7 @@ def measure(
     max_windows: int | None = None,
     speed: bool = True,
     batch: int = 1,
+    compiled: bool = False,
     device: str = "cpu",
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -34,6 +35,7 @@ def measure(
         text, window, stride, max_windows: see `prunenet.evaluate.perplexity`.
         speed: also measure tokens per second, repeat by repeat over all models, so that noise hits them alike.
         batch: sequences at once when measuring speed.
+        compiled: measure the speed of compiled code, see `prunenet.latency.speed_side_by_side`.
         device, dtype: see `prunenet.checkpoint.load_model`.
         progress: called with (windows scored, windows in all), over all models.
 
@@ -58,7 +60,8 @@ def measure(
             max_windows=max_windows,
             progress=advance,
         )
-    speeds = speed_side_by_side(models, prompt=_PROMPT, new_tokens=_NEW_TOKENS, batch=batch) if speed else {}
+    pace = {"prompt": _PROMPT, "new_tokens": _NEW_TOKENS, "batch": batch}
+    speeds = speed_side_by_side(models, **pace, compiled=compiled) if speed else {}
     rows = []
     for source, model in models.items():
         folder = source if Path(source).is_dir() else None

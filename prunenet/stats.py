@@ -274,4 +274,3 @@ def standardised(columns: Float32[Tensor, "d_ff n_stats"]) -> Float32[Tensor, "d
 
 def _log(values: Tensor) -> Tensor:
     return values.clamp_min(_TINY).log()
-

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, StaticCache
 
 from prunenet import evaluate, latency
 from prunenet.evaluate import Speed, bytes_on_disk, generate_sentence, perplexity, speed, speed_side_by_side, summarise
@@ -189,6 +189,55 @@ def test_decoding_reads_one_token_per_step_after_one_prefill(model: PreTrainedMo
     finally:
         handle.remove()
     assert widths == [9, 1, 1, 1, 1] * 2
+
+
+def test_compiled_code_is_timed_with_a_cache_of_fixed_size_and_writes_the_same_tokens(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, caches = [], []
+
+    def pretend(given: PreTrainedModel, **_: object):
+        made.append(given)
+
+        def call(**kwargs):
+            caches.append(kwargs["past_key_values"])
+            return given(**kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", pretend)
+    found = speed_side_by_side({"a": model}, prompt=5, new_tokens=3, repeats=1, compiled=True)
+    assert found["a"].compiled
+    assert made == [model]
+    assert len(caches) == 2 * (1 + 3)
+    assert {type(cache) for cache in caches} == {StaticCache}
+    assert len({id(cache) for cache in caches}) == 2  # one a measurement
+    plain, fixed = (_written(model, cache) for cache in (None, StaticCache(config=model.config, max_cache_len=8)))
+    assert plain == fixed
+
+
+def _written(model: PreTrainedModel, cache: object) -> list[int]:
+    token, written = torch.tensor([[1, 2, 3, 4, 5]]), []
+    for _ in range(3):
+        cache, token = latency._step(model, token, cache, model)
+        written.append(int(token))
+    return written
+
+
+def test_a_machine_without_a_compiler_is_one_sentence(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda _model, **_: fails)
+    with pytest.raises(ValueError, match=r"torch.compile failed \(no compiler\); .* leave --compile out"):
+        speed_side_by_side({"a": model}, prompt=5, new_tokens=3, repeats=1, compiled=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch's own compiler
+def test_models_of_one_class_are_compiled_one_after_the_other(model: PreTrainedModel) -> None:
+    found = speed_side_by_side({"a": model, "b": tiny_model("llama")}, prompt=6, new_tokens=3, repeats=1, compiled=True)
+    assert min(found["a"].decode, found["b"].decode) > 0
 
 
 def test_a_result_is_flat_json_with_everything_measured(

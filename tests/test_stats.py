@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model
 
-from prunenet import stats
+from prunenet import residual, stats
 from prunenet.layers import activation, iter_ffns
 from prunenet.stats import CONTEXT, STATISTICS, channel_statistics, layer_context
 
@@ -51,6 +51,15 @@ def test_context_of_every_family_is_finite_bounded_and_tells_layers_apart(family
     assert context[:, depth].tolist() == pytest.approx([0, 0.5, 1])
     assert context[:, depth + 1].tolist() == pytest.approx([1, 0.5, 0])
     assert context[:, CONTEXT.index("from_first")].tolist() == pytest.approx([1, math.exp(-1), math.exp(-2)])
+
+
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_symmetric_products_taken_block_by_block_are_the_whole_products(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, half = torch.randn(5, 8), torch.randn(8, 8)
+    symmetric = half + half.T
+    monkeypatch.setattr(residual, "_BLOCK", block)
+    torch.testing.assert_close(residual.self_product(rows), rows.T @ rows)
+    torch.testing.assert_close(residual.quadratic(rows, symmetric), ((rows @ symmetric) * rows).sum(-1))
 
 
 def test_context_measures_the_layers_own_spectrum_and_write() -> None:
