@@ -20,6 +20,7 @@ width must be for the time to follow it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -127,6 +128,8 @@ def measured(models: dict[str, PreTrainedModel], arguments: argparse.Namespace, 
 def added(model: PreTrainedModel, device: str, asked: dict[str, int]) -> float:
     """Megabytes that one prefill and its decoding hold beside the weights; plain, for compiled code reuses its buffers."""
     gc.collect()
+    if device == "cpu":  # what earlier models let go of goes back to the system, or it would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
     clock = Clock(device)
     with clock.phase("nothing"):
         pass

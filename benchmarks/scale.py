@@ -25,7 +25,9 @@ of each layer) from weights in memory to a policy, then pruned by it and saved; 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -108,7 +111,8 @@ def measure(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str,
             pruned = prune(model, policy, ratio=RATIO, widths="uniform", scores=scores, policy_name=name)
             pruned.save_pretrained(Path(scratch) / "pruned")
         saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
-        rates = speeds(arguments.device, Path(scratch))
+        # Floors in the unit of the costs: seconds of all threads together on a CPU.
+        rates = speeds(arguments.device, Path(scratch), cost_clock(arguments.device))
     floors = {phase: floor(phase, model, saved, rates) for phase in PHASES}
     parameters, layer = parameters_of(shape)
     facts = {"parameters": parameters, "layer_parameters": layer, "rewards": rewards, "rates": rates}
@@ -136,7 +140,7 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
         with clock.phase("save, reload and compare"):
             pruned.save_pretrained(Path(scratch) / "pruned")
         saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
-        rates = speeds(arguments.device, Path(scratch))
+        rates = speeds(arguments.device, Path(scratch), partial(now, arguments.device))
     ffns, masks = list(iter_ffns(model)), 2 * arguments.updates + 1  # one played in each update, one judged before and after
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     statistics = sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)
@@ -177,6 +181,10 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
+def cost_clock(device: str) -> Callable[[], float]:
+    return time.process_time if torch.device(device).type == "cpu" else partial(now, device)
+
+
 def flops_of_statistics(ffn: FFN) -> float:
     """Of the matrix products and factorisations in `prunenet.stats`, each symmetric one at half."""
     d, n, lead = ffn.d_model, ffn.d_ff, 5 * ffn.d_model // 32
@@ -214,17 +222,14 @@ def floor(phase: str, model: Any, saved: int, rates: dict[str, float]) -> float:
     return saved / rates["disk_bytes"]
 
 
-def speeds(device: str, scratch: Path) -> dict[str, float]:
+def speeds(device: str, scratch: Path, clock: Callable[[], float]) -> dict[str, float]:
     """FLOPs a second of a product in each dtype; bytes a second of a hash, and of a file copied down to the disk."""
-    import hashlib
-    import os
-
     side, rates = 8192 if torch.device(device).type == "cuda" else 1536, {}
     for name in ("float32", "float64"):
         square = torch.randn(side, side, device=device, dtype=getattr(torch, name))
-        rates[name] = 2 * side**3 / best(lambda square=square: square @ square, device)
+        rates[name] = 2 * side**3 / best(lambda square=square: square @ square, clock)
     content = os.urandom(2**27)
-    rates["hash_bytes"] = len(content) / best(lambda: hashlib.sha256(content).digest(), device)
+    rates["hash_bytes"] = len(content) / best(lambda: hashlib.sha256(content).digest(), clock)
     source = scratch / "bytes"
     source.write_bytes(content)
 
@@ -233,16 +238,16 @@ def speeds(device: str, scratch: Path) -> dict[str, float]:
         with (scratch / "copy").open("rb") as file:
             os.fsync(file.fileno())
 
-    return rates | {"disk_bytes": len(content) / best(copied, device)}
+    return rates | {"disk_bytes": len(content) / best(copied, clock)}
 
 
-def best(call: Callable[[], object], device: str) -> float:
+def best(call: Callable[[], object], clock: Callable[[], float]) -> float:
     """Seconds of the fastest of four calls."""
     found = []
     for _ in range(4):
-        start = now(device)
+        start = clock()
         call()
-        found.append(now(device) - start)
+        found.append(clock() - start)
     return min(found)
 
 
