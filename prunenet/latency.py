@@ -111,7 +111,7 @@ def _callables(models: Mapping[str, PreTrainedModel], compiled: bool) -> Iterato
         yield models
         return
     # Models of one class share one cache of compiled code. Beyond its limit torch would go on uncompiled without a word.
-    room = torch._dynamo.config.patch(recompile_limit=16 * (len(models) + 1))  # type: ignore[no-untyped-call]
+    room = torch._dynamo.config.patch(recompile_limit=16 * (len(models) + 1))
     try:
         with room:
             yield {name: torch.compile(model, dynamic=False) for name, model in models.items()}
