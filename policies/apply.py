@@ -177,11 +177,15 @@ def ways_to_cut(
 
 
 def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float | None:
-    """By which share per-layer widths lower exp(KL), and so perplexity, on blocks held back from the fit."""
+    """By which share per-layer widths lower exp(KL), and so perplexity, on blocks held back from the fit.
+
+    Before the refit, which hides half of the gain on text of the same writing but not on others: SmolLM2-135M at 0.2, 7 %
+    predicted so and 2 to 4 % refitted, where perplexity falls by 5 % on WikiText-2 validation and Penn Treebank.
+    """
     if len(cuts) == 1:
         return None
     _, held = held_back(blocks.ids)
-    loss = {name: divergence(model, cut.down, held[:_JUDGED]) for name, cut in cuts.items()}
+    loss = {name: divergence(model, Cut(cut.keep, None).down, held[:_JUDGED]) for name, cut in cuts.items()}
     return 1 - math.exp(loss["per-layer"] - loss["uniform"])
 
 
