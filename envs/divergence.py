@@ -6,7 +6,8 @@ layer-by-layer rewards cannot: how the cuts of different layers add up, and so w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +34,8 @@ class DivergenceReward:
     Raises:
         ValueError: blocks that the model cannot read, or (when judging) logits that are not finite.
     """
+
+    split: ClassVar[Mapping[str, str]] = {"sweep": "masks"}  # see `prunenet.envs.split`
 
     def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, refit: Refit | None = None) -> None:
         check_tokens(model, blocks)

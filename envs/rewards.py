@@ -15,16 +15,17 @@ Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md section
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet import parallel
 from prunenet.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
-from prunenet.moments import ffn_moments
+from prunenet.moments import LayerWalk
 from prunenet.spectra import DISTANCES, Distance, SpectralReference
 
 Matrix = Literal["gate", "up", "down"]
@@ -57,6 +58,8 @@ def inverse(distance: Float[Tensor, " masks"], most: float) -> Float[Tensor, " m
 class SpectralReward:
     """How well the singular values of a layer's matrices survive a mask, averaged over the matrices (METHODS.md 2).
 
+    Of several processes (`prunenet.parallel`) each decomposes the dense matrices of its own layers, for all.
+
     Args:
         model: its weights are read, never changed. Of one that is streamed only spectra are kept, d_model numbers a matrix; a
             layer is read again each time that its masks are judged.
@@ -68,6 +71,8 @@ class SpectralReward:
         ValueError: unknown names, or none of the matrices exists in this family.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
+
+    split: ClassVar[Mapping[str, str]] = {"layer": "masks"}  # see `prunenet.envs.split`
 
     def __init__(
         self,
@@ -85,12 +90,15 @@ class SpectralReward:
         self.form = form
         self._model, self._matrices = model, matrices
         self._held: list[list[SpectralReference]] = []
-        self._spectra: list[list[Float64[Tensor, " side"]]] = []
-        for index in range(len(ffn_widths(model))):
+        layers, own, spectra = len(ffn_widths(model)), {}, {}
+        for index in filter(parallel.mine, range(layers)):
             references = _references(ffn_at(model, index), matrices)
-            self._spectra.append([reference.eigenvalues for reference in references])
+            spectra[index] = [reference.eigenvalues for reference in references]
             if isinstance(model, PreTrainedModel):
-                self._held.append(references)
+                own[index] = references
+        self._spectra: list[list[Float64[Tensor, " side"]]] = parallel.from_owners(spectra, layers)
+        if isinstance(model, PreTrainedModel):
+            self._held = [own.get(index) or self._references(index) for index in range(layers)]
 
     def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
         """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, min(d_model, d_ff)] if inverse."""
@@ -135,17 +143,23 @@ class ReconstructionReward:
         blocks: (n, tokens) token ids on which activations are measured. Where they were written by the model itself
             (`prunenet.generate`), no external data is used.
 
-    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M.
+    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M. Of several processes (`prunenet.parallel`) each holds and judges its
+    own layers; the way through the layers is walked by all.
 
     Raises:
         ValueError: activations that are not finite, or blocks that the model cannot read.
     """
 
+    split: ClassVar[Mapping[str, str]] = {"layer": "layers"}  # see `prunenet.envs.split`
+
     def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"]) -> None:
-        downs = (linear.weight.detach().float() for linear in down_linears(model))
-        moments = ffn_moments(model, blocks)
-        self._output_grams = [m.second.mul_(down.T @ down) for m, down in zip(moments, downs, strict=True)]
-        for index, output_gram in enumerate(self._output_grams):
+        downs, walk = down_linears(model), LayerWalk(model, blocks)
+        self._output_grams: dict[int, Float[Tensor, "d_ff d_ff"]] = {}
+        for index in walk:
+            if not parallel.mine(index):
+                continue
+            down = downs[index].weight.detach().float()
+            output_gram = self._output_grams[index] = walk.moments(index).second.mul_(down.T @ down)
             if not bool(torch.isfinite(output_gram).all()):
                 raise ValueError(
                     f"the activations of layer {index} are not finite: the weights are damaged, or {model.dtype} overflows"

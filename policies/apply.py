@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet import parallel
 from prunenet.calibration import Blocks
 from prunenet.checkpoint import Provenance, identify, save_pruned
 from prunenet.compensate import Cut, cut_layers, held_back, refit_sequentially
@@ -185,7 +187,10 @@ def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float
     if len(cuts) == 1:
         return None
     _, held = held_back(blocks.ids)
-    loss = {name: divergence(model, Cut(cut.keep, None).down, held[:_JUDGED]) for name, cut in cuts.items()}
+    own = [number for number in range(len(cuts)) if parallel.mine(number)]
+    downs = [Cut(cut.keep, None).down for cut in cuts.values()]
+    losses = {number: [torch.tensor(divergence(model, downs[number], held[:_JUDGED])).double()] for number in own}
+    loss = dict(zip(cuts, (float(value) for (value,) in parallel.from_owners(losses, len(cuts))), strict=True))
     return 1 - math.exp(loss["per-layer"] - loss["uniform"])
 
 

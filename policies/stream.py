@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet import parallel
 from prunenet.folders import check_absent, check_room
 from prunenet.layers import iter_ffns
 from prunenet.masks import top_channels
@@ -14,6 +15,7 @@ from prunenet.policies.apply import check_choices, check_size, chosen_way, prove
 from prunenet.policies.artifact import Policy
 from prunenet.provenance import Provenance
 from prunenet.streaming import SHARD, StreamedCheckpoint, save_streamed
+from prunenet.surgery import narrowed
 
 
 def prune_streamed(
@@ -32,7 +34,8 @@ def prune_streamed(
 ) -> Provenance:
     """`apply.prune` from weights alone and `Pruned.save_pretrained`, without the model in memory: the same tensors and files.
 
-    Memory holds one layer and what is computed from it, whatever the number of layers.
+    Memory holds one layer and what is computed from it, whatever the number of layers. Of several processes
+    (`prunenet.parallel`) each scores its own layers, and the first writes.
 
     Args:
         source: the checkpoint.
@@ -65,6 +68,8 @@ def prune_streamed(
         regime = policy.config.regime
         return provenance_of(dense, narrow, policy=policy, name=policy_name, regime=regime, ratio=ratio, how=how)
 
+    if not parallel.is_first():
+        return describe(narrowed(dense, keep))
     megabytes = stage_of(progress, "writing, MB")
     written = None if megabytes is None else lambda done, of: megabytes(done // 10**6, of // 10**6)
     return save_streamed(source, out, keep, describe, tokenizer=tokenizer, shard=shard, progress=written)

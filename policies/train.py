@@ -11,19 +11,22 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunenet import parallel
 from prunenet.activation_stats import MOMENT_STATISTICS
 from prunenet.calibration import Blocks, weights_sha256
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
+from prunenet.envs.split import led
 from prunenet.envs.sweep import View
 from prunenet.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
@@ -60,6 +63,9 @@ def train(
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Training:
     """Trains a policy.
+
+    Of several processes (`prunenet.parallel`) the first plays, learns and writes, and all of them judge masks and describe
+    layers for it (`prunenet.envs.split`): the same policy, bit for bit, with the same number of threads each.
 
     Args:
         model: stays on its device; read, never changed. One that is streamed is trained on from its weights alone: with the
@@ -112,10 +118,15 @@ def train(
     with _random_state_kept():
         policy = Policy.untrained(config, seed=recipe.seed)
         for name, of, judge in _stages(model, recipe, where, reward, paid):
-            run = Run(view, policy.scorer, judge, of, folder and _state(folder, name), progress, identity)
-            histories[name] = run.learn(model, resume and unfinished(folder, name))
-    policy = Policy(policy.scorer.cpu(), replace(config, gain=_gain(where, histories.get("widths"))))
-    if folder is not None:
+
+            def play(judge: Reward, name: str = name, of: Recipe = of) -> list[tuple[int, float]]:
+                run = Run(view, policy.scorer, judge, of, folder and _state(folder, name), progress, identity)
+                return run.learn(model, resume and unfinished(folder, name))
+
+            histories[name] = led(judge, play) or []
+    histories = _told(policy.scorer.cpu(), histories)
+    policy = Policy(policy.scorer, replace(config, gain=_gain(where, histories.get("widths"))))
+    if folder is not None and parallel.is_first():
         policy.save_pretrained(folder)
     return Training(policy, histories["channels"], histories.get("widths", []))
 
@@ -152,6 +163,14 @@ def _stages(
     yield "channels", recipe, reward or _reward(model, recipe, blocks)
     if where is not None:
         yield "widths", where, _reward(model, where, blocks)
+
+
+def _told(scorer: nn.Module, histories: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """The first process's histories; the scorer becomes that process's too."""
+    weights = scorer.state_dict()
+    scorer.load_state_dict({name: parallel.from_rank(0, partial(weights.__getitem__, name)) for name in weights})
+    told = parallel.told_by(0, lambda: histories)
+    return {name: [(updates, reward) for updates, reward in history] for name, history in told.items()}
 
 
 def _gain(where: Recipe | None, history: list[tuple[int, float]] | None) -> float | None:
@@ -206,11 +225,13 @@ def _state(folder: Path, stage: str) -> Path:
 
 
 def check_run(folder: Path, resume: bool) -> Path:
-    """The folder, if a run can start there, or go on where `resume` asks for that. Creates nothing.
+    """The folder, if a run can start there, or go on where `resume` asks for that. Creates nothing. The first process looks.
 
     Raises:
         PolicyError: the folder holds a policy or a run and `resume` is not set, or nothing to resume.
     """
+    if not parallel.is_first():  # whose disk it may not be
+        return folder
     if resume and not unfinished(folder):
         raise PolicyError(f"nothing to resume in {folder}; start the run without --resume")
     if not resume and ((folder / "config.json").exists() or unfinished(folder)):

@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet import parallel
 from prunenet.eliminate import damped_inverse
 from prunenet.layers import down_linears
 from prunenet.moments import LayerWalk, Moments
@@ -63,7 +64,8 @@ def moment_statistics(
     """Standardised statistics of every FFN channel's activations: (d_ff, len(MOMENT_STATISTICS)) for each layer.
 
     Values lie in [-4, 4] and are never NaN; a statistic that is constant in a layer is 0. Memory holds the moments of one
-    layer, in float64 while they are inverted.
+    layer, in float64 while they are inverted. Of several processes (`prunenet.parallel`) each measures its own layers; the way
+    through the layers is walked by all.
 
     Args:
         model: in eval mode; read, never changed.
@@ -74,18 +76,20 @@ def moment_statistics(
         ValueError: blocks that the model cannot read, or activations that are not finite.
         UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
     """
-    downs, result = [linear.weight.detach() for linear in down_linears(model)], []
+    downs, found = [linear.weight.detach() for linear in down_linears(model)], {}
     walk = LayerWalk(model, blocks)
     for index in walk:
+        if not parallel.mine(index):
+            continue
         moments = walk.moments(index)
         if not bool(torch.isfinite(moments.second).all()):
             raise ValueError(
                 f"the activations of layer {index} are not finite: the weights are damaged, or {model.dtype} overflows"
             )
-        result.append(layer_moment_statistics(downs[index], moments))
+        found[index] = (layer_moment_statistics(downs[index], moments),)
         if progress is not None:
             progress(index + 1, len(downs))
-    return result
+    return [statistics for (statistics,) in parallel.from_owners(found, len(downs))]
 
 
 def layer_moment_statistics(weight: Float[Tensor, "d_model d_ff"], moments: Moments) -> Float32[Tensor, "d_ff n_stats"]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet import parallel
 from prunenet.demo_model import cache_folder
 from prunenet.folders import write_atomic
 from prunenet.generate import document_start, generate_blocks
@@ -220,12 +221,26 @@ def calibration_for(
 ) -> Blocks:
     """`self_blocks`, or `data_blocks` of a text by its name; shorter where the model reads no 256 tokens.
 
+    Of several processes (`prunenet.parallel`) the first writes or reads, and the others are given the same.
+
     Raises as those do.
     """
     tokens = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
-    if moments == "self":
-        return self_blocks(model, tokenizer, tokens=tokens, seed=seed, progress=progress)
-    return data_blocks(tokenizer, load_text(text, CalibrationText), window=tokens, seed=seed)
+
+    def made() -> Blocks:
+        if moments == "self":
+            return self_blocks(model, tokenizer, tokens=tokens, seed=seed, progress=progress)
+        return data_blocks(tokenizer, load_text(text, CalibrationText), window=tokens, seed=seed)
+
+    return blocks_from(0, made)
+
+
+def blocks_from(source: int, make: Callable[[], Blocks]) -> Blocks:
+    """What `make` gives on one of several processes, on all of them; it is not called on the others."""
+    made = [make()] if parallel.rank() == source else []
+    ids = parallel.from_rank(source, lambda: made[0].ids)
+    regime, how = parallel.told_by(source, lambda: (made[0].regime, dict(made[0].source)))
+    return Blocks(ids, regime, how)
 
 
 def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from prunenet import tables
+from prunenet import parallel, tables
 from prunenet.compare.command import compare
-from prunenet.console import errors, one_sentence, show
+from prunenet.console import errors, one_job, one_sentence, show
 from prunenet.inputs import blocks_for, check_reward_inputs, check_streamable, open_model, tokenizer_of
 from prunenet.options import (
     Algorithm,
@@ -80,7 +80,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a policy on a model; apply it afterwards, by default from weights alone, at any ratio."""
-    with one_sentence():
+    with one_job(device) as place:
         from prunenet.policies.recipe import recipe_for, widths_recipe
         from prunenet.policies.train import check_run
         from prunenet.policies.train import train as learn
@@ -93,7 +93,7 @@ def train(
         reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"} or recipe.features == "moments"
         check_streamable(stream, reads, "say --preset spectral as well")
         check_run(out, resume)
-        dense = open_model(model, stream, dtype=dtype, device=device)
+        dense = open_model(model, stream, dtype=dtype, device=place)
         blocks = blocks_for(dense, model, moments or "self", text or "builtin", 0) if reads else None
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(dense, recipe, where=where, out=out, resume=resume, blocks=blocks, progress=advance)
@@ -125,7 +125,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Cut a model to any size into an ordinary checkpoint, by default without any data from outside."""
-    with one_sentence():
+    with one_job(device) as place:
         from prunenet.folders import check_absent
         from prunenet.layers import structure
         from prunenet.policies import apply
@@ -138,7 +138,7 @@ def prune(
         if text and moments != "data":
             raise ValueError("--text is read with --moments data only: add that, or leave --text out")
         check_streamable(stream, moments != "none", "say --moments none as well")
-        dense = open_model(model, stream, dtype=dtype, device=device)
+        dense = open_model(model, stream, dtype=dtype, device=place)
         trained, name = policy_for(policy, structure(dense).config.model_type)
         apply.check_choices(trained, moments != "none", widths, channels, refit)
         apply.check_size(structure(dense), ratio, params, round_to)
@@ -151,7 +151,8 @@ def prune(
             blocks = None if moments == "none" else blocks_for(dense, model, moments, text or "builtin", seed)
             with tables.stages(errors) as advance:
                 pruned = apply.prune(dense, trained, blocks=blocks, channels=channels, refit=refit, progress=advance, **same)
-            pruned.save_pretrained(out, tokenizer=tokenizer_of(model))
+            if parallel.is_first():
+                pruned.save_pretrained(out, tokenizer=tokenizer_of(model))
             story = pruned.provenance
         facts = tables.provenance_facts(story, out)
         show(facts, as_json, lambda: tables.facts("pruned model", facts))

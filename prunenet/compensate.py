@@ -2,6 +2,10 @@
 
 Measures each layer once (`moments`), chooses channels by greedy elimination (`eliminate`) or by given scores, and refits the
 down matrix for them (`refit`), with its damping chosen on held-back text. Memory holds the moments of one layer.
+
+Of several processes (`prunenet.parallel`) each measures, orders and refits its own layers in `cut_layers`, to the same bits.
+Not split: the hidden states' way through the layers, which all walk, and `refit_sequentially`, where each layer is measured
+behind the one refitted before it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunenet import parallel
 from prunenet.eliminate import eliminate, score_order
 from prunenet.layers import down_linears
 from prunenet.masks import top_channels
@@ -97,22 +102,29 @@ def cut_layers(
     fit, held = held_back(blocks)
     downs = [linear.weight.detach() for linear in down_linears(model)]
     fitted, checked = LayerWalk(model, fit), LayerWalk(model, held)
-    found: list[list[tuple[Tensor, Tensor, float]]] = [[] for _ in widths]
+    found: dict[int, list[Tensor]] = {}
     for index, _ in zip(fitted, checked, strict=True):
+        if not parallel.mine(index):
+            continue
         moments, check = _finite(fitted.moments(index), index), checked.moments(index)
         least = min(way[index] for way in widths)
         order = _order(downs[index], moments.second, least) if scores is None else scores[index]
-        damping = None
-        for way, into in zip(widths, found, strict=True):
+        damping, found[index] = None, []
+        for way in widths:
             keep = top_channels(order, way[index])
             if not refit:
-                into.append((keep, downs[index][:, keep], 0.0))
+                found[index].append(keep)
                 continue
             damping = damping or choose_damping(downs[index], moments, check, keep, DAMPINGS)
-            into.append((keep, ridge(downs[index], moments.second, keep, damping=damping), damping))
+            refitted = ridge(downs[index], moments.second, keep, damping=damping)
+            found[index] += [keep, refitted, torch.tensor(damping, dtype=torch.float64)]
         if progress is not None:
             progress(index + 1, len(downs))
-    return [_cut(layers, refit) for layers in found]
+    layers = parallel.from_owners(found, len(downs))
+    if not refit:
+        return [Cut(list(keep), None) for keep in zip(*layers, strict=True)]
+    ways = [[layer[start : start + 3] for layer in layers] for start in range(0, 3 * len(widths), 3)]
+    return [_cut([(keep, weight, float(damping)) for keep, weight, damping in way]) for way in ways]
 
 
 @torch.no_grad()
@@ -138,13 +150,11 @@ def refit_kept(
         weight, moments = linear.weight.detach(), _finite(fitted[index], index)
         damping = choose_damping(weight, moments, checked[index], mask, DAMPINGS)
         layers.append((mask, ridge(weight, moments.second, mask, damping=damping), damping))
-    return _cut(layers, refit=True)
+    return _cut(layers)
 
 
-def _cut(layers: list[tuple[Tensor, Tensor, float]], refit: bool) -> Cut:
+def _cut(layers: Sequence[tuple[Tensor, Tensor, float]]) -> Cut:
     keep = [mask for mask, _, _ in layers]
-    if not refit:
-        return Cut(keep, None)
     return Cut(keep, [weight for _, weight, _ in layers], tuple(damping for _, _, damping in layers))
 
 
@@ -248,11 +258,11 @@ def refit_sequentially(
         damping = choose_damping(weight, _finite(moments, index), check, keep, DAMPINGS, targets=targets)
         cross = None if target is None else target.cross
         layers.append((keep, ridge(weight, moments.second, keep, damping=damping, cross=cross), damping))
-        done = _cut(layers, refit=True)
+        done = _cut(layers)
         linears[index].weight = nn.Parameter(done.down(index, weight), requires_grad=False)
         if progress is not None:
             progress(index + 1, len(dense))
-    return _cut(layers, refit=True)
+    return _cut(layers)
 
 
 def _measured(dense: LayerWalk, pruned: LayerWalk, index: int, dense_targets: bool) -> tuple[Moments, Target | None]:

@@ -13,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from prunenet import parallel
+from prunenet.team import Followed, PeerFailed
+
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -21,7 +24,9 @@ def one_sentence() -> Iterator[None]:
     """Turns a user's mistake, a disk's refusal or a missing extra into one sentence and exit code 1."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except Followed:
+        raise typer.Exit(1) from None
+    except (ValueError, OSError, ImportError, PeerFailed) as error:
         if os.environ.get("PRUNENET_DEBUG"):
             raise
         errors.print(f"[red]error:[/red] {escape(_sentence(error))}")
@@ -31,8 +36,26 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def one_job(device: str) -> Iterator[str]:
+    """`one_sentence` for all processes that torchrun has started: rank 0 has the screen, and who fails first says why.
+
+    Yields:
+        The device of this process; see `prunenet.parallel.joined`.
+    """
+    with one_sentence():
+        try:
+            with parallel.joined(device) as place:
+                errors.quiet = not parallel.is_first()
+                yield place
+        finally:
+            errors.quiet = False
+
+
 def show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> None:
     """One JSON object, or what `render` gives."""
+    if not parallel.is_first():
+        return
     if as_json:
         sys.stdout.write(json.dumps(facts) + "\n")
     else:

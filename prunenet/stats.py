@@ -24,6 +24,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from prunenet import parallel
 from prunenet.layers import FFN, Weights, activation, decoder_layers, ffn_at, structure, tables
 from prunenet.residual import ResidualStream, moments, normalised, quadratic, self_product
 
@@ -97,16 +98,35 @@ def observe(model: Weights) -> Iterator[tuple[Float32[Tensor, "_ n_stats"], Floa
     """Yields (`channel_statistics`, row of `layer_context`) of each layer, first to last, in one pass over the weights.
 
     Memory holds one layer (its weights, a copy in float32 and what is computed from it) and a few d_model x d_model matrices.
+    Of several processes (`prunenet.parallel`) each describes its own layers; all follow the residual stream past the others.
 
-    Raises:
-        As `channel_statistics`.
+    Raises as `channel_statistics`.
     """
+    own = _own_observations(model)
+    if parallel.size() == 1:
+        yield from (found for _, found in own)
+    else:
+        yield from ((rows, row) for rows, row in parallel.from_owners(dict(own), len(decoder_layers(structure(model)))))
+
+
+def _own_observations(model: Weights) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     act, stream, layers = activation(model), ResidualStream(*tables(model)), len(decoder_layers(structure(model)))
     written = stream.energy
     for index in range(layers):
-        statistics, norms, grams = _observed(ffn_at(model, index), stream, act)
-        row, written = _context_row(index, layers, norms, grams, written)
-        yield statistics, row
+        if parallel.mine(index):
+            statistics, norms, grams = _observed(ffn_at(model, index), stream, act)
+            row, written = _context_row(index, layers, norms, grams, written)
+            yield index, (statistics, row)
+        else:
+            written += _passed(ffn_at(model, index), stream, act)
+
+
+def _passed(ffn: FFN, stream: ResidualStream, act: Callable[[Tensor], Tensor]) -> float:
+    """What `_observed` does to the stream, to the bit, and what `_context_row` adds to `written`; no statistics."""
+    stream.read_attention(ffn)
+    slices = _slices(ffn)
+    stream.read_ffn(ffn, _energies(ffn, slices, normalised(stream.moment), act)[0])
+    return float((slices["down"].T @ slices["down"]).trace())
 
 
 def _observed(

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.markup import escape
 
-from prunenet import tables
-from prunenet.console import errors, one_sentence, show
+from prunenet import parallel, tables
+from prunenet.console import errors, one_job, show
 from prunenet.options import Device, Dtype, Json, Model, PolicyName, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from prunenet.compare.plan import Evaluation, Plan
     from prunenet.compare.results import Line, Results
-    from prunenet.compare.run import Evaluation, Plan
     from prunenet.compare.spec import Spec
     from prunenet.compare.workshop import Amount, Workshop
     from prunenet.text import CalibrationText
@@ -78,10 +78,11 @@ def compare(
     does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias, layerwise or sequential. Methods and
     allocations: a wrong name lists them. Ours: prunenet (what 'prunenet prune' does), prunenet-weights, elimination.
     """
-    with one_sentence():
+    with one_job(device) as place:
         from prunenet.checkpoint import load_model, load_tokenizer
+        from prunenet.compare.plan import Plan
         from prunenet.compare.results import Results
-        from prunenet.compare.run import Plan, check
+        from prunenet.compare.run import check
         from prunenet.compare.spec import parse_all
         from prunenet.compare.workshop import Workshop
         from prunenet.policies.artifact import policy_for
@@ -93,7 +94,7 @@ def compare(
         results = Results(out)
         scored = _evaluation(text, window, stride, max_windows, _task_files(tasks, task_data), limit)
         texts = _calibration_texts({spec.text for spec in parsed if spec.text is not None}, named, scored)
-        dense, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
+        dense, tokenizer = load_model(model, dtype=dtype, device=place), load_tokenizer(model)
         trained, name = policy_for(policy, dense.config.model_type)
         amount = _amount(calibration_tokens, calibration_window, dense.config)
         # "all" means what can be done; what was asked for by name is refused by `check`.
@@ -101,7 +102,9 @@ def compare(
         plan = Plan(model, parsed, shares, numbers, scored, amount, round_to)
         workshop = Workshop(dense, tokenizer, policy=trained, policy_name=name, texts=texts, amount=amount, round_to=round_to)
         check(plan, workshop)
-        _present(_done(plan, workshop, results), markdown, figures, as_json)
+        lines = _done(plan, workshop, results)
+        if parallel.is_first():
+            _present(lines, markdown, figures, as_json)
 
 
 def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
@@ -169,7 +172,7 @@ def _evaluation(
     tasks: dict[str, Path],
     limit: int | None,
 ) -> Evaluation:
-    from prunenet.compare.run import Evaluation
+    from prunenet.compare.plan import Evaluation
     from prunenet.text import TestText, load_text
 
     texts = [load_text(source, TestText) for source in dict.fromkeys(sources)]

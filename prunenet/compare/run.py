@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from prunenet import parallel
 from prunenet.checkpoint import identify
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
+from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.results import Line, Results
-from prunenet.compare.spec import Spec
-from prunenet.compare.workshop import Amount, Made, Workshop
+from prunenet.compare.workshop import Made, Workshop
 from prunenet.evaluate import perplexity
 from prunenet.heads import attentions
 from prunenet.latency import check_positions
@@ -26,10 +24,9 @@ from prunenet.layers import count_parameters, ffn_widths
 from prunenet.masks import check_ratio, width_at
 from prunenet.policies.artifact import check_measured
 from prunenet.policies.methods import METHODS
-from prunenet.text import TestText, content_sha256, token_windows, tokenise
+from prunenet.text import token_windows, tokenise
 from prunenet.zeroshot import TaskResult, read_task, zero_shot
 
-_FORMAT = 1
 # What every line has, besides what identifies its cell; None until it is known.
 _MEASURED = (
     *("regime", "applied_regime", "policy", "calibration", "widths", "residual_widths"),
@@ -38,79 +35,6 @@ _MEASURED = (
     *("seconds_calibration", "seconds_pruning", "seconds_shared", "seconds_evaluation"),
     *("peak_memory_pruning", "peak_memory_evaluation"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What a model is scored on.
-
-    Attributes:
-        texts: for perplexity, at least one.
-        window, stride, max_windows: see `prunenet.evaluate.perplexity`.
-        tasks: task -> its file, for `prunenet.zeroshot.zero_shot`; none by default.
-        limit: questions of each task; default all.
-    """
-
-    texts: Sequence[TestText]
-    window: int = 1024
-    stride: int | None = None
-    max_windows: int | None = None
-    tasks: Mapping[str, Path] = field(default_factory=dict)
-    limit: int | None = None
-
-    @property
-    def labels(self) -> list[str]:
-        """A short name of each text; the whole source where short ones would be the same."""
-        short = [Path(text.name).name for text in self.texts]
-        return short if len(set(short)) == len(short) else [text.name for text in self.texts]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is compared.
-
-    Attributes:
-        source: folder or hub id of the model.
-        specs: ways to prune.
-        ratios: shares of FFN channels removed, in [0, 1).
-        seeds: of text, windows and draws.
-        evaluation: how every cell is scored.
-        amount: of calibration text.
-        round_to: widths are multiples of this.
-    """
-
-    source: str
-    specs: Sequence[Spec]
-    ratios: Sequence[float]
-    seeds: Sequence[int]
-    evaluation: Evaluation
-    amount: Amount = field(default_factory=Amount)
-    round_to: int = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One model to make and to score; `spec` None is the dense one."""
-
-    spec: Spec | None
-    ratio: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """For a progress bar."""
-        return "dense" if self.spec is None else f"{self.spec.name} {self.ratio:g} seed {self.seed}"
-
-
-def cells(plan: Plan) -> list[Cell]:
-    """The dense model, then those that read no text, then text by text and seed by seed: each is measured and dropped once."""
-    moments = list(dict.fromkeys([None, *(spec.moments for spec in plan.specs)]))
-    order = sorted(plan.specs, key=lambda spec: moments.index(spec.moments))
-    found = [Cell(None, 0.0, 0)]
-    for source in moments:
-        for seed in plan.seeds:
-            found += [Cell(spec, ratio, seed) for ratio in plan.ratios for spec in order if spec.moments == source]
-    return found
 
 
 def check(plan: Plan, workshop: Workshop) -> None:
@@ -156,6 +80,9 @@ def compare(
 ) -> list[Line]:
     """Does what is not in the results yet, and what failed before. A cell that fails is one line with its error.
 
+    Of several processes (`prunenet.parallel`) each takes the next cell when it is free; the first writes the lines of all.
+    Each measures what its own cells read: shared measurements are made once a process, texts are written once.
+
     Args:
         plan: see `check`.
         workshop: of the plan's model.
@@ -166,80 +93,54 @@ def compare(
     Returns:
         The plan's lines, those of earlier runs too.
     """
-    results.prepare()
+    if parallel.is_first():
+        results.prepare()
     name, revision = identify(plan.source)
     shared = {"model": name, "revision": revision, "dtype": str(workshop.model.dtype).removeprefix("torch.")}
-    asked = {cell: _asked(plan, cell, workshop) | shared for cell in cells(plan)}
-    keys = {cell: _key(facts) for cell, facts in asked.items()}
-    todo = [cell for cell in asked if not results.done(keys[cell])]
+    questions = {cell: asked(plan, cell, workshop) | shared for cell in cells(plan)}
+    keys = {cell: key_of(question) for cell, question in questions.items()}
+    left = parallel.told_by(0, lambda: [key for key in keys.values() if not results.done(key)])
+    todo = [cell for cell in questions if keys[cell] in left]
+    workshop.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
     about = {
         "device": str(workshop.model.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
     }
-    for number, cell in enumerate(todo):
-        if progress is not None:
-            progress(cell.name, number, len(todo))
-        line = {"cell": keys[cell], "error": None, **asked[cell], **dict.fromkeys(_MEASURED), **about}
-        _measure(cell, plan.evaluation, workshop, line)
+
+    def take(line: Line) -> None:
         results.add(line)
         if report is not None:
             report(line)
-        if cell.spec is not None and cell.spec.moments is not None and not _same_text(cell, todo[number + 1 :]):
-            workshop.forget(cell.spec.moments, cell.seed)
-    return [results[key] for key in keys.values()]
+
+    last: Cell | None = None
+    with parallel.posted(take) as add:
+        for number in parallel.turns(len(todo)):
+            cell = todo[number]
+            _forget(workshop, last, cell)
+            last = cell
+            if progress is not None:
+                progress(cell.name, number, len(todo))
+            line = {"cell": keys[cell], "error": None, **questions[cell], **dict.fromkeys(_MEASURED), **about}
+            with parallel.apart():
+                _measure(cell, plan.evaluation, workshop, line)
+            add(line)
+    _forget(workshop, last, None)
+    lines: list[Line] = parallel.told_by(0, lambda: [results[key] for key in keys.values()])
+    return lines
 
 
-def _same_text(cell: Cell, later: Sequence[Cell]) -> bool:
-    """Whether the next cell reads what this one read: cells come text by text."""
-    following = later[0] if later else None
-    return (
-        following is not None
-        and following.spec is not None
-        and cell.spec is not None
-        and (following.spec.moments, following.seed) == (cell.spec.moments, cell.seed)
-    )
-
-
-def _asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
-    """What was asked for, in the words of a line."""
-    spec, scored = cell.spec, plan.evaluation
-    fields: dict[str, str | bool | None] = dict.fromkeys(("score", "allocation", "moments", "refit"))
-    policy = None
-    if spec is not None:
-        fields = {"score": spec.method, "allocation": spec.allocation, "moments": spec.moments, "refit": spec.refit}
-        fields |= {"heads": True} if spec.heads else {}  # not a field of the others: their cells keep their keys
-        policy = workshop.policy if spec.asks_policy else None
-    amount = None if spec is None or spec.moments is None else asdict(plan.amount) | {"sha256": workshop.sha256(spec)}
-    return {
-        "format": _FORMAT,
-        "method": "dense" if spec is None else spec.name,
-        **fields,
-        "ratio": cell.ratio,
-        "seed": cell.seed,
-        "round_to": plan.round_to,
-        "policy_sha256": None if policy is None else policy.sha256,
-        "calibration_asked": amount,
-        "evaluation": {
-            "texts": [
-                {"text": label, "sha256": content_sha256(text)} for label, text in zip(scored.labels, scored.texts, strict=True)
-            ],
-            "window": scored.window,
-            "stride": scored.window if scored.stride is None else scored.stride,
-            "max_windows": scored.max_windows,
-            "tasks": {task: read_task(task, file)[1] for task, file in scored.tasks.items()},
-            "limit": scored.limit,
-        },
-    }
-
-
-def _key(facts: Line) -> str:
-    """The same for the same question, whatever its texts are called."""
-    evaluation = facts["evaluation"] | {"texts": [text["sha256"] for text in facts["evaluation"]["texts"]]}
-    kind = facts["moments"] if facts["moments"] in (None, "self", "random") else facts["moments"].startswith("seed:")
-    question = {name: value for name, value in facts.items() if name != "method"} | {"evaluation": evaluation, "moments": kind}
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
+def _forget(workshop: Workshop, last: Cell | None, following: Cell | None) -> None:
+    """Drops what the last cell read, unless the next one reads it too: cells come text by text."""
+    if last is None or last.spec is None or last.spec.moments is None:
+        return
+    if (
+        following is None
+        or following.spec is None
+        or (following.spec.moments, following.seed) != (last.spec.moments, last.seed)
+    ):
+        workshop.forget(last.spec.moments, last.seed)
 
 
 def _measure(cell: Cell, scored: Evaluation, workshop: Workshop, line: Line) -> None:

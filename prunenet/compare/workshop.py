@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -13,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.calibration import Blocks, data_blocks, prefix_blocks, self_blocks, token_blocks
+from prunenet import parallel
+from prunenet.calibration import Blocks, blocks_from, data_blocks, prefix_blocks, self_blocks, token_blocks
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
@@ -129,6 +131,24 @@ class Workshop:
                 self._written(name, 0, lambda done, of: None)
             except ValueError as error:
                 raise ValueError(f"calibration text {name!r}: {error}".replace("--window", "--calibration-window")) from None
+
+    def share_texts(self, wanted: Sequence[tuple[str | None, int]]) -> None:
+        """Of several processes, each has the model write some of the texts (moments, seed), for all; one alone waits until a
+        text is needed. What cannot be written fails the cells that read it, in each process anew."""
+        if parallel.size() == 1:
+            return
+        writing = [pair for pair in dict.fromkeys(wanted) if pair[0] == "self" or str(pair[0]).startswith("seed:")]
+        places = [(str(moments), seed) for moments, seed in writing]
+        for number, place in enumerate(places):
+            if parallel.mine(number):
+                with parallel.apart(), suppress(Exception):
+                    self.blocks(*place)
+        for number, place in enumerate(places):
+            found = [self._blocks[place]] if place in self._blocks else []
+            told = parallel.told_by(number % parallel.size(), partial(list, (seconds for _, seconds in found)))
+            if told:
+                ids = blocks_from(number % parallel.size(), partial(next, (blocks for blocks, _ in found)))
+                self._blocks[place] = ids, told[0]
 
     def sha256(self, spec: Spec) -> str | None:
         """Of the external text that a spec reads, if any."""

@@ -1,0 +1,159 @@
+"""Two processes do what one does: the same policy, the same checkpoint, the same lines; and none waits for a dead one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model, token_ids
+from ranks import Ended, dies_at, job
+from test_cli import save_tiny
+from test_compare import words
+from test_train import SHORT, WHERE
+
+from prunenet import parallel
+from prunenet.calibration import Blocks
+
+LEARNING = replace(SHORT, reward="reconstruction", features="moments", updates=3, evaluate_every=2)
+WIDTHS = replace(WHERE, updates=3, masks=3)
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model with its tokenizer, texts, and a cache that is shared by all jobs."""
+    folder = tmp_path_factory.mktemp("parallel")
+    save_tiny(folder / "tiny")
+    (folder / "test.txt").write_text(words(4, 5))
+    (folder / "calibration.txt").write_text(words(40, 7))
+    return folder
+
+
+def command(home: Path, *args: object) -> None:
+    """The command line, as in a process of its own."""
+    os.environ["PRUNENET_CACHE"] = str(home / "cache")
+    from prunenet import cli
+
+    sys.argv = ["prunenet", *map(str, args)]
+    cli.main()
+
+
+def learn(out: Path, resume: bool = False, death: int = 0) -> None:
+    """Both stages of a training, with a rank that dies in the second, and the spectral reward."""
+    from prunenet.console import one_job
+    from prunenet.envs import divergence
+    from prunenet.policies.train import train
+
+    if death:
+        dies_at(divergence, "divergences", death, rank=1)
+    with one_job("cpu"):
+        blocks = Blocks(token_ids(8, 16), "self", {"text": "self-generated"})
+        train(tiny_model("llama"), LEARNING, where=WIDTHS, blocks=blocks, out=out / "text", resume=resume)
+        if not resume:
+            found = train(tiny_model("llama"), replace(SHORT, distance="ks", masks=3), out=out / "spectral")
+            assert len(found.history) == 3, "every rank has the whole result"
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def said(ended: Ended, text: str) -> bool:
+    """Whether exactly one process has said it, and nobody has said more."""
+    return sorted(text in error for error in ended.errors) == [False] * (len(ended.errors) - 1) + [True] and sum(
+        bool(error.strip()) for error in ended.errors
+    ) == 1
+
+
+# --- in one process ---
+
+
+def test_in_one_process_everything_is_the_identity(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    tensor = torch.arange(6)
+    seen: list[int] = []
+    with parallel.joined("cpu") as device, parallel.posted(seen.append) as post:
+        post(1)
+        assert seen == [1]
+        assert device == "cpu"
+        assert (parallel.rank(), parallel.size(), parallel.is_first()) == (0, 1, True)
+        assert list(parallel.turns(3)) == [0, 1, 2]
+        assert parallel.share(5) == slice(0, 5)
+        assert parallel.gathered(tensor, 6) is tensor
+        assert parallel.from_rank(0, lambda: tensor) is tensor
+        assert parallel.from_owners({0: [tensor], 1: []}, 2) == [[tensor], []]
+        assert parallel.told_by(0, lambda: (1, 2)) == (1, 2)
+
+
+# --- the parts ---
+
+
+def exchange() -> None:
+    """Every way in which ranks hand things to each other."""
+    taken: list[dict[str, int]] = []
+    with parallel.joined("cpu"):
+        rank, size = parallel.rank(), parallel.size()
+        rows = torch.arange(14.0).view(7, 2)
+        assert parallel.gathered(rows[parallel.share(7)], 7).equal(rows)
+        assert parallel.gathered(rows[:2][parallel.share(2)], 2).equal(rows[:2]), "with nothing on the last rank"
+        for sent in (torch.tensor(3.5).double(), torch.ones(2, 0), torch.eye(3).bool(), torch.randn(2, 3).bfloat16().T):
+            got = parallel.from_rank(1, lambda sent=sent: sent if rank == 1 else pytest.fail("called elsewhere"))
+            assert (got.dtype, got.shape) == (sent.dtype, sent.shape)
+            assert rank != 1 or got.equal(sent)
+        owned = {index: [torch.tensor(index)] * index for index in range(5) if parallel.mine(index)}
+        assert [len(found) for found in parallel.from_owners(owned, 5)] == [0, 1, 2, 3, 4]
+        assert parallel.told_by(0, lambda: {"rank": rank}) == {"rank": 0}
+        with parallel.apart():
+            assert (parallel.size(), list(parallel.turns(2))) == (1, [0, 1])
+        with parallel.posted(taken.append) as post:
+            for turn in parallel.turns(20):
+                post({"turn": turn, "rank": rank})
+        assert sorted(line["turn"] for line in taken) == (list(range(20)) if rank == 0 else [])
+        assert parallel.told_by(size - 1, lambda: rank) == size - 1
+
+
+def stuck(rank: int) -> None:
+    """One rank fails; another is busy and asks nobody; the first waits."""
+    import time
+
+    from prunenet.console import one_job
+
+    with one_job("cpu"):
+        if parallel.rank() == rank:
+            raise ValueError("3 is not a ratio; give 0.3")
+        if parallel.rank() == 2:
+            time.sleep(30)
+        parallel.told_by(rank, lambda: 0)
+
+
+def test_three_processes_hand_tensors_objects_and_turns_to_each_other(home):
+    ended = job(3, home, exchange)
+    assert ended.codes == [0, 0, 0], ended.errors
+
+
+def test_a_rank_that_fails_ends_the_whole_job_with_its_one_sentence(home):
+    ended = job(3, home, stuck, 1, patience=20)
+    assert ended.codes == [1, 1, 1]
+    assert said(ended, "error: 3 is not a ratio; give 0.3")
+
+
+# --- the commands ---
+
+
+def test_training_is_the_same_bit_for_bit_and_goes_on_with_another_number_of_processes(home):
+    assert job(1, home, learn, home / "one").codes == [0]
+    assert job(2, home, learn, home / "two").codes == [0, 0]
+    for name in ("text", "spectral"):
+        assert weights(home / "one" / name) == weights(home / "two" / name)
+        assert (home / "one" / name / "config.json").read_bytes() == (home / "two" / name / "config.json").read_bytes()
+    died = job(2, home, learn, home / "died", False, 5)
+    assert died.codes[1] == -9
+    assert died.codes[0] == 1
+    assert "ended without a word" in died.errors[0]
+    assert not (home / "died" / "text" / "model.safetensors").exists()
+    assert job(3, home, learn, home / "died", True).codes == [0, 0, 0]
+    assert weights(home / "died" / "text") == weights(home / "one" / "text")
