@@ -75,7 +75,7 @@ def joined(device: str) -> Iterator[str]:
         place = team.connect(store, device)
         _team = team
         yield place
-        team.meet("done")
+        team.meet()
     except BaseException as error:
         team.over.set()
         if team.silent is not None:
@@ -217,7 +217,7 @@ def posted(take: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
         thread.start()
     try:
         yield post
-        team.meet(f"{name} all")
+        team.meet()
         last.set()
         if team.rank == 0:
             thread.join()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from test_train import SHORT, WHERE
 
 from prunenet import parallel
 from prunenet.calibration import Blocks
+from prunenet.policies.artifact import Policy, PolicyConfig
 
 LEARNING = replace(SHORT, reward="reconstruction", features="moments", updates=3, evaluate_every=2)
 WIDTHS = replace(WHERE, updates=3, masks=3)
@@ -29,7 +29,7 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     save_tiny(folder / "tiny")
     (folder / "test.txt").write_text(words(4, 5))
-    (folder / "calibration.txt").write_text(words(40, 7))
+    (folder / "calibration.txt").write_text(words(200, 7))
     return folder
 
 
@@ -64,9 +64,10 @@ def weights(folder: Path) -> bytes:
 
 def said(ended: Ended, text: str) -> bool:
     """Whether exactly one process has said it, and nobody has said more."""
-    return sorted(text in error for error in ended.errors) == [False] * (len(ended.errors) - 1) + [True] and sum(
-        bool(error.strip()) for error in ended.errors
-    ) == 1
+    return (
+        sorted(text in error for error in ended.errors) == [False] * (len(ended.errors) - 1) + [True]
+        and sum(bool(error.strip()) for error in ended.errors) == 1
+    )
 
 
 # --- in one process ---
@@ -150,10 +151,83 @@ def test_training_is_the_same_bit_for_bit_and_goes_on_with_another_number_of_pro
     for name in ("text", "spectral"):
         assert weights(home / "one" / name) == weights(home / "two" / name)
         assert (home / "one" / name / "config.json").read_bytes() == (home / "two" / name / "config.json").read_bytes()
-    died = job(2, home, learn, home / "died", False, 5)
+    died = job(2, home, learn, home / "died", False, 2)
     assert died.codes[1] == -9
     assert died.codes[0] == 1
     assert "ended without a word" in died.errors[0]
     assert not (home / "died" / "text" / "model.safetensors").exists()
     assert job(3, home, learn, home / "died", True).codes == [0, 0, 0]
     assert weights(home / "died" / "text") == weights(home / "one" / "text")
+
+
+PRUNED = (("self",), ("data", "--channels", "elimination", "--widths", "uniform"), ("none", "--stream"))
+
+
+def cut(home: Path, out: Path) -> None:
+    """In every way that is split; then what a user gets wrong."""
+    policy = home / "policy"
+    with pytest.MonkeyPatch.context() as patch:
+        from prunenet.policies import apply
+
+        patch.setattr(apply, "AUTO_GAIN", -1)  # per-layer widths, where two ways are compared
+        for moments, *more in PRUNED:
+            text = ["--text", home / "calibration.txt"] if moments == "data" else []
+            given = ["--policy", policy, "--ratio", 0.3, "--round", 4, "--moments", moments, *text, *more]
+            with pytest.raises(SystemExit) as ended:
+                command(home, "prune", home / "tiny", "--out", out / moments, *given)
+            assert not ended.value.code
+    command(home, "prune", home / "tiny", "--out", out / "none", "--ratio", 0.3)
+
+
+def test_pruned_checkpoints_are_the_same_byte_for_byte_and_a_mistake_is_said_once(home):
+    policy = Policy.untrained(PolicyConfig(hidden=(8,), regime="self"))
+    with torch.no_grad():
+        policy.scorer.widths.out.weight.normal_()
+    policy.save_pretrained(home / "policy")
+    for ranks in (1, 2):
+        ended = job(ranks, home, cut, home / f"cut{ranks}")
+        assert ended.codes == [1] * ranks, ended.errors
+        assert sum(error.count("error:") for error in ended.errors) == 1, ended
+        assert "none exists already" in "".join(ended.errors)
+        assert [text.count("pruned model") for text in ended.output] == [3, 0][:ranks]
+    for moments, *_ in PRUNED:
+        one, two = ({file.name: file.read_bytes() for file in (home / f"cut{n}" / moments).iterdir()} for n in (1, 2))
+        assert one == two
+        assert len(one) > 3
+
+
+def compared(home: Path, out: Path, death: int = 0, rank: int = 1) -> None:
+    """Two texts that are written, one that is read, a cell that fails."""
+    from prunenet.compare import run
+
+    if death:
+        dies_at(run, "_measure", death, rank)
+    specs = ("random", "wanda_sp@words", "flap", "prunenet", "wanda_sp@seed:words", "llm_pruner_element1")
+    sizes = ["--ratios", "0.5", "--window", 16, "--calibration-tokens", 128, "--calibration-window", 16, "--round", 4]
+    texts = ["--text", home / "test.txt", "--calibration", f"words={home / 'calibration.txt'}", "--policy", home / "policy"]
+    command(home, "compare", home / "tiny", *specs, *sizes, *texts, "--out", out, "--json")
+
+
+def lines(path: Path) -> dict[str, dict[str, object]]:
+    """By cell, without what measures the machine."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["cell"] for line in found}) == len(found)
+    return {
+        line["cell"]: {name: value for name, value in line.items() if not name.startswith(("seconds", "peak"))}
+        for line in found
+    }
+
+
+def test_a_comparison_has_the_same_lines_and_a_killed_one_goes_on_with_another_number_of_processes(home):
+    assert job(1, home, compared, home / "one.jsonl").codes == [1]  # LLM-Pruner protects more layers than there are
+    expected = lines(home / "one.jsonl")
+    assert sorted(line["error"] is None for line in expected.values()) == [False, *[True] * 6]
+    ended = job(2, home, compared, home / "two.jsonl", 2)
+    assert ended.codes == [1, -9]
+    assert "ended without a word" in ended.errors[0]
+    begun = lines(home / "two.jsonl")
+    assert 1 <= len(begun) < len(expected)
+    ended = job(3, home, compared, home / "two.jsonl")
+    assert 1 in ended.codes
+    assert lines(home / "two.jsonl") == expected
+    assert [bool(json.loads(text)["cells"]) if text else None for text in ended.output] == [True, None, None]
