@@ -81,7 +81,7 @@ def joined(device: str) -> Iterator[str]:
         if team.silent is not None:
             raise PeerFailed(team.silent) from error
         first = team.blames()
-        team.leave(10 * TICK)
+        team.leave(GRACE / 2)
         if not first:
             raise Followed from error
         raise

@@ -40,15 +40,19 @@ class Team:
         rank, size: this one's number, and how many there are.
         prefix: of the job's keys in the store.
         over: set when this rank has nothing to wait for any more.
-        silent: says which rank was not heard of, where this one noticed.
+        store: the main thread's connection to the job's store; see `client`.
+        silent: says which rank is gone, where this one noticed.
+        followed: whether this rank was stopped because another one failed.
         calls: of `fresh`; equal on all ranks, which do the same things in the same order.
     """
 
     rank: int
     size: int
     prefix: str
+    store: Any = None
     over: threading.Event = field(default_factory=threading.Event)
     silent: str | None = None
+    followed: bool = False
     calls: int = 0
 
     def connect(self, store: Any, device: str) -> str:
@@ -96,16 +100,19 @@ class Team:
     def blames(self) -> bool:
         """Whether this rank is the first to fail, and so the one to say why."""
         try:
-            return bool(self.client().add("failed", 1) == 1)
+            return not self.followed and bool(self.store.add("failed", 1) == 1)
         except RuntimeError:  # the store has gone with its rank
             return True
 
     def watch(self) -> None:
         """Stops this process when another one has failed, or its neighbour has not been heard of for ten minutes."""
-        with suppress(RuntimeError):  # the store has gone, and its rank with it; or all is over
+        try:
             self._look()
+        except RuntimeError:  # or all is over
+            self.silent = "the process of this job that holds its store has ended without a word"
         if self.over.wait(TICK):
             return
+        self.followed = self.silent is None
         _thread.interrupt_main()
         if not self.over.wait(GRACE):  # in a call that nothing wakes
             if self.silent:
@@ -127,11 +134,10 @@ class Team:
     def leave(self, patience: float = GRACE) -> None:
         """Rank 0, which may hold the store, goes last, if the others go within so many seconds."""
         with suppress(RuntimeError):
-            store = self.client()
-            gone, start = store.add("gone", 1), time.monotonic()
+            gone, start = self.store.add("gone", 1), time.monotonic()
             while self.rank == 0 and gone < self.size and time.monotonic() - start < patience:
                 time.sleep(TICK / 10)
-                gone = store.add("gone", 0)
+                gone = self.store.add("gone", 0)
 
 
 @contextmanager
@@ -162,4 +168,6 @@ def gather_processes() -> tuple[Team, Any]:
         )
     with peers():
         store, rank, size = next(dist.rendezvous("env://", timeout=_START))  # type: ignore[attr-defined]
-    return Team(rank, size, f"prunenet {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"), store
+        team = Team(rank, size, f"prunenet {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+        team.store = team.client()
+    return team, store

@@ -185,7 +185,7 @@ def test_pruned_checkpoints_are_the_same_byte_for_byte_and_a_mistake_is_said_onc
         policy.scorer.widths.out.weight.normal_()
     policy.save_pretrained(home / "policy")
     for ranks in (1, 2):
-        ended = job(ranks, home, cut, home / f"cut{ranks}")
+        ended = job(ranks, home, cut, home, home / f"cut{ranks}")
         assert ended.codes == [1] * ranks, ended.errors
         assert sum(error.count("error:") for error in ended.errors) == 1, ended
         assert "none exists already" in "".join(ended.errors)
@@ -219,15 +219,16 @@ def lines(path: Path) -> dict[str, dict[str, object]]:
 
 
 def test_a_comparison_has_the_same_lines_and_a_killed_one_goes_on_with_another_number_of_processes(home):
-    assert job(1, home, compared, home / "one.jsonl").codes == [1]  # LLM-Pruner protects more layers than there are
+    assert job(1, home, compared, home, home / "one.jsonl").codes == [1]  # LLM-Pruner protects more layers than there are
     expected = lines(home / "one.jsonl")
     assert sorted(line["error"] is None for line in expected.values()) == [False, *[True] * 6]
-    ended = job(2, home, compared, home / "two.jsonl", 2)
+    ended = job(2, home, compared, home, home / "two.jsonl", 2)
     assert ended.codes == [1, -9]
     assert "ended without a word" in ended.errors[0]
     begun = lines(home / "two.jsonl")
     assert 1 <= len(begun) < len(expected)
-    ended = job(3, home, compared, home / "two.jsonl")
-    assert 1 in ended.codes
+    ended = job(3, home, compared, home, home / "two.jsonl")
+    assert ended.codes == [1, 1, 1]
+    assert not any(ended.errors[1:])
     assert lines(home / "two.jsonl") == expected
     assert [bool(json.loads(text)["cells"]) if text else None for text in ended.output] == [True, None, None]

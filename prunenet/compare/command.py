@@ -105,6 +105,8 @@ def compare(
         lines = _done(plan, workshop, results)
         if parallel.is_first():
             _present(lines, markdown, figures, as_json)
+    if any(line["error"] is not None for line in lines):
+        raise typer.Exit(1)
 
 
 def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
@@ -151,7 +153,6 @@ def _present(lines: list[Line], markdown: Path | None, figures: Path | None, as_
     failed = sum(line["error"] is not None for line in lines)
     if failed:
         errors.print(f"[red]{failed} of {len(lines)} cells failed[/red]; the same command tries them again")
-        raise typer.Exit(1)
 
 
 def _report(line: Line) -> None:
