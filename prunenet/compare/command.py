@@ -82,7 +82,6 @@ def compare(
         from prunenet.checkpoint import load_model, load_tokenizer
         from prunenet.compare.plan import Plan
         from prunenet.compare.results import Results
-        from prunenet.compare.run import check
         from prunenet.compare.spec import parse_all
         from prunenet.compare.workshop import Workshop
         from prunenet.policies.artifact import policy_for
@@ -101,10 +100,7 @@ def compare(
         parsed = [spec for spec in parsed if spec.name in specs or _possible(spec, dense, trained is not None)]
         plan = Plan(model, parsed, shares, numbers, scored, amount, round_to)
         workshop = Workshop(dense, tokenizer, policy=trained, policy_name=name, texts=texts, amount=amount, round_to=round_to)
-        check(plan, workshop)
-        lines = _done(plan, workshop, results)
-        if parallel.is_first():
-            _present(lines, markdown, figures, as_json)
+        lines = _presented(_done(plan, workshop, results), markdown, figures, as_json)
     if any(line["error"] is not None for line in lines):
         raise typer.Exit(1)
 
@@ -130,14 +126,19 @@ def _check_figures(folder: Path | None) -> None:
 
 
 def _done(plan: Plan, workshop: Workshop, results: Results) -> list[Line]:
+    from prunenet.compare.run import check
     from prunenet.compare.run import compare as run
 
+    check(plan, workshop)
     with tables.stages(errors) as advance:
         workshop.progress = lambda done, of: advance("writing text", done, of)
         return run(plan, workshop, results, report=_report, progress=advance)
 
 
-def _present(lines: list[Line], markdown: Path | None, figures: Path | None, as_json: bool) -> None:
+def _presented(lines: list[Line], markdown: Path | None, figures: Path | None, as_json: bool) -> list[Line]:
+    """The lines; the first process has shown and drawn them."""
+    if not parallel.is_first():
+        return lines
     from prunenet.compare import summary
     from prunenet.folders import write_atomic
 
@@ -153,6 +154,7 @@ def _present(lines: list[Line], markdown: Path | None, figures: Path | None, as_
     failed = sum(line["error"] is not None for line in lines)
     if failed:
         errors.print(f"[red]{failed} of {len(lines)} cells failed[/red]; the same command tries them again")
+    return lines
 
 
 def _report(line: Line) -> None:
