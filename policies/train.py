@@ -92,15 +92,7 @@ def train(
     read = recipe.features == "moments"
     if not read and reward is None and {recipe.reward, "spectral" if where is None else where.reward} == {"spectral"}:
         blocks = None  # it reads weights alone, and the record must say so
-    if blocks is not None and not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            "activations need the model in memory, and this one is read layer by layer: leave the blocks out, or load it"
-        )
-    if regime is None and reward is not None and blocks is None:
-        raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
-    for wanted in (recipe if reward is None else None, where):
-        if wanted is not None and wanted.reward != "spectral" and blocks is None:
-            raise ValueError(f"the {wanted.reward} reward is measured on text: give token blocks (see prunenet.calibration)")
+    _check_asked(model, recipe if reward is None else None, where, blocks, regime)
     measured, paid = _halves(blocks) if read else (None, blocks)
     config = PolicyConfig(
         moments=MOMENT_STATISTICS if read else (),
@@ -129,6 +121,25 @@ def train(
     if folder is not None and parallel.is_first():
         policy.save_pretrained(folder)
     return Training(policy, histories["channels"], histories.get("widths", []))
+
+
+def _check_asked(
+    model: PreTrainedModel | StreamedCheckpoint,
+    recipe: Recipe | None,
+    where: Recipe | None,
+    blocks: Blocks | None,
+    regime: str | None,
+) -> None:
+    """Raises ValueError where blocks or the regime are missing, or blocks cannot be read; no recipe: a reward of one's own."""
+    if blocks is not None and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            "activations need the model in memory, and this one is read layer by layer: leave the blocks out, or load it"
+        )
+    if regime is None and recipe is None and blocks is None:
+        raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
+    for wanted in (recipe, where):
+        if wanted is not None and wanted.reward != "spectral" and blocks is None:
+            raise ValueError(f"the {wanted.reward} reward is measured on text: give token blocks (see prunenet.calibration)")
 
 
 def _halves(blocks: Blocks | None) -> tuple[Int[Tensor, "n tokens"], Blocks]:

@@ -101,8 +101,7 @@ def compare(
         plan = Plan(model, parsed, shares, numbers, scored, amount, round_to)
         workshop = Workshop(dense, tokenizer, policy=trained, policy_name=name, texts=texts, amount=amount, round_to=round_to)
         lines = _presented(_done(plan, workshop, results), markdown, figures, as_json)
-    if any(line["error"] is not None for line in lines):
-        raise typer.Exit(1)
+    _end(lines)
 
 
 def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
@@ -155,6 +154,12 @@ def _presented(lines: list[Line], markdown: Path | None, figures: Path | None, a
     if failed:
         errors.print(f"[red]{failed} of {len(lines)} cells failed[/red]; the same command tries them again")
     return lines
+
+
+def _end(lines: list[Line]) -> None:
+    """On every rank alike."""
+    if any(line["error"] is not None for line in lines):
+        raise typer.Exit(1)
 
 
 def _report(line: Line) -> None:
