@@ -126,7 +126,7 @@ def _passed(ffn: FFN, stream: ResidualStream, act: Callable[[Tensor], Tensor]) -
     stream.read_attention(ffn)
     slices = _slices(ffn)
     stream.read_ffn(ffn, _energies(ffn, slices, normalised(stream.moment), act)[0])
-    return float((slices["down"].T @ slices["down"]).trace())
+    return float(self_product(slices["down"]).trace())
 
 
 def _observed(
