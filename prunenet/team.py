@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_store: Any = None
+_joins = 0
 _START, _CLIENT = timedelta(minutes=10), timedelta(seconds=30)
 _COLLECTIVE = timedelta(days=7)  # one may wait for another's work for hours; that the other lives is watched
 TICK, GRACE, _SILENCE = 0.2, 10.0, 600.0  # seconds
@@ -73,7 +75,8 @@ class Team:
             device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(local)
         with peers():
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE)
+            own = dist.PrefixStore(self.prefix, store)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=own, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE)
         return device
 
     def client(self) -> Any:
@@ -156,6 +159,9 @@ def peers() -> Iterator[None]:
 def gather_processes() -> tuple[Team, Any]:
     """The job that torchrun's environment describes, once all its processes are here, and the store for `Team.connect`.
 
+    Several jobs may follow each other in the same processes. They share one store, which rank 0 may hold and which lives as long
+    as its process: a new one each time could be taken for the last one by a rank that is quicker. Keys carry the job's number.
+
     Raises:
         ValueError: an environment that is not torchrun's.
         PeerFailed: the others did not come.
@@ -166,8 +172,12 @@ def gather_processes() -> tuple[Team, Any]:
             f"WORLD_SIZE says that this is one of {os.environ['WORLD_SIZE']} processes, and {missing[0]} is not set: start "
             "them with torchrun, or unset WORLD_SIZE"
         )
+    global _store, _joins
+    _joins += 1
     with peers():
-        store, rank, size = next(dist.rendezvous("env://", timeout=_START))  # type: ignore[attr-defined]
-        team = Team(rank, size, f"prunenet {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+        if _store is None:
+            _store, *_ = next(dist.rendezvous("env://", timeout=_START))  # type: ignore[attr-defined]
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), f"prunenet {restarts} {_joins}")
         team.store = team.client()
-    return team, store
+    return team, _store
