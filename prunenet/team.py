@@ -159,8 +159,8 @@ def peers() -> Iterator[None]:
 def gather_processes() -> tuple[Team, Any]:
     """The job that torchrun's environment describes, once all its processes are here, and the store for `Team.connect`.
 
-    Several jobs may follow each other in the same processes. They share one store, which rank 0 may hold and which lives as long
-    as its process: a new one each time could be taken for the last one by a rank that is quicker. Keys carry the job's number.
+    Several jobs may follow each other in the same processes. They share one store, which rank 0 may hold and which lives as
+    long as its process: of a new one each time, a quick rank could meet the last one. Keys carry the job's number.
 
     Raises:
         ValueError: an environment that is not torchrun's.
