@@ -80,6 +80,12 @@ def is_placed(model: nn.Module) -> bool:
     return len(found) > 1 or "disk" in found
 
 
+def check_together(model: nn.Module, what: str) -> None:
+    """Raises ValueError where `what` needs the weights of a placed model all at once."""
+    if is_placed(model):
+        raise ValueError(f"{what} needs all weights on one device, and --device auto has placed them on several")
+
+
 def where(model: PreTrainedModel) -> str:
     """The device of a model, or all of them, as in "cuda:0+cpu+disk"."""
     if not is_placed(model):
@@ -166,16 +172,18 @@ def compute_on(model: PreTrainedModel, device: torch.device) -> None:
 def derive(module: nn.Module, name: str, change: Tensor | Callable[[Tensor], Tensor]) -> None:
     """Replaces a parameter by a tensor, or by what `change` makes of it: at once, or in a placed model whenever it is needed.
 
-    `change` must work on the meta device, too.
+    `change` must work on the meta device, too. A parameter that the module lacks, such as a bias, is given as a tensor.
     """
-    parameter = module.get_parameter(name)
+    parameter = getattr(module, name)
+    if parameter is None:
+        parameter = next(module.parameters(recurse=False))
     if not _hooks(module):
         setattr(module, name, nn.Parameter(_changed(change, parameter), requires_grad=parameter.requires_grad))
         return
     hook = _offloading(module) or _kept_beside(module)
     hook.weights_map = _Changed(hook.weights_map, name, change)
     hook.tied_params_map, hook.tied_params_names = None, set()
-    shape = _changed(change, module.get_parameter(name)).shape
+    shape = (change if isinstance(change, Tensor) else change(getattr(module, name).detach())).shape
     empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
     setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
@@ -190,10 +198,10 @@ class _Changed:
 
     def __getitem__(self, name: str) -> Tensor:
         if name != self.name:
-            return self.base[name]
-        if isinstance(self.change, Tensor):
-            return self.change
-        return self.change(self.base[name])
+            other: Tensor = self.base[name]
+            return other
+        tensor: Tensor = self.change if isinstance(self.change, Tensor) else self.change(self.base[name])
+        return tensor
 
 
 def _changed(change: Tensor | Callable[[Tensor], Tensor], parameter: nn.Parameter) -> Tensor:

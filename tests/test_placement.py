@@ -5,16 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, random_keep, tiny_model, token_ids
+from ranks import job
+from test_cli import facts, refused, run, save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from prunenet import offload
 from prunenet.activation_stats import channel_features
 from prunenet.calibration import Blocks, weights_sha256
 from prunenet.checkpoint import load_model
+from prunenet.cli import app
 from prunenet.compensate import Refits, cut_layers, refit_kept, refit_sequentially
 from prunenet.divergence import divergences
 from prunenet.generate import generate_blocks
 from prunenet.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.moments import LayerWalk, ffn_moments, paired_moments
 from prunenet.placement import is_placed, present, where
+from prunenet.policies import artifact
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.stats import layer_context, observe
@@ -27,8 +33,11 @@ BLOCKS = token_ids(6, 12)
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of our own, and nothing in the zoo."""
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(artifact, "ZOO", tmp_path / "zoo")
+    (tmp_path / "zoo").mkdir()
 
 
 def stored(folder: Path, family: str = "llama", **options):
@@ -102,9 +111,24 @@ def test_inside_a_walk_a_layer_is_present_and_afterwards_nothing_stays(tmp_path)
         here = [devices(layer) for layer in walk.layers]
         assert here == [{"cpu"} if at == index else {"meta"} for at in range(3)]
     assert devices(placed) == {"meta"}
-    with pytest.raises(RuntimeError, match="stop"), present(placed), present(placed):
-        assert devices(placed) == {"cpu"}
-        raise RuntimeError("stop")
+
+
+def test_weights_stay_until_the_last_of_overlapping_blocks_ends_even_by_an_error(tmp_path):
+    _, placed = both(stored(tmp_path / "dense"), "cpu=10KB")
+    first, second = present(placed), present(placed)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert devices(placed) == {"cpu"}
+    second.__exit__(None, None, None)
+    assert devices(placed) == {"meta"}
+
+    def fails() -> None:
+        with present(placed):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fails()
     assert devices(placed) == {"meta"}
 
 
@@ -156,5 +180,160 @@ def test_a_placed_model_is_pruned_to_the_same_bytes(tmp_path, family, tied, widt
         pruned = prune(model, policy, ratio=0.4, widths=widths, blocks=Blocks(BLOCKS, "data", {}))
         folders.append(pruned.save_pretrained(tmp_path / str(number)))
         assert len(set(ffn_widths(pruned.model))) == (1 if widths == "uniform" else 3)
-    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
-    assert contents[0] == contents[1]
+    assert contents(folders[0]) == contents(folders[1])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def written(folder: Path) -> str:
+    (folder / "words.txt").write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(4000)))
+    return str(folder / "words.txt")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize(("moments", "refit"), [("self", "layerwise"), ("data", "sequential")])
+def test_prune_gives_the_same_bytes_whether_weights_are_in_memory_or_on_disk(tmp_path, monkeypatch, family, moments, refit):
+    model = save_tiny(tmp_path / "dense", family)
+    text = ("--text", written(tmp_path)) if moments == "data" else ()
+    ask = ("prune", model, "--ratio", 0.5, "--moments", moments, *text, "--refit", refit)
+    facts(*ask, "--out", tmp_path / "memory")
+    monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "another"))  # the text is written anew
+    facts(*ask, "--out", tmp_path / "placed", "--device", "auto", "--max-memory", "cpu=10KB")
+    assert contents(tmp_path / "memory") == contents(tmp_path / "placed")
+    assert not any((tmp_path / "another" / "offload").iterdir())
+
+
+def test_a_policy_trained_on_a_placed_model_is_the_one_trained_in_memory(tmp_path):
+    model = save_tiny(tmp_path / "dense")
+    ask: tuple[Any, ...] = ("train", model, "--updates", 2, "--masks", 2, "--moments", "data", "--text", written(tmp_path))
+    for preset in ("default", "spectral"):
+        ask = ask if preset == "default" else (*ask[:6], "--preset", preset)
+        for place in ((), ("--device", "auto", "--max-memory", "cpu=60KB")):
+            facts(*ask, *place, "--out", tmp_path / f"{preset}{len(place)}")
+        mine, theirs = (tmp_path / f"{preset}{number}" / "model.safetensors" for number in (0, 4))
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_eval_gives_the_same_perplexity_and_says_where_the_weights_were(tmp_path):
+    models = [save_tiny(tmp_path / "one"), save_tiny(tmp_path / "two", "opt")]
+    ask = ("eval", *models, "--text", written(tmp_path), "--window", 32, "--no-speed", "--max-windows", 4)
+    memory, placed = facts(*ask), facts(*ask, "--device", "auto", "--max-memory", "cpu=10KB")
+    for mine, theirs in zip(memory["models"], placed["models"], strict=True):
+        assert mine["device"] == "cpu"
+        assert theirs.pop("device") == "disk"
+        assert {name: value for name, value in mine.items() if name != "device"} == theirs
+
+
+def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(tmp_path):
+    model = save_tiny(tmp_path / "dense")
+    methods = (
+        "random",
+        "flap@words",
+        "wanda_sp:owl@words",
+        "elimination@words+sequential",
+        "folding",
+        "llm_pruner_element1@words",
+    )
+    ask = ("compare", model, *methods, "--calibration", f"words={written(tmp_path)}", "--ratios", 0.5, "--text", "builtin")
+    ask += ("--window", 32, "--max-windows", 2, "--calibration-tokens", 256, "--calibration-window", 32, "--json")
+    lines = []
+    for place in ((), ("--device", "auto", "--max-memory", "cpu=60KB")):
+        run(*ask, *place, "--out", tmp_path / f"{len(place)}.jsonl")
+        lines.append([json.loads(line) for line in (tmp_path / f"{len(place)}.jsonl").read_text().splitlines()])
+    refusals = 0
+    for mine, theirs in zip(*lines, strict=True):
+        assert mine["error"] is None
+        if theirs["error"] is None:
+            assert mine["perplexity"] == theirs["perplexity"], mine["method"]
+            assert mine["parameters"] == theirs["parameters"]
+        else:
+            refusals += 1
+            assert theirs["error"].endswith("needs all weights on one device, and --device auto has placed them on several")
+    assert refusals == 2
+
+
+def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    _, placed = both(stored(tmp_path / "dense"))
+    pruned = prune(placed, ratio=0.5, blocks=Blocks(BLOCKS, "data", {}))
+    real = offload.write_shard
+
+    def bent(path, tensors, rows):
+        return real(path, tensors, lambda name: [rows_of + 1 for rows_of in rows(name)])
+
+    monkeypatch.setattr(offload, "write_shard", bent)
+    with pytest.raises(CheckpointError, match=r"was not saved: tensor model\.\S+ differs after a reload"):
+        pruned.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("cpu", "--max-memory 'cpu' is not a device and a size: give it as in cuda:0=20GiB,cpu=60GiB"),
+        ("cpu=much", "--max-memory 'cpu=much' is not a device and a size"),
+        ("cpu=1GB;disk=2GB", "is not a device and a size"),
+        ("cpu=1GB,cpu=2GB", "--max-memory names cpu twice"),
+        ("cuda:77=1GB", "--max-memory names accelerator 77, and here are only"),
+    ],
+)
+def test_a_wrong_max_memory_is_one_sentence(tmp_path, given, message):
+    model = save_tiny(tmp_path / "dense")
+    for command in (("prune", model, "--ratio", 0.5, "--out", tmp_path / "out"), ("eval", model, "--text", written(tmp_path))):
+        assert message in refused(*command, "--device", "auto", "--max-memory", given)
+
+
+def test_limits_are_bytes_by_accelerate_s_names_of_devices():
+    assert parse_max_memory("cuda:1=1.5GiB, cpu=60GB") == {1: 3 * 2**29, "cpu": 60 * 10**9}
+    assert parse_max_memory("cpu=250MB,cuda:0=10") == {"cpu": 250 * 10**6, 0: 10}
+
+
+def test_limits_without_auto_and_auto_where_nothing_is_placed_are_one_sentence(tmp_path):
+    model = save_tiny(tmp_path / "dense")
+    ask = ("prune", model, "--ratio", 0.5, "--out", tmp_path / "out")
+    assert "--max-memory says how --device auto places weights, and the device is cpu" in refused(
+        *ask, "--max-memory", "cpu=1GB"
+    )
+    stream = (*ask, "--stream", "--moments", "none", "--device", "auto")
+    assert "--stream leaves all weights on disk, so there is nothing to place" in refused(*stream)
+
+
+def test_auto_without_accelerate_is_one_sentence_that_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate.utils", None)
+    model = save_tiny(tmp_path / "dense")
+    said = refused("prune", model, "--ratio", 0.5, "--out", tmp_path / "out", "--device", "auto")
+    assert "--device auto places weights with accelerate: pip install 'prunenet[large]'" in said
+
+
+def test_a_model_that_fits_one_device_is_an_ordinary_one(tmp_path):
+    model = load_model(stored(tmp_path / "dense"), device="auto", max_memory="cpu=1GB")
+    assert not is_placed(model)
+    assert where(model) == "cpu"
+
+
+def _prune_placed(model: str, out: str) -> None:
+    app(["prune", model, "--ratio", "0.5", "--out", out, "--device", "auto"], standalone_mode=False)
+
+
+def test_several_processes_with_auto_end_with_one_sentence(tmp_path):
+    ended = job(2, tmp_path, _prune_placed, str(save_tiny(tmp_path / "dense")), str(tmp_path / "out"))
+    assert ended.codes == [1, 1]
+    assert [text.count("--device auto is for one process") for text in ended.errors] in ([1, 0], [0, 1])
+    assert not any("Traceback" in text for text in ended.errors)
+
+
+@pytest.mark.gpu
+def test_a_model_larger_than_its_limit_is_pruned_within_one_layer_and_one_batch_of_it(tmp_path):
+    config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, vocab_size=2048)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    weights = sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
+    layer, moments, limit = weights // 16, 2816**2 * 8, weights // 4
+    torch.cuda.reset_peak_memory_stats()
+    placed = load_model(tmp_path / "dense", device="auto", max_memory=f"cuda:0={limit},cpu=8GB")
+    assert "cuda:0" in where(placed)
+    blocks = torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0))
+    pruned = prune(placed, ratio=0.5, blocks=Blocks(blocks, "data", {}))
+    pruned.save_pretrained(tmp_path / "out")
+    assert torch.cuda.max_memory_allocated() < limit + 3 * layer + 8 * moments
+    assert limit + 3 * layer + 8 * moments < weights
