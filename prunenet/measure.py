@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def measure(
                 dtype=dtype,
                 progress=None if progress is None else _shifted(progress, done, len(sources)),
             )
+            gc.collect()  # accelerate's hooks and the modules know each other: the weights would wait for the next one's
         return rows
     models = {source: load_model(source, dtype=dtype, device=device, max_memory=max_memory) for source in sources}
     if speed:
