@@ -313,15 +313,17 @@ def test_a_model_that_fits_one_device_is_an_ordinary_one(tmp_path):
 
 @pytest.mark.gpu
 def test_a_model_larger_than_its_limit_is_pruned_within_one_layer_and_one_batch_of_it(tmp_path):
-    config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, vocab_size=2048)
+    layers, d_ff = 32, 2816
+    config = AutoConfig.for_model(
+        "llama", hidden_size=1024, intermediate_size=d_ff, num_hidden_layers=layers, vocab_size=2048, max_position_embeddings=512
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     weights = sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
-    layer, moments, limit = weights // 16, 2816**2 * 8, weights // 4
+    limit, blocks = weights // 4, torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0))
     torch.cuda.reset_peak_memory_stats()
     placed = load_model(tmp_path / "dense", device="auto", max_memory=f"cuda:0={limit},cpu=8GB")
     assert "cuda:0" in where(placed)
-    blocks = torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0))
     pruned = prune(placed, ratio=0.5, blocks=Blocks(blocks, "data", {}))
     pruned.save_pretrained(tmp_path / "out")
-    assert torch.cuda.max_memory_allocated() < limit + 3 * layer + 8 * moments
-    assert limit + 3 * layer + 8 * moments < weights
+    allowed = limit + 3 * (weights // layers) + 8 * (8 * d_ff**2)  # the elimination and the refit hold some float64 d_ff x d_ff
+    assert torch.cuda.max_memory_allocated() < allowed < weights
