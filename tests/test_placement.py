@@ -314,9 +314,7 @@ def test_a_model_that_fits_one_device_is_an_ordinary_one(tmp_path):
 @pytest.mark.gpu
 def test_a_model_larger_than_its_limit_is_pruned_within_one_layer_and_one_batch_of_it(tmp_path):
     layers, d_ff = 32, 2816
-    config = AutoConfig.for_model(
-        "llama", hidden_size=1024, intermediate_size=d_ff, num_hidden_layers=layers, vocab_size=2048, max_position_embeddings=512
-    )
+    config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=d_ff, num_hidden_layers=layers, vocab_size=2048)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     weights = sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
     limit, blocks = weights // 4, torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0))
