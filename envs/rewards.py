@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from prunenet import parallel
 from prunenet.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
 from prunenet.moments import LayerWalk
+from prunenet.placement import is_placed
 from prunenet.spectra import DISTANCES, Distance, SpectralReference
 
 Matrix = Literal["gate", "up", "down"]
@@ -61,8 +62,8 @@ class SpectralReward:
     Of several processes (`prunenet.parallel`) each decomposes the dense matrices of its own layers, for all.
 
     Args:
-        model: its weights are read, never changed. Of one that is streamed only spectra are kept, d_model numbers a matrix; a
-            layer is read again each time that its masks are judged.
+        model: its weights are read, never changed. Of one that is streamed or placed (`prunenet.placement`) only spectra are
+            kept, d_model numbers a matrix; a layer is read again each time that its masks are judged.
         distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared norm lost); all in [0, 1].
         matrices: which of gate, up and down to compare; those that the family does not have are passed over.
         form: "bounded" pays 1 - distance, "inverse" pays 1 / distance as published.
@@ -94,10 +95,10 @@ class SpectralReward:
         for index in filter(parallel.mine, range(layers)):
             references = _references(ffn_at(model, index), matrices)
             spectra[index] = [reference.eigenvalues for reference in references]
-            if isinstance(model, PreTrainedModel):
+            if self._keeps(model):
                 own[index] = references
         self._spectra: list[list[Float64[Tensor, " side"]]] = parallel.from_owners(spectra, layers)
-        if isinstance(model, PreTrainedModel):
+        if self._keeps(model):
             self._held = [own.get(index) or self._references(index) for index in range(layers)]
 
     def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
@@ -107,6 +108,10 @@ class SpectralReward:
         most = float(len(references[0].eigenvalues))
         paid = [bounded(d) if self.form == "bounded" else inverse(d, most) for d in distances]
         return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
+
+    def _keeps(self, model: Weights) -> bool:
+        """Whether all layers have room on their devices at once."""
+        return isinstance(model, PreTrainedModel) and not is_placed(model)
 
     def _references(self, index: int) -> list[SpectralReference]:
         if self._held:
@@ -143,8 +148,8 @@ class ReconstructionReward:
         blocks: (n, tokens) token ids on which activations are measured. Where they were written by the model itself
             (`prunenet.generate`), no external data is used.
 
-    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M. Of several processes (`prunenet.parallel`) each holds and judges its
-    own layers; the way through the layers is walked by all.
+    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is placed (`prunenet.placement`). Of
+    several processes (`prunenet.parallel`) each holds and judges its own layers; all walk the way through the layers.
 
     Raises:
         ValueError: activations that are not finite, or blocks that the model cannot read.
@@ -164,10 +169,13 @@ class ReconstructionReward:
                 raise ValueError(
                     f"the activations of layer {index} are not finite: the weights are damaged, or {model.dtype} overflows"
                 )
+            if is_placed(model):
+                self._output_grams[index] = output_gram.cpu()
 
     def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
         """The term `reconstruction`: (masks,), in [0, 1]."""
-        return {"reconstruction": bounded(energy_lost(self._output_grams[index], keep))}
+        lost = energy_lost(self._output_grams[index], keep)
+        return {"reconstruction": bounded(lost).to(keep.device)}
 
     def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
         """No term: everything has been paid layer by layer."""

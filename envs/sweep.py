@@ -48,13 +48,13 @@ class View:
                 "train on the dense model that it was cut from"
             )
         if isinstance(model, PreTrainedModel) and blocks is not None:
-            return cls(tuple(channel_features(model, blocks)), layer_context(model))
+            return cls(_together(channel_features(model, blocks)), layer_context(model))
         if blocks is not None:
             raise ValueError(
                 "activations are measured on a model in memory, and this one is read layer by layer from its files"
             )
         statistics, rows = zip(*observe(model), strict=True)
-        return cls(statistics, torch.stack([row.to(rows[0].device) for row in rows]))
+        return cls(_together(statistics), torch.stack(_together(rows)))
 
     @property
     def layers(self) -> int:
@@ -63,6 +63,11 @@ class View:
     @property
     def d_ff(self) -> int:
         return self.statistics[0].shape[0]
+
+
+def _together(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """On the device of the first: layers may be on several."""
+    return tuple(row.to(rows[0].device) for row in rows)
 
 
 class Sweep:

@@ -11,10 +11,11 @@ from prunenet import parallel
 from prunenet.folders import check_absent, check_room
 from prunenet.layers import iter_ffns
 from prunenet.masks import top_channels
+from prunenet.offload import SHARD
 from prunenet.policies.apply import check_choices, check_size, chosen_way, provenance_of, stage_of, ways_to_cut
 from prunenet.policies.artifact import Policy
 from prunenet.provenance import Provenance
-from prunenet.streaming import SHARD, StreamedCheckpoint, save_streamed
+from prunenet.streaming import StreamedCheckpoint, save_streamed
 from prunenet.surgery import narrowed
 
 

@@ -76,7 +76,7 @@ def moment_statistics(
         ValueError: blocks that the model cannot read, or activations that are not finite.
         UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
     """
-    downs, found = [linear.weight.detach() for linear in down_linears(model)], {}
+    downs, found = down_linears(model), {}
     walk = LayerWalk(model, blocks)
     for index in walk:
         if not parallel.mine(index):
@@ -86,7 +86,7 @@ def moment_statistics(
             raise ValueError(
                 f"the activations of layer {index} are not finite: the weights are damaged, or {model.dtype} overflows"
             )
-        found[index] = (layer_moment_statistics(downs[index], moments),)
+        found[index] = (layer_moment_statistics(downs[index].weight.detach(), moments),)
         if progress is not None:
             progress(index + 1, len(downs))
     return [statistics for (statistics,) in parallel.from_owners(found, len(downs))]

@@ -21,6 +21,7 @@ from prunenet.demo_model import cache_folder
 from prunenet.folders import write_atomic
 from prunenet.generate import document_start, generate_blocks
 from prunenet.layers import structure
+from prunenet.placement import parameters, tensor_of
 from prunenet.provenance import TextRegime
 from prunenet.streaming import StreamedCheckpoint
 from prunenet.synthetic import random_blocks
@@ -249,10 +250,12 @@ def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:
     skeleton = structure(model)
     fields = {k: v for k, v in skeleton.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, parameter in skeleton.named_parameters():
+    for name, _ in parameters(skeleton):
         digest.update(name.encode())
-        pieces: Iterable[Tensor] = [parameter.detach()]
-        if not isinstance(model, PreTrainedModel):
+        pieces: Iterable[Tensor]
+        if isinstance(model, PreTrainedModel):
+            pieces = (tensor_of(model, name),)
+        else:
             pieces = (rows for _, rows in model.stored[name].slabs())
         for piece in pieces:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)

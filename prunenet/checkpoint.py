@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -22,6 +24,8 @@ from prunenet.folders import CheckpointError as CheckpointError
 from prunenet.folders import new_folder
 from prunenet.heads import group_counts
 from prunenet.layers import count_parameters, ffn_widths
+from prunenet.offload import check_reread, read_placed, write_placed
+from prunenet.placement import AUTO, is_placed, parameters
 from prunenet.provenance import Provenance as Provenance
 from prunenet.sources import UNLOADABLE, config_and_class, find_folder, in_short, open_checkpoint
 from prunenet.surgery import zero_padded
@@ -29,25 +33,34 @@ from prunenet.surgery import zero_padded
 _PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
 
 
-def load_model(source: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    source: str | Path, *, dtype: str = "auto", device: str = "cpu", max_memory: str | None = None
+) -> PreTrainedModel:
     """A causal LM in eval mode, from a local folder or a hub id. Runs no code from the checkpoint, reads no pickle.
 
     Args:
         source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
         dtype: one of `prunenet.sources.DTYPES`; `auto` keeps the stored one.
-        device: a torch device.
+        device: a torch device; or "auto", all there are: accelerators first, then the CPU, then the disk, see
+            `prunenet.placement`.
+        max_memory: with "auto", how much of the weights each may hold, as in "cuda:0=20GiB,cpu=60GiB"; default what is free.
 
     Raises:
         UnsupportedArchitecture: the model's type has no row in the table; checked before any weight is read or fetched.
         CheckpointError: nothing there, hub unreachable, quantised, damaged or incomplete weights, or no such device.
-        ValueError: unknown dtype.
+        ValueError: unknown dtype, or a `max_memory` that is not understood or not asked for.
+        ImportError: "auto" without accelerate.
     """
+    if max_memory is not None and device != AUTO:
+        raise ValueError(f"--max-memory says how --device auto places weights, and the device is {device}: leave one out")
     folder = open_checkpoint(source, dtype)
-    model = _read_model(folder, dtype)
+    read = partial(_read_model, folder, dtype)
+    model = read_placed(lambda placing: read(placing=placing), max_memory) if device == AUTO else read()
     if not Path(source).is_dir():  # what provenance records; loaded from the cache, the model would name a folder there
         model.config._name_or_path, model.config._commit_hash = str(source), folder.name
     try:
-        model.to(device)  # type: ignore[arg-type]
+        if device != AUTO:
+            model.to(device)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"the model cannot be put on device {device!r}: {in_short(error)}") from error
     return model
@@ -115,8 +128,11 @@ def save_pruned(
     _check_story(model, keep, provenance)
     _check_heads(model, groups, provenance)
     out = Path(out)
-    with new_folder(out, sum(p.numel() * p.element_size() for p in model.parameters())) as folder:
-        model.save_pretrained(folder)
+    with new_folder(out, sum(p.numel() * p.element_size() for _, p in parameters(model))) as folder:
+        if is_placed(model):
+            write_placed(folder, model)
+        else:
+            model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_story(folder, keep, provenance, groups=groups, card_text=card_text)
@@ -228,7 +244,9 @@ def _masks(path: Path, lengths: Sequence[int], what: str) -> list[Bool[Tensor, "
     return masks
 
 
-def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTrainedModel:
+def _read_model(
+    folder: Path, dtype: str, attention: str | None = None, placing: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     config, kind = config_and_class(folder)
     try:
         model, found = kind.from_pretrained(
@@ -239,6 +257,7 @@ def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTr
             local_files_only=True,
             output_loading_info=True,
             attn_implementation=attention,
+            **placing or {},
         )
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
@@ -251,7 +270,10 @@ def _read_model(folder: Path, dtype: str, attention: str | None = None) -> PreTr
 @torch.no_grad()
 def _verify(model: PreTrainedModel, folder: Path) -> None:
     """Raises CheckpointError unless the folder, loaded afresh, holds the tensors and computes the logits of the model."""
-    fresh = _read_model(folder, "auto", model.config._attn_implementation).to(model.device)  # type: ignore[arg-type]
+    read = partial(_read_model, folder, "auto", model.config._attn_implementation)
+    if is_placed(model):
+        return check_reread(model, read)
+    fresh = read().to(model.device)  # type: ignore[arg-type]
     stored = fresh.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in stored or not torch.equal(stored[name], tensor):

@@ -27,6 +27,7 @@ from prunenet.options import (
     Features,
     Json,
     Masks,
+    MaxMemory,
     Model,
     Moments,
     Out,
@@ -76,6 +77,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
     stream: Stream = False,
     device: Device = "cpu",
+    max_memory: MaxMemory = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -93,7 +95,7 @@ def train(
         reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"} or recipe.features == "moments"
         check_streamable(stream, reads, "say --preset spectral as well")
         check_run(out, resume)
-        dense = open_model(model, stream, dtype=dtype, device=place)
+        dense = open_model(model, stream, dtype=dtype, device=place, max_memory=max_memory)
         blocks = blocks_for(dense, model, moments or "self", text or "builtin", 0) if reads else None
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(dense, recipe, where=where, out=out, resume=resume, blocks=blocks, progress=advance)
@@ -121,6 +123,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of the text that the model writes, or of the windows drawn.")] = 0,
     stream: Stream = False,
     device: Device = "cpu",
+    max_memory: MaxMemory = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -138,7 +141,7 @@ def prune(
         if text and moments != "data":
             raise ValueError("--text is read with --moments data only: add that, or leave --text out")
         check_streamable(stream, moments != "none", "say --moments none as well")
-        dense = open_model(model, stream, dtype=dtype, device=place)
+        dense = open_model(model, stream, dtype=dtype, device=place, max_memory=max_memory)
         trained, name = policy_for(policy, structure(dense).config.model_type)
         apply.check_choices(trained, moments != "none", widths, channels, refit)
         apply.check_size(structure(dense), ratio, params, round_to)
@@ -169,6 +172,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Sequences at once when measuring speed.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Measure the speed of what torch.compile makes of them.")] = False,
     device: Device = "cpu",
+    max_memory: MaxMemory = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -189,6 +193,7 @@ def evaluate(
                 batch=batch,
                 compiled=compiled,
                 device=device,
+                max_memory=max_memory,
                 dtype=dtype,
                 progress=advance,
             )

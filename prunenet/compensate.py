@@ -10,10 +10,8 @@ behind the one refitted before it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +23,7 @@ from prunenet.eliminate import eliminate, score_order
 from prunenet.layers import down_linears
 from prunenet.masks import top_channels
 from prunenet.moments import LayerWalk, Moments, Target, paired_moments
+from prunenet.placement import derive, is_placed, present, shared_copy
 from prunenet.refit import choose_damping, ridge
 from prunenet.surgery import narrowed
 
@@ -51,7 +50,7 @@ class Cut:
         narrow = narrowed(dense, self.keep)
         if self.downs is not None:
             for linear, weight in zip(down_linears(narrow), self.downs, strict=True):
-                linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=linear.weight.requires_grad)
+                derive(linear, "weight", weight)
         return narrow
 
     def down(self, layer: int, dense: Float[Tensor, "d_model d_ff"]) -> Float[Tensor, "d_model d_ff"]:
@@ -100,24 +99,24 @@ def cut_layers(
         ValueError: blocks that the model cannot read, too few of them, or activations that are not finite.
     """
     fit, held = held_back(blocks)
-    downs = [linear.weight.detach() for linear in down_linears(model)]
+    downs = down_linears(model)
     fitted, checked = LayerWalk(model, fit), LayerWalk(model, held)
     found: dict[int, list[Tensor]] = {}
     for index, _ in zip(fitted, checked, strict=True):
         if not parallel.mine(index):
             continue
-        moments, check = _finite(fitted.moments(index), index), checked.moments(index)
+        moments, check, down = _finite(fitted.moments(index), index), checked.moments(index), downs[index].weight.detach()
         least = min(way[index] for way in widths)
-        order = _order(downs[index], moments.second, least) if scores is None else scores[index]
+        order = _order(down, moments.second, least) if scores is None else scores[index]
         damping, found[index] = None, []
         for way in widths:
             keep = top_channels(order, way[index])
             if not refit:
                 found[index].append(keep)
                 continue
-            damping = damping or choose_damping(downs[index], moments, check, keep, DAMPINGS)
-            refitted = ridge(downs[index], moments.second, keep, damping=damping)
-            found[index] += [keep, refitted, torch.tensor(damping, dtype=torch.float64)]
+            damping = damping or choose_damping(down, moments, check, keep, DAMPINGS)
+            refitted = ridge(down, moments.second, keep, damping=damping)
+            found[index] += [keep, _put_by(model, refitted), torch.tensor(damping, dtype=torch.float64)]
         if progress is not None:
             progress(index + 1, len(downs))
     layers = parallel.from_owners(found, len(downs))
@@ -147,15 +146,22 @@ def refit_kept(
     """
     layers = []
     for index, (linear, mask) in enumerate(zip(down_linears(model), keep, strict=True)):
-        weight, moments = linear.weight.detach(), _finite(fitted[index], index)
+        with present(linear):
+            weight = linear.weight.detach()
+        moments = _finite(fitted[index], index)
         damping = choose_damping(weight, moments, checked[index], mask, DAMPINGS)
-        layers.append((mask, ridge(weight, moments.second, mask, damping=damping), damping))
+        layers.append((mask, _put_by(model, ridge(weight, moments.second, mask, damping=damping)), damping))
     return _cut(layers)
 
 
 def _cut(layers: Sequence[tuple[Tensor, Tensor, float]]) -> Cut:
     keep = [mask for mask, _, _ in layers]
     return Cut(keep, [weight for _, weight, _ in layers], tuple(damping for _, _, damping in layers))
+
+
+def _put_by(model: PreTrainedModel, down: Tensor) -> Tensor:
+    """A refitted matrix waits on the CPU where the dense ones have no room on their device."""
+    return down.cpu() if is_placed(model) else down
 
 
 def _order(down: Tensor, second: Tensor, least: int) -> Tensor:
@@ -193,8 +199,8 @@ class Refits:
         damping: float = 0.2,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        downs = [linear.weight.detach() for linear in down_linears(model)]
-        widths = {down.shape[1] for down in downs}
+        downs = down_linears(model)
+        widths = {linear.in_features for linear in downs}
         if len(widths) > 1:
             raise ValueError(f"layers of widths {sorted(widths)} have no levels in common; take the dense model")
         d_ff = widths.pop()
@@ -203,10 +209,11 @@ class Refits:
         orders = []
         walk = LayerWalk(model, blocks)
         for index in walk:
-            second, down = _finite(walk.moments(index), index).second, downs[index]
+            second, down = _finite(walk.moments(index), index).second, downs[index].weight.detach()
             orders.append(_order(down, second, self.step) if scores is None else scores[index])
             keeps = {width: top_channels(orders[-1], width) for width in range(self.step, d_ff, self.step)}
-            self._found.append({width: ridge(down, second, keep, damping=damping) for width, keep in keeps.items()})
+            solved = {width: ridge(down, second, keep, damping=damping) for width, keep in keeps.items()}
+            self._found.append({width: _put_by(model, matrix) for width, matrix in solved.items()})
             if progress is not None:
                 progress(index + 1, len(downs))
         self.scores = torch.stack(orders).float()
@@ -247,19 +254,21 @@ def refit_sequentially(
         ValueError: as `cut_layers`.
     """
     fit, held = held_back(blocks)
-    pruned = _with_own_downs(model)
-    linears, dense = down_linears(pruned), [linear.weight.detach() for linear in down_linears(model)]
+    pruned = shared_copy(model)
+    linears, dense = down_linears(pruned), down_linears(model)
     walks = [(LayerWalk(model, part), LayerWalk(pruned, part, changing=True)) for part in (fit, held)]
     layers: list[tuple[Tensor, Tensor, float]] = []
     for index, *_ in zip(*(walk for pair in walks for walk in pair), strict=True):
         (moments, target), (check, check_target) = (_measured(*pair, index, dense_targets) for pair in walks)
-        keep, weight = cut.keep[index], dense[index]
+        keep, weight = cut.keep[index], dense[index].weight.detach()
         targets = None if target is None or check_target is None else (target, check_target)
         damping = choose_damping(weight, _finite(moments, index), check, keep, DAMPINGS, targets=targets)
         cross = None if target is None else target.cross
-        layers.append((keep, ridge(weight, moments.second, keep, damping=damping, cross=cross), damping))
-        done = _cut(layers)
-        linears[index].weight = nn.Parameter(done.down(index, weight), requires_grad=False)
+        refitted = ridge(weight, moments.second, keep, damping=damping, cross=cross)
+        layers.append((keep, _put_by(model, refitted), damping))
+        if index > 0:  # which all walks have passed
+            linears[index - 1].weight = dense[index - 1].weight
+        linears[index].weight = nn.Parameter(_cut(layers).down(index, weight), requires_grad=False)
         if progress is not None:
             progress(index + 1, len(dense))
     return _cut(layers)
@@ -267,13 +276,6 @@ def refit_sequentially(
 
 def _measured(dense: LayerWalk, pruned: LayerWalk, index: int, dense_targets: bool) -> tuple[Moments, Target | None]:
     return paired_moments(dense, pruned, index) if dense_targets else (pruned.moments(index), None)
-
-
-def _with_own_downs(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose down linears can be changed; everything else is shared with the given model."""
-    own = {id(linear.weight) for linear in down_linears(model)}
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in own}
-    return copy.deepcopy(model, memo)
 
 
 def _finite(moments: Moments, index: int) -> Moments:

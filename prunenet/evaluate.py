@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.latency import Speed, check_positions, evaluating, generate_sentence, last_logits, speed, speed_side_by_side
 from prunenet.layers import check_tokens, count_parameters
+from prunenet.placement import home, parameters, where
 from prunenet.text import TestText, TextError, content_sha256, token_windows, tokenise
 
 __all__ = [
@@ -70,7 +71,7 @@ class Result:
         parameters: all of them, tied tensors once.
         non_embedding_parameters: without token embedding and LM head.
         bytes: of the safetensors files on disk when a folder was given, else of the parameters in memory.
-        dtype, device: of the parameters.
+        dtype, device: of the parameters; several devices as in `cuda:0+cpu+disk`.
         threads: CPU threads that torch uses.
         perplexity, loss, tokens, window, stride, text, text_sha256, starts_with_bos: see `Perplexity`.
         prefill_tokens_per_second, decode_tokens_per_second, prefill_spread, decode_spread, prompt, new_tokens, batch, repeats,
@@ -138,7 +139,7 @@ def summarise(
         non_embedding_parameters=non_embedding,
         bytes=_bytes_in_memory(model) if folder is None else bytes_on_disk(folder),
         dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
+        device=where(model),
         threads=torch.get_num_threads(),
         **quality,
         **pace,
@@ -223,7 +224,7 @@ def perplexity(
 def _loss_sum(model: PreTrainedModel, ids: Int[Tensor, "batch window"], scored: list[int]) -> float:
     """Sum of the negative log-likelihoods, nats, of the last `scored[i]` tokens of each window."""
     rows = max(scored) + 1
-    ids = ids.to(model.device)
+    ids = ids.to(home(model))
     logits = model(input_ids=ids, use_cache=False, **last_logits(model, rows)).logits[:, -rows:]
     total = torch.zeros((), dtype=torch.float64)
     for window, window_logits, count in zip(ids, logits, scored, strict=True):
@@ -241,4 +242,4 @@ def _cross_entropy(logits: Float[Tensor, "scored vocabulary"], targets: Int[Tens
 
 
 def _bytes_in_memory(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for _, p in parameters(model))

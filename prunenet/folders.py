@@ -16,6 +16,11 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or written; the message is one sentence that says what to do."""
 
 
+def cache_folder() -> Path:
+    """`PRUNENET_CACHE`, read at call time, or `~/.cache/prunenet`."""
+    return Path(os.environ.get("PRUNENET_CACHE") or "~/.cache/prunenet").expanduser()
+
+
 def check_absent(out: Path) -> None:
     """Raises CheckpointError where `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

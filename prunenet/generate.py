@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.layers import check_tokens
+from prunenet.placement import home
 
 _REWRITES = 4  # times that sequences too much like others are written anew, before they are given up
 _MOST = 4096  # sorting a whole vocabulary of 49 152 takes a third as long as the model's own step
@@ -98,9 +99,9 @@ def generate_blocks(
             raise ValueError(f"{name} must be above 0, got {value}")
     check_tokens(model, torch.full((1, tokens), start))
     prompts = _prompts(model, start, prefixes, sequences, tokens)
-    generator = torch.Generator(device=model.device).manual_seed(seed)
+    generator = torch.Generator(device=home(model)).manual_seed(seed)
     writer = _Writer(model, tokens, hot, temperature, cooling, top_p, penalty, generator, progress)
-    ids, losses = prompts.new_empty(0, tokens), torch.zeros(0, device=model.device)
+    ids, losses = prompts.new_empty(0, tokens), torch.zeros(0, device=home(model))
     origin, missing = torch.arange(0), torch.arange(sequences)  # whose prompt each row has; the prompts without a row
     for _ in range(1 + _REWRITES):
         block, loss = writer.write(prompts, missing, batch)
@@ -145,7 +146,7 @@ def _prompts(
     model: PreTrainedModel, start: int, prefixes: Int[Tensor, "n k"] | None, sequences: int, tokens: int
 ) -> Int[Tensor, "sequences prompt"]:
     """What each sequence begins with: the start, and its prefix."""
-    prompts = torch.full((sequences, 1), start, device=model.device)
+    prompts = torch.full((sequences, 1), start, device=home(model))
     if prefixes is None:
         return prompts
     count, length = prefixes.shape

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from prunenet import tables
 from prunenet.console import errors
+from prunenet.placement import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,15 +17,23 @@ if TYPE_CHECKING:
     from prunenet.streaming import StreamedCheckpoint
 
 
-def open_model(source: str, stream: bool, *, dtype: str, device: str) -> PreTrainedModel | StreamedCheckpoint:
-    """The model, loaded or to be read layer by layer. Raises as `checkpoint.load_model`."""
+def open_model(
+    source: str, stream: bool, *, dtype: str, device: str, max_memory: str | None = None
+) -> PreTrainedModel | StreamedCheckpoint:
+    """The model, loaded or to be read layer by layer.
+
+    Raises:
+        ValueError: streamed and placed at once; or as `checkpoint.load_model`.
+    """
     if stream:
+        if device == AUTO or max_memory is not None:
+            raise ValueError("--stream leaves all weights on disk, so there is nothing to place: leave --device auto out")
         from prunenet.streaming import StreamedCheckpoint
 
         return StreamedCheckpoint.open(source, dtype=dtype, device=device)
     from prunenet.checkpoint import load_model
 
-    return load_model(source, dtype=dtype, device=device)
+    return load_model(source, dtype=dtype, device=device, max_memory=max_memory)
 
 
 def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:

@@ -15,6 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
+from prunenet.placement import home
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -127,7 +129,7 @@ def generate_sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     Raises:
         ValueError: new_tokens below 1, an empty prompt, or more tokens than the model has positions for.
     """
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long, device=model.device)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long, device=home(model))
     if new_tokens < 1 or ids.shape[1] < 1:
         raise ValueError(f"generation needs a prompt and 1 new token or more, got {prompt!r} and {new_tokens}")
     check_positions(model, ids.shape[1] + new_tokens, "prompt + new_tokens")
@@ -156,15 +158,15 @@ def _time_once(
 ) -> tuple[float, float]:
     """Seconds of one prefill and of `new_tokens` decoding steps."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (batch, prompt), generator=generator).to(model.device)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (batch, prompt), generator=generator).to(home(model))
     # Compiled code is made for shapes, and those of an ordinary cache grow.
     cache: object = None if call is model else StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
-    start = _now(model.device)
+    start = _now(home(model))
     cache, token = _step(model, ids, cache, call)
-    middle = _now(model.device)
+    middle = _now(home(model))
     for _ in range(new_tokens):
         cache, token = _step(model, token, cache, call)
-    return middle - start, _now(model.device) - middle
+    return middle - start, _now(home(model)) - middle
 
 
 def last_logits(model: PreTrainedModel, rows: int) -> dict[str, int]:

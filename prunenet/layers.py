@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,11 +14,14 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from prunenet.architectures import Architecture, UnsupportedArchitecture, architecture_for
+from prunenet.placement import parameters, present, ties
 
 
 @dataclass(frozen=True, slots=True)
 class FFN:
     """The weights of one layer's FFN. Tensors are views: nothing is copied, dtype and device are the model's.
+
+    Of a placed model (`prunenet.placement`) they may be the only copy on the layer's device, and go with it.
 
     Channel j is row j of `gate` and `up` (and of their biases) plus column j of `down`.
 
@@ -109,7 +113,9 @@ def ffn_at(model: Weights, index: int) -> FFN:
     if not isinstance(model, PreTrainedModel):
         return model.ffn(index)
     architecture = architecture_for(model.config)
-    return read_ffn(decoder_layers(model, architecture)[index], index, architecture)
+    layer = decoder_layers(model, architecture)[index]
+    with present(layer):
+        return read_ffn(layer, index, architecture)
 
 
 def tables(model: Weights) -> tuple[Table, Table | None]:
@@ -117,8 +123,11 @@ def tables(model: Weights) -> tuple[Table, Table | None]:
     if not isinstance(model, PreTrainedModel):
         return model.tables()
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    rows = table.get_parameter("weight").detach()
-    columns = None if head is None else head.get_parameter("weight").detach()
+    if head is not None and any(model.get_parameter(name) is head.weight for name in ties(model)):
+        head = None
+    with present(table, *(() if head is None else (head,))):
+        rows = table.get_parameter("weight").detach()
+        columns = None if head is None else head.get_parameter("weight").detach()
     return rows, None if columns is None or columns.data_ptr() == rows.data_ptr() else columns
 
 
@@ -220,10 +229,27 @@ def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """(total, non-embedding) parameters; tied tensors count once, and an untied LM head counts as an embedding."""
-    total = sum(p.numel() for p in model.parameters())
+    counts = {id(parameter): parameter.numel() for _, parameter in parameters(model)}
     modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
-    tables = {id(module.weight): module.weight.numel() for module in modules if module is not None}
-    return total, total - sum(tables.values())
+    tables = {id(module.weight) for module in modules if module is not None}
+    total = sum(counts.values())
+    return total, total - sum(counts.get(table, 0) for table in tables)
+
+
+@contextmanager
+def calling(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each of these modules computes what the given function does. Its hooks are called as ever."""
+    # Most modules have the forward of their class; accelerate gives them one of their own, which must come back.
+    own = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, before in own.items():
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
 
 
 def plain_linear(layer: nn.Module, path: str) -> nn.Linear:

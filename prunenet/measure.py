@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from prunenet.checkpoint import load_model, load_provenance, load_tokenizer
 from prunenet.evaluate import perplexity, summarise
 from prunenet.latency import check_positions, speed_side_by_side
+from prunenet.placement import AUTO
 from prunenet.text import TestText
 
 _PROMPT, _NEW_TOKENS = 128, 32
@@ -25,18 +27,19 @@ def measure(
     batch: int = 1,
     compiled: bool = False,
     device: str = "cpu",
+    max_memory: str | None = None,
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per checkpoint: `Result.as_dict()` with its `name`, its `folder` and the `ratio` it was pruned at (0: dense).
 
     Args:
-        sources: folders or hub ids; all are held in memory at once when speed is measured.
+        sources: folders or hub ids; all are held in memory at once, but with device "auto": then one after the other.
         text, window, stride, max_windows: see `prunenet.evaluate.perplexity`.
         speed: also measure tokens per second, repeat by repeat over all models, so that noise hits them alike.
         batch: sequences at once when measuring speed.
         compiled: measure the speed of compiled code, see `prunenet.latency.speed_side_by_side`.
-        device, dtype: see `prunenet.checkpoint.load_model`.
+        device, max_memory, dtype: see `prunenet.checkpoint.load_model`.
         progress: called with (windows scored, windows in all), over all models.
 
     Raises:
@@ -44,7 +47,26 @@ def measure(
     """
     if len(set(sources)) < len(sources):
         raise ValueError(f"each model is measured once, got one twice among {', '.join(sources)}")
-    models = {source: load_model(source, dtype=dtype, device=device) for source in sources}
+    if device == AUTO and len(sources) > 1:
+        rows = []
+        for done, source in enumerate(sources):
+            rows += measure(
+                [source],
+                text,
+                window=window,
+                stride=stride,
+                max_windows=max_windows,
+                speed=speed,
+                batch=batch,
+                compiled=compiled,
+                device=device,
+                max_memory=max_memory,
+                dtype=dtype,
+                progress=None if progress is None else _shifted(progress, done, len(sources)),
+            )
+            gc.collect()  # accelerate's hooks and the modules know each other: the weights would wait for the next one's
+        return rows
+    models = {source: load_model(source, dtype=dtype, device=device, max_memory=max_memory) for source in sources}
     if speed:
         for model in models.values():
             check_positions(model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)")

@@ -1,13 +1,15 @@
 """Second moments of FFN activations, layer by layer: what refit and the reconstruction reward need (METHODS.md 3).
 
 One pass over the token blocks carries their hidden states from layer to layer, so that memory holds the moments of one layer
-and the hidden states of all blocks. A caller may change a layer between measuring and passing it: the next layer is then
-measured behind the changed one (sequential mode, METHODS.md 5); `paired_moments` also relates it to the dense model's layer.
+and the hidden states of all blocks, which may wait on the CPU. A caller may change a layer between measuring and passing it:
+the next layer is then measured behind the changed one (sequential mode, METHODS.md 5); `paired_moments` also relates it to the
+dense model's layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.architectures import architecture_for
-from prunenet.layers import check_tokens, decoder_layers, down_linears
+from prunenet.layers import calling, check_tokens, decoder_layers, down_linears
+from prunenet.placement import device_of, home, is_placed, present
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +85,11 @@ class LayerWalk:
             layer as it is by then; otherwise the outputs of the measurement are passed on, at half the cost.
         skip: positions at the start of each block that no moment counts, in [0, tokens). The first token of a block is often
             an attention sink, with activations so large that it alone shapes H; later tokens still see it.
+        offload: whether hidden states wait on the CPU, a batch at a time being on the layer's device. Those of a model that
+            accelerate has placed (`prunenet.placement`) always do.
 
-    Iterate over it: each layer may be measured (`moments`) and, if `changing`, changed before or after.
+    Iterate over it: each layer may be measured (`moments`) and, if `changing`, changed before or after. Inside the loop body
+    the weights of that layer are on its device, wherever they are kept.
 
     Raises:
         ValueError: blocks that the model cannot read, or `skip` out of range.
@@ -97,6 +103,7 @@ class LayerWalk:
         batch: int = 4,
         changing: bool = False,
         skip: int = 0,
+        offload: bool = False,
     ) -> None:
         check_tokens(model, blocks)
         if not 0 <= skip < blocks.shape[1]:
@@ -106,8 +113,13 @@ class LayerWalk:
         architecture = architecture_for(model.config)
         self.layers = list(decoder_layers(model, architecture))
         self._downs = down_linears(model)
-        self._calls = [layer_calls(model, part) for part in torch.split(blocks.to(model.device), batch)]
-        self._hidden = [calls[0][0] for calls in self._calls]
+        self._offload = offload or is_placed(model)
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._hidden: list[Tensor] = []
+        for part in torch.split(blocks.to(home(model)), batch):
+            calls = layer_calls(model, part)
+            self._hidden.append(self._put_by(calls[0][0]))
+            self._calls.append([(args, kwargs) for _, args, kwargs in calls])
         self._outputs: list[Tensor] = []
         self._changing = changing
         self._skip, self._batch = skip, batch
@@ -117,15 +129,20 @@ class LayerWalk:
     def __iter__(self) -> Iterator[int]:
         for index in range(len(self.layers)):
             self._outputs = []
-            yield index
-            if self._changing or not self._outputs:
-                self._outputs = [self._through(index, part) for part in range(len(self._calls))]
+            with present(self.layers[index]):
+                yield index
+                if self._changing or not self._outputs:
+                    self._outputs = [self._through(index, part) for part in range(len(self._calls))]
             self._hidden = self._outputs
+
+    def device(self, index: int) -> torch.device:
+        """Where a layer computes, and its moments are."""
+        return device_of(self._downs[index])
 
     @torch.no_grad()
     def moments(self, index: int) -> Moments:
         """Of the layer that the walk stands at."""
-        sums = _Sums(self._downs[index].in_features, self._hidden[0].device)
+        sums = _Sums(self._downs[index].in_features, self.device(index))
         outputs = []
         for part in range(len(self._calls)):
             output, h, _ = self._measured(index, part)
@@ -154,11 +171,14 @@ class LayerWalk:
 
     @torch.no_grad()
     def _through(self, index: int, part: int) -> Tensor:
-        _, args, kwargs = self._calls[part][index]
-        out = self.layers[index](self._hidden[part], *args, **kwargs)
+        args, kwargs = self._calls[part][index]
+        out = self.layers[index](self._hidden[part].to(self.device(index)), *args, **kwargs)
         result = out[0] if isinstance(out, tuple) else out
         assert isinstance(result, Tensor)
-        return result
+        return self._put_by(result)
+
+    def _put_by(self, hidden: Tensor) -> Tensor:
+        return hidden.cpu() if self._offload else hidden
 
 
 @torch.no_grad()
@@ -173,8 +193,6 @@ def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[tu
     """
     layers = list(decoder_layers(model))
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    # Most layers have the forward of their class; accelerate gives them one of their own, which must come back.
-    own = [vars(layer).get("forward") for layer in layers]
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -186,17 +204,8 @@ def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[tu
 
         return forward
 
-    try:
-        for index, layer in enumerate(layers):
-            layer.forward = recorder(index)
+    with suppress(_Captured), calling({layer: recorder(index) for index, layer in enumerate(layers)}):
         model(input_ids=ids, use_cache=False)
-    except _Captured:
-        pass
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
     return calls
 
 
@@ -236,7 +245,7 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
             f"layer {index} has {dense._downs[index].in_features} channels in the dense model and {d_ff} in the pruned one; "
             "measure it before it is cut"
         )
-    device = pruned._hidden[0].device
+    device = pruned.device(index)
     sums, cross, mean = _Sums(d_ff, device), torch.zeros(d_ff, d_ff, device=device), torch.zeros(d_ff, device=device)
     energy = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -10,7 +10,21 @@ import typer
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="A torch device: cpu, cuda, cuda:1, ...; or auto, for models larger than one: "
+        "all GPUs, then the CPU, then the disk (extra 'large')."
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE=SIZE,...",
+        help="With --device auto: how much of the weights each device holds, as in cuda:0=20GiB,cpu=60GiB. "
+        "GPUs left out are not used; what fits nowhere stays on disk. Default: what is free.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 
 

@@ -11,31 +11,27 @@ that was taken on its way to the disk, and that the folder opens as a checkpoint
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from prunenet.architectures import architecture_for
 from prunenet.checkpoint import write_story
 from prunenet.folders import CheckpointError, new_folder
 from prunenet.layers import FFN, decoder_layers, read_ffn
+from prunenet.offload import SHARD, write_model
 from prunenet.provenance import Provenance
-from prunenet.shards import StoredTensor, read_header, write_shard
+from prunenet.shards import StoredTensor, read_header
 from prunenet.sources import UNLOADABLE, config_and_class, in_short, open_checkpoint, weight_files
 from prunenet.surgery import narrowed
-
-SHARD = "5GB"
-"""Largest file of weights that is written, but for one that holds a single larger tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,33 +139,20 @@ def save_streamed(
     narrow = narrowed(source.skeleton, keep)
     provenance = describe(narrow)
     state = remove_tied_weights_from_state_dict(dict(narrow.state_dict()), narrow)
-    name_of = {id(tensor): name for name, tensor in state.items()}
-    tensors: dict[str, Tensor] = revert_weight_conversion(narrow, state)  # by the names of the files
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
     cuts = _cuts(source.skeleton, keep)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in state.values())
     done = 0
 
     def rows(name: str) -> Iterator[Tensor]:
         nonlocal done
-        inside = name_of[id(tensors[name])]
-        for piece in _cut_rows(source.stored[inside], *cuts.get(inside, (None, None))):
+        for piece in _cut_rows(source.stored[name], *cuts.get(name, (None, None))):
             yield piece
             done += piece.nbytes
             if progress is not None:
                 progress(done, total)
 
     with new_folder(Path(out), total) as folder:
-        narrow.save_pretrained(folder, state_dict={})  # all but the weights
-        hashes = {
-            name: write_shard(folder / name, {tensor: tensors[tensor] for tensor in names}, rows)
-            for name, names in plan.filename_to_tensors.items()
-        }
-        if plan.is_sharded:
-            count = sum(parameter.numel() for parameter in narrow.parameters())
-            index = {"metadata": {"total_parameters": count, **plan.metadata}, "weight_map": plan.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        hashes = write_model(folder, narrow, state, rows, shard=shard)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_story(folder, keep, provenance)

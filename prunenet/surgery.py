@@ -5,9 +5,9 @@ Cut are channels of the FFNs and, where masks for them are given too, groups of 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from prunenet.architectures import Architecture, architecture_for
 from prunenet.heads import GROUPS, attentions, group_counts, out_linears, spread, state_counts
 from prunenet.layers import check_whole, decoder_layers, down_linears, ffn_widths, plain_linear
 from prunenet.masks import check_keep
+from prunenet.placement import derive, device_of, shared_copy
 
 
 def narrowed(
@@ -29,7 +30,8 @@ def narrowed(
 
     Parameters that are not cut are the *same tensors* in both models (so a cut costs the memory of the narrow FFNs only):
     training one, or moving it with `.to(...)`, changes the other. Device, dtype, tied embeddings and the generation
-    configuration are kept.
+    configuration are kept. Of a placed model (`prunenet.placement`) nothing is copied: the narrow matrices are picked from the
+    dense ones, wherever these are kept, each time that they are needed.
 
     Where all layers end up equally wide, the result is an ordinary model whose configuration has the new width; where they
     do not, its class is `prunenet.modeling.PerLayer<class>` and `config.per_layer_config` holds the widths. The same goes for
@@ -46,9 +48,7 @@ def narrowed(
     """
     _check(model, keep, groups)
     architecture = architecture_for(model.config)
-    # Parameters put in the memo are shared and not copied.
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    narrow: PreTrainedModel = copy.deepcopy(model, memo)
+    narrow = shared_copy(model)
     for layer, mask in zip(decoder_layers(narrow, architecture), keep, strict=True):
         _pick(layer, mask.nonzero().flatten(), mask.numel(), architecture)
     if groups is not None:
@@ -76,7 +76,7 @@ def masking(
         masked += [(linear, mask.repeat_interleave(linear.in_features // len(mask))) for linear, mask in outs]
     with ExitStack() as hooks:
         for linear, mask in masked:
-            hooks.enter_context(linear.register_forward_pre_hook(_zeroing(~mask.to(linear.weight.device))))
+            hooks.enter_context(linear.register_forward_pre_hook(_zeroing(~mask.to(device_of(linear)))))
         yield model
 
 
@@ -87,8 +87,7 @@ def zero_padded(model: PreTrainedModel) -> PreTrainedModel:
     the other parameters with the given model, as `narrowed` does.
     """
     architecture = architecture_for(model.config)
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    wide: PreTrainedModel = copy.deepcopy(model, memo)
+    wide = shared_copy(model)
     widths = ffn_widths(model)
     for layer, width in zip(decoder_layers(wide, architecture), widths, strict=True):
         index = torch.arange(max(widths))
@@ -194,21 +193,20 @@ def _pick_groups(layer: nn.Module, groups: Int[Tensor, " kept"], count: int, arc
 
 
 def _pick_rows(linear: nn.Linear, rows: Int[Tensor, " n"]) -> None:
-    linear.weight = _select(linear.weight, 0, rows)
+    derive(linear, "weight", partial(_selected, dim=0, index=rows))
     if linear.bias is not None:
-        linear.bias = _select(linear.bias, 0, rows)
+        derive(linear, "bias", partial(_selected, dim=0, index=rows))
     linear.out_features = rows.numel()
 
 
 def _pick_columns(linear: nn.Linear, columns: Int[Tensor, " n"]) -> None:
-    linear.weight = _select(linear.weight, 1, columns)
+    derive(linear, "weight", partial(_selected, dim=1, index=columns))
     linear.in_features = columns.numel()
 
 
-def _select(parameter: Tensor, dim: int, index: Int[Tensor, " n"]) -> nn.Parameter:
-    blank = (index < 0).nonzero().flatten().to(parameter.device)  # before the move: on the meta device nothing can be counted
-    chosen = parameter.detach().index_select(dim, index.clamp_min(0).to(parameter.device)).index_fill_(dim, blank, 0)
-    return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
+def _selected(tensor: Tensor, dim: int, index: Int[Tensor, " n"]) -> Tensor:
+    blank = (index < 0).nonzero().flatten().to(tensor.device)  # before the move: on the meta device nothing can be counted
+    return tensor.index_select(dim, index.clamp_min(0).to(tensor.device)).index_fill_(dim, blank, 0)
 
 
 def _zeroing(dropped: Tensor) -> Any:

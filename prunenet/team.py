@@ -65,6 +65,8 @@ class Team:
             PeerFailed: the others do not answer.
         """
         local, backend = int(os.environ["LOCAL_RANK"]), "gloo"
+        if device == "auto":
+            raise ValueError("--device auto is for one process, which has all devices: leave torchrun or auto out")
         if device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"several processes compute on cpu or cuda, got {device}; start one process alone")
         if device.startswith("cuda") and (devices := torch.cuda.device_count()):

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.latency import evaluating, last_logits
+from prunenet.placement import home
 from prunenet.task_files import COLUMNS, Row, TaskError, read_task, task_files
 
 __all__ = ["COLUMNS", "TaskError", "TaskResult", "read_task", "task_files", "zero_shot"]
@@ -245,7 +246,7 @@ def _batches(questions: Sequence[Question], most: int, model: PreTrainedModel) -
     Exact for that order, by dynamic programming over the end of each batch. The longest come first: what does not fit in memory
     fails at once.
     """
-    overhead = _PASS_ON_CPU if model.device.type == "cpu" else _PASS_ELSEWHERE
+    overhead = _PASS_ON_CPU if home(model).type == "cpu" else _PASS_ELSEWHERE
     room = _LOGITS // model.config.get_text_config().vocab_size
     longest, shared = [max(map(len, q.inputs)) for q in questions], [q.shared for q in questions]
     order = sorted(range(len(questions)), key=lambda i: (-longest[i], -shared[i], i))
@@ -271,14 +272,14 @@ def _answer(batch: Sequence[Question], model: PreTrainedModel) -> list[tuple[flo
     prefix = min(question.shared for question in batch)
     cache = None
     if prefix > 0:
-        ids = torch.tensor([question.inputs[0][:prefix] for question in batch], device=model.device)
+        ids = torch.tensor([question.inputs[0][:prefix] for question in batch], device=home(model))
         cache = model(input_ids=ids, use_cache=True, **last_logits(model, 1)).past_key_values
         owner = [i for i, question in enumerate(batch) for _ in question.inputs]
-        cache.batch_select_indices(torch.tensor(owner, device=model.device))
+        cache.batch_select_indices(torch.tensor(owner, device=home(model)))
     rows = [read[prefix:] for question in batch for read in question.inputs]
     targets = [target for question in batch for target in question.targets]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=home(model))
     first = min(len(row) - len(target) for row, target in zip(rows, targets, strict=True))
     output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **last_logits(model, width - first))
     answers = []

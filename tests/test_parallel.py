@@ -145,6 +145,12 @@ def test_a_rank_that_fails_ends_the_whole_job_with_its_one_sentence(home):
 # --- the commands ---
 
 
+def test_several_processes_cannot_share_one_placed_model_and_say_so_once(home):
+    ended = job(2, home, command, home, "prune", home / "tiny", "--ratio", 0.5, "--device", "auto", "--out", home / "placed")
+    assert ended.codes == [1, 1]
+    assert said(ended, "error: --device auto is for one process, which has all devices: leave torchrun or auto out")
+
+
 def test_training_is_the_same_bit_for_bit_and_goes_on_with_another_number_of_processes(home):
     assert job(1, home, learn, home / "one").codes == [0]
     assert job(2, home, learn, home / "two").codes == [0, 0]

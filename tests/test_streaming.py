@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from prunenet import folders, shards, streaming
+from prunenet import folders, offload, shards, streaming
 from prunenet.calibration import token_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, load_model
 from prunenet.cli import app
@@ -210,7 +210,8 @@ def test_a_streamed_cut_that_is_interrupted_leaves_nothing(tmp_path, policy, mon
         written.append(path)
         return write_shard(path, *arguments)
 
-    monkeypatch.setattr(streaming, "write_shard" if moment == "between two shards" else "_verify", interrupted)
+    place = (offload, "write_shard") if moment == "between two shards" else (streaming, "_verify")
+    monkeypatch.setattr(*place, interrupted)
     with pytest.raises(KeyboardInterrupt if failure is KeyboardInterrupt else CheckpointError, match=r"^$|no room for .*out"):
         prune_streamed(source, tmp_path / "new" / "out", policy, ratio=0.4, shard=20_000)
     assert bool(written) == (moment == "between two shards")
@@ -225,7 +226,7 @@ def test_a_file_that_does_not_read_back_as_it_was_written_is_an_error_and_leaves
             file.write(b"\x07")
         return digest
 
-    monkeypatch.setattr(streaming, "write_shard", bent)
+    monkeypatch.setattr(offload, "write_shard", bent)
     source = StreamedCheckpoint.open(stored(tmp_path / "dense"))
     with pytest.raises(CheckpointError, match=r"out was not saved: model.safetensors does not read back as it was written"):
         prune_streamed(source, tmp_path / "out", policy, ratio=0.4)

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from prunenet.calibration import weights_sha256
 from prunenet.masks import top_channels
+from prunenet.placement import home
 from prunenet.policies.methods.allocation import Budget, protected
 from prunenet.policies.methods.calibration_pool import Pool
 from prunenet.policies.methods.evidence import Evidence
@@ -214,7 +215,7 @@ def masked_loss(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " _"]], ids:
         ids: token blocks of 2 tokens or more.
     """
     with masking(model, keep):
-        parts = torch.split(ids.to(model.device), _BATCH)
+        parts = torch.split(ids.to(home(model)), _BATCH)
         return sum(float(next_token_loss(model, part)) * len(part) for part in parts) / len(ids)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.placement import home
 from prunenet.policies.methods import folding
 
 _BATCH = 4
@@ -90,5 +91,5 @@ class Pool:
 @torch.no_grad()
 def mean_hidden_states(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> Float[Tensor, "n d_model"]:
     """Mean over tokens of the last hidden states (behind the final norm) of each window, float32."""
-    parts = torch.split(windows.to(model.device), _BATCH)
+    parts = torch.split(windows.to(home(model)), _BATCH)
     return torch.cat([model.base_model(input_ids=p, use_cache=False).last_hidden_state.float().mean(1) for p in parts])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -16,6 +17,7 @@ from prunenet.heads import out_linears
 from prunenet.layers import FFN, down_linears, iter_ffns
 from prunenet.masks import top_channels
 from prunenet.moments import LayerWalk
+from prunenet.placement import check_together, derive, is_placed, present
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.flap import group_mean_bias, mean_bias, standardised
@@ -62,6 +64,7 @@ class Cut:
         """
         narrow = narrowed(model, self.keep, self.groups)
         if self.merged is not None:
+            check_together(model, "merging channels")
             for target, source in zip(iter_ffns(narrow), self.merged, strict=True):
                 for name in ("gate", "up", "down", "gate_bias", "up_bias"):
                     if (view := getattr(target, name)) is not None:
@@ -70,6 +73,9 @@ class Cut:
             if biases is None:
                 continue
             for linear, bias in zip(linears(narrow), biases, strict=True):
+                if is_placed(model):
+                    derive(linear, "bias", bias if linear.bias is None else partial(_plus, bias))
+                    continue
                 added = bias.to(linear.weight)
                 # A new parameter: the old one, where there is one, is shared with the dense model.
                 linear.bias = nn.Parameter(added if linear.bias is None else linear.bias + added, requires_grad=False)
@@ -202,7 +208,7 @@ def _widths(
     if allocation == "protected":
         return protected(budget, *method.protects)
     if allocation == "owl":
-        layers = ([(linear.weight.detach(), norm) for linear, norm in layer] for layer in evidence.input_norms)
+        layers = ([(_weight(linear), norm) for linear, norm in layer] for layer in evidence.input_norms)
         return owl(budget, [outlier_share(*zip(*layer, strict=True)) for layer in layers])
     if allocation == "influence":
         return by_influence(budget, evidence.influence)
@@ -218,6 +224,11 @@ def _widths(
     return global_sort(budget, rows, first=first, last=last)
 
 
+def _weight(linear: nn.Linear) -> Tensor:
+    with present(linear):
+        return linear.weight.detach()
+
+
 def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> list[Bool[Tensor, " _"]]:
     """Each layer is scored behind the layers in front of it as they are after their cut."""
     assert method.layer_score is not None
@@ -229,6 +240,10 @@ def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> li
             keep.append(top_channels(scores, widths[index]))
             hooks.enter_context(downs[index].register_forward_pre_hook(_zeroing(~keep[-1])))
     return keep
+
+
+def _plus(bias: Tensor, tensor: Tensor) -> Tensor:
+    return tensor + bias.to(tensor)
 
 
 def _zeroing(dropped: Bool[Tensor, " _"]) -> Any:

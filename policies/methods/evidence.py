@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from prunenet.calibration import Blocks
 from prunenet.heads import Attention, attentions, out_linears
-from prunenet.layers import FFN, check_tokens, decoder_layers, iter_ffns
+from prunenet.layers import FFN, check_tokens, decoder_layers, ffn_at, iter_ffns
 from prunenet.moments import Moments, ffn_moments
+from prunenet.placement import check_together, device_of, home, is_placed
 from prunenet.policies.methods.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
 from prunenet.policies.methods.influence import block_influence
 
@@ -87,13 +88,14 @@ class Evidence:
         return self.blocks.ids
 
     @cached_property
-    def ffns(self) -> list[FFN]:
-        """Of each layer, as views."""
-        return list(iter_ffns(self.model))
+    def ffns(self) -> Sequence[FFN]:
+        """Of each layer, as views; read anew each time where the model is placed (`prunenet.placement`)."""
+        return _Read(self.model) if is_placed(self.model) else list(iter_ffns(self.model))
 
     @cached_property
     def attentions(self) -> list[Attention]:
         """Of each layer, as views; raises UnsupportedArchitecture where heads cannot be cut."""
+        check_together(self.model, "scoring heads")
         return attentions(self.model)
 
     @cached_property
@@ -144,7 +146,7 @@ class Evidence:
     def input_norms(self) -> list[list[tuple[nn.Linear, Float[Tensor, " d_in"]]]]:
         """Each linear of each decoder layer with the norms of its inputs over all tokens: (d_in,), float32."""
         linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in decoder_layers(self.model)]
-        squares = {linear: torch.zeros_like(linear.weight[0], dtype=torch.float32) for layer in linears for linear in layer}
+        squares = {linear: torch.zeros(linear.in_features, device=device_of(linear)) for layer in linears for linear in layer}
 
         def add(linear: nn.Module, inputs: tuple[Any, ...]) -> None:
             assert isinstance(linear, nn.Linear)
@@ -170,7 +172,7 @@ class Evidence:
         for linear in linears:
             mean, second = (sums[linear] / self.ids.numel()).unbind()
             variance = (second - mean.square()).clamp_min(0)
-            found.append(HeadOutputs(*(t.to(linear.weight.device, torch.float32) for t in (mean, variance))))
+            found.append(HeadOutputs(*(t.to(device_of(linear), torch.float32) for t in (mean, variance))))
         return found
 
     def _watch(self, linears: Iterable[nn.Linear], see: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
@@ -179,5 +181,20 @@ class Evidence:
         with ExitStack() as hooks, torch.no_grad():
             for linear in linears:
                 hooks.enter_context(linear.register_forward_pre_hook(see))
-            for part in torch.split(self.ids.to(self.model.device), _BATCH):
+            for part in torch.split(self.ids.to(home(self.model)), _BATCH):
                 self.model(input_ids=part, use_cache=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read(Sequence[FFN]):
+    """The FFN of each layer of a model, none of which is held."""
+
+    model: PreTrainedModel
+
+    def __len__(self) -> int:
+        return len(decoder_layers(self.model))
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return ffn_at(self.model, index % len(self))

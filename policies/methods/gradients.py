@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from prunenet.architectures import architecture_for
 from prunenet.heads import group_counts
 from prunenet.layers import check_tokens, decoder_layers
+from prunenet.placement import check_together, home
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ def _gradients(
     model: PreTrainedModel, windows: Int[Tensor, "n tokens"], parameters: list[list[tuple[bool, list[nn.Parameter]]]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(gradient of the mean loss, mean of the squared gradients of each window) of each parameter, in order."""
+    check_together(model, "a method that reads gradients")
     check_tokens(model, windows)
     if windows.shape[1] < 2:
         raise ValueError(f"a loss needs windows of 2 tokens or more, got {windows.shape[1]}")
@@ -134,7 +136,7 @@ def _gradients(
     first = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in flat]
     second = [torch.zeros_like(total) for total in first]
     with _only_these_learn(model, flat), torch.enable_grad():
-        for window in torch.split(windows.to(model.device), 1):
+        for window in torch.split(windows.to(home(model)), 1):
             for i, gradient in enumerate(torch.autograd.grad(next_token_loss(model, window), flat)):
                 first[i] += gradient / len(windows)
                 second[i] += gradient.to(second[i]).square_() / len(windows)

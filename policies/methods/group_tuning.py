@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.layers import check_tokens, decoder_layers
+from prunenet.placement import home
 from prunenet.policies.methods.gradients import next_token_loss
 
 
@@ -183,7 +184,7 @@ def _trained(
         for settings in optimiser.param_groups:
             settings["lr"] = learning_rate * (1 - step / steps)
         with torch.enable_grad():
-            loss = next_token_loss(model, next(batches).to(model.device))
+            loss = next_token_loss(model, next(batches).to(home(model)))
             # Of the adapters alone: the model's own gradients and flags stay as they are.
             gradients = torch.autograd.grad(loss, learned)
         reached = float(loss.detach())

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.layers import check_tokens, decoder_layers
+from prunenet.placement import home
 from prunenet.policies.methods.allocation import Budget, fitted
 
 
@@ -78,6 +79,6 @@ def block_influence(model: PreTrainedModel, ids: Int[Tensor, "n tokens"], *, bat
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):
             hooks.enter_context(layer.register_forward_hook(measure(index), with_kwargs=True))
-        for part in torch.split(ids.to(model.device), batch):
+        for part in torch.split(ids.to(home(model)), batch):
             model(input_ids=part, use_cache=False)
     return (sums / ids.numel()).tolist()

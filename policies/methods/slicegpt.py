@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from prunenet.checkpoint import Provenance
 from prunenet.layers import check_tokens, count_parameters, decoder_layers, ffn_widths
 from prunenet.moments import layer_calls
+from prunenet.placement import check_together, home
 from prunenet.policies.apply import Pruned, base_of
 from prunenet.policies.methods.allocation import Budget
 from prunenet.policies.methods.evidence import Evidence
@@ -150,9 +151,10 @@ def slice_stream(
     Raises:
         ValueError: blocks that the model cannot read, wrong widths, or hidden states that are not finite.
     """
+    check_together(model, "slicing")
     check_tokens(model, ids)
     made = unrotated(model, widths)
-    calls = [layer_calls(model, part) for part in torch.split(ids.to(model.device), _BATCH)]
+    calls = [layer_calls(model, part) for part in torch.split(ids.to(home(model)), _BATCH)]
     left = iter(widths)
     hidden, before = _turned([call[0][0] for call in calls], basis, next(left))
     rotate_ends(model, made, first=before)

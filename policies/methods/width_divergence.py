@@ -16,6 +16,7 @@ from prunenet.compensate import Refits
 from prunenet.divergence import Downs, divergences
 from prunenet.layers import check_tokens, down_linears
 from prunenet.masks import top_channels
+from prunenet.placement import present
 
 
 class WidthDivergence:
@@ -61,7 +62,9 @@ class WidthDivergence:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         if self._refits is not None:
             # One refitted matrix tells refits on other text, or with other damping, apart.
-            dense = down_linears(self._model)[0].weight.detach()
+            linear = down_linears(self._model)[0]
+            with present(linear):
+                dense = linear.weight.detach()
             refitted = self._way([self._refits.step] * len(self._d_ff))(0, dense)
             digest.update(refitted.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]

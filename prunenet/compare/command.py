@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from prunenet import parallel, tables
 from prunenet.console import errors, one_job, show
-from prunenet.options import Device, Dtype, Json, Model, PolicyName, Window
+from prunenet.options import Device, Dtype, Json, MaxMemory, Model, PolicyName, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +66,7 @@ def compare(
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Draw into this folder (needs matplotlib).")] = None,
     device: Device = "cpu",
+    max_memory: MaxMemory = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -93,7 +94,8 @@ def compare(
         results = Results(out)
         scored = _evaluation(text, window, stride, max_windows, _task_files(tasks, task_data), limit)
         texts = _calibration_texts({spec.text for spec in parsed if spec.text is not None}, named, scored)
-        dense, tokenizer = load_model(model, dtype=dtype, device=place), load_tokenizer(model)
+        dense = load_model(model, dtype=dtype, device=place, max_memory=max_memory)
+        tokenizer = load_tokenizer(model)
         trained, name = policy_for(policy, dense.config.model_type)
         amount = _amount(calibration_tokens, calibration_window, dense.config)
         # "all" means what can be done; what was asked for by name is refused by `check`.

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunenet.compare.ledger import Ledger
 from prunenet.compensate import held_back
 from prunenet.eliminate import eliminate, score_order
-from prunenet.layers import down_linears
+from prunenet.layers import iter_ffns
 from prunenet.moments import Moments, ffn_moments
 from prunenet.policies.methods import Evidence
 
@@ -42,9 +42,8 @@ class SharedEvidence(Evidence):
     @cached_property
     def elimination(self) -> list[Float[Tensor, " _"]]:
         """Scores of each layer's channels in the order of greedy elimination, all the way; see `prunenet.eliminate`."""
-        downs = [linear.weight.detach() for linear in down_linears(self.model)]
-        pairs = zip(downs, self.fitted, strict=True)
-        return [score_order(eliminate(down, moments.second), down.shape[1]) for down, moments in pairs]
+        pairs = zip(iter_ffns(self.model), self.fitted, strict=True)
+        return [score_order(eliminate(ffn.down, moments.second), ffn.d_ff) for ffn, moments in pairs]
 
     def __getattribute__(self, name: str) -> Any:
         if name not in _SHARED:

@@ -22,6 +22,7 @@ from prunenet.heads import attentions
 from prunenet.latency import check_positions
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.masks import check_ratio, width_at
+from prunenet.placement import home, where
 from prunenet.policies.artifact import check_measured
 from prunenet.policies.methods import METHODS
 from prunenet.text import token_windows, tokenise
@@ -103,7 +104,7 @@ def compare(
     todo = [cell for cell in questions if keys[cell] in left]
     workshop.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
     about = {
-        "device": str(workshop.model.device),
+        "device": where(workshop.model),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
@@ -153,7 +154,7 @@ def _measure(cell: Cell, scored: Evaluation, workshop: Workshop, line: Line) -> 
 
 
 def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
-    spec, device = cell.spec, workshop.model.device
+    spec, device = cell.spec, home(workshop.model)
     if spec is None:
         made = Made(workshop.model, ffn_widths(workshop.model), 0, "weights", "weights", None, None)
         line |= {"seconds_pruning": 0.0, "seconds_shared": 0.0}
@@ -177,7 +178,7 @@ def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
 
 def _score(narrow: PreTrainedModel, scored: Evaluation, workshop: Workshop, line: Line) -> None:
     limits: dict[str, Any] = {"window": scored.window, "stride": scored.stride, "max_windows": scored.max_windows}
-    with peak_memory(narrow.device) as peak:
+    with peak_memory(home(narrow)) as peak:
         start = time.perf_counter()
         line["perplexity"] = []
         for label, text in zip(scored.labels, scored.texts, strict=True):
