@@ -546,6 +546,15 @@ def test_a_file_of_something_else_is_left_as_it_is(folder, tmp_path):
     assert out.read_text() == '{"cell": "a", "error": null}\nnotes\n'
 
 
+@pytest.mark.parametrize("content", ["notes of mine, one line", '{"cell": "a", "error": null}\nnotes', "{}"])
+def test_a_file_of_something_else_is_left_as_it_is_though_its_last_line_has_no_end(content, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"notes\.txt is not one of 'prunenet compare'"):
+        Results(path)
+    assert path.read_text() == content
+
+
 def compare_raw(folder, *specs, **options):
     """A run that is refused."""
     out = options.pop("out")
