@@ -44,16 +44,20 @@ def measure(
     """
     if len(set(sources)) < len(sources):
         raise ValueError(f"each model is measured once, got one twice among {', '.join(sources)}")
+    if speed and batch < 1:
+        raise ValueError(f"batch must be 1 or more, got {batch}")
     models = {source: load_model(source, dtype=dtype, device=device) for source in sources}
-    if speed:
-        for model in models.values():
+    tokenizers = {source: load_tokenizer(source) for source in sources}
+    for model in models.values():
+        check_positions(model, window, "window")
+        if speed:
             check_positions(model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)")
     qualities = {}
     for done, (source, model) in enumerate(models.items()):
         advance = None if progress is None else _shifted(progress, done, len(models))
         qualities[source] = perplexity(
             model,
-            load_tokenizer(source),
+            tokenizers[source],
             text,
             window=window,
             stride=stride,
