@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from prunenet.calibration import check_seed
 from prunenet.envs.rewards import Form, Matrix
 from prunenet.envs.sweep import draw_ratio
 from prunenet.masks import check_ratio
@@ -86,8 +87,7 @@ class Recipe:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; it is one of {', '.join(allowed)}")
         for ratio in self.evaluate_at:
             check_ratio(ratio)
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
+        check_seed(self.seed)
         if self.entropy and self.subset == "fixed":
             raise ValueError("an entropy bonus needs subset 'bernoulli': the entropy of fixed-width masks is approximate")
         for name in ("updates", "masks", "epochs", "evaluate_every", "round_to", "blocks", "tokens"):

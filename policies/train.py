@@ -28,6 +28,7 @@ from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import led
 from prunenet.envs.sweep import View
+from prunenet.folders import check_home
 from prunenet.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
@@ -240,6 +241,7 @@ def check_run(folder: Path, resume: bool) -> Path:
 
     Raises:
         PolicyError: the folder holds a policy or a run and `resume` is not set, or nothing to resume.
+        CheckpointError: the folder cannot be made or written in.
     """
     if not parallel.is_first():  # whose disk it may not be
         return folder
@@ -247,4 +249,5 @@ def check_run(folder: Path, resume: bool) -> Path:
         raise PolicyError(f"nothing to resume in {folder}; start the run without --resume")
     if not resume and ((folder / "config.json").exists() or unfinished(folder)):
         raise PolicyError(f"{folder} holds a policy or an unfinished run; say --resume, or give another folder")
+    check_home(folder)
     return folder

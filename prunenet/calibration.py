@@ -211,6 +211,13 @@ def data_blocks(
     )
 
 
+def check_seed(seed: int) -> int:
+    """Returns the seed. Raises ValueError where it is not in [0, 2^32), which every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+    return seed
+
+
 def calibration_for(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -224,8 +231,9 @@ def calibration_for(
 
     Of several processes (`prunenet.parallel`) the first writes or reads, and the others are given the same.
 
-    Raises as those do.
+    Raises as those do, and ValueError for a seed out of range.
     """
+    check_seed(seed)
     tokens = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
 
     def made() -> Blocks:

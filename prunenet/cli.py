@@ -93,7 +93,7 @@ def train(
         where = None if widths == "uniform" or (widths is None and preset != "default") else widths_recipe(seed)
         check_reward_inputs(recipe.reward, recipe.features, moments, text, distance)
         reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"} or recipe.features == "moments"
-        check_streamable(stream, reads, "say --preset spectral as well")
+        check_streamable(stream, reads, "say --preset spectral, without --features moments or --widths per-layer")
         check_run(out, resume)
         dense = open_model(model, stream, dtype=dtype, device=place, max_memory=max_memory)
         blocks = blocks_for(dense, model, moments or "self", text or "builtin", 0) if reads else None

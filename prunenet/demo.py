@@ -15,7 +15,7 @@ from prunenet.calibration import Blocks, self_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, identify, load_model, load_provenance, load_tokenizer
 from prunenet.compensate import cut_layers
 from prunenet.demo_model import fetch_demo_model
-from prunenet.folders import write_atomic
+from prunenet.folders import check_home, write_atomic
 from prunenet.latency import generate_sentence
 from prunenet.layers import ffn_widths
 from prunenet.masks import check_ratio, width_at
@@ -57,6 +57,7 @@ def run_demo(
     """
     for ratio in ratios:
         check_ratio(ratio)
+    check_home(out)
     console.print("1/4 the model: SmolLM2-135M-Instruct")
     source = str(fetch_demo_model(progress=lambda message: console.print(f"    {message}")))
     dense = load_model(source)

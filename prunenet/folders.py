@@ -21,10 +21,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PRUNENET_CACHE") or "~/.cache/prunenet").expanduser()
 
 
+def check_home(out: Path) -> None:
+    """Raises CheckpointError where a folder `out` cannot be, or cannot be written in: said before the work, not after."""
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise CheckpointError(f"{out} cannot be a folder, because {place} is a file; give another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{out} cannot be written, because {place} is closed to you; give another folder")
+
+
 def check_absent(out: Path) -> None:
-    """Raises CheckpointError where `out` exists and is not an empty folder."""
+    """Raises CheckpointError where `out` exists and is not an empty folder, or cannot be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
+    check_home(out)
 
 
 def check_room(out: Path, needed: int) -> None:

@@ -63,7 +63,7 @@ def check_reward_inputs(reward: str, features: str, moments: str | None, text: s
             "the spectral reward reads weights alone: leave --moments and --text out, or say --reward reconstruction"
         )
     if reward == "reconstruction" and distance:
-        raise ValueError("--distance belongs to the spectral reward: say --preset spectral as well, or leave it out")
+        raise ValueError("--distance belongs to the spectral reward: say --preset spectral without --reward, or leave it out")
     if text and moments != "data":
         raise ValueError("--text is read with --moments data only: add that, or leave --text out")
 

@@ -66,16 +66,20 @@ def measure(
             )
             gc.collect()  # accelerate's hooks and the modules know each other: the weights would wait for the next one's
         return rows
+    if speed and batch < 1:
+        raise ValueError(f"batch must be 1 or more, got {batch}")
     models = {source: load_model(source, dtype=dtype, device=device, max_memory=max_memory) for source in sources}
-    if speed:
-        for model in models.values():
+    tokenizers = {source: load_tokenizer(source) for source in sources}
+    for model in models.values():
+        check_positions(model, window, "window")
+        if speed:
             check_positions(model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)")
     qualities = {}
     for done, (source, model) in enumerate(models.items()):
         advance = None if progress is None else _shifted(progress, done, len(models))
         qualities[source] = perplexity(
             model,
-            load_tokenizer(source),
+            tokenizers[source],
             text,
             window=window,
             stride=stride,

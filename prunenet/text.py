@@ -184,7 +184,7 @@ def calibration_blocks(
     if not isinstance(text, CalibrationText):
         raise TypeError(f"calibration needs a CalibrationText, got a {type(text).__name__}: test text is only ever scored")
     ids = tokenise(tokenizer, text)
-    windows = [part for part, _ in token_windows(ids, window)]
+    windows = [part for part, _ in token_windows(ids, window)] if len(ids) >= window else []
     if len(windows) < count:
         raise TextError(
             f"text {text.name!r} has {len(windows)} windows of {window} tokens, fewer than the {count} asked for; "
@@ -209,7 +209,7 @@ def _file_content(path: Path) -> str:
 
 
 def _json_rows(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -355,6 +355,29 @@ def test_results_that_are_not_results_are_one_sentence(tmp_path, content):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_eval_refuses_what_it_cannot_measure_before_it_scores(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunenet.measure.perplexity", lambda *_, **__: pytest.fail("scored before the refusal"))
+    ask = ("eval", model, "--text", text, "--window", 20)
+    assert "batch must be 1 or more, got 0" in refused(*ask, "--batch", 0)
+    tiny_model("opt").save_pretrained(tmp_path / "bare")
+    assert "has no tokenizer" in refused(*ask, tmp_path / "bare", "--no-speed")
+
+
+@pytest.mark.parametrize("inside", ["", "deep/inside"])
+def test_a_folder_cannot_be_where_a_file_is_and_that_is_said_before_any_work(model, tmp_path, monkeypatch, inside):
+    def too_early(*_, **__):
+        raise AssertionError("work before the refusal")
+
+    monkeypatch.setattr("prunenet.calibration.calibration_for", too_early)
+    monkeypatch.setattr("prunenet.demo.fetch_demo_model", too_early)
+    (tmp_path / "notes").write_text("mine")
+    out = tmp_path / "notes" / inside
+    for command in (("prune", model, "--ratio", 0.5), ("train", model), ("demo",)):
+        said = refused(*command, "--out", out)
+        assert "is a file; give another folder" in said or "exists already" in said
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_a_model_given_twice_is_refused(model, text):
     assert "got one twice" in refused("eval", model, model, "--text", text)
 

@@ -546,6 +546,15 @@ def test_a_file_of_something_else_is_left_as_it_is(folder, tmp_path):
     assert out.read_text() == '{"cell": "a", "error": null}\nnotes\n'
 
 
+@pytest.mark.parametrize("content", ["notes of mine, one line", '{"cell": "a", "error": null}\nnotes', "{}"])
+def test_a_file_of_something_else_is_left_as_it_is_though_its_last_line_has_no_end(content, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"notes\.txt is not one of 'prunenet compare'"):
+        Results(path)
+    assert path.read_text() == content
+
+
 def compare_raw(folder, *specs, **options):
     """A run that is refused."""
     out = options.pop("out")
@@ -587,6 +596,8 @@ def test_results_keep_one_line_a_cell(tmp_path):
         (["flap@words"], {"calibration": "words=missing.txt"}, ["missing.txt", "does not exist"]),
         (["flap@words"], {"calibration_tokens": 20}, ["two blocks at least"]),
         (["flap@words"], {"calibration_window": 64}, ["calibration window is 64"]),
+        (["flap"], {"calibration_window": 0}, ["--calibration-window must be 2 or more, got 0"]),
+        (["random"], {"seeds": "-1"}, ["seed must be in [0, 2^32), got -1"]),
         (["prunenet-weights"], {}, ["asks a policy", "prunenet train"]),
         (["wanda_sp:learned"], {}, ["asks a policy"]),
         (["random"], {"policy": "nowhere"}, ["nowhere"]),
@@ -610,7 +621,7 @@ def test_calibration_text_that_is_too_short_and_task_files_that_miss_a_column_ar
         (
             ["flap@short"],
             {"calibration": f"short={tmp_path / 'short.txt'}"},
-            ["text 'short'", "3 tokens", "--calibration-window"],
+            ["text 'short'", "0 windows of 16 tokens", "--calibration-window"],
         ),
         (["random"], {"tasks": "piqa", "task_data": str(tmp_path)}, ["piqa.jsonl row 1 has no column 'sol1'"]),
     ):
@@ -769,6 +780,13 @@ def test_a_failed_method_stands_last_and_an_infinite_perplexity_is_a_dash():
     assert shown["inf"][4] == "-"
     assert shown["bad"][3] == "failed"
     assert shown["b"][1] == "weights (trained: self)"
+
+
+def test_the_caption_names_the_seeds_that_were_asked_for():
+    scored = {"texts": [{"text": "t", "sha256": "0"}], "tasks": {}, "window": 8, "stride": 8, "limit": None}
+    line = {"model": "m", "dtype": "float32", "perplexity": None, "evaluation": scored, "versions": {"prunenet": "1"}}
+    lines = [line | {"method": "dense", "seed": 0}, line | {"method": "random", "seed": 3}]
+    assert "; seeds 3 (mean" in summary.caption(lines)
 
 
 def test_dense_weights_are_not_touched(model, benches):

@@ -102,6 +102,13 @@ def test_rows_of_a_jsonl_file_are_joined_by_blank_lines(tmp_path: Path) -> None:
     assert load_text(str(path), CalibrationText).content == "one\n\n\n\ntwo"
 
 
+def test_a_row_of_a_jsonl_file_ends_where_its_line_does(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = "one\u2028two\x85three"  # line ends to Python, not to JSON
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_text(path, CalibrationText).content == text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -197,6 +204,8 @@ def test_calibration_blocks_are_distinct_windows_and_follow_the_generator(tokeni
 
 
 def test_too_few_calibration_windows_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(TextError, match="'t' has 0 windows of 21 tokens, fewer than the 1 asked for"):
+        calibration_blocks(tokenizer, CalibrationText("t", words(20)), count=1, window=21, generator=torch.Generator())
     with pytest.raises(TextError, match="has 2 windows of 8 tokens, fewer than the 3 asked for"):
         calibration_blocks(tokenizer, CalibrationText("t", words(20)), count=3, window=8, generator=torch.Generator())
 

@@ -215,7 +215,10 @@ def _calibration_texts(wanted: set[str], named: dict[str, str], scored: Evaluati
 def _amount(tokens: int, window: int | None, config: Any) -> Amount:
     from prunenet.compare.workshop import Amount
 
-    window = window or min(256, getattr(config, "max_position_embeddings", None) or 256)
+    if window is None:
+        window = min(256, getattr(config, "max_position_embeddings", None) or 256)
+    if window < 2:
+        raise ValueError(f"--calibration-window must be 2 or more, got {window}")
     if tokens < 2 * window:
         raise ValueError(f"calibration takes two blocks at least, {2 * window} tokens of windows of {window}, got {tokens}")
     return Amount(tokens // window, window)

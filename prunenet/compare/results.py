@@ -11,6 +11,7 @@ from typing import Any
 from prunenet.folders import write_atomic
 
 Line = dict[str, Any]
+_START = b'{"cell": "'
 
 
 class Results:
@@ -34,6 +35,8 @@ class Results:
         content = self.path.read_bytes() if self.path.exists() else b""
         whole, _, rest = content.rpartition(b"\n")
         self._torn = bool(rest)
+        if self._torn and not rest.startswith(_START[: len(rest)]):  # it is going to be dropped: only if it is ours
+            raise self._foreign(content.count(b"\n") + 1)
         for number, text in enumerate(whole.splitlines(), start=1):
             line = self._read(number, text)
             self._lines[line["cell"]] = line
@@ -77,8 +80,11 @@ class Results:
         except ValueError:
             line = None
         if not isinstance(line, dict) or not {"cell", "error"} <= set(line):
-            raise ValueError(f"line {number} of {self.path} is not one of 'prunenet compare'; mend it, or give another --out")
+            raise self._foreign(number)
         return line
+
+    def _foreign(self, number: int) -> ValueError:
+        return ValueError(f"line {number} of {self.path} is not one of 'prunenet compare'; mend it, or give another --out")
 
 
 def _bytes(line: Mapping[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunenet import parallel
+from prunenet.calibration import check_seed
 from prunenet.checkpoint import identify
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
@@ -47,6 +48,8 @@ def check(plan: Plan, workshop: Workshop) -> None:
         raise ValueError(f"--limit must be 1 or more, got {scored.limit}")
     if scored.max_windows is not None and scored.max_windows < 1:
         raise ValueError(f"--max-windows must be 1 or more, got {scored.max_windows}")
+    for seed in plan.seeds:
+        check_seed(seed)
     for ratio in plan.ratios:
         for d_ff in set(ffn_widths(model)):
             width_at(d_ff, check_ratio(ratio), plan.round_to)

@@ -114,10 +114,10 @@ def caption(lines: Sequence[Line]) -> str:
     scored, tokens = line["evaluation"], {text["text"]: text["tokens"] for text in line["perplexity"] or []}
     texts = ", ".join(text["text"] + (f" ({tokens[text['text']]:,} tokens)" if tokens else "") for text in scored["texts"])
     tasks = f"; tasks: accuracy in %, {scored['limit'] or 'all'} questions" if scored["tasks"] else ""
-    seeds = sorted({line["seed"] for line in lines})
+    seeds = sorted({line["seed"] for line in lines if line["method"] != "dense"})
     return (
         f"{line['model']}, {line['dtype']}; perplexity on {texts} in windows of {scored['window']}, "
-        f"stride {scored['stride']}{tasks}; seeds {', '.join(map(str, seeds))} (mean ± standard deviation); "
+        f"stride {scored['stride']}{tasks}; seeds {', '.join(map(str, seeds)) or '-'} (mean ± standard deviation); "
         f"prunenet {line['versions']['prunenet']}."
     )
 

@@ -130,7 +130,7 @@ class Workshop:
             try:
                 self._written(name, 0, lambda done, of: None)
             except ValueError as error:
-                raise ValueError(f"calibration text {name!r}: {error}".replace("--window", "--calibration-window")) from None
+                raise ValueError(f"calibration text {name!r}: {error} (--calibration-tokens, --calibration-window)") from None
 
     def share_texts(self, wanted: Sequence[tuple[str | None, int]]) -> None:
         """Of several processes, each has the model write some of the texts (moments, seed), for all; one alone waits until a
