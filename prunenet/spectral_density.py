@@ -91,10 +91,11 @@ class SpectralSketch:
         signs = torch.randint(0, 2, (probes, min(d_ff, d_model)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         signs = signs.to(weight.device)
         work = weight.float()
+        gram: Tensor | None = None
         if d_ff < d_model:
             gram = work @ work.T
-        else:
-            gram = work.T @ work if held and not weight.is_cuda else None
+        elif held and not weight.is_cuda:
+            gram = work.T @ work
         if density is None:
             knots = _knots(*_quadrature(work, gram, torch.ones(1, d_ff, dtype=torch.bool, device=weight.device), signs))
             # Where the dense distribution bends, and a uniform grid for what lies below all of it.
@@ -121,7 +122,7 @@ class SpectralSketch:
             distance = 1 - energy_kept(self.weight, masks)
         else:
             part = max(1, _MOST // (len(self.probes) * max(self.weight.shape[0], 3 * STEPS * STEPS)))
-            distance = torch.cat([self._distance(some, kind) for some in masks.split(part)])
+            distance = torch.cat([self._distance(some, kind) for some in torch.split(masks, part)])
         return torch.where(keep.all(-1), 0.0, distance.to(keep.device)).float()
 
     def bound(self, keep: Bool[Tensor, "masks d_ff"], kind: Distance = "ks") -> Float64[Tensor, " masks"]:
@@ -131,8 +132,8 @@ class SpectralSketch:
           projector P of rank r is 2 (r - sum P_ii^2) / (side^2 probes), and sum P_ii^2 >= r^2 / side. Taking off the structural
           zeros of a narrow mask scales it by side / min(width, side). The same signs estimate the dense matrix, which cancels
           some of it: not counted.
-        * A Gauss quadrature's cumulative weight is right to within the weight of one node (Chebyshev, Markov, Stieltjes). Spread
-          over cells it is better: a quarter of the heaviest node, of mask or dense matrix, which is measured, not proved.
+        * A Gauss quadrature's cumulative weight is right to within the weight of one node (Chebyshev, Markov, Stieltjes).
+          Spread over cells it is better: a quarter of the heaviest node, of mask or dense matrix, which is measured, not proved.
           Where many values are equal or small beside the largest, one node holds most of them, and this term says so.
         * "wasserstein" is at most that over the whole range of values, relative to their mean; "energy" is exact.
         """
@@ -168,7 +169,8 @@ class SpectralSketch:
             return gap.abs().amax(-1).clamp(max=1)
         mean = torch.trapezoid(1 - dense, points)
         moved = torch.trapezoid(gap.abs(), points)
-        return torch.where(mean > 0, moved / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0).clamp(max=1)
+        relative = moved / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+        return relative.clamp(max=1)
 
 
 def _quadrature(
@@ -193,8 +195,9 @@ def _multiplied(
     """What multiplies by W[K]^T W[K] (W[K] W[K]^T where d_ff < d_model) of each mask.
 
     Two routes. All masks' vectors through the whole W and back, rows masked between: 4 d_ff d_model FLOPs a vector, and W is
-    read once for all masks. Or G x - W[R]^T W[R] x with the rows R of each mask picked out: half the FLOPs at ratio 0.3, but each
-    mask reads rows of its own. Vectors are few, so that bytes decide. A GPU would have to be told how many rows: always the first.
+    read once for all masks. Or G x - W[R]^T W[R] x with the rows R of each mask picked out: half the FLOPs at ratio 0.3, but
+    each mask reads rows of its own. Vectors are few, so that bytes decide. A GPU would have to tell how many rows there are:
+    there it is always the first.
     """
     kept = keep.unsqueeze(1).to(weight.dtype)
     d_ff, d_model = weight.shape
@@ -258,4 +261,5 @@ def _share_below(
     after = torch.searchsorted(places, at).clamp(1, places.shape[-1] - 1)
     (low, high), (below, above) = ((of.gather(-1, after - 1), of.gather(-1, after)) for of in (places, shares))
     along = ((at - low) / (high - low).clamp(min=torch.finfo(at.dtype).tiny)).clamp(0, 1)
-    return (below + along * (above - below)).mean(-2)
+    share: Tensor = (below + along * (above - below)).mean(-2)
+    return share
