@@ -133,7 +133,7 @@ class SpectralSketch:
           zeros of a narrow mask scales it by side / min(width, side). The same signs estimate the dense matrix, which cancels
           some of it: not counted.
         * A Gauss quadrature's cumulative weight is right to within the weight of one node (Chebyshev, Markov, Stieltjes).
-          Spread over cells it is better: a quarter of the heaviest node, of mask or dense matrix, which is measured, not proved.
+          Spread over cells it is better: a quarter of the heaviest node of mask or dense matrix, measured and not proved.
           Where many values are equal or small beside the largest, one node holds most of them, and this term says so.
         * "wasserstein" is at most that over the whole range of values, relative to their mean; "energy" is exact.
         """
@@ -164,12 +164,12 @@ class SpectralSketch:
         points, dense = self.density
         knots = _knots(*_quadrature(self.weight.float(), self.gram, keep, self.probes))
         zeros = self._zeros(keep)
-        gap = ((_share_below(knots, points) - zeros) / (1 - zeros)).clamp(min=0) - dense
+        gap: Tensor = ((_share_below(knots, points) - zeros) / (1 - zeros)).clamp(min=0) - dense
         if kind == "ks":
             return gap.abs().amax(-1).clamp(max=1)
         mean = torch.trapezoid(1 - dense, points)
         moved = torch.trapezoid(gap.abs(), points)
-        relative = moved / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+        relative: Tensor = moved / mean.clamp(min=torch.finfo(mean.dtype).tiny)
         return relative.clamp(max=1)
 
 
