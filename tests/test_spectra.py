@@ -68,6 +68,20 @@ def test_removing_rows_never_raises_a_singular_value(shape: tuple[int, int]) -> 
     assert (values.diff(dim=0) > -1e-9 * values.max()).all()
 
 
+@pytest.mark.parametrize("most", [2**28, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masks_solved_together_as_on_a_gpu_have_the_values_of_each_alone(
+    shape: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spectra, "_MOST", most)
+    weight = _weight(*shape).double()
+    for widths in (_widths(shape[0]), [max(1, shape[0] // 5)] * 2, [shape[0]]):
+        keep = _masks(shape[0], widths)
+        alone, _ = spectra._masked_eigenvalues(weight, gram(weight), keep, torch.float64)
+        together = spectra._stacked_eigenvalues(weight, gram(weight), keep)
+        torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_ks_distance_equals_scipy(ties: bool) -> None:
     generator = torch.Generator().manual_seed(0)
