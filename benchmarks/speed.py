@@ -6,7 +6,7 @@ MODEL: SmolLM2-135M. One JSON line a part, in a process of its own each; parts t
 
 * exact, stochastic: `--preset paper` (20 episodes of one mask of each of 30 layers; the gate matrix, 1 / KS), then prune at 0.3
   and save, with the threads of the environment. Beside each phase its floor: FLOPs at the rate of one large product of the
-  same dtype, bytes at the measured rate of a hash or of the disk (`scale.py`), or, for the estimate, of reading again and again;
+  same dtype, bytes at the measured rate of a hash or of the disk (`scale.py`) or of reading;
 * efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32 with svdvals: 20 episodes,
   with the threads of the environment (`peers/efficient_pruners_row.py` makes its environment);
 * agreement: exact rewards against float32 SVD and scipy; the estimate against exact, its bound, and the rank correlation of

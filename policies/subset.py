@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from prunenet.masks import top_channels
 
-# Halvings of a bracket some 80 wide, to where two Newton steps, which square the error, end at rounding (60 took twice as long).
+# Halvings of a bracket some 80 wide, to where two Newton steps, which square the error, end at rounding.
 _BISECTIONS = 26
 
 
