@@ -7,7 +7,7 @@ MODEL: SmolLM2-135M. One JSON line a part, in a process of its own each; parts t
 * exact, stochastic: `--preset paper` (20 episodes of one mask of each of 30 layers; the gate matrix, 1 / KS), then prune at 0.3
   and save, with the threads of the environment. Beside each phase its floor: FLOPs at the rate of one large product of the
   same dtype, bytes at the measured rate of a hash or of the disk (`scale.py`) or of reading;
-* efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32 with svdvals: 20 episodes,
+* efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32 with svdvals: 4, scaled,
   with the threads of the environment (`peers/efficient_pruners_row.py` makes its environment);
 * agreement: exact rewards against float32 SVD and scipy; the estimate against exact, its bound, and the rank correlation of
   both over masks of one layer;
@@ -59,7 +59,7 @@ from prunenet.spectral_density import PROBES, STEPS, SpectralSketch
 
 EPISODES = 20
 PEERS = {"efficient-pruners as it comes": ["--episodes", "2"]}
-PEERS["efficient-pruners, float32 and svdvals"] = ["--episodes", str(EPISODES), "--float32", "--svdvals"]
+PEERS["efficient-pruners, float32 and svdvals"] = ["--episodes", "4", "--float32", "--svdvals"]
 OURS = ("exact", "stochastic")
 OTHERS = ("agreement", "large")
 

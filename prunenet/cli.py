@@ -88,13 +88,8 @@ def train(
         from prunenet.policies.train import train as learn
 
         given: dict[str, Any] = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
-        given |= {
-            "features": features,
-            "distance": distance,
-            "spectrum": spectrum,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
+        given |= {"features": features, "learning_rate": learning_rate, "seed": seed}
+        given |= {"distance": distance, "spectrum": spectrum}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
         where = None if widths == "uniform" or (widths is None and preset != "default") else widths_recipe(seed)
         check_reward_inputs(recipe.reward, recipe.features, moments, text, {"--distance": distance, "--spectrum": spectrum})

@@ -1,7 +1,7 @@
 """How far a keep mask moves the singular values, estimated without decomposing anything: the spectral reward of wide layers.
 
 Stochastic Lanczos quadrature: Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J.
-Matrix Anal. Appl. 2017, section 3; as an estimate of a whole spectrum with its error, Chen, Trogdon and Ubaru, ICML 2021, arXiv
+Matrix Anal. Appl. 2017; as an estimate of a whole spectrum with its error, Chen, Trogdon and Ubaru, ICML 2021, arXiv
 2105.06595. From a random sign vector z, k Lanczos steps on A = W[K]^T W[K] give a k x k tridiagonal matrix whose eigenvalues,
 weighed by the squared first entries of its eigenvectors, are the Gauss quadrature of z's share in the spectrum of A; its mean
 over z is the distribution of the squared singular values. What differs:
@@ -15,7 +15,7 @@ over z is the distribution of the squared singular values. What differs:
 Chosen over Chebyshev moments with the Jackson kernel, measured on 10 gate matrices of SmolLM2-135M at equal cost (probe): root
 mean square error of the KS distance 0.009 against 0.010 at ratio 0.3 with 8 vectors and 24 products, and no bias of the kernel.
 
-What it cannot do: tell random masks of one width apart. Their distances differ by 1 / d_model and less (eigenvalues repel), and
+What it cannot do: tell random masks of one width apart. Their distances differ by about 1 / d_model (eigenvalues repel), and
 its own error falls with the root of d_model * probes only. Where that matters take `prunenet.spectra`, which is exact.
 """
 
