@@ -10,16 +10,18 @@ Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md section
   d_ff);
 - any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides Kolmogorov-Smirnov the Wasserstein
   distance and the energy kept;
-- exact through Gram matrices: no singular value decomposition at any step.
+- no singular value decomposition at any step: exact through Gram matrices (`prunenet.spectra`) or, above `EXACT_UP_TO`,
+  estimated (`prunenet.spectral_density`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,9 +30,18 @@ from prunenet.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
 from prunenet.moments import LayerWalk
 from prunenet.placement import is_placed
 from prunenet.spectra import DISTANCES, Distance, SpectralReference
+from prunenet.spectral_density import SpectralSketch
 
 Matrix = Literal["gate", "up", "down"]
 Form = Literal["bounded", "inverse"]
+Spectrum = Literal["auto", "exact", "stochastic"]
+Route = SpectralReference | SpectralSketch
+
+EXACT_UP_TO = 2048
+"""Largest min(d_model, d_ff) that spectrum "auto" decomposes. The estimate is cheaper much earlier: one mask alone takes half of
+the exact route's time at 576 columns, a third at 2048 and a quarter at 4096, where that is 5 s (benchmarks/README.md). Exact
+all the same, because the estimate cannot tell apart masks whose distances differ by less than its error, as those of
+random masks do."""
 
 
 @runtime_checkable
@@ -63,17 +74,18 @@ class SpectralReward:
 
     Args:
         model: its weights are read, never changed. Of one that is streamed or placed (`prunenet.placement`) only spectra are
-            kept, d_model numbers a matrix; a layer is read again each time that its masks are judged.
+            kept, d_model numbers a matrix (or some 900 where they are estimated); a layer is read again each time that its
+            masks are judged.
         distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared norm lost); all in [0, 1].
         matrices: which of gate, up and down to compare; those that the family does not have are passed over.
         form: "bounded" pays 1 - distance, "inverse" pays 1 / distance as published.
+        spectrum: "exact", "stochastic" (estimated, distances to within `SpectralSketch.bound`) or "auto": exact up to
+            `EXACT_UP_TO`. As an attribute, which of the two it is.
 
     Raises:
         ValueError: unknown names, or none of the matrices exists in this family.
         UnsupportedArchitecture: see `prunenet.architectures`.
     """
-
-    split: ClassVar[Mapping[str, str]] = {"layer": "masks"}  # see `prunenet.envs.split`
 
     def __init__(
         self,
@@ -82,41 +94,49 @@ class SpectralReward:
         distance: str = "ks",
         matrices: Sequence[str] = ("gate", "up", "down"),
         form: str = "bounded",
+        spectrum: str = "auto",
     ) -> None:
         _check_name("distance", distance, DISTANCES)
         _check_name("form", form, get_args(Form))
+        _check_name("spectrum", spectrum, get_args(Spectrum))
         for name in matrices:
             _check_name("matrix", name, get_args(Matrix))
         self.distance = cast(Distance, distance)
         self.form = form
         self._model, self._matrices = model, matrices
-        self._held: list[list[SpectralReference]] = []
-        layers, own, spectra = len(ffn_widths(model)), {}, {}
+        side = _side(model)
+        self.spectrum: Spectrum = "stochastic" if side > EXACT_UP_TO else "exact"
+        if spectrum != "auto":
+            self.spectrum = cast(Spectrum, spectrum)
+        # See `prunenet.envs.split`. Estimates are products of the whole batch, whose rounding depends on its size.
+        self.split: Mapping[str, str] = {"layer": "layers" if self.spectrum == "stochastic" else "masks"}
+        self._held: dict[int, list[Route]] = {}
+        layers, spectra = len(ffn_widths(model)), {}
         for index in filter(parallel.mine, range(layers)):
-            references = _references(ffn_at(model, index), matrices)
-            spectra[index] = [reference.eigenvalues for reference in references]
-            if self._keeps(model):
-                own[index] = references
-        self._spectra: list[list[Float64[Tensor, " side"]]] = parallel.from_owners(spectra, layers)
-        if self._keeps(model):
-            self._held = [own.get(index) or self._references(index) for index in range(layers)]
+            references = self._read(index, None)
+            spectra[index] = [_spectrum(reference) for reference in references]
+            if self._keeps():
+                self._held[index] = references
+        self._spectra: list[list[Tensor]] = parallel.from_owners(spectra, layers)
+        for index in range(layers) if self._keeps() and self.spectrum == "exact" else ():
+            if index not in self._held:
+                self._held[index] = self._read(index, self._spectra[index])
 
     def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
         """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, min(d_model, d_ff)] if inverse."""
-        references = self._references(index)
+        references = self._held.get(index) or self._read(index, self._spectra[index])
         distances = [reference.distance(keep, kind=self.distance).float() for reference in references]
-        most = float(len(references[0].eigenvalues))
+        most = float(min(references[0].weight.shape))
         paid = [bounded(d) if self.form == "bounded" else inverse(d, most) for d in distances]
         return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
 
-    def _keeps(self, model: Weights) -> bool:
+    def _keeps(self) -> bool:
         """Whether all layers have room on their devices at once."""
-        return isinstance(model, PreTrainedModel) and not is_placed(model)
+        return isinstance(self._model, PreTrainedModel) and not is_placed(self._model)
 
-    def _references(self, index: int) -> list[SpectralReference]:
-        if self._held:
-            return self._held[index]
-        return _references(ffn_at(self._model, index), self._matrices, self._spectra[index])
+    def _read(self, index: int, spectra: Sequence[Tensor] | None) -> list[Route]:
+        make = partial(SpectralSketch.of, held=self._keeps()) if self.spectrum == "stochastic" else SpectralReference.of
+        return _references(ffn_at(self._model, index), self._matrices, make, spectra)
 
     def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
         """No term: everything has been paid layer by layer."""
@@ -182,16 +202,24 @@ class ReconstructionReward:
         return {}
 
 
-def _references(
-    ffn: FFN, matrices: Sequence[str], spectra: Sequence[Float64[Tensor, " side"]] | None = None
-) -> list[SpectralReference]:
+def _side(model: Weights) -> int:
+    """min(d_model, d_ff) of the widest layer."""
+    return min(ffn_at(model, 0).up.shape[1], max(ffn_widths(model)))
+
+
+def _spectrum(reference: Route) -> Tensor:
+    """What a streamed layer's next reading is spared."""
+    return reference.density if isinstance(reference, SpectralSketch) else reference.eigenvalues
+
+
+def _references(ffn: FFN, matrices: Sequence[str], make: Callable[..., Route], spectra: Sequence[Tensor] | None) -> list[Route]:
     # An ungated FFN has one input matrix; the paper's gate matrix is fc1 there.
     gate = ffn.up if ffn.gate is None else ffn.gate
     views = {"gate": gate, "up": None if ffn.gate is None else ffn.up, "down": ffn.down.T}
     found = [views[name] for name in dict.fromkeys(matrices)]
     present = [weight for weight in found if weight is not None]
     known: Sequence[Tensor | None] = spectra or [None] * len(present)
-    references = [SpectralReference.of(*pair) for pair in zip(present, known, strict=True)]
+    references = [make(*pair) for pair in zip(present, known, strict=True)]
     if not references:
         raise ValueError(f"this family has none of the matrices {', '.join(matrices) or '(none given)'}; use gate or down")
     return references

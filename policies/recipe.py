@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from prunenet.calibration import check_seed
-from prunenet.envs.rewards import Form, Matrix
+from prunenet.envs.rewards import Form, Matrix, Spectrum
 from prunenet.envs.sweep import draw_ratio
 from prunenet.masks import check_ratio
 from prunenet.spectra import Distance
@@ -34,7 +34,7 @@ class Recipe:
         features: what the scorer reads. "weights": statistics of the weights; the policy is applied from weights alone,
             whatever its reward read. "moments": besides those, statistics of activations (`prunenet.activation_stats`), which
             it then needs wherever it is applied.
-        distance, matrices, form: of the spectral reward.
+        distance, matrices, form, spectrum: of the spectral reward.
         ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
         updates: sweeps, each followed by one policy update.
         masks: masks of the same layer played side by side.
@@ -60,6 +60,7 @@ class Recipe:
     distance: Distance = "ks"
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
     form: Form = "bounded"
+    spectrum: Spectrum = "auto"
     ratio: tuple[float, float] = (0.1, 0.6)
     updates: int = 40
     masks: int = 16
@@ -104,6 +105,7 @@ class Recipe:
 _NAMES = {
     "reward": get_args(RewardName),
     "features": get_args(Features),
+    "spectrum": get_args(Spectrum),
     "algorithm": get_args(Algorithm),
     "baseline": get_args(Baseline),
     "subset": get_args(Subset),
@@ -111,8 +113,13 @@ _NAMES = {
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON holds it: what a saved policy's configuration says."""
+    """The recipe as JSON holds it: what a saved policy's configuration says.
+
+    `spectrum` is left out where nobody chose: so are the records of before it existed, and their runs can be resumed.
+    """
     fields: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    if recipe.spectrum == "auto":
+        del fields["spectrum"]
     return fields
 
 

@@ -212,7 +212,8 @@ def _random_state_kept() -> Iterator[None]:
 
 def _reward(model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks: Blocks | None) -> Reward:
     if recipe.reward == "spectral":
-        return SpectralReward(model, distance=recipe.distance, matrices=recipe.matrices, form=recipe.form)
+        chosen = {name: getattr(recipe, name) for name in ("distance", "matrices", "form", "spectrum")}
+        return SpectralReward(model, **chosen)
     assert blocks is not None, "checked before"
     assert isinstance(model, PreTrainedModel), "checked before"
     if recipe.reward == "divergence":

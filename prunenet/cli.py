@@ -40,6 +40,7 @@ from prunenet.options import (
     Refit,
     RewardName,
     SpectralDistance,
+    Spectrum,
     Stream,
     Text,
     TrainWidths,
@@ -71,6 +72,7 @@ def train(
     moments: Moments = None,
     text: CalibrationSource = None,
     distance: SpectralDistance = None,
+    spectrum: Spectrum = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, in the first stage.")] = None,
     widths: TrainWidths = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -88,10 +90,11 @@ def train(
         from prunenet.policies.train import train as learn
 
         given: dict[str, Any] = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
-        given |= {"features": features, "distance": distance, "learning_rate": learning_rate, "seed": seed}
+        given |= {"features": features, "learning_rate": learning_rate, "seed": seed}
+        given |= {"distance": distance, "spectrum": spectrum}
         recipe = recipe_for(preset, {name: value for name, value in given.items() if value is not None})
         where = None if widths == "uniform" or (widths is None and preset != "default") else widths_recipe(seed)
-        check_reward_inputs(recipe.reward, recipe.features, moments, text, distance)
+        check_reward_inputs(recipe.reward, recipe.features, moments, text, {"--distance": distance, "--spectrum": spectrum})
         reads = {recipe.reward, "spectral" if where is None else where.reward} != {"spectral"} or recipe.features == "moments"
         check_streamable(stream, reads, "say --preset spectral, without --features moments or --widths per-layer")
         check_run(out, resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
@@ -56,14 +57,17 @@ def blocks_for(
         return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
 
 
-def check_reward_inputs(reward: str, features: str, moments: str | None, text: str | None, distance: str | None) -> None:
-    """Raises ValueError for an option that this training would not read."""
+def check_reward_inputs(
+    reward: str, features: str, moments: str | None, text: str | None, spectral: Mapping[str, str | None]
+) -> None:
+    """Raises ValueError for an option that this training would not read; `spectral`: those of the spectral reward."""
     if reward == "spectral" and features == "weights" and (moments or text):
         raise ValueError(
             "the spectral reward reads weights alone: leave --moments and --text out, or say --reward reconstruction"
         )
-    if reward == "reconstruction" and distance:
-        raise ValueError("--distance belongs to the spectral reward: say --preset spectral without --reward, or leave it out")
+    given = [option for option, value in spectral.items() if value]
+    if reward == "reconstruction" and given:
+        raise ValueError(f"{given[0]} belongs to the spectral reward: say --preset spectral without --reward, or leave it out")
     if text and moments != "data":
         raise ValueError("--text is read with --moments data only: add that, or leave --text out")
 

@@ -68,6 +68,10 @@ CalibrationSource = Annotated[
 SpectralDistance = Annotated[
     Literal["ks", "wasserstein", "energy"] | None, typer.Option(help="Distance behind the spectral reward.")
 ]
+Spectrum = Annotated[
+    Literal["auto", "exact", "stochastic"] | None,
+    typer.Option(help="Singular values behind the spectral reward: decomposed, estimated, or auto: by the model's size."),
+]
 PolicyName = Annotated[
     str | None,
     typer.Option(

@@ -11,7 +11,8 @@ Precision, measured on matrices of SmolLM2-135M against float64 `svdvals`: a flo
 eps * lambda_max, nearly all of it in the last step, the iteration on the tridiagonal matrix. With the reduction in float32
 and that cheap step in float64 it is under 0.7 units. A bound of 8 units brackets the KS distance; where the bracket leaves
 a doubt (1 mask in 96) the mask is solved again in float64: the answer of float64 at the price of float32. LAPACK comes from
-scipy, whose OpenBLAS solves a 576 x 576 problem in 15 ms where torch (MKL) takes 22 (one core, AMD EPYC); CUDA uses float64.
+scipy, whose OpenBLAS solves a 576 x 576 problem in 15 ms where torch (MKL) takes 22 (one core, AMD EPYC), and from the upper
+triangle a seventh faster than from the lower. CUDA uses float64 and solves all masks of a batch in one call.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
-from scipy.linalg import blas, lapack  # type: ignore[import-untyped]
+from scipy.linalg import blas  # type: ignore[import-untyped]
 from torch import Tensor
 
+from prunenet.distances import ks_distance, ks_sides, wasserstein_distance
 from prunenet.masks import check_keep
+from prunenet.tridiagonal import counts_below, eigenvalues, tridiagonal
 
 Distance = Literal["ks", "wasserstein", "energy"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
@@ -36,6 +40,8 @@ _ERROR_UNITS = {torch.float32: 8.0, torch.float64: 64.0}
 _Gram = Float64[Tensor, "side side"]
 _PerMask = Float64[Tensor, " masks"]
 _Counts = Int[Tensor, " masks"]
+# Float64 numbers that a batch of masks may hold on a GPU (2 GB); a larger one goes in parts.
+_MOST = 2**28
 # Two KS distances that differ by less differ by rounding alone: both are multiples of 1 / (n m).
 _STEP = 1e-12
 
@@ -47,47 +53,6 @@ def gram(weight: Float[Tensor, "d_ff d_model"]) -> Float64[Tensor, "side side"]:
     """
     work = weight.to(_work_device(weight), torch.float64)
     return work.T @ work if work.shape[0] >= work.shape[1] else work @ work.T
-
-
-def ks_distance(
-    reference: Float[Tensor, " n"], candidates: Float[Tensor, "masks m"], counts: _Counts | None = None
-) -> _PerMask:
-    """Two-sample Kolmogorov-Smirnov distance, in [0, 1]: the largest gap between two cumulative distributions.
-
-    Equals `scipy.stats.ks_2samp(reference, candidate).statistic`.
-
-    Args:
-        reference: in any order.
-        candidates: one sample a row, in any order within its valid part.
-        counts: valid entries at the start of each row, at least 1; default all.
-    """
-    below, above = _ks_sides(reference, candidates, counts)
-    return torch.maximum(below, above)
-
-
-def wasserstein_distance(
-    reference: Float[Tensor, " n"],
-    candidates: Float[Tensor, "masks m"],
-    counts: _Counts | None = None,
-    *,
-    relative: bool = False,
-) -> _PerMask:
-    """1-Wasserstein distance between two samples, in the samples' unit, 0 or more.
-
-    Equals `scipy.stats.wasserstein_distance(reference, candidate)`.
-
-    Args:
-        reference, candidates, counts: as in `ks_distance`; values are 0 or more.
-        relative: divide by the mean of the reference and clip to [0, 1]; 0 when the reference is zero.
-    """
-    points, gap = _cumulative_gap(reference, candidates, counts)
-    top = points.nan_to_num(posinf=0.0).amax(-1, keepdim=True)
-    steps = torch.where(points.isinf(), top, points).diff(dim=-1)
-    distance = (gap[:, :-1].abs() * steps).sum(-1)
-    if not relative:
-        return distance
-    scale = reference.to(torch.float64).mean()
-    return (distance / scale).clamp(0, 1) if scale > 0 else torch.zeros_like(distance)
 
 
 def energy_kept(weight: Float[Tensor, "d_ff d_model"], keep: Bool[Tensor, "masks d_ff"]) -> _PerMask:
@@ -160,18 +125,42 @@ class SpectralReference:
         return result
 
     def _ks(self, keep: Bool[Tensor, "masks d_ff"]) -> _PerMask:
-        eigenvalues, counts = _masked_eigenvalues(self.weight, self.gram, keep, torch.float32)
+        if self.gram.is_cuda:
+            return self._ks_snapped(*_masked_eigenvalues(self.weight, self.gram, keep, torch.float64))
         slack = _ERROR_UNITS[torch.float32] * torch.finfo(torch.float32).eps * self.eigenvalues[0]
-        # Interlacing: removing rows never raises a singular value, so the reference bounds the true values from above.
-        highest = torch.minimum(eigenvalues + slack, self.eigenvalues)
-        below_high, above_high = _ks_sides(self.eigenvalues, highest, counts)
-        below_low, above_low = _ks_sides(self.eigenvalues, (eigenvalues - slack).clamp(min=0), counts)
-        distance = torch.maximum(below_low, above_high)
-        doubtful = distance - torch.maximum(below_high, above_low) > _STEP
+        least, most = self._ks_counted(keep, slack) if self._all_wide(keep) else self._ks_between(keep, slack)
+        doubtful = most - least > _STEP
         if doubtful.any():
             again = _masked_eigenvalues(self.weight, self.gram, keep[doubtful.to(keep.device)], torch.float64)
-            distance[doubtful] = self._ks_snapped(*again)
-        return distance
+            most[doubtful] = self._ks_snapped(*again)
+        return most
+
+    def _all_wide(self, keep: Bool[Tensor, "masks d_ff"]) -> bool:
+        side = len(self.gram)
+        return (
+            len(keep) > 0 and side > 1 and len(self.weight) >= side == self.weight.shape[1] and int(keep.sum(-1).min()) >= side
+        )
+
+    def _ks_counted(self, keep: Bool[Tensor, "masks d_ff"], slack: Tensor) -> tuple[_PerMask, _PerMask]:
+        """Bounds of KS by float32, for masks of as many values as the reference. Interlacing: none is above its own there, so
+        that KS is the most values of a mask below a reference value, less those of the reference itself."""
+        reduced = [tridiagonal(_masked_gram(self.weight, self.gram, mask, torch.float32)) for mask in keep.cpu()]
+        diagonal, beside = (np.stack(part) for part in zip(*reduced, strict=True))
+        rising = self.eigenvalues.flip(0).numpy()
+        counts = counts_below(diagonal, beside, np.concatenate((rising - float(slack), rising + float(slack))))
+        # No true value is below 0, whatever its rounding.
+        more = np.where(rising > 0, counts.reshape(len(keep), 2, -1), 0) - np.searchsorted(rising, rising)
+        least, most = torch.from_numpy(more.max(-1).clip(min=0) / len(rising)).T
+        return least, most.contiguous()
+
+    def _ks_between(self, keep: Bool[Tensor, "masks d_ff"], slack: Tensor) -> tuple[_PerMask, _PerMask]:
+        """Bounds of KS by float32, for any masks."""
+        values, counts = _masked_eigenvalues(self.weight, self.gram, keep, torch.float32)
+        # Interlacing: removing rows never raises a singular value, so the reference bounds the true values from above.
+        highest = torch.minimum(values + slack, self.eigenvalues)
+        below_high, above_high = ks_sides(self.eigenvalues, highest, counts)
+        below_low, above_low = ks_sides(self.eigenvalues, (values - slack).clamp(min=0), counts)
+        return torch.maximum(below_high, above_low), torch.maximum(below_low, above_high)
 
     def _ks_snapped(self, eigenvalues: Float64[Tensor, "masks side"], counts: _Counts) -> _PerMask:
         """KS of values that are exact but for rounding: those which agree with the reference to rounding are equal to it."""
@@ -180,39 +169,13 @@ class SpectralReference:
         return ks_distance(self.eigenvalues, torch.where(moved, eigenvalues, self.eigenvalues), counts)
 
 
-def _ks_sides(
-    reference: Float[Tensor, " n"], candidates: Float[Tensor, "masks m"], counts: _Counts | None
-) -> tuple[_PerMask, _PerMask]:
-    """(sup F_candidate - F_reference, sup F_reference - F_candidate), F the cumulative distributions.
-
-    The first falls and the second rises when candidates rise.
-    """
-    _, gap = _cumulative_gap(reference, candidates, counts)
-    return (-gap).amax(-1).clamp(min=0), gap.amax(-1).clamp(min=0)
-
-
-def _cumulative_gap(
-    reference: Float[Tensor, " n"], candidates: Float[Tensor, "masks m"], counts: _Counts | None
-) -> tuple[Float64[Tensor, "masks points"], Float64[Tensor, "masks points"]]:
-    """(points, F_reference - F_candidate there): every value of either sample, rising; +inf in place of invalid ones."""
-    masks, m = candidates.shape
-    reference = reference.to(torch.float64).sort().values
-    candidates = candidates.to(torch.float64)
-    if counts is None:
-        counts = torch.full((masks,), m, device=candidates.device)
-    invalid = torch.arange(m, device=candidates.device) >= counts[:, None]
-    candidates = candidates.masked_fill(invalid, torch.inf).sort(-1).values
-    points = torch.cat([reference.expand(masks, -1), candidates], -1).sort(-1).values
-    at_most = torch.searchsorted(reference.expand(masks, -1).contiguous(), points, right=True)
-    candidates_at_most = torch.searchsorted(candidates, points, right=True).minimum(counts[:, None])
-    return points, at_most.double() / reference.shape[0] - candidates_at_most.double() / counts[:, None].double()
-
-
 def _masked_eigenvalues(
     weight: Float[Tensor, "d_ff d_model"], gram: _Gram, keep: Bool[Tensor, "masks d_ff"], dtype: torch.dtype
 ) -> tuple[Float64[Tensor, "masks side"], _Counts]:
     """Squared singular values of each W[K], falling, padded with zeros, and how many count; `dtype` is the solver's."""
     counts = keep.sum(-1).clamp(max=gram.shape[0]).to(gram.device)
+    if gram.is_cuda:
+        return _stacked_eigenvalues(weight, gram, keep.to(gram.device)), counts
     result = gram.new_zeros(keep.shape[0], gram.shape[0])
     for row, mask in zip(result, keep.to(weight.device), strict=True):
         eigenvalues = _eigenvalues(_masked_gram(weight, gram, mask, dtype))
@@ -220,10 +183,31 @@ def _masked_eigenvalues(
     return result, counts
 
 
+def _stacked_eigenvalues(
+    weight: Float[Tensor, "d_ff d_model"], gram: _Gram, keep: Bool[Tensor, "masks d_ff"]
+) -> Float64[Tensor, "masks side"]:
+    """`_masked_eigenvalues` in float64, with one product and one decomposition for as many masks as memory allows."""
+    (d_ff, d_model), side, removed = weight.shape, len(gram), ~keep
+    most, most_kept = int(removed.sum(-1).max()), int(keep.sum(-1).max())
+    down = most <= most_kept
+    fewer, most = (removed, most) if down else (keep, most_kept)
+    found = []
+    for some in torch.arange(len(keep), device=keep.device).split(max(1, _MOST // (2 * side**2 + most * d_model))):
+        if d_ff < d_model:
+            grams = gram * (keep[some].unsqueeze(1) & keep[some].unsqueeze(2))
+        else:
+            # Rows that a mask has fewer of than the widest are filled up with zeros.
+            order = fewer[some].int().argsort(dim=-1, descending=True)[:, :most]
+            rows = weight[order].double() * fewer[some].gather(1, order).unsqueeze(-1)
+            grams = gram - rows.mT @ rows if down else rows.mT @ rows
+        found.append(torch.linalg.eigvalsh(grams).flip(-1).clamp(min=0))
+    return torch.where(torch.arange(side, device=gram.device) < keep.sum(-1, keepdim=True), torch.cat(found), 0.0)
+
+
 def _masked_gram(
     weight: Float[Tensor, "d_ff d_model"], gram: _Gram, keep: Bool[Tensor, " d_ff"], dtype: torch.dtype
 ) -> Float[Tensor, "count count"]:
-    """Gram matrix of W[K] on its smaller side, by the cheapest route; only its lower triangle is meant."""
+    """Gram matrix of W[K] on its smaller side, by the cheapest route; only its upper triangle is meant."""
     (d_ff, d_model), width = weight.shape, int(keep.sum())
     if d_ff < d_model:
         return gram[keep.to(gram.device)][:, keep.to(gram.device)].to(dtype)
@@ -237,7 +221,7 @@ def _masked_gram(
 def _product(
     rows: Float[Tensor, "rows side"], dtype: torch.dtype, minus_from: Float64[Tensor, "side side"] | None = None
 ) -> Float[Tensor, "side side"]:
-    """X^T X, or `minus_from` - X^T X; on the CPU its lower triangle only, at half the cost of a full product."""
+    """X^T X, or `minus_from` - X^T X; on the CPU its upper triangle only, at half the cost of a full product."""
     if rows.is_cuda:  # in float64, whatever torch may do to float32 products (TF32)
         rows = rows.double()
         return rows.T @ rows if minus_from is None else minus_from - rows.T @ rows
@@ -245,22 +229,15 @@ def _product(
     syrk = blas.ssyrk if dtype == torch.float32 else blas.dsyrk
     columns = rows.contiguous().numpy().T  # column-major, as BLAS wants it: no copy
     start = {} if minus_from is None else {"beta": 1.0, "c": minus_from.to(dtype).numpy().T}
-    return torch.from_numpy(syrk(-1.0 if start else 1.0, columns, lower=1, **start))
+    return torch.from_numpy(syrk(-1.0 if start else 1.0, columns, **start))
 
 
 def _eigenvalues(matrix: Float[Tensor, "n n"]) -> Float64[Tensor, " n"]:
-    """Eigenvalues of the symmetric matrix given by the lower triangle, 0 or more, falling, in float64."""
+    """Eigenvalues of the symmetric matrix given by the upper triangle, 0 or more, falling, in float64."""
     if matrix.is_cuda:
-        rising: Tensor = torch.linalg.eigvalsh(matrix.double())
+        rising: Tensor = torch.linalg.eigvalsh(matrix.double(), UPLO="U")
         return rising.flip(0).clamp(min=0)
-    if (size := len(matrix)) == 1:
-        return matrix[0].double().clamp(min=0)
-    sytrd = lapack.ssytrd if matrix.dtype == torch.float32 else lapack.dsytrd
-    _, diagonal, off_diagonal, _, failed = sytrd(matrix.numpy(), lower=1, lwork=64 * size)
-    values, not_converged = lapack.dsterf(diagonal.astype("d"), off_diagonal.astype("d"))
-    if failed or not_converged:
-        raise ValueError(f"the spectrum of a {size} x {size} Gram matrix did not converge; check the weights for NaN")
-    return torch.from_numpy(values).flip(0).clamp(min=0)
+    return eigenvalues(matrix).flip(0).clamp(min=0)
 
 
 def _roots(eigenvalues: Float64[Tensor, "*batch n"]) -> Float64[Tensor, "*batch n"]:

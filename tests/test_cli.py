@@ -340,6 +340,7 @@ def test_train_learns_where_to_cut_too_unless_widths_are_to_be_uniform(model, tm
         (("--text", "x.txt"), "--text is read with --moments data only"),
         (("--preset", "spectral", "--moments", "data"), "leave --moments and --text out"),
         (("--distance", "ks"), "--distance belongs to the spectral reward"),
+        (("--spectrum", "exact"), "--spectrum belongs to the spectral reward"),
         (("--seed", "-1"), "seed must be in [0, 2^32), got -1"),
     ],
 )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from prunenet import spectra
+from prunenet.distances import ks_distance, wasserstein_distance
 from prunenet.spectra import (
     DISTANCES,
     SpectralReference,
     energy_kept,
     gram,
-    ks_distance,
-    wasserstein_distance,
 )
+from prunenet.tridiagonal import counts_below, tridiagonal
 
 SHAPES = [(96, 40), (40, 40), (24, 40), (60, 1), (1, 12)]
 
@@ -66,6 +67,20 @@ def test_removing_rows_never_raises_a_singular_value(shape: tuple[int, int]) -> 
     keep = _masks(shape[0], [shape[0]]).repeat(shape[0], 1).tril()  # nested: 1 row, 2 rows, ... all rows
     values, _ = _masked_values(weight, keep)
     assert (values.diff(dim=0) > -1e-9 * values.max()).all()
+
+
+@pytest.mark.parametrize("most", [2**28, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masks_solved_together_as_on_a_gpu_have_the_values_of_each_alone(
+    shape: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spectra, "_MOST", most)
+    weight = _weight(*shape).double()
+    for widths in (_widths(shape[0]), [max(1, shape[0] // 5)] * 2, [shape[0]]):
+        keep = _masks(shape[0], widths)
+        alone, _ = spectra._masked_eigenvalues(weight, gram(weight), keep, torch.float64)
+        together = spectra._stacked_eigenvalues(weight, gram(weight), keep)
+        torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -172,7 +187,30 @@ def test_a_doubtful_float32_spectrum_is_solved_again_in_float64(monkeypatch: pyt
     eigenvalues = spectra._masked_eigenvalues
     monkeypatch.setattr(spectra, "_masked_eigenvalues", lambda *args: solved_in.append(args[3]) or eigenvalues(*args))
     assert torch.equal(reference.distance(keep), expected)
-    assert solved_in == [torch.float32, torch.float64]
+    assert solved_in == [torch.float64]  # in float32 values were only counted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_values_that_are_only_counted_give_the_distance_of_computed_ones(seed: int) -> None:
+    weight = _weight(96, 40, seed)
+    weight[:, 30:] *= 1e-3 if seed % 2 else 0
+    reference, keep = SpectralReference.of(weight), _masks(96, [95, 70, 48, 40], seed)
+    slack = spectra._ERROR_UNITS[torch.float32] * torch.finfo(torch.float32).eps * reference.eigenvalues[0]
+    counted, computed = reference._ks_counted(keep, slack), reference._ks_between(keep, slack)
+    torch.testing.assert_close(torch.stack(counted), torch.stack(computed), rtol=0, atol=1e-12)
+
+
+def test_counts_below_points_are_those_of_the_eigenvalues() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(3, 30, 30, generator=generator, dtype=torch.float64)
+    matrix = matrix + matrix.mT
+    matrix[2, 10:, :10] = matrix[2, :10, 10:] = 0  # falls apart into two
+    diagonal, beside = (np.stack(part) for part in zip(*map(tridiagonal, matrix), strict=True))
+    points = torch.linspace(-20, 20, 101, dtype=torch.float64)
+    expected = (torch.linalg.eigvalsh(matrix)[:, None] < points[:, None]).sum(-1)
+    assert (counts_below(diagonal, beside, points.numpy()) == expected.numpy()).all()
+    apart = np.array([[1.0, 2.0, 3.0]]), np.zeros((1, 2))
+    assert counts_below(*apart, np.array([0.5, 1.5, 2.5, 9.0])).tolist() == [[0, 1, 2, 3]]
 
 
 def test_half_precision_weights_give_the_distances_of_their_float32_copies() -> None:

@@ -1,0 +1,257 @@
+"""How fast the published reward is trained on: every phase, against `efficient-pruners` (the authors' package), in one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/speed.py MODEL --out benchmarks/results/speed.jsonl
+
+MODEL: SmolLM2-135M. One JSON line a part, in a process of its own each; parts that --out holds are skipped:
+
+* exact, stochastic: `--preset paper` (20 episodes of one mask of each of 30 layers; the gate matrix, 1 / KS), then prune at 0.3
+  and save, with the threads of the environment. Beside each phase its floor: FLOPs at the rate of one large product of the
+  same dtype, bytes at the measured rate of a hash or of the disk (`scale.py`) or of reading;
+* efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32 with svdvals: 4, scaled,
+  with the threads of the environment (`peers/efficient_pruners_row.py` makes its environment);
+* agreement: exact rewards against float32 SVD and scipy; the estimate against exact, its bound, and the rank correlation of
+  both over masks of one layer;
+* large: one random 11008 x 4096 matrix, seconds a mask of the three routes.
+
+CPU-seconds are of all threads together. Ratios are printed at the end, from what the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peers.efficient_pruners_row import peer_cuts
+from phases import Clock
+from scale import (
+    RATIO,
+    downdate,
+    flops_of_statistics,
+    flops_of_tables,
+    in_a_process,
+    lines,
+    solver,
+    spectrum,
+    speeds,
+    timing,
+    write,
+)
+from scipy.stats import ks_2samp, spearmanr
+from torch import Tensor
+
+from prunenet.checkpoint import load_model
+from prunenet.envs.sweep import View
+from prunenet.layers import FFN, iter_ffns
+from prunenet.policies import train as training
+from prunenet.policies.apply import prune
+from prunenet.policies.recipe import PRESETS
+from prunenet.spectra import SpectralReference
+from prunenet.spectral_density import PROBES, STEPS, SpectralSketch
+
+EPISODES = 20
+PEERS = {"efficient-pruners as it comes": ["--episodes", "2"]}
+PEERS["efficient-pruners, float32 and svdvals"] = ["--episodes", "4", "--float32", "--svdvals"]
+OURS = ("exact", "stochastic")
+OTHERS = ("agreement", "large")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of SmolLM2-135M")
+    parser.add_argument("--parts", nargs="+", choices=[*OURS, *PEERS, *OTHERS], default=[*OURS, *PEERS, *OTHERS])
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.job:
+        job, _ = arguments.job
+        jobs = {"agreement": agreement, "large": large}
+        found = jobs[job](arguments.model) if job in jobs else ours(job, arguments.model)
+        print(json.dumps(found | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}))
+        return
+    for part in arguments.parts:
+        if not any(line["part"] == part for line in lines(arguments.out)):
+            found = peer(part, arguments.model) if part in PEERS else in_a_process(part, 30)
+            write(arguments.out, {"part": part, "model": arguments.model.name} | found)
+    report({line["part"]: line for line in lines(arguments.out)})
+
+
+def ours(route: str, folder: Path) -> dict[str, Any]:
+    """The published recipe by one of our routes, from the folder of a model to the folder of a smaller one."""
+    clock, seconds, used, marks = Clock("cpu"), dict[str, float](), dict[str, float](), []
+    with clock.phase("load"):
+        model = load_model(folder)
+    parts = [
+        (training, "weights_sha256", "hash of the weights"),
+        (View, "of", "statistics"),
+        (training, "SpectralReward", "dense spectra"),
+    ]
+    with clock.phase("train"), ExitStack() as stack:
+        for where, name, part in parts:
+            stack.enter_context(timing(where, name, part, seconds, "cpu"))
+            stack.enter_context(timing(where, name, part, used, "cpu", time.process_time))
+        recipe = replace(PRESETS["paper"], updates=EPISODES, spectrum=route)
+        mark = lambda *_: marks.append((time.perf_counter(), time.process_time()))  # noqa: E731
+        trained = training.train(model, recipe, progress=mark)
+    # The first mark is after the untrained policy's evaluation, which is outside.
+    seconds["episodes"], used["episodes"] = (float(b - a) for a, b in zip(marks[0], marks[-1], strict=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        with clock.phase("prune"):
+            pruned = prune(model, trained.policy, ratio=RATIO, widths="uniform")
+        with clock.phase("save, reload and compare"):
+            pruned.save_pretrained(Path(scratch) / "pruned")
+        saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
+        rates = speeds("cpu", Path(scratch), time.process_time)
+    rates["read_bytes"] = read_rate()
+    return {
+        "episodes": EPISODES,
+        "masks": 2 * EPISODES * len(list(iter_ffns(model))),  # one played and one judged in each episode
+        "phases": clock.phases,
+        "seconds": seconds,
+        "cpu_seconds": used,
+        "floor_cpu_seconds": floors(route, model, saved, rates),
+        "rates": rates,
+        "history": trained.history,
+    }
+
+
+def floors(route: str, model: Any, saved: int, rates: dict[str, float]) -> dict[str, float]:
+    """CPU-seconds that each phase takes at least."""
+    ffns = list(iter_ffns(model))
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    reading = (sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)) / rates["float32"]
+    if route == "exact":
+        dense = sum(f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"]
+        mask = sum(downdate(f) + spectrum(f) for f in ffns) / rates[solver("cpu")]
+    else:
+        dense = sum(f.d_ff * f.d_model**2 for f in ffns) / rates["float32"] + sum(map(estimate, ffns)) / rates["float32"]
+        mask = sum(max(estimate(f) / rates["float32"], bytes_of_estimate(f) / rates["read_bytes"]) for f in ffns)
+    return {
+        "hash of the weights": held / rates["hash_bytes"],
+        "statistics": reading,
+        "dense spectra": dense,
+        "episodes": 2 * EPISODES * mask,
+        "prune": reading,
+        "save, reload and compare": saved / rates["disk_bytes"],
+    }
+
+
+def estimate(ffn: FFN) -> float:
+    """FLOPs of one mask: in each step G x and the removed rows, forth and back, of every sign vector."""
+    return STEPS * PROBES * (2 * ffn.d_model**2 + 4 * round(RATIO * ffn.d_ff) * ffn.d_model)
+
+
+def bytes_of_estimate(ffn: FFN) -> float:
+    """Read for one mask: G once and the removed rows twice in each step, in float32."""
+    return 4 * STEPS * (ffn.d_model**2 + 2 * round(RATIO * ffn.d_ff) * ffn.d_model)
+
+
+def read_rate() -> float:
+    """Bytes a second of reading 4 MB over and over: what a step of the estimate does."""
+    block = torch.ones(2**20)
+    start, times = time.process_time(), 400
+    for _ in range(times):
+        block.sum()
+    return times * block.nbytes / (time.process_time() - start)
+
+
+def peer(part: str, folder: Path) -> dict[str, Any]:
+    """The authors' package. As it comes it has its default threads, whatever the environment says."""
+    default = part.endswith("as it comes")
+    with patch.dict(os.environ):
+        threads = os.cpu_count() if default else torch.get_num_threads()
+        if default:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        load = os.getloadavg()[0]
+        facts, _ = peer_cuts(folder, PEERS[part], [RATIO], 1)
+    scale = EPISODES / facts["episodes"]
+    for name in ("seconds", "cpu_seconds"):
+        # Only episodes repeat, not the model's loading and the dense matrices' spectra.
+        once, all_told = facts[f"{name}_setup"], facts[f"{name}_training"]
+        facts[f"{name}_of_{EPISODES}_episodes"] = once + (all_told - once) * scale
+    return facts | {"threads": threads, "load": load}
+
+
+def agreement(folder: Path) -> dict[str, Any]:
+    """Both routes on the same masks of every layer: random ones, and ones from random to sorted by the rows' norms."""
+    generator, gaps, off, bounds, ranks = torch.Generator().manual_seed(0), [], [], [], {"random": [], "by norm": []}
+    for ffn in iter_ffns(load_model(folder)):
+        gate = ffn.gate.float()
+        norm = gate.norm(dim=1)
+        wanted = torch.linspace(0, 3, 10)[:, None] * ((norm - norm.mean()) / norm.std())
+        noise = torch.randn(2, 10, ffn.d_ff, generator=generator)
+        exact, sketch = SpectralReference.of(gate), SpectralSketch.of(gate)
+        for kind, scores in (("random", noise[0]), ("by norm", noise[1] + wanted)):
+            keep = scores.argsort(-1).argsort(-1) >= round(RATIO * ffn.d_ff)
+            right, close = exact.distance(keep), sketch.distance(keep)
+            off += (close - right).abs().tolist()
+            bounds += sketch.bound(keep).tolist()
+            ranks[kind].append(float(spearmanr(right, close).statistic))
+        full = [torch.linalg.svdvals(matrix) for matrix in (gate, gate[keep[0]])]
+        gaps.append(abs(1 / float(right[0]) - 1 / ks_2samp(*full, method="asymp").statistic))
+    errors = torch.tensor(off)
+    return {
+        "masks": len(off),
+        "largest_gap_of_exact_rewards_to_svd": max(gaps),
+        "estimate_rms_error": float(errors.square().mean().sqrt()),
+        "estimate_largest_error": float(errors.max()),
+        "smallest_bound": min(bounds),
+        "outside_bound": sum(e > b for e, b in zip(off, bounds, strict=True)),
+        "rank_correlation": {kind: float(torch.tensor(found).mean()) for kind, found in ranks.items()},
+    }
+
+
+def large(_: Path) -> dict[str, Any]:
+    """Seconds of the processor for one mask of one random matrix in the shape of Llama-2-7B."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(11008, 4096, generator=generator) / 64
+    keep = torch.rand(4, 11008, generator=generator).argsort(-1) >= round(RATIO * 11008)
+    times: dict[str, float] = {}
+
+    def timed(name: str, call: Any, times_over: int = 1) -> Any:
+        start = time.process_time()
+        result = call()
+        times[name] = (time.process_time() - start) / times_over
+        print(name, round(times[name], 2), flush=True)
+        return result
+
+    sketch = timed("estimate, once", lambda: SpectralSketch.of(weight))
+    close = timed("estimate, one mask alone", lambda: sketch.distance(keep[:1]))
+    timed("estimate, a mask of four", lambda: sketch.distance(keep), len(keep))
+    exact = timed("exact, once", lambda: SpectralReference.of(weight))
+    right = timed("exact, one mask", lambda: exact.distance(keep[:1]))
+    values: Tensor = timed("svdvals, one mask", lambda: torch.linalg.svdvals(weight[keep[0]]))
+    full = ks_2samp(exact.values.float(), values, method="asymp").statistic
+    found = {"ks_exact": float(right), "ks_svdvals": float(full), "ks_estimate": float(close)}
+    return found | {"bound": float(sketch.bound(keep[:1])), "cpu_seconds": times}
+
+
+def report(found: dict[str, dict[str, Any]]) -> None:
+    """Each phase of ours beside its floor, and how many times the peers' CPU-seconds are ours."""
+    for route in filter(found.__contains__, OURS):
+        line = found[route]
+        used = line["cpu_seconds"] | {
+            name: line["phases"][name]["cpu_seconds"] for name in ("prune", "save, reload and compare")
+        }
+        for phase, seconds in used.items():
+            print(f"{route}, {phase}: {seconds:.2f} CPU-s, floor {line['floor_cpu_seconds'][phase]:.2f}")
+        for name in filter(found.__contains__, PEERS):
+            theirs = found[name][f"cpu_seconds_of_{EPISODES}_episodes"]
+            of_all = line["phases"]["train"]["cpu_seconds"]
+            print(
+                f"{name}: {theirs:.0f} CPU-s, {theirs / used['episodes']:.1f} x episodes, {theirs / of_all:.1f} x all training"
+            )
+    for part in filter(found.__contains__, OTHERS):
+        print(part, {key: value for key, value in found[part].items() if key not in ("part", "model")})
+
+
+if __name__ == "__main__":
+    main()
