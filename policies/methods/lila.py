@@ -22,7 +22,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from prunenet.policies.methods.evidence import Evidence
-from prunenet.spectra import ks_distance
+from prunenet.distances import ks_distance
 
 _CHUNK = 2**19  # elements of the largest temporary: 4 MB stay in the cache
 _SMALLEST = 1e-30  # of a denominator, in units of the largest eigenvalue
