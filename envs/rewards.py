@@ -38,10 +38,10 @@ Spectrum = Literal["auto", "exact", "stochastic"]
 Route = SpectralReference | SpectralSketch
 
 EXACT_UP_TO = 2048
-"""Largest min(d_model, d_ff) that spectrum "auto" decomposes. The estimate is cheaper much earlier: one mask takes half of
-the exact route's time at 576 columns, a third at 2048 and a quarter at 4096, where that is 5 s (benchmarks/README.md). Exact
-all the same, because the estimate cannot tell apart masks whose distances differ by less than its error, as those of
-random masks do."""
+"""Largest min(d_model, d_ff) that spectrum "auto" decomposes. The estimate is cheaper much earlier: one mask alone takes half
+of the exact route's time at 576 columns, a third at 2048 and a quarter at 4096, where that is 5 s (benchmarks/README.md). Up to
+here exact all the same, because the estimate cannot tell apart masks whose distances differ by less than its error, as those
+of random masks do."""
 
 
 @runtime_checkable

@@ -157,7 +157,7 @@ PRESETS: dict[str, Recipe] = {
         baseline="none",
         subset="bernoulli",
         hidden=(),
-        evaluate_every=1,
+        evaluate_every=5,
         evaluate_at=(0.3,),
     ),
 }

@@ -192,7 +192,8 @@ def _stacked_eigenvalues(
     down = most <= most_kept
     fewer, most = (removed, most) if down else (keep, most_kept)
     found = []
-    for some in torch.arange(len(keep), device=keep.device).split(max(1, _MOST // (2 * side**2 + most * d_model))):
+    part = max(1, _MOST // (2 * side**2 + most * d_model))
+    for some in torch.split(torch.arange(len(keep), device=keep.device), part):
         if d_ff < d_model:
             grams = gram * (keep[some].unsqueeze(1) & keep[some].unsqueeze(2))
         else:

@@ -55,7 +55,7 @@ def counts_below(
     """How many eigenvalues of each tridiagonal matrix lie below each point."""
     squares = np.maximum(beside**2, _TINY)
     pivot = diagonal[:, :1] - points
-    count = (pivot < 0).astype(np.int64)
+    count: ndarray = (pivot < 0).astype(np.int64)
     negative = np.empty(pivot.shape, dtype=bool)
     with np.errstate(divide="ignore", over="ignore"):
         for step in range(1, diagonal.shape[1]):
