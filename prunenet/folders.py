@@ -25,7 +25,7 @@ def check_home(out: Path) -> None:
     """Raises CheckpointError where a folder `out` cannot be, or cannot be written in: said before the work, not after."""
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not place.is_dir():
-        raise CheckpointError(f"{out} cannot be a folder, because {place} is a file; give another folder")
+        raise CheckpointError(f"{out} cannot be written, because {place} is a file; give another folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise CheckpointError(f"{out} cannot be written, because {place} is closed to you; give another folder")
 
