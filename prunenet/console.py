@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -21,12 +22,12 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turns a user's mistake, a disk's refusal or a missing extra into one sentence and exit code 1."""
+    """Turns a user's mistake, a disk's refusal, a missing extra or too little memory into one sentence and exit code 1."""
     try:
         yield
     except Followed:
         raise typer.Exit(1) from None
-    except (ValueError, OSError, ImportError, PeerFailed) as error:
+    except (ValueError, OSError, ImportError, PeerFailed, MemoryError, torch.OutOfMemoryError) as error:
         if os.environ.get("PRUNENET_DEBUG"):
             raise
         errors.print(f"[red]error:[/red] {escape(_sentence(error))}")
@@ -66,4 +67,7 @@ def show(facts: dict[str, Any], as_json: bool, render: Callable[[], Any]) -> Non
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        said = str(error).partition(". ")[0] or "out of memory"
+        return f"{said}: take --dtype bfloat16, spread the weights with --device auto, or read them with --stream"
     return str(error) or type(error).__name__

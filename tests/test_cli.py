@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from families import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from prunenet.cli import app
+from prunenet.console import one_sentence
 from prunenet.policies import artifact
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.recipe import PRESETS
@@ -401,3 +403,12 @@ def test_the_pruned_file_holds_only_kept_channels(model, policy, tmp_path):
     keep = load_file(tmp_path / "out" / "prunenet_masks.safetensors")["layers.1.keep"].long()
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(narrow[name], dense[name][:, keep])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")])
+def test_too_little_memory_is_one_sentence_that_says_what_takes_less(error, capsys):
+    with pytest.raises(typer.Exit) as ended, one_sentence():
+        raise error
+    said = " ".join(capsys.readouterr().err.split())
+    assert ended.value.exit_code == 1
+    assert "out of memory: take --dtype bfloat16" in said
