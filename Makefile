@@ -5,18 +5,19 @@ ARGS ?=
 MODEL ?= $(HOME)/.cache/prunenet/SmolLM2-135M-Instruct
 TEXT ?= ../shared/data/wikitext2/wiki.test.raw
 RESULTS ?= benchmarks/results
+DATA ?= ../shared/data
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench wheel clean
+.PHONY: help setup demo test test-slow check bench table wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), ARGS (passed on, as in: make test ARGS='-k masks');"
-	@echo "  for bench: MODEL ($(MODEL)), TEXT, RESULTS"
+	@echo "  for bench and table: MODEL ($(MODEL)), TEXT, DATA, RESULTS"
 
 setup: $(READY) ## create the environment (the others do it when needed)
 
@@ -52,6 +53,24 @@ bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts ar
 	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl
 	$(BIN)/python benchmarks/quality.py $(MODEL) --text $(TEXT) --max-windows 8 --out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/spectral_reward.py $(MODEL) --out $(RESULTS)/spectral_reward.jsonl
+
+# Every system of the field on equal terms: what reads weights, what writes its own text, what is given text from outside.
+TABLE := random magnitude lila folding prunenet_published prunenet_published_trained prunenet-weights \
+	prunenet elimination wanda_sp flap llm_pruner_element1 \
+	wanda_sp@ptb flap@ptb llm_pruner_element1@ptb saap@ptb slicegpt@ptb adapruner@ptb
+# What the papers claim, as relations: text, OWL, the sign of SAAP's stability, what a search brings over its control.
+CLAIMS := llm_pruner_element1@ptb saap@ptb saap_flipped@ptb saap_fusion@ptb adapruner@ptb adapruner_random@ptb \
+	wanda_sp wanda_sp:owl wanda_sp@random wanda_sp:owl@random wanda_sp@ptb wanda_sp:owl@ptb wanda_sp@wiki wanda_sp:owl@wiki
+COMPARE := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m prunenet compare $(MODEL) --text $(TEXT) --text builtin \
+	--calibration ptb=$(DATA)/ptb/ptb.valid.txt --calibration wiki=$(DATA)/wikitext2/wiki.valid.tokens --max-windows 6
+
+table: $(READY) ## all methods x ratios 0.2, 0.3 on two texts and four tasks, and claims; under two hours on 2 cores, resumable
+	@$(PIP_INSTALL) -c constraints.txt -e '.[eval]'
+	@mkdir -p $(RESULTS)
+	$(COMPARE) $(TABLE) --ratios 0.2,0.3 --calibration-tokens 32768 \
+		--tasks arc_easy,piqa,winogrande,copa --task-data $(DATA)/tasks --limit 100 \
+		--out $(RESULTS)/table.jsonl --markdown $(RESULTS)/table.md --figures $(RESULTS)/table
+	$(COMPARE) $(CLAIMS) --ratios 0.3 --out $(RESULTS)/claims.jsonl --markdown $(RESULTS)/claims.md
 
 wheel: $(READY) ## build the source archive, and the wheel from it, into dist/
 	@$(BIN)/python -m build --outdir dist .

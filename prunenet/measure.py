@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,47 +48,39 @@ def measure(
     """
     if len(set(sources)) < len(sources):
         raise ValueError(f"each model is measured once, got one twice among {', '.join(sources)}")
-    if device == AUTO and len(sources) > 1:
-        rows = []
-        for done, source in enumerate(sources):
-            rows += measure(
-                [source],
-                text,
-                window=window,
-                stride=stride,
-                max_windows=max_windows,
-                speed=speed,
-                batch=batch,
-                compiled=compiled,
-                device=device,
-                max_memory=max_memory,
-                dtype=dtype,
-                progress=None if progress is None else _shifted(progress, done, len(sources)),
-            )
-            gc.collect()  # accelerate's hooks and the modules know each other: the weights would wait for the next one's
-        return rows
     if speed and batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
-    models = {source: load_model(source, dtype=dtype, device=device, max_memory=max_memory) for source in sources}
+    loading: dict[str, Any] = {"device": device, "max_memory": max_memory, "dtype": dtype}
+    windows: dict[str, Any] = {"window": window, "stride": stride, "max_windows": max_windows}
+    pace: dict[str, Any] = {"prompt": _PROMPT, "new_tokens": _NEW_TOKENS, "batch": batch, "compiled": compiled}
+    rows = []
+    for group in [[source] for source in sources] if device == AUTO else [list(sources)]:
+        report = None if progress is None else partial(_report, progress, len(sources), len(rows))
+        rows += _together(group, text, loading, windows, pace if speed else None, report)
+        gc.collect()  # accelerate's hooks and the modules know each other: the weights would wait for the next one's
+    return rows
+
+
+def _together(
+    sources: Sequence[str],
+    text: TestText,
+    loading: dict[str, Any],
+    windows: dict[str, Any],
+    pace: dict[str, Any] | None,
+    report: Callable[[int, int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """The rows of models that are in memory at the same time; no pace: their speed is not measured."""
+    models = {source: load_model(source, **loading) for source in sources}
     tokenizers = {source: load_tokenizer(source) for source in sources}
     for model in models.values():
-        check_positions(model, window, "window")
-        if speed:
+        check_positions(model, windows["window"], "window")
+        if pace is not None:
             check_positions(model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)")
     qualities = {}
     for done, (source, model) in enumerate(models.items()):
-        advance = None if progress is None else _shifted(progress, done, len(models))
-        qualities[source] = perplexity(
-            model,
-            tokenizers[source],
-            text,
-            window=window,
-            stride=stride,
-            max_windows=max_windows,
-            progress=advance,
-        )
-    pace = {"prompt": _PROMPT, "new_tokens": _NEW_TOKENS, "batch": batch}
-    speeds = speed_side_by_side(models, **pace, compiled=compiled) if speed else {}
+        advance = None if report is None else partial(report, done)
+        qualities[source] = perplexity(model, tokenizers[source], text, **windows, progress=advance)
+    speeds = {} if pace is None else speed_side_by_side(models, **pace)
     rows = []
     for source, model in models.items():
         folder = source if Path(source).is_dir() else None
@@ -101,8 +94,6 @@ def _ratio(folder: str) -> float:
     return load_provenance(folder).ratio if (Path(folder) / "prunenet.json").exists() else 0.0
 
 
-def _shifted(progress: Callable[[int, int], None], models_done: int, models: int) -> Callable[[int, int], None]:
-    def advance(done: int, total: int) -> None:
-        progress(models_done * total + done, models * total)
-
-    return advance
+def _report(progress: Callable[[int, int], None], models: int, before: int, now: int, done: int, total: int) -> None:
+    """`progress` over all models, from the windows of one: `before` are of earlier groups, `now` of its own."""
+    progress((before + now) * total + done, models * total)

@@ -30,6 +30,7 @@ Specs = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="JSON lines; what is in it is not done again.")]
 RatioList = Annotated[str, typer.Option(metavar="SHARES", help="Shares of FFN channels to remove, as in 0.2,0.3.")]
 SeedList = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 0,1,2.")]
+TaskList = Annotated[str, typer.Option(metavar="TASKS", help="Zero-shot tasks, as in arc_easy,piqa, or all in the folder.")]
 Texts = Annotated[
     list[str], typer.Option("--text", help="Text to score, repeatable: builtin, a file, or a dataset as id[:config[:split]].")
 ]
@@ -53,9 +54,7 @@ def compare(
     window: Window = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: no overlap.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Score only the first windows of each text.")] = None,
-    tasks: Annotated[
-        str, typer.Option(metavar="TASKS", help="Zero-shot tasks, as in arc_easy,piqa, or all in the folder.")
-    ] = "",
+    tasks: TaskList = "",
     task_data: Annotated[Path | None, typer.Option(help="Folder of their <task>.jsonl files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.")] = None,
     calibration: Calibration = [],  # noqa: B006
