@@ -53,7 +53,7 @@ def measure(
     loading: dict[str, Any] = {"device": device, "max_memory": max_memory, "dtype": dtype}
     windows: dict[str, Any] = {"window": window, "stride": stride, "max_windows": max_windows}
     pace: dict[str, Any] = {"prompt": _PROMPT, "new_tokens": _NEW_TOKENS, "batch": batch, "compiled": compiled}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in [[source] for source in sources] if device == AUTO else [list(sources)]:
         report = None if progress is None else partial(_report, progress, len(sources), len(rows))
         rows += _together(group, text, loading, windows, pace if speed else None, report)
