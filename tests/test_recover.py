@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from prunenet.calibration import Blocks
 from prunenet.checkpoint import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
 from prunenet.policies.artifact import PolicyError
+from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.gradients import next_token_loss
+from prunenet.policies.methods.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
 from prunenet.surgery import narrowed
@@ -310,6 +312,26 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
     assert "pip install 'prunenet[recover]'" in refused("recover", pruned, *taught)
     assert not out.exists()
     assert not out.with_name("out.recovery").exists()
+
+
+def test_cut_heads_and_sliced_residual_streams_are_kept(dense, tmp_path):
+    model, keep, groups = load_model(dense), random_keep([24] * LAYERS), [torch.tensor([True, False])] * LAYERS
+    narrow, (name, revision) = narrowed(model, keep, groups), identify(dense)
+    facts_of = {"base_model": name, "revision": revision, "policy": "test", "policy_sha256": None, "regime": "data"}
+    story = Provenance.of(model, narrow, ratio=0.5, seed=0, **facts_of)
+    save_pruned(narrow, tmp_path / "heads", keep, story, groups=groups)
+    sliced(Evidence(model, text(8)), slicing=0.25).save_pretrained(tmp_path / "sliced")
+    for kind in ("heads", "sliced"):
+        out = tmp_path / f"{kind} recovered"
+        said = facts("recover", tmp_path / kind, "--teacher", dense, "--out", out, *SMALL)
+        assert said["loss_after"] < said["loss_before"]
+        before, after = load_provenance(tmp_path / kind), load_provenance(out)
+        assert dataclasses.replace(after, recovered=(), regime=before.regime) == before
+        assert same_shapes(load_model(out), load_model(tmp_path / kind))
+
+
+def same_shapes(one, other) -> bool:
+    return [(name, p.shape) for name, p in one.named_parameters()] == [(n, p.shape) for n, p in other.named_parameters()]
 
 
 def test_what_is_filled_up_with_zeros_is_refused(dense, tmp_path):
