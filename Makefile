@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "  $(TORCH)"
 	@$(PIP_INSTALL) "$(TORCH)"
 	@echo "  prunenet and what it needs"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[demo,dev,search]'
+	@$(PIP_INSTALL) -c constraints.txt -e '.[demo,dev,recover,search]'
 	@touch $@
 
 demo: $(READY) ## train a policy, prune a real model, compare: results in demo/

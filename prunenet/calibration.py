@@ -225,21 +225,27 @@ def calibration_for(
     text: str,
     *,
     seed: int = 0,
+    total: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
     """`self_blocks`, or `data_blocks` of a text by its name; shorter where the model reads no 256 tokens.
 
+    `total`: tokens in all, of self-written text before its filter; the default is theirs.
+
     Of several processes (`prunenet.parallel`) the first writes or reads, and the others are given the same.
 
-    Raises as those do, and ValueError for a seed out of range.
+    Raises as those do, and ValueError for a seed out of range or a total of less than 2 blocks.
     """
     check_seed(seed)
     tokens = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
+    if total is not None and total < 2 * tokens:
+        raise ValueError(f"--tokens must be at least {2 * tokens}, 2 blocks of {tokens}, got {total}")
+    count = None if total is None else total // tokens
 
     def made() -> Blocks:
         if moments == "self":
-            return self_blocks(model, tokenizer, tokens=tokens, seed=seed, progress=progress)
-        return data_blocks(tokenizer, load_text(text, CalibrationText), window=tokens, seed=seed)
+            return self_blocks(model, tokenizer, sequences=count or 160, tokens=tokens, seed=seed, progress=progress)
+        return data_blocks(tokenizer, load_text(text, CalibrationText), count=count or 32, window=tokens, seed=seed)
 
     return blocks_from(0, made)
 

@@ -1,4 +1,4 @@
-"""The command line: train, prune, eval, compare, export, report, demo. Every command takes --json, for machines.
+"""The command line: train, prune, eval, compare, recover, export, report, demo. Every command takes --json, for machines.
 
 Results go to standard output, progress and errors to standard error. A user's mistake is one sentence and exit code 1 (2 where
 the command line itself is off); PRUNENET_DEBUG=1 shows the traceback.
@@ -17,7 +17,7 @@ from rich.markup import escape
 from prunenet import parallel, tables
 from prunenet.compare.command import compare
 from prunenet.console import errors, one_job, one_sentence, show
-from prunenet.inputs import blocks_for, check_reward_inputs, check_streamable, open_model, tokenizer_of
+from prunenet.inputs import blocks_for, check_reward_inputs, check_streamable, check_text, open_model, tokenizer_of
 from prunenet.options import (
     Algorithm,
     CalibrationSource,
@@ -48,6 +48,7 @@ from prunenet.options import (
     Widths,
     Window,
 )
+from prunenet.recover.command import recover
 
 app = typer.Typer(
     help="Learns once per model family which FFN channels matter, and cuts any model of that family to any size.",
@@ -141,8 +142,7 @@ def prune(
 
         apply.check_amount(ratio, params)
         check_absent(out)
-        if text and moments != "data":
-            raise ValueError("--text is read with --moments data only: add that, or leave --text out")
+        check_text(moments, text)
         check_streamable(stream, moments != "none", "say --moments none as well")
         dense = open_model(model, stream, dtype=dtype, device=place, max_memory=max_memory)
         trained, name = policy_for(policy, structure(dense).config.model_type)
@@ -204,6 +204,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command()(recover)
 
 
 @app.command()

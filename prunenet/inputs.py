@@ -44,9 +44,14 @@ def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:
 
 
 def blocks_for(
-    dense: PreTrainedModel | StreamedCheckpoint, source: str, moments: Literal["self", "data"], text: str, seed: int
+    dense: PreTrainedModel | StreamedCheckpoint,
+    source: str,
+    moments: Literal["self", "data"],
+    text: str,
+    seed: int,
+    total: int | None = None,
 ) -> Blocks:
-    """Token blocks to measure activations on; writing them shows progress."""
+    """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises as `calibration_for`."""
     from transformers import PreTrainedModel
 
     from prunenet.calibration import calibration_for
@@ -54,7 +59,7 @@ def blocks_for(
 
     assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
     with tables.progress(errors, "text") as advance:
-        return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, progress=advance)
+        return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, total=total, progress=advance)
 
 
 def check_reward_inputs(
@@ -68,6 +73,11 @@ def check_reward_inputs(
     given = [option for option, value in spectral.items() if value]
     if reward == "reconstruction" and given:
         raise ValueError(f"{given[0]} belongs to the spectral reward: say --preset spectral without --reward, or leave it out")
+    check_text(moments, text)
+
+
+def check_text(moments: str | None, text: str | None) -> None:
+    """Raises ValueError for a text that would not be read."""
     if text and moments != "data":
         raise ValueError("--text is read with --moments data only: add that, or leave --text out")
 

@@ -51,6 +51,7 @@ class Provenance:
             `ratio` says how much was removed, and not from where: as many parameters as that share of FFN channels.
         group_heads: query heads of a group.
         padded_groups: number to which `checkpoint.export_padded` filled groups with zeros.
+        recovered: each training after the cut, see `prunenet.recover`.
     """
 
     base_model: str
@@ -73,6 +74,7 @@ class Provenance:
     groups: tuple[int, ...] | None = None
     group_heads: int | None = None
     padded_groups: int | None = None
+    recovered: tuple[Mapping[str, Any], ...] = ()
     format_version: int = FORMAT_VERSION
     prunenet_version: str = field(default_factory=lambda: version("prunenet"))
 
@@ -101,12 +103,16 @@ class Provenance:
     def from_json(cls, text: str) -> Provenance:
         """Reads `prunenet.json`. Raises ValueError, TypeError or KeyError where the text is not one."""
         fields = json.loads(text)
-        optional = [name for name in ("residual_widths", *_OF_GROUPS) if name in fields and fields[name] is not None]
+        optional = [
+            name for name in ("residual_widths", "recovered", *_OF_GROUPS) if name in fields and fields[name] is not None
+        ]
         return cls(**fields | {name: tuple(fields[name]) for name in ("widths", "dense_widths", *optional)})
 
     def to_json(self) -> str:
-        """`prunenet.json`. Fields about heads are there only where heads were cut."""
+        """`prunenet.json`. Fields about heads are there only where heads were cut, and recovery where there was one."""
         fields = {name: value for name, value in asdict(self).items() if value is not None or name not in _OF_HEADS}
+        if not self.recovered:
+            del fields["recovered"]
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     def card(self, text: str | None = None, *, code: bool = False) -> str:
@@ -148,7 +154,7 @@ tags: [prunenet, pruned]
 | without embeddings | {self.non_embedding_before:,} | {self.non_embedding_after:,} |
 
 FFN channels left: {widths}.{padding}{heads}
-{addition}
+{_recovery(self.recovered)}{addition}
 ```python
 from transformers import AutoModelForCausalLM
 
@@ -171,6 +177,17 @@ def _heads(dense: PreTrainedModel, narrow: PreTrainedModel) -> dict[str, Any]:
     if len(set(counts.values())) == 1:
         return {}
     return counts | {"group_heads": len(before[0].query) // len(before[0].key)}
+
+
+def _recovery(recovered: Sequence[Mapping[str, Any]]) -> str:
+    """What the card says of it, one line for each training."""
+    lines = ""
+    for step in recovered:
+        how = f"low-rank training of its linears, {step['steps']} steps of {step['batch']} blocks, text: {step['text']['text']}"
+        change = f"{step['loss']} {step['loss_before']:.4f} before and {step['loss_after']:.4f} after, nats per token"
+        kept = "" if step["best_step"] else "; nothing was better, so the weights are those from before"
+        lines += f"\nRecovered by {how}. On text held back: {change}{kept}.\n"
+    return lines
 
 
 def _numbers(counts: Sequence[int]) -> str:

@@ -17,7 +17,11 @@ import prunenet
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(prunenet.__file__).resolve().parent
 SOURCES = sorted(
-    path for path in (*PACKAGE.glob("*.py"), *(p for f in ("compare", "envs", "policies") for p in (PACKAGE / f).rglob("*.py")))
+    path
+    for path in (
+        *PACKAGE.glob("*.py"),
+        *(p for f in ("compare", "envs", "policies", "recover") for p in (PACKAGE / f).rglob("*.py")),
+    )
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from families import tiny_model, token_ids
 from ranks import Ended, dies_at, job
-from test_cli import save_tiny
+from test_cli import contents, save_tiny
 from test_compare import words
+from test_recover import save_cut
 from test_train import SHORT, WHERE
 
 from prunenet import parallel
@@ -238,3 +239,24 @@ def test_a_comparison_has_the_same_lines_and_a_killed_one_goes_on_with_another_n
     assert not any(ended.errors[1:])
     assert lines(home / "two.jsonl") == expected
     assert [bool(json.loads(text)["cells"]) if text else None for text in ended.output] == [True, None, None]
+
+
+def recovered(home: Path, out: Path, death: int = 0, *more: str) -> None:
+    """Batches of three micro-batches, one of which is the second rank's."""
+    from prunenet.recover import training
+
+    if death:
+        dies_at(training, "teaching_loss", death, rank=1)
+    sizes = ("--steps", 3, "--batch", 5, "--micro-batch", 2, "--tokens", 1024, "--rank", 2, "--learning-rate", 0.01)
+    command(home, "recover", home / "narrow", "--teacher", home / "tiny", "--out", out, *sizes, *more)
+
+
+def test_a_recovery_has_the_same_bytes_and_a_killed_one_goes_on_with_another_number_of_processes(home):
+    save_cut(home / "tiny", home / "narrow", [24] * LAYERS)
+    assert job(1, home, recovered, home, home / "one").codes == [0]
+    assert job(2, home, recovered, home, home / "two", 2).codes == [1, -9]
+    ended = job(2, home, recovered, home, home / "two", 0, "--resume")
+    assert ended.codes == [0, 0]
+    assert not ended.errors[1].strip()
+    assert contents(home / "one") == contents(home / "two")
+    assert len(contents(home / "one")) > 3

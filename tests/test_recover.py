@@ -1,0 +1,345 @@
+"""Recovery: updates that change nothing at first, never make a model worse, and end in an ordinary checkpoint."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, LAYERS, random_keep, tiny_model, token_ids
+from safetensors.torch import load_file
+from test_cli import contents, facts, refused, run, save_tiny
+from transformers import AutoModelForCausalLM
+
+from prunenet.calibration import Blocks
+from prunenet.checkpoint import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
+from prunenet.policies.artifact import PolicyError
+from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.gradients import next_token_loss
+from prunenet.policies.methods.slicegpt import sliced
+from prunenet.recover.lora import adapted, merged, updates_of
+from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
+from prunenet.surgery import narrowed
+
+PER_LAYER = [16, 40, 8]
+QUICK = Tuning(steps=6, batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
+
+
+def cut(family: str = "llama", widths: list[int] | None = None):
+    """(dense, narrow)"""
+    dense = tiny_model(family)
+    return dense, narrowed(dense, random_keep(widths or [24] * LAYERS))
+
+
+def text(count: int = 20, regime: str = "self") -> Blocks:
+    return Blocks(token_ids(count, 16), regime, {"text": "random"})
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_updates_that_have_learned_nothing_change_nothing_and_touch_every_linear_of_the_layers(family):
+    _, narrow = cut(family, PER_LAYER)
+    before, flags = state(narrow), [p.requires_grad for p in narrow.parameters()]
+    student = adapted(narrow, 2, seed=0)
+    linears = [m for m in narrow.modules() if isinstance(m, torch.nn.Linear) and m is not narrow.get_output_embeddings()]
+    assert len(updates_of(student)) == 2 * len(linears)
+    assert torch.equal(student(token_ids()).logits, narrow(token_ids()).logits)
+    assert same(state(merged(student)), before)
+    assert [p.requires_grad for p in narrow.parameters()] == flags
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_update_computes_what_it_did_beside_the_linear(dtype):
+    _, narrow = cut()
+    student = adapted(narrow.to(dtype), 3, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for update in updates_of(student):
+        assert update.dtype == torch.float32
+        update.data = 0.1 * torch.randn(update.shape, generator=generator)
+    beside = student(token_ids()).logits
+    assert (beside - narrow(token_ids()).logits).abs().max() > 0.1
+    error = (merged(student)(token_ids()).logits - beside).abs().max() / beside.abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("widths", [None, PER_LAYER])
+def test_training_lowers_the_loss_on_text_held_back_and_leaves_both_models_alone(taught, widths):
+    dense, narrow = cut("opt", widths)
+    blocks = text() if taught else Blocks(torch.arange(3, 19).repeat(10, 1), "data", {"text": "one line"})
+    before = state(dense), state(narrow)
+    found = tuned(narrow, blocks, QUICK, teacher=dense if taught else None)
+    held = blocks.ids[-round(0.2 * len(blocks.ids)) :]
+
+    def loss(model) -> float:
+        with torch.no_grad():
+            return float(teaching_loss(model, dense, held) if taught else next_token_loss(model, held))
+
+    assert found.best_step > 0
+    assert (loss(narrow), loss(found.model)) == pytest.approx((found.before, found.after), rel=1e-5)
+    assert found.after < 0.9 * found.before
+    assert same(state(dense), before[0])
+    assert same(state(narrow), before[1])
+    assert found.model.get_input_embeddings().weight is found.model.get_output_embeddings().weight
+
+
+def test_where_nothing_is_better_the_model_stays_as_it_is():
+    dense, _ = cut()
+    found = tuned(dense, text(), QUICK, teacher=dense)  # nothing is nearer to the teacher than the teacher
+    assert found.model is dense
+    assert (found.best_step, found.after) == (0, found.before)
+
+
+def test_micro_batches_change_memory_and_not_what_is_learned():
+    dense, narrow = cut()
+    whole, parts = (tuned(narrow, text(), dataclasses.replace(QUICK, micro_batch=size), teacher=dense).after for size in (4, 3))
+    assert whole == pytest.approx(parts, rel=1e-3)
+
+
+def test_every_block_is_learned_from_equally_often(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "prunenet.recover.training.next_token_loss",
+        lambda model, ids: seen.extend(ids[:, 0].tolist()) or next_token_loss(model, ids),
+    )
+    blocks = Blocks(torch.arange(10, 20)[:, None].repeat(1, 4), "data", {})
+    tuned(cut()[1], blocks, dataclasses.replace(QUICK, steps=4))
+    learned = sorted(token for token in seen if token < 18)  # the last two are held back
+    assert learned == sorted([*range(10, 18)] * 2)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, taught):
+    dense, narrow = cut()
+    teacher = dense if taught else None
+
+    def kill(done, of, loss):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    whole = tuned(narrow, text(), QUICK, teacher=teacher)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(narrow, text(), QUICK, teacher=teacher, folder=tmp_path, progress=kill)
+    for other in (dataclasses.replace(QUICK, rank=2), dataclasses.replace(QUICK, steps=7)):
+        with pytest.raises(PolicyError, match="was started with tuning"):
+            tuned(narrow, text(), other, teacher=teacher, folder=tmp_path, resume=True)
+    steps = []
+    gone_on = tuned(
+        narrow, text(), QUICK, teacher=teacher, folder=tmp_path, resume=True, progress=lambda done, *_: steps.append(done)
+    )
+    assert steps == [4, 5, 6]
+    assert same(state(whole.model), state(gone_on.model))
+    assert whole.history == gone_on.history
+    assert any(path.name.startswith("events.out.tfevents") for path in tmp_path.iterdir())
+
+
+def test_a_loss_that_explodes_is_one_clear_sentence():
+    dense, narrow = cut()
+    with pytest.raises(ValueError, match="give a smaller --learning-rate than 1e"):
+        tuned(narrow, text(), dataclasses.replace(QUICK, learning_rate=1e30, steps=20), teacher=dense)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("batch", 0), ("micro_batch", 0), ("rank", 0), ("learning_rate", 0.0), ("seed", -1)],
+)
+def test_a_number_out_of_range_is_named_with_its_value(field, value):
+    with pytest.raises(ValueError, match=f"{field.replace('_', '.')} must be .*got {value}"):
+        Tuning(**{field: value})
+
+
+def test_text_and_teacher_must_suit_the_model():
+    dense, narrow = cut()
+    with pytest.raises(ValueError, match="2 blocks or more"):
+        tuned(narrow, text(1), QUICK, teacher=dense)
+    with pytest.raises(ValueError, match="beyond the model's 64 embeddings"):
+        tuned(narrow, Blocks(torch.full((4, 4), 64), "data", {}), QUICK)
+    other = tiny_model("llama")
+    other.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match="vocabulary of 70 tokens and the pruned model one of 64"):
+        tuned(narrow, text(), QUICK, teacher=other)
+
+
+# The command.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNENET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def save_cut(dense: Path, out: Path, widths: list[int], **fields) -> Path:
+    model, keep = load_model(dense), random_keep(widths)
+    narrow, (name, revision) = narrowed(model, keep), identify(dense)
+    facts = {"base_model": name, "revision": revision, "policy": "test", "policy_sha256": None, "regime": "weights"}
+    story = Provenance.of(model, narrow, ratio=0.5, seed=0, **facts | fields)
+    return save_pruned(narrow, out, keep, story)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, dense) -> Path:
+    return save_cut(dense, tmp_path_factory.mktemp("pruned") / "narrow", [24] * LAYERS)
+
+
+@pytest.fixture
+def words(tmp_path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{i % 7}" for i in range(2600)))
+    return path
+
+
+SMALL = ("--steps", 4, "--batch", 4, "--rank", 4, "--tokens", 2048, "--learning-rate", 0.005)
+
+
+@pytest.mark.parametrize("widths", [[24] * LAYERS, PER_LAYER])
+def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(dense, tmp_path, widths):
+    pruned = save_cut(dense, tmp_path / "narrow", widths)
+    inputs = contents(dense), contents(pruned)
+    said = facts("recover", pruned, "--teacher", dense, "--out", tmp_path / "a", *SMALL)
+    facts("recover", pruned, "--teacher", dense, "--out", tmp_path / "b", *SMALL)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert (contents(dense), contents(pruned)) == inputs
+    assert said["loss_after"] < said["loss_before"]
+    assert said["regime"] == "self"
+    assert not (tmp_path / "a.recovery" / STATE).exists()
+
+    story = load_provenance(tmp_path / "a")
+    before = load_provenance(pruned)
+    assert dataclasses.replace(story, recovered=(), regime="weights") == before
+    (step,) = story.recovered
+    assert {name: step[name] for name in ("steps", "rank", "loss", "regime")} == {
+        "steps": 4,
+        "rank": 4,
+        "loss": "KL(dense || pruned)",
+        "regime": "self",
+    }
+    assert (step["loss_before"], step["loss_after"]) == (said["loss_before"], said["loss_after"])
+    assert step["text"]["text"] == "self-generated"
+    assert "Recovered by low-rank training" in (tmp_path / "a" / "README.md").read_text()
+    assert all(map(torch.equal, load_masks(tmp_path / "a"), load_masks(pruned)))
+    if widths != PER_LAYER:
+        stock, stored = AutoModelForCausalLM.from_pretrained(tmp_path / "a"), load_file(tmp_path / "a" / "model.safetensors")
+        assert type(stock).__name__ == "LlamaForCausalLM"
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in stock.state_dict().items())
+        assert torch.equal(stock(token_ids()).logits, load_model(tmp_path / "a")(token_ids()).logits)
+
+
+def test_text_from_outside_needs_no_teacher_and_the_story_says_so(dense, pruned, words, tmp_path):
+    from prunenet.checkpoint import load_tokenizer
+
+    model = load_model(pruned)
+    named = save_pruned(model, tmp_path / "p", load_masks(pruned), load_provenance(pruned), tokenizer=load_tokenizer(dense))
+    ask = ("--moments", "data", "--text", words, *SMALL)
+    said = facts("recover", named, "--out", tmp_path / "once", *ask)
+    assert said["regime"] == "data"
+    facts("recover", tmp_path / "once", "--out", tmp_path / "twice", *SMALL, "--teacher", dense)
+    twice = load_provenance(tmp_path / "twice")
+    assert [(step["loss"], step["regime"]) for step in twice.recovered] == [
+        ("next token", "data"),
+        ("KL(dense || pruned)", "self"),
+    ]
+    assert twice.regime == "data"
+    assert (tmp_path / "twice" / "tokenizer.json").exists()
+
+
+def test_where_nothing_is_better_the_checkpoint_has_the_pruned_model_s_own_weights_and_says_so(dense, pruned, tmp_path):
+    ask = ("--teacher", dense, *SMALL, "--learning-rate", 1e-30)
+    assert "weights are those of the pruned model" in run("recover", pruned, "--out", tmp_path / "out", *ask).stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+    assert "nothing was better" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(dense, pruned, tmp_path, monkeypatch):
+    from prunenet.recover import training
+
+    ask = ("recover", pruned, "--teacher", dense, *SMALL)
+    facts(*ask, "--out", tmp_path / "whole")
+    step = training._Run._step
+
+    def killed(self, number):
+        if number == 2:
+            raise ValueError("killed")
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_step", killed)
+        assert "killed" in refused(*ask, "--out", tmp_path / "out")
+    assert "holds an unfinished run; say --resume" in refused(*ask, "--out", tmp_path / "out")
+    facts(*ask, "--out", tmp_path / "out", "--resume")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    other = save_tiny(tmp_path / "other")
+    tiny_model("llama", seed=1).save_pretrained(other)
+    narrow = tiny_model("qwen2")
+    narrow.save_pretrained(save_tiny(tmp_path / "qwen2", "qwen2"))
+    unknown = save_cut(dense, tmp_path / "unknown", [24] * LAYERS, revision="unknown")
+    taught = ("--teacher", dense, "--out", out, *SMALL)
+    cases = [
+        ((pruned, "--out", out), "learns nothing from text of its own: give the dense model"),
+        ((pruned, "--out", out, "--text", words), "--text is read with --moments data only"),
+        ((pruned, "--teacher", other, "--out", out), "is not the model that was pruned, tiny ("),
+        ((unknown, "--teacher", tmp_path / "qwen2", "--out", out), "has other sizes than the model that was pruned"),
+        ((dense, *taught), "is not a checkpoint of prunenet: it has no prunenet.json"),
+        ((pruned, *taught, "--rank", 0), "rank must be at least 1, got 0"),
+        ((pruned, *taught, "--steps", 0), "steps must be at least 1, got 0"),
+        ((pruned, *taught, "--tokens", 100), "--tokens must be at least 128, 2 blocks of 64, got 100"),
+        ((pruned, *taught, "--moments", "data", "--text", words, "--tokens", 4096), "give more text"),
+        ((pruned, *taught, "--resume"), "nothing to resume in"),
+        ((pruned, *taught, "--device", "auto"), "one device"),
+        ((pruned, "--teacher", dense, "--out", words), "exists already"),
+    ]
+    for arguments, message in cases:
+        assert message in refused("recover", *arguments), arguments
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install 'prunenet[recover]'" in refused("recover", pruned, *taught)
+    assert not out.exists()
+    assert not out.with_name("out.recovery").exists()
+
+
+def test_cut_heads_and_sliced_residual_streams_are_kept(dense, tmp_path):
+    model, keep, groups = load_model(dense), random_keep([24] * LAYERS), [torch.tensor([True, False])] * LAYERS
+    narrow, (name, revision) = narrowed(model, keep, groups), identify(dense)
+    facts_of = {"base_model": name, "revision": revision, "policy": "test", "policy_sha256": None, "regime": "data"}
+    story = Provenance.of(model, narrow, ratio=0.5, seed=0, **facts_of)
+    save_pruned(narrow, tmp_path / "heads", keep, story, groups=groups)
+    sliced(Evidence(model, text(8)), slicing=0.25).save_pretrained(tmp_path / "sliced")
+    for kind in ("heads", "sliced"):
+        out = tmp_path / f"{kind} recovered"
+        said = facts("recover", tmp_path / kind, "--teacher", dense, "--out", out, *SMALL)
+        assert said["loss_after"] < said["loss_before"]
+        before, after = load_provenance(tmp_path / kind), load_provenance(out)
+        assert dataclasses.replace(after, recovered=(), regime=before.regime) == before
+        assert same_shapes(load_model(out), load_model(tmp_path / kind))
+
+
+def same_shapes(one, other) -> bool:
+    return [(name, p.shape) for name, p in one.named_parameters()] == [(n, p.shape) for n, p in other.named_parameters()]
+
+
+def test_what_is_filled_up_with_zeros_is_refused(dense, tmp_path):
+    narrow = save_cut(dense, tmp_path / "narrow", PER_LAYER)
+    facts("export", narrow, "--pad", "--out", tmp_path / "padded")
+    assert "filled up with zeros" in refused("recover", tmp_path / "padded", "--teacher", dense, "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_without_recovery_says_nothing_of_it(pruned):
+    assert "recovered" not in json.loads((pruned / "prunenet.json").read_text())
+    assert "Recovered" not in (pruned / "README.md").read_text()
