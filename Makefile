@@ -9,6 +9,8 @@ DATA ?= ../shared/data
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# One process a core, which takes the tests that another has left; tiny models gain nothing from threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -37,7 +39,7 @@ demo: $(READY) ## train a policy, prune a real model, compare: results in demo/
 	@$(BIN)/prunenet demo --out demo $(ARGS)
 
 test: $(READY) ## run the tests (a few minutes)
-	@$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: $(READY) ## run the tests that need the real model (fetch it first: make demo)
 	@$(BIN)/pytest -m slow $(ARGS)
