@@ -72,7 +72,7 @@ table: $(READY) ## all methods x ratios 0.2, 0.3 on two texts and four tasks, an
 	$(COMPARE) $(TABLE) --ratios 0.2,0.3 --calibration-tokens 32768 \
 		--tasks arc_easy,piqa,winogrande,copa --task-data $(DATA)/tasks --limit 100 \
 		--out $(RESULTS)/table.jsonl --markdown $(RESULTS)/table.md --figures $(RESULTS)/table
-	$(COMPARE) $(CLAIMS) --ratios 0.3 --out $(RESULTS)/claims.jsonl --markdown $(RESULTS)/claims.md
+	$(COMPARE) $(CLAIMS) --ratios 0.3 --calibration-tokens 13056 --out $(RESULTS)/claims.jsonl --markdown $(RESULTS)/claims.md
 
 wheel: $(READY) ## build the source archive, and the wheel from it, into dist/
 	@$(BIN)/python -m build --outdir dist .
