@@ -253,10 +253,10 @@ def recovered(home: Path, out: Path, death: int = 0, *more: str) -> None:
 
 def test_a_recovery_has_the_same_bytes_and_a_killed_one_goes_on_with_another_number_of_processes(home):
     save_cut(home / "tiny", home / "narrow", [24] * LAYERS)
-    assert job(1, home, recovered, home, home / "one").codes == [0]
-    assert job(2, home, recovered, home, home / "two", 2).codes == [1, -9]
-    ended = job(2, home, recovered, home, home / "two", 0, "--resume")
+    assert job(1, home, recovered, home, home / "recovered" / "one").codes == [0]
+    assert job(2, home, recovered, home, home / "recovered" / "two", 2).codes == [1, -9]
+    ended = job(2, home, recovered, home, home / "recovered" / "two", 0, "--resume")
     assert ended.codes == [0, 0]
     assert not ended.errors[1].strip()
-    assert contents(home / "one") == contents(home / "two")
-    assert len(contents(home / "one")) > 3
+    assert contents(home / "recovered" / "one") == contents(home / "recovered" / "two")
+    assert len(contents(home / "recovered" / "one")) > 3
