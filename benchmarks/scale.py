@@ -50,7 +50,7 @@ from prunenet import __version__
 from prunenet.layers import FFN, iter_ffns, tables
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
-from prunenet.policies.recipe import PRESETS
+from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.spectra import SpectralReference
 
 RATIO = 0.3
@@ -141,7 +141,7 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
             pruned.save_pretrained(Path(scratch) / "pruned")
         saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
         rates = speeds(arguments.device, Path(scratch), partial(now, arguments.device))
-    ffns, masks = list(iter_ffns(model)), 2 * arguments.updates + 1  # one played in each update, one judged before and after
+    ffns, masks = list(iter_ffns(model)), masks_of(chosen)
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     statistics = sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)
     floors = {
@@ -158,6 +158,11 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
     ).items():
         print(f"{name}: {seconds:.2f} s, floor {floors[name]:.2f} s", flush=True)
     return facts | {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
+
+
+def masks_of(chosen: Recipe) -> int:
+    """Of each layer, once the untrained policy has been judged: those played, and one at each evaluation."""
+    return chosen.updates * chosen.masks + -(-chosen.updates // chosen.evaluate_every)
 
 
 @contextmanager

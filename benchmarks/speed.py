@@ -39,6 +39,7 @@ from scale import (
     flops_of_tables,
     in_a_process,
     lines,
+    masks_of,
     solver,
     spectrum,
     speeds,
@@ -58,6 +59,7 @@ from prunenet.spectra import SpectralReference
 from prunenet.spectral_density import PROBES, STEPS, SpectralSketch
 
 EPISODES = 20
+PUBLISHED = replace(PRESETS["paper"], updates=EPISODES)
 PEERS = {"efficient-pruners as it comes": ["--episodes", "2"]}
 PEERS["efficient-pruners, float32 and svdvals"] = ["--episodes", "4", "--float32", "--svdvals"]
 OURS = ("exact", "stochastic")
@@ -98,7 +100,7 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
         for where, name, part in parts:
             stack.enter_context(timing(where, name, part, seconds, "cpu"))
             stack.enter_context(timing(where, name, part, used, "cpu", time.process_time))
-        recipe = replace(PRESETS["paper"], updates=EPISODES, spectrum=route)
+        recipe = replace(PUBLISHED, spectrum=route)
         mark = lambda *_: marks.append((time.perf_counter(), time.process_time()))  # noqa: E731
         trained = training.train(model, recipe, progress=mark)
     # The first mark is after the untrained policy's evaluation, which is outside.
@@ -113,7 +115,7 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
     rates["read_bytes"] = read_rate()
     return {
         "episodes": EPISODES,
-        "masks": 2 * EPISODES * len(list(iter_ffns(model))),  # one played and one judged in each episode
+        "masks": masks_of(PUBLISHED) * len(list(iter_ffns(model))),
         "phases": clock.phases,
         "seconds": seconds,
         "cpu_seconds": used,
@@ -138,7 +140,7 @@ def floors(route: str, model: Any, saved: int, rates: dict[str, float]) -> dict[
         "hash of the weights": held / rates["hash_bytes"],
         "statistics": reading,
         "dense spectra": dense,
-        "episodes": 2 * EPISODES * mask,
+        "episodes": masks_of(PUBLISHED) * mask,
         "prune": reading,
         "save, reload and compare": saved / rates["disk_bytes"],
     }
