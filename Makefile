@@ -66,7 +66,7 @@ TEXTS := $(foreach text,@random @ptb @wiki,wanda_sp$(text) wanda_sp:owl$(text)) 
 COMPARE := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m prunenet compare $(MODEL) --text $(TEXT) --text builtin \
 	--calibration ptb=$(DATA)/ptb/ptb.valid.txt --calibration wiki=$(DATA)/wikitext2/wiki.valid.tokens --max-windows 6
 
-table: $(READY) ## all methods x ratios 0.2, 0.3 on two texts and four tasks, and claims; under two hours on 2 cores, resumable
+table: $(READY) ## all methods x ratios 0.2, 0.3 on two texts and four tasks, then the claims; two hours or more on 2 cores, resumable
 	@$(PIP_INSTALL) -c constraints.txt -e '.[eval]'
 	@mkdir -p $(RESULTS)
 	$(COMPARE) $(TABLE) --ratios 0.2,0.3 --calibration-tokens 32768 \
