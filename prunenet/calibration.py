@@ -28,6 +28,8 @@ from prunenet.synthetic import random_blocks
 from prunenet.text import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
 
 _GENERATOR_VERSION = 2  # raise when generate_blocks samples differently: cached text is then written anew
+PREFIX = 4
+"""First tokens of a document that the model goes on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def prefix_blocks(
     *,
     sequences: int = 80,
     tokens: int = 256,
-    prefix: int = 4,
+    prefix: int = PREFIX,
     seed: int = 0,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -116,19 +118,19 @@ def prefix_blocks(
         ValueError: the tokenizer has no token to start from, or sequences that are too short.
     """
     start = document_start(tokenizer)
-    openings = _openings(tokenizer, text, sequences, prefix, seed)
+    opening = openings(tokenizer, text, sequences, prefix=prefix, seed=seed)
     sampling: dict[str, Any] = {"sequences": sequences, "tokens": tokens, "seed": seed, "temperature": 0.7, "penalty": 1.1}
     source = {"prefixes": Path(text.name).name, "sha256": content_sha256(text), "prefix": prefix, **sampling}
     source |= {"start": start, "version": _GENERATOR_VERSION}
-    sampling |= {"hot": sampling["temperature"], "prefixes": openings, "progress": progress}
+    sampling |= {"hot": sampling["temperature"], "prefixes": opening, "progress": progress}
     ids = _cached(model, source, cache, lambda: generate_blocks(model, start, **sampling).cpu())
     return Blocks(ids, "data", {"text": "self-generated from document prefixes", **source})
 
 
-def _openings(
-    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, count: int, tokens: int, seed: int
-) -> Int[Tensor, "n tokens"]:
-    """The first tokens of up to `count` documents, drawn without replacement."""
+def openings(
+    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, count: int, *, prefix: int = PREFIX, seed: int = 0
+) -> Int[Tensor, "n prefix"]:
+    """The first `prefix` tokens of up to `count` documents, drawn without replacement. Raises as `prefix_blocks`."""
     if not isinstance(text, CalibrationText):
         raise TypeError(
             f"prefixes are taken from a CalibrationText, got a {type(text).__name__}: test text is only ever scored"
@@ -139,14 +141,14 @@ def _openings(
     found = []
     for number in torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist():
         # A token takes no more than 64 characters as a rule: long documents need not be read whole.
-        ids = tokenizer(documents[number][: 64 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-        if len(ids) == tokens:
+        ids = tokenizer(documents[number][: 64 * prefix], add_special_tokens=False, verbose=False)["input_ids"][:prefix]
+        if len(ids) == prefix:
             found.append(ids)
         if len(found) == count:
             break
     if not found:
         raise TextError(
-            f"text {text.name!r} has no document of {tokens} tokens or more to take the first tokens of; give more text"
+            f"text {text.name!r} has no document of {prefix} tokens or more to take the first tokens of; give more text"
         )
     return torch.tensor(found)
 

@@ -27,7 +27,7 @@ from prunenet.layers import count_parameters, ffn_widths
 from prunenet.offload import check_reread, read_placed, write_placed
 from prunenet.placement import AUTO, is_placed, parameters
 from prunenet.provenance import Provenance as Provenance
-from prunenet.sources import UNLOADABLE, config_and_class, find_folder, in_short, open_checkpoint
+from prunenet.sources import UNLOADABLE, check_device, config_and_class, find_folder, in_short, open_checkpoint
 from prunenet.surgery import zero_padded
 
 _PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
@@ -54,15 +54,14 @@ def load_model(
     if max_memory is not None and device != AUTO:
         raise ValueError(f"--max-memory says how --device auto places weights, and the device is {device}: leave one out")
     folder = open_checkpoint(source, dtype)
+    if device != AUTO:
+        check_device(device)
     read = partial(_read_model, folder, dtype)
     model = read_placed(lambda placing: read(placing=placing), max_memory) if device == AUTO else read()
     if not Path(source).is_dir():  # what provenance records; loaded from the cache, the model would name a folder there
         model.config._name_or_path, model.config._commit_hash = str(source), folder.name
-    try:
-        if device != AUTO:
-            model.to(device)  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"the model cannot be put on device {device!r}: {in_short(error)}") from error
+    if device != AUTO:
+        model.to(device)  # type: ignore[arg-type]
     return model
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from prunenet import parallel, tables
 from prunenet.compare.command import compare
-from prunenet.console import errors, one_job, one_sentence, show
+from prunenet.console import errors, one_job, one_process, show
 from prunenet.inputs import blocks_for, check_reward_inputs, check_streamable, check_text, open_model, tokenizer_of
 from prunenet.options import (
     Algorithm,
@@ -180,7 +180,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, size and speed of models, side by side."""
-    with one_sentence():
+    with one_process():
         from prunenet.measure import measure
         from prunenet.text import TestText, load_text
 
@@ -215,7 +215,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint with per-layer widths into one that every loader reads."""
-    with one_sentence():
+    with one_process():
         from prunenet.checkpoint import export_padded, load_provenance
 
         if not pad:
@@ -232,7 +232,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw perplexity and speed against size."""
-    with one_sentence():
+    with one_process():
         from prunenet.report import draw_report
 
         try:
@@ -250,7 +250,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Fetch a real model, train a policy on it, cut it to several sizes, and compare."""
-    with one_sentence():
+    with one_process():
         from prunenet.demo import run_demo
 
         rows = run_demo(out, ratios, errors)

@@ -38,6 +38,17 @@ def one_sentence() -> Iterator[None]:
 
 
 @contextmanager
+def one_process() -> Iterator[None]:
+    """`one_sentence` for a command that has no use for more processes: each would do all of the work."""
+    with one_sentence():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "train, prune, compare and recover share work between processes, this command does not: run it alone"
+            )
+        yield
+
+
+@contextmanager
 def one_job(device: str) -> Iterator[str]:
     """`one_sentence` for all processes that torchrun has started: rank 0 has the screen, and who fails first says why.
 

@@ -39,6 +39,21 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
+class Energies:
+    """Of one layer's activations h, each channel alone: what scores need that relate no channel to another.
+
+    Attributes:
+        energy: E[h_j^2], (d_ff,), float32: the diagonal of `Moments.second`, at 1 / d_ff of its work and memory.
+        mean: E[h], (d_ff,), float32.
+        tokens: how many were averaged: those that are not skipped.
+    """
+
+    energy: Float[Tensor, " d_ff"]
+    mean: Float[Tensor, " d_ff"]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """What a dense model's layer has, t, where the pruned model's has h: the same layer and tokens.
 
@@ -88,8 +103,8 @@ class LayerWalk:
         offload: whether hidden states wait on the CPU, a batch at a time being on the layer's device. Those of a model that
             accelerate has placed (`prunenet.placement`) always do.
 
-    Iterate over it: each layer may be measured (`moments`) and, if `changing`, changed before or after. Inside the loop body
-    the weights of that layer are on its device, wherever they are kept.
+    Iterate over it: each layer may be measured (`moments`, `energies`) and, if `changing`, changed before or after. Inside the
+    loop body the weights of that layer are on its device, wherever they are kept.
 
     Raises:
         ValueError: blocks that the model cannot read, or `skip` out of range.
@@ -143,13 +158,29 @@ class LayerWalk:
     def moments(self, index: int) -> Moments:
         """Of the layer that the walk stands at."""
         sums = _Sums(self._downs[index].in_features, self.device(index))
+        for h in self._activations(index):
+            sums.add(h)
+        return sums.moments()
+
+    @torch.no_grad()
+    def energies(self, index: int) -> Energies:
+        """Of the layer that the walk stands at."""
+        energy, mean = torch.zeros(2, self._downs[index].in_features, device=self.device(index))
+        tokens = 0
+        for h in self._activations(index):
+            tokens += len(h)
+            energy += h.square().sum(0)
+            mean += h.sum(0)
+        return Energies(energy.div_(tokens), mean.div_(tokens), tokens)
+
+    def _activations(self, index: int) -> Iterator[Float[Tensor, "tokens d_ff"]]:
+        """In front of the layer's down linear, batch by batch; what the layer then puts out is kept."""
         outputs = []
         for part in range(len(self._calls)):
             output, h, _ = self._measured(index, part)
-            sums.add(h)
             outputs.append(output)
+            yield h
         self._outputs = outputs
-        return sums.moments()
 
     def _measured(self, index: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden states behind the layer; then, of each token that counts, h and |W h|^2 in float32), of one batch."""
@@ -220,6 +251,13 @@ def ffn_moments(
     walk = LayerWalk(model, blocks, batch=batch, skip=skip)
     for index in walk:
         yield walk.moments(index)
+
+
+def channel_energies(model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4) -> Iterator[Energies]:
+    """The energies of each layer of a model left as it is, first to last. Arguments: see `LayerWalk`."""
+    walk = LayerWalk(model, blocks, batch=batch)
+    for index in walk:
+        yield walk.energies(index)
 
 
 @torch.no_grad()

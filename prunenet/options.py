@@ -17,6 +17,7 @@ Device = Annotated[
         "all GPUs, then the CPU, then the disk (extra 'large')."
     ),
 ]
+OneDevice = Annotated[str, typer.Option("--device", help="A torch device: cpu, cuda, cuda:1, ...")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -109,6 +110,16 @@ def config_and_class(folder: Path) -> tuple[PretrainedConfig, Any]:
     elif hasattr(config, "residual_widths"):
         kind = getattr(sliced_modeling, sliced_modeling.PREFIX + kind.__name__)
     return config, kind
+
+
+def check_device(device: str) -> None:
+    """Raises CheckpointError for a device that this machine has not, or that holds no numbers."""
+    try:
+        found = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"weights cannot be put on device {device!r}: {in_short(error)}") from error
+    if found.is_meta:
+        raise CheckpointError("weights cannot be put on device 'meta', which holds shapes alone: give cpu or cuda")
 
 
 def in_short(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from prunenet.layers import FFN, decoder_layers, read_ffn
 from prunenet.offload import SHARD, write_model
 from prunenet.provenance import Provenance
 from prunenet.shards import StoredTensor, read_header
-from prunenet.sources import UNLOADABLE, config_and_class, in_short, open_checkpoint, weight_files
+from prunenet.sources import UNLOADABLE, check_device, config_and_class, in_short, open_checkpoint, weight_files
 from prunenet.surgery import narrowed
 
 
@@ -61,10 +61,7 @@ class StreamedCheckpoint:
             UnsupportedArchitecture, CheckpointError, ValueError: as `checkpoint.load_model`.
         """
         folder = open_checkpoint(source, dtype)
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise CheckpointError(f"weights cannot be put on device {device!r}: {in_short(error)}") from error
+        check_device(device)
         stored = {name: tensor for path in weight_files(folder) for name, tensor in read_header(path).items()}
         skeleton = _skeleton(folder, dtype, stored)
         if not Path(source).is_dir():  # what provenance records

@@ -66,6 +66,7 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
         **{name: value for name, value in provenance.how.items() if name != "text" and value is not None},
         "ratio": provenance.ratio,
         "width": widths[0] if len(widths) == 1 else list(provenance.widths),
+        **({"padded_to": provenance.padded_to} if provenance.padded_to else {}),
         "parameters_before": provenance.parameters_before,
         "parameters": provenance.parameters_after,
         "removed": 1 - provenance.parameters_after / provenance.parameters_before,

@@ -291,6 +291,8 @@ def test_unknown_dtypes_and_devices_are_refused(stored) -> None:
         load_model(stored, dtype="int3")
     with pytest.raises(CheckpointError, match="device 'abacus'"):
         load_model(stored, device="abacus")
+    with pytest.raises(CheckpointError, match="'meta', which holds shapes alone"):
+        load_model(stored, device="meta")
 
 
 def test_a_folder_without_a_tokenizer_says_so(stored) -> None:

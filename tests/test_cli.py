@@ -391,6 +391,15 @@ def test_export_pads_per_layer_widths_and_says_what_it_cannot_do(model, policy, 
     assert "say --pad" in refused("export", tmp_path / "narrow", "--out", tmp_path / "x")
 
 
+@pytest.mark.parametrize("command", [("eval", "m"), ("export", "m", "--pad", "--out", "x"), ("report", "r"), ("demo",)])
+def test_a_command_that_shares_no_work_refuses_to_run_as_several_processes(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    out = () if "--out" in command or command[0] == "eval" else ("--out", "x")
+    assert "this command does not: run it alone" in refused(*command, *out)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_python_m_prunenet_is_the_command():
     shown = subprocess.run([sys.executable, "-m", "prunenet", "--help"], capture_output=True, text=True, check=True).stdout
     assert all(command in shown for command in ("train", "prune", "eval", "export", "report", "demo"))

@@ -368,7 +368,7 @@ def test_prefixes_are_never_taken_from_a_test_text(model, tokenizer, unchecked):
 
 
 def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(folder, monkeypatch, tmp_path):
-    walks, held, real, step = [], [], workshop.SharedEvidence.moments.func, run._measure
+    walks, held, real, step = [], [], workshop.SharedEvidence.energies.func, run._measure
 
     def counted(evidence):
         walks.append(evidence.label)
@@ -378,7 +378,7 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         step(cell, scored, bench, line)
         held.append(sorted(label for label, _ in bench._evidence if label))
 
-    monkeypatch.setattr(workshop.SharedEvidence.moments, "func", counted)
+    monkeypatch.setattr(workshop.SharedEvidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
     lines, _ = compare(
         folder, "flap@words", "flap:uniform@words", "flap", "random", ratios="0.25,0.5", out=tmp_path / "r.jsonl"
@@ -507,13 +507,13 @@ def test_another_question_is_another_cell_and_another_name_is_not(folder, tmp_pa
         assert len(lines) > count, change
 
 
-def broken(_evidence):
+def broken(*_):
     raise RuntimeError("the gradient\nis lost")
 
 
 def test_a_failing_cell_is_recorded_the_others_go_on_and_a_later_run_tries_it_again(folder, tmp_path, monkeypatch):
     out = tmp_path / "r.jsonl"
-    monkeypatch.setitem(METHODS, "wanda_sp", replace(METHODS["wanda_sp"], score=broken))
+    monkeypatch.setitem(METHODS, "wanda_sp", replace(METHODS["wanda_sp"], layer_score=broken))
     asked = ("random", "wanda_sp@words", "flap@words")
     lines, result = compare(folder, *asked, out=out, markdown=tmp_path / "t.md", code=1)
     assert "1 of 4 cells failed" in result.stderr
@@ -622,6 +622,11 @@ def test_calibration_text_that_is_too_short_and_task_files_that_miss_a_column_ar
             ["flap@short"],
             {"calibration": f"short={tmp_path / 'short.txt'}"},
             ["text 'short'", "0 windows of 16 tokens", "--calibration-window"],
+        ),
+        (
+            ["flap@seed:short"],
+            {"calibration": f"short={tmp_path / 'short.txt'}"},
+            ["text 'short'", "no document of 4 tokens", "give more text"],
         ),
         (["random"], {"tasks": "piqa", "task_data": str(tmp_path)}, ["piqa.jsonl row 1 has no column 'sol1'"]),
     ):
@@ -758,6 +763,17 @@ def test_without_matplotlib_figures_are_refused_before_any_work(folder, tmp_path
     assert not lines
     monkeypatch.undo()
     importlib.import_module("prunenet.compare.figures")
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_any_work(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for options in ({"markdown": tmp_path}, {"markdown": tmp_path / "file" / "t.md"}, {"figures": tmp_path / "file"}):
+        lines, result = compare(folder, "random", out=tmp_path / "r.jsonl", code=1, **options)
+        said = " ".join(result.stderr.split())
+        assert said.count("error:") == 1
+        assert "give a" in said
+        assert not lines
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_failed_method_stands_last_and_an_infinite_perplexity_is_a_dash():

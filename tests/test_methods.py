@@ -6,7 +6,7 @@ from families import D_FF, D_MODEL, LAYERS, tiny_model, token_ids
 from prunenet.calibration import Blocks
 from prunenet.layers import count_parameters, down_linears, ffn_widths, iter_ffns
 from prunenet.masks import top_channels
-from prunenet.moments import Moments
+from prunenet.moments import Energies
 from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, flap, gradients, pruned_model, wanda_sp
 from prunenet.surgery import masking
 
@@ -172,7 +172,7 @@ def test_wanda_measures_each_layer_behind_the_cut_ones() -> None:
         with masking(model, done):
             h = activations(model, BLOCKS.ids)[layer]
         ffn = list(iter_ffns(model))[layer]
-        score = wanda_sp.layer_score(ffn, Moments(h.T @ h / len(h), h.mean(0), len(h)))
+        score = wanda_sp.layer_score(ffn, Energies(h.square().mean(0), h.mean(0), len(h)))
         assert made.keep[layer].equal(top_channels(score, 24))
     once = cut(Evidence(model, BLOCKS), "wanda_sp", 0.5, sequential=False)
     assert not all(a.equal(b) for a, b in zip(once.keep, made.keep, strict=True))

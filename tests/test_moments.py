@@ -49,6 +49,17 @@ def test_the_first_positions_can_be_left_out_but_are_still_read(family, skip):
         assert torch.equal(moments.second, moments.second.T)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_energies_are_the_diagonal_of_the_moments_and_pass_the_same_hidden_states_on(family):
+    model = tiny_model(family)
+    walks = LayerWalk(model, BLOCKS, batch=4, skip=2), LayerWalk(model, BLOCKS, batch=4, skip=2)
+    for index, _ in zip(*walks, strict=True):
+        full, alone = walks[0].moments(index), walks[1].energies(index)
+        torch.testing.assert_close(alone.energy, full.second.diagonal())
+        assert torch.equal(alone.mean, full.mean)
+        assert alone.tokens == full.tokens
+
+
 def test_moments_are_bit_equal_to_sums_of_batches():
     model = tiny_model("llama")
     plain = next(ffn_moments(model, BLOCKS, batch=4))

@@ -336,7 +336,7 @@ def same_shapes(one, other) -> bool:
 
 def test_what_is_filled_up_with_zeros_is_refused(dense, tmp_path):
     narrow = save_cut(dense, tmp_path / "narrow", PER_LAYER)
-    facts("export", narrow, "--pad", "--out", tmp_path / "padded")
+    assert facts("export", narrow, "--pad", "--out", tmp_path / "padded")["padded_to"] == max(PER_LAYER)
     assert "filled up with zeros" in refused("recover", tmp_path / "padded", "--teacher", dense, "--out", tmp_path / "out")
 
 

@@ -29,6 +29,7 @@ from prunenet.surgery import narrowed
 
 WITH_HEADS = ("uniform", "protected", "global")
 """Allocations that are defined for attention heads too."""
+_BY_SCORES = ("global", "predictor", "evolution")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,23 +127,24 @@ def cut(
         raise ValueError(f"{method.name} cuts no FFN channels and has no masks of them; ask pruned_model for its model")
     budget = Budget.of(evidence.model, ratio, round_to=round_to, floor=floor)
     allocation = method.allocation if allocation is None else allocation
+    on_the_way = sequential and method.layer_score is not None  # scores of the dense model then only serve the widths
     groups, scores = None, None
     if heads:
         groups, scores, budget = _groups(evidence, method, budget, allocation)
-    elif method.score is not None:
+    elif method.score is not None and not (on_the_way and allocation not in _BY_SCORES):
         scores = method.score(evidence)
     widths = _widths(evidence, method, budget, allocation, scores)
     if method.merge is not None:
         keep = [torch.arange(d_ff) < width for d_ff, width in zip(budget.d_ff, widths, strict=True)]
         return Cut(widths, keep, merged=method.merge(evidence, widths))
-    assert scores is not None
-    if sequential and method.layer_score is not None:
+    if on_the_way:
         keep = _sequential(evidence, method, widths)
     else:
+        assert scores is not None
         keep = [top_channels(row, width) for row, width in zip(scores, widths, strict=True)]
     biases, group_biases = None, None
     if (method.compensate if compensate is None else compensate) == "mean_bias":
-        biases = list(map(mean_bias, evidence.ffns, evidence.moments, keep))
+        biases = list(map(mean_bias, evidence.ffns, evidence.energies, keep))
         if groups is not None:
             group_biases = list(map(group_mean_bias, evidence.attentions, evidence.head_outputs, groups))
     return Cut(widths, keep, biases=biases, groups=groups, group_biases=group_biases)
@@ -212,7 +214,7 @@ def _widths(
         return owl(budget, [outlier_share(*zip(*layer, strict=True)) for layer in layers])
     if allocation == "influence":
         return by_influence(budget, evidence.influence)
-    if allocation not in ("global", "predictor", "evolution"):
+    if allocation not in _BY_SCORES:
         known = ", ".join(get_args(Allocation))
         raise ValueError(f"an allocation is one of {known}, or a list of widths, got {allocation!r}")
     if scores is None:
@@ -236,7 +238,7 @@ def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> li
     with ExitStack() as hooks:
         walk = LayerWalk(evidence.model, evidence.ids, changing=True)
         for index in walk:
-            scores = method.layer_score(evidence.ffns[index], walk.moments(index))
+            scores = method.layer_score(evidence.ffns[index], walk.energies(index))
             keep.append(top_channels(scores, widths[index]))
             hooks.enter_context(downs[index].register_forward_pre_hook(_zeroing(~keep[-1])))
     return keep

@@ -1,4 +1,4 @@
-"""What pruning methods look at, computed once for all of them: weights, moments, what linears read, Taylor sums."""
+"""What pruning methods look at, computed once for all of them: weights, energies, what linears read, Taylor sums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from prunenet.calibration import Blocks
 from prunenet.heads import Attention, attentions, out_linears
 from prunenet.layers import FFN, check_tokens, decoder_layers, ffn_at, iter_ffns
-from prunenet.moments import Moments, ffn_moments
+from prunenet.moments import Energies, channel_energies
 from prunenet.placement import check_together, device_of, home, is_placed
 from prunenet.policies.methods.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
 from prunenet.policies.methods.influence import block_influence
@@ -57,8 +57,8 @@ class HeadOutputs:
 class Evidence:
     """A dense model, the text that a method may read, and everything measured on them so far.
 
-    What is measured is kept: moments take d_ff^2 float32 a layer (283 MB for SmolLM2-135M), the rest is small. The model must
-    not change while its evidence is in use; measuring leaves it as it was.
+    What is measured is kept: a few numbers a channel. The model must not change while its evidence is in use; measuring leaves
+    it as it was.
 
     Attributes:
         model: a causal LM in eval mode.
@@ -109,9 +109,9 @@ class Evidence:
         return found
 
     @cached_property
-    def moments(self) -> list[Moments]:
+    def energies(self) -> list[Energies]:
         """Of each layer of the dense model, over all blocks."""
-        return list(ffn_moments(self.model, self.ids, batch=_BATCH))
+        return list(channel_energies(self.model, self.ids, batch=_BATCH))
 
     @cached_property
     def taylor(self) -> list[TaylorSums]:

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from prunenet.heads import Attention
 from prunenet.layers import FFN
-from prunenet.moments import Moments
+from prunenet.moments import Energies
 from prunenet.policies.methods.evidence import Evidence, HeadOutputs
 from prunenet.policies.methods.structures import Scores
 
 
-def fluctuation(ffn: FFN, moments: Moments) -> Float[Tensor, " d_ff"]:
+def fluctuation(ffn: FFN, energies: Energies) -> Float[Tensor, " d_ff"]:
     """Var_t(X_j) |W_:,j|^2: variance over tokens of channel j of the down matrix' input, times the squared column norm."""
-    variance = (moments.second.diagonal() - moments.mean.square()).clamp_min(0)
+    variance = (energies.energy - energies.mean.square()).clamp_min(0)
     return variance * ffn.down.float().square().sum(0)
 
 
 def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
     """Fluctuations, standardised within each layer, so that one sort ranks the channels of all layers."""
-    return [standardised(fluctuation(ffn, m)) for ffn, m in zip(evidence.ffns, evidence.moments, strict=True)]
+    return [standardised(fluctuation(ffn, found)) for ffn, found in zip(evidence.ffns, evidence.energies, strict=True)]
 
 
 def with_heads(evidence: Evidence) -> Scores:
@@ -57,10 +57,10 @@ def standardised(scores: Float[Tensor, " d_ff"]) -> Float[Tensor, " d_ff"]:
     return torch.where(deviation > 0, centred / deviation, 0.0)
 
 
-def mean_bias(ffn: FFN, moments: Moments, keep: Bool[Tensor, " d_ff"]) -> Float[Tensor, " d_model"]:
+def mean_bias(ffn: FFN, energies: Energies, keep: Bool[Tensor, " d_ff"]) -> Float[Tensor, " d_model"]:
     """W_R mu_R: what the removed channels R write on average."""
     removed = ~keep.to(ffn.down.device)
-    return ffn.down.float()[:, removed] @ moments.mean[removed]
+    return ffn.down.float()[:, removed] @ energies.mean[removed]
 
 
 def group_mean_bias(attention: Attention, outputs: HeadOutputs, groups: Bool[Tensor, " groups"]) -> Float[Tensor, " d_model"]:

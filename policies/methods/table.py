@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.layers import FFN
-from prunenet.moments import Moments
+from prunenet.moments import Energies
 from prunenet.policies.methods import (
     adapruner,
     flap,
@@ -69,7 +69,7 @@ class Method:
     with_heads: Callable[[Evidence], Scores] | None = None
     rebuild: Callable[[Evidence, float, int], PreTrainedModel] | None = None
     able: Callable[[PreTrainedModel], None] | None = None
-    layer_score: Callable[[FFN, Moments], Float[Tensor, " _"]] | None = None
+    layer_score: Callable[[FFN, Energies], Float[Tensor, " _"]] | None = None
     comparable: bool = False
     compensate: Compensation = "none"
     allocation: Allocation = "uniform"

@@ -12,16 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunenet.layers import FFN
-from prunenet.moments import Moments
+from prunenet.moments import Energies
 from prunenet.policies.methods.evidence import Evidence
 
 
-def layer_score(ffn: FFN, moments: Moments) -> Float[Tensor, " d_ff"]:
+def layer_score(ffn: FFN, energies: Energies) -> Float[Tensor, " d_ff"]:
     """mean_i |W_ij| * |X_j|_2: W the down matrix, X_j the activations of channel j over all tokens."""
-    norm = (moments.second.diagonal() * moments.tokens).sqrt()
+    norm = (energies.energy * energies.tokens).sqrt()
     return ffn.down.float().abs().mean(0) * norm
 
 
 def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
     """Of each layer of the dense model, in one pass. As published, each layer is measured behind the cut ones: see `cut`."""
-    return [layer_score(ffn, moments) for ffn, moments in zip(evidence.ffns, evidence.moments, strict=True)]
+    return [layer_score(ffn, energies) for ffn, energies in zip(evidence.ffns, evidence.energies, strict=True)]

@@ -89,7 +89,7 @@ def compare(
         named = dict(_named(given) for given in calibration)
         parsed = parse_all(specs, named)
         shares, numbers = _listed("ratios", ratios, float), _listed("seeds", seeds, int)
-        _check_figures(figures)
+        _check_presentation(markdown, figures)
         results = Results(out)
         scored = _evaluation(text, window, stride, max_windows, _task_files(tasks, task_data), limit)
         texts = _calibration_texts({spec.text for spec in parsed if spec.text is not None}, named, scored)
@@ -119,10 +119,17 @@ def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
     return policy or not spec.needs_policy
 
 
-def _check_figures(folder: Path | None) -> None:
-    """Says now what is missing, not after the work."""
-    if folder is not None:
+def _check_presentation(markdown: Path | None, figures: Path | None) -> None:
+    """Says now what is missing or cannot be written, not after the work."""
+    from prunenet.folders import check_home
+
+    if figures is not None:
         importlib.import_module("prunenet.compare.figures")
+        check_home(figures)
+    if markdown is not None:
+        if markdown.is_dir():
+            raise ValueError(f"--markdown {markdown} is a folder; give a file")
+        check_home(markdown.parent)
 
 
 def _done(plan: Plan, workshop: Workshop, results: Results) -> list[Line]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet import parallel
-from prunenet.calibration import Blocks, blocks_from, data_blocks, prefix_blocks, self_blocks, token_blocks
+from prunenet.calibration import Blocks, blocks_from, data_blocks, openings, prefix_blocks, self_blocks, token_blocks
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
@@ -126,9 +126,12 @@ class Workshop:
     def check_texts(self, specs: Sequence[Spec]) -> None:
         """Raises ValueError for calibration text that is too short, or windows that the model cannot read."""
         check_positions(self.model, self._amount.window, "calibration window")
-        for name in sorted({spec.text for spec in specs if spec.text is not None and spec.moments == spec.text}):
+        for moments, name in sorted({(spec.moments, spec.text) for spec in specs if spec.moments and spec.text}):
             try:
-                self._written(name, 0, lambda done, of: None)
+                if moments == name:
+                    self._written(name, 0, lambda done, of: None)
+                else:
+                    openings(self.tokenizer, self._texts[name], 1)
             except ValueError as error:
                 raise ValueError(f"calibration text {name!r}: {error} (--calibration-tokens, --calibration-window)") from None
 

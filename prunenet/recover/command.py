@@ -11,7 +11,7 @@ import typer
 from prunenet import parallel, tables
 from prunenet.console import errors, one_job, show
 from prunenet.inputs import blocks_for, check_text, tokenizer_of
-from prunenet.options import CalibrationSource, Device, Dtype, Json, Out
+from prunenet.options import CalibrationSource, Dtype, Json, OneDevice, Out
 from prunenet.placement import AUTO
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def recover(
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, at the first step.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of the text and of the training.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out.")] = False,
-    device: Device = "cpu",
+    device: OneDevice = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
