@@ -147,7 +147,7 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
     floors = {
         "hash of the weights": held / rates["hash_bytes"],
         "statistics": statistics / rates["float32"],
-        "spectra of the dense matrices": sum(2 * f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"],
+        "spectra of the dense matrices": sum(f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"],
         "updates and evaluations": masks * sum(downdate(f) + spectrum(f) for f in ffns) / rates[solver(arguments.device)],
         "prune": statistics / rates["float32"],
         "save, reload and compare": saved / rates["disk_bytes"],
