@@ -26,9 +26,9 @@ def report(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for phase in PHASES:
             time = extrapolated(found, lambda line, phase=phase: line["phases"][phase][clock])
             memory = extrapolated(found, lambda line, phase=phase: above_libraries(line, phase))
-            fit[phase] = {"seconds": time["whole"], "megabytes": memory["whole"]}
             off = "" if time["off"] is None else f", {time['off']:+.0%} off at {found[-1]['layers']} layers"
             floors = extrapolated(found, lambda line, phase=phase: line["floor_seconds"][phase])
+            fit[phase] = {"seconds": time["whole"], "megabytes": memory["whole"], "floor": floors["whole"]}
             shown = f"{time['whole']:.1f} {clock.replace('_', ' ')}{off}, {time['a_layer']:.2f} a layer"
             print(f"{shape}, {phase}: {shown} (floor {floors['whole']:.1f} in all), {memory['whole']:.0f} MB")
         fits.append(fit)
@@ -61,7 +61,7 @@ def slope(fits: Sequence[dict[str, Any]], phase: str, what: str) -> float:
 
 
 def draw(fits: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time and memory against parameters, one line a phase."""
+    """Time, with its floor dashed, and memory against parameters, one line a phase."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,8 +72,12 @@ def draw(fits: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, (what, label) in zip(axes, (("seconds", "time, s"), ("megabytes", "peak memory, MB")), strict=True):
         for phase in PHASES:
             exponent = f": exponent {slope(fits, phase, what):.2f}" if len(fits) > 1 else ""
-            axis.loglog(sizes, [fit[phase][what] for fit in fits], marker="o", label=phase + exponent)
+            (drawn,) = axis.loglog(sizes, [fit[phase][what] for fit in fits], marker="o", label=phase + exponent)
+            if what == "seconds":
+                axis.loglog(sizes, [fit[phase]["floor"] for fit in fits], "--", color=drawn.get_color(), alpha=0.6)
         axis.set(xlabel="parameters", ylabel=label)
+        axis.set_xticks(sizes, [f"{fit['shape']}\n{fit['parameters'] / 1e9:.2g} billion" for fit in fits])
+        axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
