@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -47,11 +47,13 @@ from scale_report import PHASES, draw, report
 from shapes import SHAPES, parameters_of, random_model
 
 from prunenet import __version__
+from prunenet.envs.rewards import EXACT_UP_TO
 from prunenet.layers import FFN, iter_ffns, tables
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.spectra import SpectralReference
+from prunenet.spectral_density import PROBES, STEPS
 
 RATIO = 0.3
 
@@ -142,17 +144,19 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
         saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
         rates = speeds(arguments.device, Path(scratch), partial(now, arguments.device))
     ffns, masks = list(iter_ffns(model)), masks_of(chosen)
+    route = "stochastic" if ffns[0].d_model > EXACT_UP_TO else "exact"
+    once, mask = spectral_floors(route, ffns, rates, arguments.device)
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     statistics = sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)
     floors = {
         "hash of the weights": held / rates["hash_bytes"],
         "statistics": statistics / rates["float32"],
-        "spectra of the dense matrices": sum(f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"],
-        "updates and evaluations": masks * sum(downdate(f) + spectrum(f) for f in ffns) / rates[solver(arguments.device)],
+        "spectra of the dense matrices": once,
+        "updates and evaluations": masks * mask,
         "prune": statistics / rates["float32"],
         "save, reload and compare": saved / rates["disk_bytes"],
     }
-    facts = {"phases": clock.phases, "parts_of_train": parts, "floor_seconds": floors, "rates": rates}
+    facts = {"spectrum": route, "phases": clock.phases, "parts_of_train": parts, "floor_seconds": floors, "rates": rates}
     for name, seconds in (
         parts | {name: clock.phases[name]["seconds"] for name in ("prune", "save, reload and compare")}
     ).items():
@@ -217,24 +221,44 @@ def solver(device: str) -> str:
     return "float64" if torch.device(device).type == "cuda" else "float32"
 
 
+def estimate(ffn: FFN) -> float:
+    """FLOPs of one mask's estimate: in each step G x and the removed rows, forth and back, of every sign vector."""
+    return STEPS * PROBES * (2 * ffn.d_model**2 + 4 * round(RATIO * ffn.d_ff) * ffn.d_model)
+
+
+def bytes_of_estimate(ffn: FFN) -> float:
+    """Read for one mask's estimate: G once and the removed rows twice in each step, in float32."""
+    return 4 * STEPS * (ffn.d_model**2 + 2 * round(RATIO * ffn.d_ff) * ffn.d_model)
+
+
+def spectral_floors(route: str, ffns: Sequence[FFN], rates: dict[str, float], device: str) -> tuple[float, float]:
+    """Seconds at least of what a route computes once, and of one mask of every layer."""
+    if route == "exact":
+        once = sum(f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"]
+        return once, sum(downdate(f) + spectrum(f) for f in ffns) / rates[solver(device)]
+    once = sum(f.d_ff * f.d_model**2 + estimate(f) for f in ffns) / rates["float32"]
+    return once, sum(max(estimate(f) / rates["float32"], bytes_of_estimate(f) / rates["read_bytes"]) for f in ffns)
+
+
 def floor(phase: str, model: Any, saved: int, rates: dict[str, float]) -> float:
     """Seconds that a phase takes at least; see the module."""
     ffns = list(iter_ffns(model))
     if phase == "score":
         return (sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)) / rates["float32"]
-    if phase == "spectral setup":
-        return sum(ffn.d_ff * ffn.d_model**2 + spectrum(ffn) for ffn in ffns) / rates["float64"]
-    if phase == "spectral mask":
-        return sum(downdate(ffn) + spectrum(ffn) for ffn in ffns) / rates[solver(str(model.device))]
+    if phase in ("spectral setup", "spectral mask"):
+        return spectral_floors("exact", ffns, rates, str(model.device))[phase == "spectral mask"]
     return saved / rates["disk_bytes"]
 
 
 def speeds(device: str, scratch: Path, clock: Callable[[], float]) -> dict[str, float]:
-    """FLOPs a second of a product in each dtype; bytes a second of a hash, and of a file copied down to the disk."""
+    """FLOPs a second of a product in each dtype; bytes a second of reading 4 MB over and over (a GPU: 1 GB), of a
+    hash, and of a file copied down to the disk."""
     side, rates = 8192 if torch.device(device).type == "cuda" else 1536, {}
     for name in ("float32", "float64"):
         square = torch.randn(side, side, device=device, dtype=getattr(torch, name))
         rates[name] = 2 * side**3 / best(lambda square=square: square @ square, clock)
+    block = torch.ones(2**28 if torch.device(device).type == "cuda" else 2**20, device=device)
+    rates["read_bytes"] = 100 * block.nbytes / best(lambda: [block.sum() for _ in range(100)], clock)
     content = os.urandom(2**27)
     rates["hash_bytes"] = len(content) / best(lambda: hashlib.sha256(content).digest(), clock)
     source = scratch / "bytes"

@@ -34,14 +34,12 @@ from peers.efficient_pruners_row import peer_cuts
 from phases import Clock
 from scale import (
     RATIO,
-    downdate,
     flops_of_statistics,
     flops_of_tables,
     in_a_process,
     lines,
     masks_of,
-    solver,
-    spectrum,
+    spectral_floors,
     speeds,
     timing,
     write,
@@ -51,12 +49,12 @@ from torch import Tensor
 
 from prunenet.checkpoint import load_model
 from prunenet.envs.sweep import View
-from prunenet.layers import FFN, iter_ffns
+from prunenet.layers import iter_ffns
 from prunenet.policies import train as training
 from prunenet.policies.apply import prune
 from prunenet.policies.recipe import PRESETS
 from prunenet.spectra import SpectralReference
-from prunenet.spectral_density import PROBES, STEPS, SpectralSketch
+from prunenet.spectral_density import SpectralSketch
 
 EPISODES = 20
 PUBLISHED = replace(PRESETS["paper"], updates=EPISODES)
@@ -112,7 +110,6 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
             pruned.save_pretrained(Path(scratch) / "pruned")
         saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
         rates = speeds("cpu", Path(scratch), time.process_time)
-    rates["read_bytes"] = read_rate()
     return {
         "episodes": EPISODES,
         "masks": masks_of(PUBLISHED) * len(list(iter_ffns(model))),
@@ -130,12 +127,7 @@ def floors(route: str, model: Any, saved: int, rates: dict[str, float]) -> dict[
     ffns = list(iter_ffns(model))
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     reading = (sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)) / rates["float32"]
-    if route == "exact":
-        dense = sum(f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"]
-        mask = sum(downdate(f) + spectrum(f) for f in ffns) / rates[solver("cpu")]
-    else:
-        dense = sum(f.d_ff * f.d_model**2 for f in ffns) / rates["float32"] + sum(map(estimate, ffns)) / rates["float32"]
-        mask = sum(max(estimate(f) / rates["float32"], bytes_of_estimate(f) / rates["read_bytes"]) for f in ffns)
+    dense, mask = spectral_floors(route, ffns, rates, "cpu")
     return {
         "hash of the weights": held / rates["hash_bytes"],
         "statistics": reading,
@@ -144,25 +136,6 @@ def floors(route: str, model: Any, saved: int, rates: dict[str, float]) -> dict[
         "prune": reading,
         "save, reload and compare": saved / rates["disk_bytes"],
     }
-
-
-def estimate(ffn: FFN) -> float:
-    """FLOPs of one mask: in each step G x and the removed rows, forth and back, of every sign vector."""
-    return STEPS * PROBES * (2 * ffn.d_model**2 + 4 * round(RATIO * ffn.d_ff) * ffn.d_model)
-
-
-def bytes_of_estimate(ffn: FFN) -> float:
-    """Read for one mask: G once and the removed rows twice in each step, in float32."""
-    return 4 * STEPS * (ffn.d_model**2 + 2 * round(RATIO * ffn.d_ff) * ffn.d_model)
-
-
-def read_rate() -> float:
-    """Bytes a second of reading 4 MB over and over: what a step of the estimate does."""
-    block = torch.ones(2**20)
-    start, times = time.process_time(), 400
-    for _ in range(times):
-        block.sum()
-    return times * block.nbytes / (time.process_time() - start)
 
 
 def peer(part: str, folder: Path) -> dict[str, Any]:
