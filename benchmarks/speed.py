@@ -57,7 +57,7 @@ from prunenet.spectra import SpectralReference
 from prunenet.spectral_density import SpectralSketch
 
 EPISODES = 20
-PUBLISHED = replace(PRESETS["paper"], updates=EPISODES)
+PUBLISHED = replace(PRESETS["paper"], updates=EPISODES, evaluate_every=EPISODES)  # as the peer: none on the way
 PEERS = {"efficient-pruners as it comes": ["--episodes", "2"]}
 PEERS["efficient-pruners, float32 and svdvals"] = ["--episodes", "4", "--float32", "--svdvals"]
 OURS = ("exact", "stochastic")

@@ -200,6 +200,18 @@ def test_values_that_are_only_counted_give_the_distance_of_computed_ones(seed: i
     torch.testing.assert_close(torch.stack(counted), torch.stack(computed), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("side", [2, 3, 64, 65, 66, 130])
+def test_counts_survive_pivots_that_are_zero_or_infinite(side: int) -> None:
+    generator = np.random.default_rng(side)
+    diagonal, beside = (generator.integers(-1, 2, (3, n)).astype(float) for n in (side, side - 1))
+    points = np.array([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])  # minors of T - x vanish at most of them
+    counts = counts_below(diagonal, beside, points)
+    for row, d, e in zip(counts, diagonal, beside, strict=True):
+        values = np.linalg.eigvalsh(np.diag(d) + np.diag(e, 1) + np.diag(e, -1))
+        assert ((values < points[:, None] - 1e-9).sum(1) <= row).all()
+        assert (row <= (values < points[:, None] + 1e-9).sum(1)).all()
+
+
 def test_counts_below_points_are_those_of_the_eigenvalues() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(3, 30, 30, generator=generator, dtype=torch.float64)
