@@ -122,19 +122,19 @@ def measure(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str,
 
 
 def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The published recipe end to end; seconds of its parts, taken inside the training itself."""
+    """The published recipe end to end; seconds of its parts (of the processor on a CPU), taken inside the training itself."""
     from prunenet.envs.sweep import View
     from prunenet.policies import train as training
 
-    clock, parts = Clock(arguments.device), dict[str, float]()
+    clock, parts, ticks = Clock(arguments.device), dict[str, float](), cost_clock(arguments.device)
     with clock.phase("build (not counted)"):
         model = random_model(shape, layers, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     marks: list[float] = []
     chosen = replace(PRESETS["paper"], updates=arguments.updates)
-    with clock.phase("train"), timing(training, "weights_sha256", "hash of the weights", parts, arguments.device):  # noqa: SIM117
-        with timing(training, "SpectralReward", "spectra of the dense matrices", parts, arguments.device):
-            with timing(View, "of", "statistics", parts, arguments.device):
-                policy = training.train(model, chosen, progress=lambda *_: marks.append(now(arguments.device))).policy
+    with clock.phase("train"), timing(training, "weights_sha256", "hash of the weights", parts, arguments.device, ticks):  # noqa: SIM117
+        with timing(training, "SpectralReward", "spectra of the dense matrices", parts, arguments.device, ticks):
+            with timing(View, "of", "statistics", parts, arguments.device, ticks):
+                policy = training.train(model, chosen, progress=lambda *_: marks.append(ticks())).policy
     parts["updates and evaluations"] = marks[-1] - marks[0]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         with clock.phase("prune"):
@@ -142,7 +142,7 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
         with clock.phase("save, reload and compare"):
             pruned.save_pretrained(Path(scratch) / "pruned")
         saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
-        rates = speeds(arguments.device, Path(scratch), partial(now, arguments.device))
+        rates = speeds(arguments.device, Path(scratch), ticks)
     ffns, masks = list(iter_ffns(model)), masks_of(chosen)
     route = "stochastic" if ffns[0].d_model > EXACT_UP_TO else "exact"
     once, mask = spectral_floors(route, ffns, rates, arguments.device)
@@ -157,10 +157,9 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
         "save, reload and compare": saved / rates["disk_bytes"],
     }
     facts = {"spectrum": route, "phases": clock.phases, "parts_of_train": parts, "floor_seconds": floors, "rates": rates}
-    for name, seconds in (
-        parts | {name: clock.phases[name]["seconds"] for name in ("prune", "save, reload and compare")}
-    ).items():
-        print(f"{name}: {seconds:.2f} s, floor {floors[name]:.2f} s", flush=True)
+    unit = "cpu_seconds" if arguments.device == "cpu" else "seconds"
+    for name, seconds in (parts | {name: clock.phases[name][unit] for name in ("prune", "save, reload and compare")}).items():
+        print(f"{name}: {seconds:.2f} {unit}, floor {floors[name]:.2f}", flush=True)
     return facts | {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
 
 
