@@ -253,13 +253,6 @@ def ffn_moments(
         yield walk.moments(index)
 
 
-def channel_energies(model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4) -> Iterator[Energies]:
-    """The energies of each layer of a model left as it is, first to last. Arguments: see `LayerWalk`."""
-    walk = LayerWalk(model, blocks, batch=batch)
-    for index in walk:
-        yield walk.energies(index)
-
-
 @torch.no_grad()
 def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Moments, Target]:
     """Of the layer at which both walks stand: the pruned model's moments, and what the dense model has in its place.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from prunenet.calibration import Blocks
 from prunenet.heads import Attention, attentions, out_linears
 from prunenet.layers import FFN, check_tokens, decoder_layers, ffn_at, iter_ffns
-from prunenet.moments import Energies, channel_energies
+from prunenet.moments import Energies, LayerWalk
 from prunenet.placement import check_together, device_of, home, is_placed
 from prunenet.policies.methods.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
 from prunenet.policies.methods.influence import block_influence
@@ -111,7 +111,8 @@ class Evidence:
     @cached_property
     def energies(self) -> list[Energies]:
         """Of each layer of the dense model, over all blocks."""
-        return list(channel_energies(self.model, self.ids, batch=_BATCH))
+        walk = LayerWalk(self.model, self.ids, batch=_BATCH)
+        return [walk.energies(index) for index in walk]
 
     @cached_property
     def taylor(self) -> list[TaylorSums]:
