@@ -25,15 +25,12 @@ of each layer) from weights in memory to a policy, then pruned by it and saved; 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -42,20 +39,18 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from floors import RATIO, floor, recipe_floors, speeds
 from phases import Clock
 from scale_report import PHASES, draw, report
 from shapes import SHAPES, parameters_of, random_model
 
 from prunenet import __version__
 from prunenet.envs.rewards import EXACT_UP_TO
-from prunenet.layers import FFN, iter_ffns, tables
+from prunenet.layers import iter_ffns
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.spectra import SpectralReference
-from prunenet.spectral_density import PROBES, STEPS
-
-RATIO = 0.3
 
 
 def main() -> None:
@@ -132,10 +127,10 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
     marks: list[float] = []
     chosen = replace(PRESETS["paper"], updates=arguments.updates)
     with clock.phase("train"), timing(training, "weights_sha256", "hash of the weights", parts, arguments.device, ticks):  # noqa: SIM117
-        with timing(training, "SpectralReward", "spectra of the dense matrices", parts, arguments.device, ticks):
+        with timing(training, "SpectralReward", "dense spectra", parts, arguments.device, ticks):
             with timing(View, "of", "statistics", parts, arguments.device, ticks):
                 policy = training.train(model, chosen, progress=lambda *_: marks.append(ticks())).policy
-    parts["updates and evaluations"] = marks[-1] - marks[0]
+    parts["episodes"] = marks[-1] - marks[0]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         with clock.phase("prune"):
             pruned = prune(model, policy, ratio=RATIO, widths="uniform")
@@ -143,19 +138,8 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
             pruned.save_pretrained(Path(scratch) / "pruned")
         saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
         rates = speeds(arguments.device, Path(scratch), ticks)
-    ffns, masks = list(iter_ffns(model)), masks_of(chosen)
-    route = "stochastic" if ffns[0].d_model > EXACT_UP_TO else "exact"
-    once, mask = spectral_floors(route, ffns, rates, arguments.device)
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    statistics = sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)
-    floors = {
-        "hash of the weights": held / rates["hash_bytes"],
-        "statistics": statistics / rates["float32"],
-        "spectra of the dense matrices": once,
-        "updates and evaluations": masks * mask,
-        "prune": statistics / rates["float32"],
-        "save, reload and compare": saved / rates["disk_bytes"],
-    }
+    route = "stochastic" if next(iter_ffns(model)).d_model > EXACT_UP_TO else "exact"
+    floors = recipe_floors(route, model, saved, masks_of(chosen), rates, arguments.device)
     facts = {"spectrum": route, "phases": clock.phases, "parts_of_train": parts, "floor_seconds": floors, "rates": rates}
     unit = "cpu_seconds" if arguments.device == "cpu" else "seconds"
     for name, seconds in (parts | {name: clock.phases[name][unit] for name in ("prune", "save, reload and compare")}).items():
@@ -193,92 +177,6 @@ def now(device: str) -> float:
 
 def cost_clock(device: str) -> Callable[[], float]:
     return time.process_time if torch.device(device).type == "cpu" else partial(now, device)
-
-
-def flops_of_statistics(ffn: FFN) -> float:
-    """Of the matrix products and factorisations in `prunenet.stats`, each symmetric one at half."""
-    d, n, lead = ffn.d_model, ffn.d_ff, 5 * ffn.d_model // 32
-    slices = 2 if ffn.gate is None else 3
-    # W^T W, quadratic forms in C, the embeddings' and attention's moments; twins; ridge; leverage; leading vectors.
-    of_slice = 4 * n * d**2 + n**2 * d + (n * d**2 + d**3 / 3) + 2 * n * d * lead + 9 * 2 * d**2 * lead
-    return slices * of_slice + n * d**2 + d**3
-
-
-def flops_of_tables(model: Any) -> float:
-    return sum(len(table) * table.shape[1] ** 2 for table in tables(model) if table is not None)
-
-
-def spectrum(ffn: FFN) -> float:
-    return 4 / 3 * ffn.d_model**3
-
-
-def downdate(ffn: FFN) -> float:
-    return round(RATIO * ffn.d_ff) * ffn.d_model**2
-
-
-def solver(device: str) -> str:
-    return "float64" if torch.device(device).type == "cuda" else "float32"
-
-
-def estimate(ffn: FFN) -> float:
-    """FLOPs of one mask's estimate: in each step G x and the removed rows, forth and back, of every sign vector."""
-    return STEPS * PROBES * (2 * ffn.d_model**2 + 4 * round(RATIO * ffn.d_ff) * ffn.d_model)
-
-
-def bytes_of_estimate(ffn: FFN) -> float:
-    """Read for one mask's estimate: G once and the removed rows twice in each step, in float32."""
-    return 4 * STEPS * (ffn.d_model**2 + 2 * round(RATIO * ffn.d_ff) * ffn.d_model)
-
-
-def spectral_floors(route: str, ffns: Sequence[FFN], rates: dict[str, float], device: str) -> tuple[float, float]:
-    """Seconds at least of what a route computes once, and of one mask of every layer."""
-    if route == "exact":
-        once = sum(f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"]
-        return once, sum(downdate(f) + spectrum(f) for f in ffns) / rates[solver(device)]
-    once = sum(f.d_ff * f.d_model**2 + estimate(f) for f in ffns) / rates["float32"]
-    return once, sum(max(estimate(f) / rates["float32"], bytes_of_estimate(f) / rates["read_bytes"]) for f in ffns)
-
-
-def floor(phase: str, model: Any, saved: int, rates: dict[str, float]) -> float:
-    """Seconds that a phase takes at least; see the module."""
-    ffns = list(iter_ffns(model))
-    if phase == "score":
-        return (sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)) / rates["float32"]
-    if phase in ("spectral setup", "spectral mask"):
-        return spectral_floors("exact", ffns, rates, str(model.device))[phase == "spectral mask"]
-    return saved / rates["disk_bytes"]
-
-
-def speeds(device: str, scratch: Path, clock: Callable[[], float]) -> dict[str, float]:
-    """FLOPs a second of a product in each dtype; bytes a second of reading 4 MB over and over (a GPU: 1 GB), of a
-    hash, and of a file copied down to the disk."""
-    side, rates = 8192 if torch.device(device).type == "cuda" else 1536, {}
-    for name in ("float32", "float64"):
-        square = torch.randn(side, side, device=device, dtype=getattr(torch, name))
-        rates[name] = 2 * side**3 / best(lambda square=square: square @ square, clock)
-    block = torch.ones(2**28 if torch.device(device).type == "cuda" else 2**20, device=device)
-    rates["read_bytes"] = 100 * block.nbytes / best(lambda: [block.sum() for _ in range(100)], clock)
-    content = os.urandom(2**27)
-    rates["hash_bytes"] = len(content) / best(lambda: hashlib.sha256(content).digest(), clock)
-    source = scratch / "bytes"
-    source.write_bytes(content)
-
-    def copied() -> None:
-        shutil.copyfile(source, scratch / "copy")
-        with (scratch / "copy").open("rb") as file:
-            os.fsync(file.fileno())
-
-    return rates | {"disk_bytes": len(content) / best(copied, clock)}
-
-
-def best(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest of four calls."""
-    found = []
-    for _ in range(4):
-        start = clock()
-        call()
-        found.append(clock() - start)
-    return min(found)
 
 
 def in_a_process(shape: str, layers: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ MODEL: SmolLM2-135M. One JSON line a part, in a process of its own each; parts t
 
 * exact, stochastic: `--preset paper` (20 episodes of one mask of each of 30 layers; the gate matrix, 1 / KS), then prune at 0.3
   and save, with the threads of the environment. Beside each phase its floor: FLOPs at the rate of one large product of the
-  same dtype, bytes at the measured rate of a hash or of the disk (`scale.py`) or of reading;
+  same dtype, bytes at the measured rate of a hash, of the disk or of reading (`floors.py`);
 * efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32 with svdvals: 4, scaled,
   with the threads of the environment (`peers/efficient_pruners_row.py` makes its environment);
 * agreement: exact rewards against float32 SVD and scipy; the estimate against exact, its bound, and the rank correlation of
@@ -30,20 +30,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from floors import RATIO, recipe_floors, speeds
 from peers.efficient_pruners_row import peer_cuts
 from phases import Clock
-from scale import (
-    RATIO,
-    flops_of_statistics,
-    flops_of_tables,
-    in_a_process,
-    lines,
-    masks_of,
-    spectral_floors,
-    speeds,
-    timing,
-    write,
-)
+from scale import in_a_process, lines, masks_of, timing, write
 from scipy.stats import ks_2samp, spearmanr
 from torch import Tensor
 
@@ -116,25 +106,9 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
         "phases": clock.phases,
         "seconds": seconds,
         "cpu_seconds": used,
-        "floor_cpu_seconds": floors(route, model, saved, rates),
+        "floor_cpu_seconds": recipe_floors(route, model, saved, masks_of(PUBLISHED), rates, "cpu"),
         "rates": rates,
         "history": trained.history,
-    }
-
-
-def floors(route: str, model: Any, saved: int, rates: dict[str, float]) -> dict[str, float]:
-    """CPU-seconds that each phase takes at least."""
-    ffns = list(iter_ffns(model))
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    reading = (sum(map(flops_of_statistics, ffns)) + flops_of_tables(model)) / rates["float32"]
-    dense, mask = spectral_floors(route, ffns, rates, "cpu")
-    return {
-        "hash of the weights": held / rates["hash_bytes"],
-        "statistics": reading,
-        "dense spectra": dense,
-        "episodes": masks_of(PUBLISHED) * mask,
-        "prune": reading,
-        "save, reload and compare": saved / rates["disk_bytes"],
     }
 
 
