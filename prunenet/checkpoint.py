@@ -61,7 +61,12 @@ def load_model(
     if not Path(source).is_dir():  # what provenance records; loaded from the cache, the model would name a folder there
         model.config._name_or_path, model.config._commit_hash = str(source), folder.name
     if device != AUTO:
-        model.to(device)  # type: ignore[arg-type]
+        try:
+            model.to(device)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise  # said with its remedies: `console.one_sentence`
+        except RuntimeError as error:  # MPS: no room, or no such dtype
+            raise CheckpointError(f"the model cannot be put on device {device!r}: {in_short(error)}") from error
     return model
 
 
