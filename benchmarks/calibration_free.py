@@ -56,8 +56,8 @@ class Row:
 class Workshop:
     """What rows share: the model, text, policies."""
 
-    def __init__(self, source: str, data: Path, policies: list[Path], tokens: int) -> None:
-        self.model, self.tokenizer = load_model(source), load_tokenizer(source)
+    def __init__(self, source: str, data: Path, policies: list[Path], tokens: int, device: str) -> None:
+        self.model, self.tokenizer = load_model(source, device=device), load_tokenizer(source)
         self.data, self.tokens = data, tokens
         self.policies = [Policy.from_pretrained(folder) for folder in policies]
         self._cuts: dict[Any, Any] = {}
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="folder of <task>.jsonl: measure accuracy in place of perplexity")
     parser.add_argument("--limit", type=int, help="first questions of each task; default all")
     parser.add_argument("--tokens", type=int, default=16384, help="of external calibration text")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--groups", nargs="+", default=["dense", "self", "data", "ablation", "weights"])
     parser.add_argument("--only", help="rows whose name holds this")
     parser.add_argument("--out", type=Path, required=True)
@@ -244,7 +245,7 @@ def main() -> None:
     if arguments.table:
         print(table([json.loads(line) for line in arguments.out.open()]))
         return
-    shop = Workshop(arguments.model, arguments.data, arguments.policies, arguments.tokens)
+    shop = Workshop(arguments.model, arguments.data, arguments.policies, arguments.tokens, arguments.device)
     shop.ratios = tuple(arguments.ratios)
     wanted = [row for row in rows(shop) if row.group in arguments.groups and (arguments.only or "") in row.method]
     for ratio in (0.0, *arguments.ratios):
@@ -286,7 +287,8 @@ def cell(shop: Workshop, row: Row, ratio: float, arguments: argparse.Namespace) 
     pruned = time.perf_counter()
     line: dict[str, Any] = {"model": Path(arguments.model).name, **place, "parameters": count_parameters(narrow)[0]}
     line |= quality(shop, narrow, arguments) if arguments.tasks is None else accuracy(shop, narrow, arguments)
-    line |= {"seconds_pruning": pruned - start, "seconds": time.perf_counter() - start, "prunenet": __version__}
+    line |= {"seconds_pruning": pruned - start, "seconds": time.perf_counter() - start}
+    line |= {"device": arguments.device, "prunenet": __version__}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as file:
         file.write(json.dumps(line) + "\n")

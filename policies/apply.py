@@ -179,7 +179,7 @@ def ways_to_cut(
 
 
 def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float | None:
-    """By which share per-layer widths lower exp(KL), and so perplexity, on blocks held back from the fit.
+    """By which share per-layer widths lower exp(KL), and so perplexity, on some of the blocks.
 
     Before the refit, which hides half of the gain on text of the same writing but not on others: SmolLM2-135M at 0.2, 7 %
     predicted so and 2 to 4 % refitted, where perplexity falls by 5 % on WikiText-2 validation and Penn Treebank.

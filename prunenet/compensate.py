@@ -1,7 +1,7 @@
 """Cuts a model by its activations: which channels of each layer to keep, and what the kept ones write in place of the others.
 
 Measures each layer once (`moments`), chooses channels by greedy elimination (`eliminate`) or by given scores, and refits the
-down matrix for them (`refit`), with its damping chosen on held-back text. Memory holds the moments of one layer.
+down matrix for them (`refit`), with its damping chosen across two folds of the text. Memory holds the moments of one layer.
 
 Of several processes (`prunenet.parallel`) each measures, orders and refits its own layers in `cut_layers`, to the same bits.
 Not split: the hidden states' way through the layers, which all walk, and `refit_sequentially`, where each layer is measured
@@ -26,9 +26,6 @@ from prunenet.moments import LayerWalk, Moments, Target, paired_moments
 from prunenet.placement import derive, is_placed, present, shared_copy
 from prunenet.refit import choose_damping, ridge
 from prunenet.surgery import narrowed
-
-DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Tried on held-back text. With 6k to 16k tokens, 0.1 to 1 of the mean energy is best almost everywhere on SmolLM2-135M."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,7 @@ class Cut:
 def held_back(
     blocks: Int[Tensor, "n tokens"], share: float = 0.2
 ) -> tuple[Int[Tensor, "fit tokens"], Int[Tensor, "held tokens"]]:
-    """Splits blocks into those to fit on and those, at least one, to choose on.
+    """Splits blocks into those to fit on and those, at least one, to judge on.
 
     Raises:
         ValueError: fewer than two blocks.
@@ -73,6 +70,24 @@ def held_back(
         raise ValueError(f"a refit needs text to fit on and other text to check on: give 2 blocks or more, got {len(blocks)}")
     held = max(1, round(share * len(blocks)))
     return blocks[:-held], blocks[-held:]
+
+
+def folds_of(blocks: Int[Tensor, "n tokens"]) -> tuple[Int[Tensor, "even tokens"], Int[Tensor, "odd tokens"]]:
+    """Every second block, and the others: of self-written text, where two kinds alternate, the two kinds. As `held_back`."""
+    held_back(blocks)
+    return blocks[::2], blocks[1::2]
+
+
+def pooled(
+    folds: Sequence[Moments], matrices: Sequence[Float[Tensor, "d_ff d_ff"]] | None = None
+) -> Float[Tensor, "d_ff d_ff"]:
+    """The second moments of all folds' tokens together; or another mean over tokens, given that of each fold."""
+    tokens = sum(fold.tokens for fold in folds)
+    parts = [fold.second for fold in folds] if matrices is None else matrices
+    whole = torch.zeros_like(parts[0])
+    for fold, part in zip(folds, parts, strict=True):
+        whole.add_(part, alpha=fold.tokens / tokens)
+    return whole
 
 
 @torch.no_grad()
@@ -89,7 +104,7 @@ def cut_layers(
 
     Args:
         model: the dense model, in eval mode; not changed.
-        blocks: token blocks; the last fifth chooses the damping, the rest is fitted on.
+        blocks: token blocks; the refit is fitted on all, with a damping chosen across `folds_of` them.
         widths: for each way, the width of each layer.
         scores: of each layer's channels, higher stays; default the order of greedy elimination on these moments.
         refit: whether the down matrices are refitted.
@@ -98,24 +113,24 @@ def cut_layers(
     Raises:
         ValueError: blocks that the model cannot read, too few of them, or activations that are not finite.
     """
-    fit, held = held_back(blocks)
     downs = down_linears(model)
-    fitted, checked = LayerWalk(model, fit), LayerWalk(model, held)
+    walks = [LayerWalk(model, fold) for fold in folds_of(blocks)]
     found: dict[int, list[Tensor]] = {}
-    for index, _ in zip(fitted, checked, strict=True):
+    for index, _ in zip(*walks, strict=True):
         if not parallel.mine(index):
             continue
-        moments, check, down = _finite(fitted.moments(index), index), checked.moments(index), downs[index].weight.detach()
+        folds, down = [_finite(walk.moments(index), index) for walk in walks], downs[index].weight.detach()
+        second = pooled(folds)
         least = min(way[index] for way in widths)
-        order = _order(down, moments.second, least) if scores is None else scores[index]
+        order = _order(down, second, least) if scores is None else scores[index]
         damping, found[index] = None, []
         for way in widths:
             keep = top_channels(order, way[index])
             if not refit:
                 found[index].append(keep)
                 continue
-            damping = damping or choose_damping(down, moments, check, keep, DAMPINGS)
-            refitted = ridge(down, moments.second, keep, damping=damping)
+            damping = damping or choose_damping(down, folds, keep)
+            refitted = ridge(down, second, keep, damping=damping)
             found[index] += [keep, _put_by(model, refitted), torch.tensor(damping, dtype=torch.float64)]
         if progress is not None:
             progress(index + 1, len(downs))
@@ -130,27 +145,24 @@ def cut_layers(
 def refit_kept(
     model: PreTrainedModel,
     keep: Sequence[Bool[Tensor, " _"]],
-    fitted: Sequence[Moments],
-    checked: Sequence[Moments],
+    folds: Sequence[Sequence[Moments]],
 ) -> Cut:
     """What `cut_layers` makes of given channels, from moments that are there already.
 
     Args:
         model: the dense model, in eval mode; not changed.
         keep: (d_ff,) of each layer.
-        fitted: moments of each layer on the blocks to fit on, see `held_back`.
-        checked: on those held back, which choose the damping.
+        folds: of each layer, its moments on both of `folds_of` the blocks.
 
     Raises:
         ValueError: activations that are not finite.
     """
     layers = []
-    for index, (linear, mask) in enumerate(zip(down_linears(model), keep, strict=True)):
+    for index, (linear, mask, parts) in enumerate(zip(down_linears(model), keep, folds, strict=True)):
         with present(linear):
             weight = linear.weight.detach()
-        moments = _finite(fitted[index], index)
-        damping = choose_damping(weight, moments, checked[index], mask, DAMPINGS)
-        layers.append((mask, _put_by(model, ridge(weight, moments.second, mask, damping=damping)), damping))
+        damping = choose_damping(weight, [_finite(part, index) for part in parts], mask)
+        layers.append((mask, _put_by(model, ridge(weight, pooled(parts), mask, damping=damping)), damping))
     return _cut(layers)
 
 
@@ -178,7 +190,8 @@ class Refits:
         blocks: token blocks to fit on.
         scores: of each layer's channels, higher stays; default the order of greedy elimination on these moments.
         levels: widths of each layer, evenly spaced: the largest number up to this that divides d_ff.
-        damping: of every refit; `cut_layers` chooses it for each layer, which a search can do without.
+        damping: of every refit, see `prunenet.refit.ridge`; `cut_layers` chooses it for each layer, which a search can do
+            without.
         progress: called with (layers done, layers in all).
 
     Attributes:
@@ -196,7 +209,7 @@ class Refits:
         *,
         scores: Sequence[Float[Tensor, " _"]] | None = None,
         levels: int = 24,
-        damping: float = 0.2,
+        damping: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         downs = down_linears(model)
@@ -253,18 +266,17 @@ def refit_sequentially(
     Raises:
         ValueError: as `cut_layers`.
     """
-    fit, held = held_back(blocks)
     pruned = shared_copy(model)
     linears, dense = down_linears(pruned), down_linears(model)
-    walks = [(LayerWalk(model, part), LayerWalk(pruned, part, changing=True)) for part in (fit, held)]
+    walks = [(LayerWalk(model, fold), LayerWalk(pruned, fold, changing=True)) for fold in folds_of(blocks)]
     layers: list[tuple[Tensor, Tensor, float]] = []
     for index, *_ in zip(*(walk for pair in walks for walk in pair), strict=True):
-        (moments, target), (check, check_target) = (_measured(*pair, index, dense_targets) for pair in walks)
+        measured = [_measured(*pair, index, dense_targets) for pair in walks]
+        folds, targets = [_finite(moments, index) for moments, _ in measured], [t for _, t in measured if t is not None]
         keep, weight = cut.keep[index], dense[index].weight.detach()
-        targets = None if target is None or check_target is None else (target, check_target)
-        damping = choose_damping(weight, _finite(moments, index), check, keep, DAMPINGS, targets=targets)
-        cross = None if target is None else target.cross
-        refitted = ridge(weight, moments.second, keep, damping=damping, cross=cross)
+        damping = choose_damping(weight, folds, keep, targets=targets or None)
+        cross = pooled(folds, [target.cross for target in targets]) if targets else None
+        refitted = ridge(weight, pooled(folds), keep, damping=damping, cross=cross)
         layers.append((keep, _put_by(model, refitted), damping))
         if index > 0:  # which all walks have passed
             linears[index - 1].weight = dense[index - 1].weight

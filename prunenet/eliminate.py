@@ -52,17 +52,18 @@ def eliminate(
 ) -> Elimination:
     """Drops one channel after the other, always the one whose loss costs the refitted layer least.
 
-    "Least" is in the damped metric H + lam I, lam = damping * mean(diag H). Of equal channels the lower number goes first.
+    "Least" is in the damped metric H + damping * diag(H), which a rescaling of channels (h_j by s, W_:j by 1 / s) leaves alone.
+    Of equal channels the lower number goes first.
 
     Args:
         weight: the down matrix W, any float dtype.
         second: H = E[h h^T].
-        damping: of H, relative to its mean diagonal entry; more than 0 unless H has full rank.
+        damping: of each channel, relative to its energy H_jj; more than 0 unless H has full rank.
         least: channels that are left when it stops, in [1, d_ff].
         block: drops between two updates of the whole matrices; changes the speed, not the result.
 
     Raises:
-        ValueError: `least` or `block` out of range; or H + lam I is not positive definite (or not finite).
+        ValueError: `least` or `block` out of range; or the damped H is not positive definite (or not finite).
     """
     d_ff = weight.shape[1]
     if not 1 <= least <= d_ff or block < 1:
@@ -72,7 +73,8 @@ def eliminate(
     device = weight.device if weight.device.type != "mps" else torch.device("cpu")  # which has no float64
     w, h = weight.to(device, torch.float64), second.to(device, torch.float64)
     energy = ((w @ h) * w).sum()
-    lam = damping * float(h.diagonal().mean())
+    energy_of = h.diagonal()  # a channel that is never active needs something to be damped by
+    lam = damping * energy_of.clamp_min(1e-12 * float(energy_of.mean()))
     inverse, gram = damped_inverse(h, lam, damping), w.T @ w
     active = torch.arange(d_ff, device=device)
     orders, losses, factors = [], [], []
@@ -93,7 +95,7 @@ def eliminate(
     order = torch.cat(orders)
     damped = torch.cat(losses).cumsum(0)
     # A layer that writes nothing loses nothing; and the difference may round below 0.
-    lost = (damped - lam * _change(w[:, order], torch.cat(factors), order)).clamp_min(0)
+    lost = (damped - _change(w[:, order], torch.cat(factors), order, lam)).clamp_min(0)
     return Elimination(order.to(weight.device), (lost / energy.clamp_min(torch.finfo(w.dtype).tiny)).to(weight.device))
 
 
@@ -113,11 +115,11 @@ def score_order(elimination: Elimination, d_ff: int) -> Float64[Tensor, " d_ff"]
     return scores
 
 
-def damped_inverse(second: _Square, lam: float, damping: float) -> _Square:
-    """(H + lam I)^-1; `damping` is what the error calls lam.
+def damped_inverse(second: _Square, lam: float | Float64[Tensor, " d_ff"], damping: float) -> _Square:
+    """(H + diag(lam))^-1; `damping` is what the error calls lam.
 
     Raises:
-        ValueError: H + lam I is not positive definite, or not finite.
+        ValueError: the sum is not positive definite, or not finite.
     """
     damped = second.clone()
     damped.diagonal().add_(lam)
@@ -154,18 +156,21 @@ def _drop_block(
 
 
 def _change(
-    dropped: Float64[Tensor, "d_model steps"], factors: Float64[Tensor, "steps d_ff"], order: Int[Tensor, " steps"]
+    dropped: Float64[Tensor, "d_model steps"],
+    factors: Float64[Tensor, "steps d_ff"],
+    order: Int[Tensor, " steps"],
+    lam: Float64[Tensor, " d_ff"],
 ) -> Float64[Tensor, " steps"]:
-    """Squared norm of the change of W (dropped channels count as zeros) after each step.
+    """Squared norm, with the weights lam, of the change of W (dropped channels count as zeros) after each step.
 
-    The change is the sum of w a^T over the steps, so its squared norm sums (w_s . w_t)(a_s . a_t); and W_:j of the step's
-    channel is the sum of w_s a_s[j] up to it, a triangular system for the w.
+    The change is the sum of w a^T over the steps, so its squared norm sums (w_s . w_t)(a_s . a_t), the latter product being
+    the one with the weights; and W_:j of the step's channel is the sum of w_s a_s[j] up to it, a triangular system for the w.
     """
     triangle = factors[:, order].triu_()
     w = torch.linalg.solve_triangular(triangle, dropped, upper=True, left=False)
     increments = []
     for start in range(0, len(order), _CHUNK):
         rows = slice(start, min(start + _CHUNK, len(order)))
-        both = (w[:, rows].T @ w[:, : rows.stop]).mul_(factors[rows] @ factors[: rows.stop].T)
+        both = (w[:, rows].T @ w[:, : rows.stop]).mul_((factors[rows] * lam) @ factors[: rows.stop].T)
         increments.append(both.tril_(start).sum(1) * 2 - both.diagonal(start))
     return torch.cat(increments).cumsum(0)

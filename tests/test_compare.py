@@ -25,7 +25,7 @@ from prunenet.compare.ledger import Ledger
 from prunenet.compare.results import Results
 from prunenet.compare.spec import REFITS, WITHOUT_SCORES, Spec, allocations, methods, parse, parse_all
 from prunenet.compare.workshop import Amount, Workshop
-from prunenet.compensate import cut_layers, held_back, refit_kept
+from prunenet.compensate import cut_layers, folds_of, refit_kept
 from prunenet.layers import count_parameters, down_linears
 from prunenet.moments import ffn_moments
 from prunenet.policies import artifact
@@ -331,8 +331,8 @@ def test_a_refit_from_known_moments_is_the_one_of_cut_layers(model, benches):
     blocks, _ = benches.blocks("words", 0)
     keep = cut(Evidence(model, blocks), "wanda_sp", 0.5).keep
     (expected,) = cut_layers(model, blocks.ids, [[int(m.sum()) for m in keep]], scores=[m.float() for m in keep])
-    fit, held = held_back(blocks.ids)
-    found = refit_kept(model, keep, list(ffn_moments(model, fit)), list(ffn_moments(model, held)))
+    folds = zip(*(ffn_moments(model, fold) for fold in folds_of(blocks.ids)), strict=True)
+    found = refit_kept(model, keep, list(folds))
     assert same(found.model(model), expected.model(model))
     assert same(benches.make(parse("wanda_sp@words+layerwise", ["words"]), 0.5, 0).model, expected.model(model))
     assert not same(benches.make(parse("wanda_sp@words", ["words"]), 0.5, 0).model, expected.model(model))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut, Refits, cut_layers, held_back, refit_sequentially
+from prunenet.compensate import Cut, Refits, cut_layers, folds_of, pooled, refit_sequentially
 from prunenet.divergence import divergence
 from prunenet.layers import down_linears, ffn_widths
 from prunenet.masks import top_channels, width_at
@@ -34,14 +34,26 @@ def test_the_narrow_model_is_the_one_that_was_judged(family):
 
 def test_refit_lowers_what_each_layer_loses():
     model, blocks = model_and_blocks()
-    fit, _ = held_back(blocks)
     plain, refitted = (cut_layers(model, blocks, [uniform(model)], refit=refit)[0] for refit in (False, True))
     assert plain.downs is None
-    for index, moments in enumerate(ffn_moments(model, fit)):
+    for index, moments in enumerate(ffn_moments(model, blocks)):
         weight = down_linears(model)[index].weight.detach()
         assert torch.equal(plain.keep[index], refitted.keep[index])
         before = lost(weight, moments.second, plain.keep[index])
         assert lost(weight, moments.second, plain.keep[index], refitted.downs[index]) < before
+
+
+@pytest.mark.parametrize("count", [30, 31])
+def test_a_refit_is_fitted_on_all_blocks(count):
+    model, blocks = model_and_blocks()
+    blocks = torch.cat((blocks, blocks[:1]))[:count]
+    (cut,) = cut_layers(model, blocks, [uniform(model)])
+    folds = [list(ffn_moments(model, fold)) for fold in folds_of(blocks)]
+    for index, (whole, *parts) in enumerate(zip(ffn_moments(model, blocks), *folds, strict=True)):
+        torch.testing.assert_close(pooled(parts), whole.second, rtol=1e-4, atol=1e-6)
+        weight = down_linears(model)[index].weight.detach()
+        expected = ridge(weight, whole.second, cut.keep[index], damping=cut.dampings[index])
+        torch.testing.assert_close(cut.downs[index], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_several_ways_in_one_walk_are_what_each_is_alone():

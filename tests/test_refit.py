@@ -58,10 +58,10 @@ def test_a_refit_worked_out_by_hand():
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_the_refit_is_ridge_regression_on_the_tokens_themselves(damping):
     h, weight, keep = draws(), down(), some_keep()
-    lam = damping * h.square().mean()
-    # min |W h - W' h_K|^2 / n + lam |W' - W_K|^2 as an ordinary least-squares problem with extra rows.
-    rows = torch.cat([h[:, keep] / TOKENS**0.5, lam.sqrt() * torch.eye(12, dtype=h.dtype)])
-    wanted = torch.cat([h @ weight.T / TOKENS**0.5, lam.sqrt() * weight[:, keep].T])
+    root = (damping * h[:, keep].square().mean(0)).sqrt()
+    # min |W h - W' h_K|^2 / n + sum_j lam_j |W'_j - W_j|^2 as an ordinary least-squares problem with extra rows.
+    rows = torch.cat([h[:, keep] / TOKENS**0.5, root.diag()])
+    wanted = torch.cat([h @ weight.T / TOKENS**0.5, root[:, None] * weight[:, keep].T])
     expected = torch.linalg.lstsq(rows, wanted).solution.T
     torch.testing.assert_close(ridge(weight, moments_of(h).second, keep, damping=damping), expected, rtol=1e-8, atol=1e-8)
 
@@ -70,9 +70,9 @@ def test_the_gradient_of_the_objective_is_zero_at_the_solution():
     h, weight, keep = draws(), down(), some_keep()
     moments = moments_of(h)
     refitted, bias = (tensor.requires_grad_() for tensor in ridge_with_bias(weight, moments, keep, damping=0.2))
-    lam = 0.2 * (moments.second.diagonal() - moments.mean.square()).mean()
+    lam = 0.2 * (moments.second.diagonal() - moments.mean.square())[keep]
     error = (h @ weight.T - h[:, keep] @ refitted.T - bias).square().sum() / len(h)
-    (error + lam * (refitted - weight[:, keep]).square().sum()).backward()
+    (error + (lam * (refitted - weight[:, keep]).square()).sum()).backward()
     assert float(refitted.grad.abs().max()) < 1e-9
     assert float(bias.grad.abs().max()) < 1e-9
 
@@ -159,24 +159,58 @@ def test_endless_damping_or_full_shrinkage_is_no_refit():
         shrink(second, 2.0)
 
 
-def test_damping_and_shrinkage_are_the_best_on_held_back_moments():
+def test_damping_and_shrinkage_lose_least_where_each_fold_is_judged_on_the_other():
     weight, keep = down(), some_keep(10)
-    few, many = draws(5, tokens=16), draws(6, tokens=4000)
-    fit, held, candidates = moments_of(few), moments_of(many), (1e-4, 1e-2, 1e-1, 1.0, 100.0)
-    losses = {c: brute_lost(weight, many, keep, ridge(weight, fit.second, keep, damping=c)) for c in candidates}
+    texts = draws(5, tokens=16), draws(6, tokens=24)
+    folds, candidates = [moments_of(h) for h in texts], (1e-4, 1e-2, 1e-1, 1.0, 100.0)
+
+    def across(refit, targets=(None, None)):
+        """The loss, token by token, of what is fitted to one fold on the other, in both directions."""
+        pairs = ((0, 1), (1, 0))
+        return sum(brute_lost(weight, texts[b], keep, refit(a), t=targets[b]) for a, b in pairs)
+
+    losses = {c: across(lambda a, c=c: ridge(weight, folds[a].second, keep, damping=c)) for c in candidates}
     best = min(candidates, key=losses.__getitem__)
-    assert choose_damping(weight, fit, held, keep, candidates) == best
+    assert choose_damping(weight, folds, keep, candidates) == best
     assert best not in (1e-4, 100.0)  # or the test could not fail
-    assert choose_damping(weight, fit, fit, keep, candidates) == 1e-4
+    assert choose_damping(weight, [folds[0]] * 2, keep, candidates) == 1e-4
     amounts = (0.0, 0.1, 0.5, 1.0)
-    losses = {a: brute_lost(weight, many, keep, ridge(weight, shrink(fit.second, a), keep, damping=1e-4)) for a in amounts}
-    assert choose_shrinkage(weight, fit, held, keep, amounts, damping=1e-4) == min(amounts, key=losses.__getitem__) != 0
-    targets = (target_of(3 * few, few, weight), target_of(3 * many, many, weight))
-    refits = {c: ridge(weight, fit.second, keep, damping=c, cross=targets[0].cross) for c in candidates}
-    losses = {c: brute_lost(weight, many, keep, refits[c], t=3 * many) for c in candidates}
-    assert choose_damping(weight, fit, held, keep, candidates, targets=targets) == min(candidates, key=losses.__getitem__)
-    with pytest.raises(ValueError, match="at least one candidate"):
-        choose_damping(weight, fit, held, keep, ())
+    losses = {a: across(lambda f, a=a: ridge(weight, shrink(folds[f].second, a), keep, damping=1e-4)) for a in amounts}
+    assert choose_shrinkage(weight, folds, keep, amounts, damping=1e-4) == min(amounts, key=losses.__getitem__) != 0
+    wanted = [3 * h for h in texts]
+    targets = [target_of(t, h, weight) for t, h in zip(wanted, texts, strict=True)]
+    losses = {
+        c: across(lambda a, c=c: ridge(weight, folds[a].second, keep, damping=c, cross=targets[a].cross), wanted)
+        for c in candidates
+    }
+    assert choose_damping(weight, folds, keep, candidates, targets=targets) == min(candidates, key=losses.__getitem__)
+    with pytest.raises(ValueError, match="no damping to choose from; give at least one candidate"):
+        choose_damping(weight, folds, keep, ())
+    with pytest.raises(ValueError, match="fitted on each and judged on the other; got 1"):
+        choose_damping(weight, folds[:1], keep)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1.0])
+def test_rescaling_channels_changes_neither_the_refit_nor_the_order(damping):
+    h, weight, keep = draws(), down(), some_keep()
+    scale = torch.logspace(-2, 2, D_FF, dtype=h.dtype)  # h_j s and W_:j / s: the same layer
+    plain, scaled = moments_of(h).second, moments_of(h * scale).second
+    refitted = ridge(weight / scale, scaled, keep, damping=damping) * scale[keep]
+    torch.testing.assert_close(refitted, ridge(weight, plain, keep, damping=damping), rtol=1e-6, atol=1e-9)
+    one, other = (eliminate(*pair, damping=damping) for pair in ((weight, plain), (weight / scale, scaled)))
+    assert torch.equal(one.order, other.order)
+    torch.testing.assert_close(one.loss, other.loss, rtol=1e-6, atol=1e-9)
+
+
+def test_a_channel_that_is_never_active_keeps_its_column():
+    h, weight = draws(), down()
+    h[:, 3] = 0
+    keep = some_keep()
+    keep[3], keep[4] = True, False
+    refitted = ridge(weight, moments_of(h).second, keep, damping=0.1)
+    torch.testing.assert_close(refitted[:, int(keep[:3].sum())], weight[:, 3])
+    assert not torch.allclose(refitted, weight[:, keep])
+    assert 3 in eliminate(weight, moments_of(h).second).order[:1]
 
 
 def test_results_come_in_the_weight_s_dtype():
@@ -215,7 +249,7 @@ def test_moments_that_cannot_be_solved_are_refused():
 def naive(weight: torch.Tensor, second: torch.Tensor, damping: float, least: int) -> tuple[list[int], list[torch.Tensor]]:
     """Optimal Brain Surgeon as it stands in the papers: W and H^-1 updated in full after each drop."""
     w = weight.clone()
-    inverse = torch.linalg.inv(second + damping * second.diagonal().mean() * torch.eye(D_FF, dtype=second.dtype))
+    inverse = torch.linalg.inv(second + damping * second.diagonal().diag())
     order: list[int] = []
     states = []
     for _ in range(D_FF - least):

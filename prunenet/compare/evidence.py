@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunenet.compare.ledger import Ledger
-from prunenet.compensate import held_back
+from prunenet.compensate import folds_of, pooled
 from prunenet.eliminate import eliminate, score_order
 from prunenet.layers import iter_ffns
 from prunenet.moments import Moments, ffn_moments
@@ -30,20 +30,15 @@ class SharedEvidence(Evidence):
     label: str = ""
 
     @cached_property
-    def fitted(self) -> list[Moments]:
-        """Of each layer, on the blocks that refits are fitted on."""
-        return list(ffn_moments(self.model, held_back(self.ids)[0]))
-
-    @cached_property
-    def checked(self) -> list[Moments]:
-        """Of each layer, on the blocks held back."""
-        return list(ffn_moments(self.model, held_back(self.ids)[1]))
+    def folds(self) -> list[tuple[Moments, Moments]]:
+        """Of each layer, on both folds of the blocks that a refit looks at."""
+        return list(zip(*(ffn_moments(self.model, fold) for fold in folds_of(self.ids)), strict=True))
 
     @cached_property
     def elimination(self) -> list[Float[Tensor, " _"]]:
         """Scores of each layer's channels in the order of greedy elimination, all the way; see `prunenet.eliminate`."""
-        pairs = zip(iter_ffns(self.model), self.fitted, strict=True)
-        return [score_order(eliminate(ffn.down, moments.second), ffn.d_ff) for ffn, moments in pairs]
+        pairs = zip(iter_ffns(self.model), self.folds, strict=True)
+        return [score_order(eliminate(ffn.down, pooled(folds)), ffn.d_ff) for ffn, folds in pairs]
 
     def __getattribute__(self, name: str) -> Any:
         if name not in _SHARED:

@@ -245,7 +245,7 @@ class Workshop:
 
     def _refitted(self, spec: Spec, keep: list[Bool[Tensor, " _"]], evidence: SharedEvidence) -> Cut:
         if spec.refit == "layerwise":
-            return refit_kept(self.model, keep, evidence.fitted, evidence.checked)
+            return refit_kept(self.model, keep, evidence.folds)
         return refit_sequentially(self.model, Cut(keep, None), evidence.ids, dense_targets=False)
 
     def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
