@@ -22,8 +22,9 @@ from typing import Any
 from prunenet import __version__
 from prunenet.calibration import self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.compensate import Refits, cut_layers, held_back
+from prunenet.compensate import Refits, cut_layers
 from prunenet.evaluate import perplexity
+from prunenet.folds import held_back
 from prunenet.policies.methods import (
     Budget,
     Evidence,

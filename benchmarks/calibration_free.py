@@ -31,9 +31,10 @@ from prunenet.envs.divergence import DivergenceReward
 from prunenet.evaluate import perplexity
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.masks import top_channels, width_at, widths_for_budget
-from prunenet.policies.apply import prune
+from prunenet.policies.apply import MEASURED, prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
+from prunenet.recover.training import Tuning, tuned
 from prunenet.text import CalibrationText, TestText, load_text
 from prunenet.zeroshot import task_files, zero_shot
 
@@ -68,7 +69,7 @@ class Workshop:
         return data_blocks(self.tokenizer, text, count=self.tokens // 512, window=512, seed=seed)
 
     def written(self, seed: int = 0) -> Blocks:
-        return self_blocks(self.model, self.tokenizer, seed=seed)
+        return self_blocks(self.model, self.tokenizer, sequences=self.sequences, seed=seed)
 
     def dense(self, _ratio: float) -> PreTrainedModel:
         return self.model
@@ -87,19 +88,28 @@ class Workshop:
         return lambda ratio: prune(self.model, policy, ratio=ratio, widths=widths).model
 
     def measured(
-        self, blocks: Callable[[], Blocks], *, channels: Policy | None, widths: Policy | None, refit: str = "layerwise"
+        self,
+        blocks: Callable[[], Blocks],
+        *,
+        channels: Policy | None,
+        widths: Policy | None,
+        refit: str = "layerwise",
+        measured: float = MEASURED,
     ) -> Make:
-        """A policy's channels (None: elimination's) refitted on blocks, at a policy's widths (None: uniform)."""
+        """A policy's channels, blended with measured energies (None: elimination's), refitted on blocks.
+
+        widths: as a policy learned (None: uniform).
+        """
 
         def make(ratio: float) -> PreTrainedModel:
             source = blocks().source
-            key = (source["text"], source["seed"], channels, refit == "off")
+            key = (source["text"], source["seed"], channels, refit == "off", measured)
             if key not in self._cuts:  # all ratios and both kinds of widths from one walk
                 learned = channels or next(iter(self.policies), None)
                 kinds = [(kind, r) for kind in dict.fromkeys((None, learned)) for r in self.ratios]
                 scores = None if channels is None else channels.scores(self.model)
                 ways = [self._widths(kind, r) for kind, r in kinds]
-                cuts = cut_layers(self.model, blocks().ids, ways, scores=scores, refit=refit != "off")
+                cuts = cut_layers(self.model, blocks().ids, ways, scores=scores, measured=measured, refit=refit != "off")
                 self._cuts[key] = dict(zip(kinds, cuts, strict=True))
             cut: Cut = self._cuts[key][widths, ratio]
             if refit == "sequential":
@@ -132,11 +142,21 @@ class Workshop:
 
         return make
 
+    def recovered(self, make: Make) -> Make:
+        """What `make` cuts, trained for 100 steps on the dense model's predictions on its own text (`prunenet recover`)."""
+
+        def trained(ratio: float) -> PreTrainedModel:
+            with torch.enable_grad():
+                return tuned(make(ratio), self.written(), Tuning(), teacher=self.model).model
+
+        return trained
+
     def _keep(self, offsets: list[float], scores: list[Tensor], ratio: float) -> list[Tensor]:
         widths = widths_for_budget(ffn_widths(self.model), offsets, ratio)
         return [top_channels(row, width) for row, width in zip(scores, widths, strict=True)]
 
     ratios: tuple[float, ...] = ()
+    sequences: int = 160
 
     def _widths(self, policy: Policy | None, ratio: float) -> list[int]:
         if policy is None:
@@ -149,9 +169,9 @@ def rows(shop: Workshop) -> Iterator[Row]:
     yield Row("dense", "dense", "-", 0, shop.dense)
     for seed, policy in enumerate(shop.policies):
         make = shop.measured(shop.written, channels=policy, widths=policy)
-        yield Row("self", "policy's channels + refit, learned widths", "self", seed, make)
+        yield Row("self", "default: blend + refit, learned widths", "self", seed, make)
         make = shop.measured(shop.written, channels=policy, widths=None)
-        yield Row("self", "policy's channels + refit, uniform", "self", seed, make)
+        yield Row("self", "blend + refit, uniform", "self", seed, make)
     for calibration in CALIBRATION:
         text = lambda name=calibration: shop.external(name)  # noqa: E731
         for name in ("wanda_sp", "flap", "llm_pruner_element1"):
@@ -162,6 +182,9 @@ def rows(shop: Workshop) -> Iterator[Row]:
         make = shop.measured(text, channels=None, widths=None)
         yield Row("data", f"elimination + refit, uniform, {calibration}", "data", 0, make)
     yield from ablations(shop)
+    for seed, policy in enumerate(shop.policies):
+        make = shop.recovered(shop.measured(shop.written, channels=policy, widths=policy))
+        yield Row("recovered", "default, then recovered", "self", seed, make)
     for seed, policy in enumerate(shop.policies):
         yield Row("weights", "policy, learned widths", "weights", seed, shop.weights(policy, "per-layer"))
         yield Row("weights", "policy, uniform", "weights", seed, shop.weights(policy, "uniform"))
@@ -184,8 +207,11 @@ def ablations(shop: Workshop) -> Iterator[Row]:
     first = shop.policies[0]
     yield Row("ablation", "elimination, learned widths, no refit", "self", 0, elimination(widths=first, refit="off"))
     yield Row("ablation", "elimination + refit, learned widths", "self", 0, elimination(widths=first))
-    make = shop.measured(shop.written, channels=first, widths=first, refit="sequential")
-    yield Row("ablation", "policy's channels + sequential refit, learned widths", "self", 0, make)
+    ours = partial(shop.measured, shop.written, channels=first, widths=first)
+    yield Row("ablation", "blend + sequential refit, learned widths", "self", 0, ours(refit="sequential"))
+    yield Row("ablation", "blend, learned widths, no refit", "self", 0, ours(refit="off"))
+    yield Row("ablation", "policy's channels + refit, learned widths", "self", 0, ours(measured=0.0))
+    yield Row("ablation", "measured energies alone + refit, learned widths", "self", 0, ours(measured=1.0))
     make = shop.measured(lambda: shop.external("wikitext2"), channels=None, widths=first)
     yield Row("data", "elimination + refit, learned widths, wikitext2", "data", 0, make)
     yield Row("ablation", "policy's channels, best of 96 random widths", "self", 0, shop.best_of(96, first))
@@ -237,6 +263,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="first questions of each task; default all")
     parser.add_argument("--tokens", type=int, default=16384, help="of external calibration text")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=1, help="windows (of questions: at least 16) in one forward pass")
+    parser.add_argument("--tf32", action="store_true", help="score (not prune) with TF32 products, on a GPU")
+    parser.add_argument("--sequences", type=int, default=160, help="that the model writes, a fifth of which is dropped")
     parser.add_argument("--groups", nargs="+", default=["dense", "self", "data", "ablation", "weights"])
     parser.add_argument("--only", help="rows whose name holds this")
     parser.add_argument("--out", type=Path, required=True)
@@ -246,7 +275,7 @@ def main() -> None:
         print(table([json.loads(line) for line in arguments.out.open()]))
         return
     shop = Workshop(arguments.model, arguments.data, arguments.policies, arguments.tokens, arguments.device)
-    shop.ratios = tuple(arguments.ratios)
+    shop.ratios, shop.sequences = tuple(arguments.ratios), arguments.sequences
     wanted = [row for row in rows(shop) if row.group in arguments.groups and (arguments.only or "") in row.method]
     for ratio in (0.0, *arguments.ratios):
         for row in wanted:
@@ -262,14 +291,16 @@ def quality(shop: Workshop, narrow: PreTrainedModel, arguments: argparse.Namespa
         most = arguments.windows or None
         if name == "builtin":
             most = min(most or 6, 6)
-        scored = perplexity(narrow, shop.tokenizer, load_text(path, TestText), window=window, max_windows=most)
+        test = load_text(path, TestText)
+        scored = perplexity(narrow, shop.tokenizer, test, window=window, max_windows=most, batch_size=arguments.batch)
         found |= {f"perplexity_{name}": scored.value, f"tokens_{name}": scored.tokens}
     return found
 
 
 def accuracy(shop: Workshop, narrow: PreTrainedModel, arguments: argparse.Namespace) -> dict[str, float]:
     """Zero-shot accuracy on the tasks, lm-eval's prompts, and its mean."""
-    results = zero_shot(narrow, shop.tokenizer, task_files(arguments.tasks), limit=arguments.limit)
+    files, many = task_files(arguments.tasks), max(16, arguments.batch)
+    results = zero_shot(narrow, shop.tokenizer, files, limit=arguments.limit, batch_size=many)
     found = {f"accuracy_{result.task}": result.accuracy for result in results}
     return found | {"accuracy": sum(found.values()) / len(found)}
 
@@ -277,18 +308,21 @@ def accuracy(shop: Workshop, narrow: PreTrainedModel, arguments: argparse.Namesp
 def cell(shop: Workshop, row: Row, ratio: float, arguments: argparse.Namespace) -> None:
     """Prunes, scores and writes one line, unless the file has it already."""
     place: dict[str, Any] = {"method": row.method, "regime": row.regime, "ratio": ratio, "seed": row.seed}
+    place |= {"sequences": arguments.sequences} if row.regime == "self" else {}
     place |= {"windows": arguments.windows} if arguments.tasks is None else {"limit": arguments.limit}
     done = [json.loads(line) for line in arguments.out.open()] if arguments.out.exists() else []
-    if any(all(line[key] == value for key, value in place.items()) for line in done):
+    if any(all(line.get(key) == value for key, value in place.items()) for line in done):
         return
     start = time.perf_counter()
     with torch.no_grad():
         narrow = row.make(ratio)
     pruned = time.perf_counter()
     line: dict[str, Any] = {"model": Path(arguments.model).name, **place, "parameters": count_parameters(narrow)[0]}
+    torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
     line |= quality(shop, narrow, arguments) if arguments.tasks is None else accuracy(shop, narrow, arguments)
+    torch.backends.cuda.matmul.allow_tf32 = False
     line |= {"seconds_pruning": pruned - start, "seconds": time.perf_counter() - start}
-    line |= {"device": arguments.device, "prunenet": __version__}
+    line |= {"device": arguments.device, "tf32": arguments.tf32, "prunenet": __version__}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as file:
         file.write(json.dumps(line) + "\n")

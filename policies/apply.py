@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet import parallel
 from prunenet.calibration import Blocks
 from prunenet.checkpoint import Provenance, identify, save_pruned
-from prunenet.compensate import Cut, cut_layers, held_back, refit_sequentially
+from prunenet.compensate import Cut, cut_layers, refit_sequentially
 from prunenet.divergence import divergence
+from prunenet.folds import held_back
 from prunenet.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.policies.artifact import Policy, check_measured
@@ -25,7 +26,9 @@ from prunenet.policies.artifact import Policy, check_measured
 AUTO_GAIN = 0.05
 """Widths "auto" takes per-layer ones, which stock loaders read only padded, for a predicted gain in perplexity above this."""
 WIDTHS = ("auto", "uniform", "per-layer")
-CHANNELS = ("policy", "elimination")
+CHANNELS = ("policy", "blend", "elimination")
+MEASURED = 1 / 3
+"""Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3, 2/5 on validation texts (benchmarks/README.md)."""
 REFITS = ("off", "layerwise", "sequential")
 _JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
@@ -77,9 +80,10 @@ def prune(
             predicted to lower perplexity by more than 5 % (`AUTO_GAIN`).
         blocks: token blocks to measure activations on (see `prunenet.calibration`). None: weights alone, which a policy that
             reads moments cannot do.
-        channels: "policy" (its scores, from weights and, where it reads moments, from blocks) or "elimination" (greedy, from
-            activations: needs blocks). Default: the policy where there is one. On self-written text elimination knows more
-            about that text and less about others.
+        channels: "policy" (its scores, from weights and, where it reads moments, from blocks), "blend" (two thirds of their
+            ranks and one of those by energies measured on blocks) or "elimination" (greedy, from activations: needs blocks). On
+            self-written text elimination knows more about that text and less about others. Default: with blocks, the blend
+            where a policy reads weights alone; else the policy where there is one.
         refit: "off", "layerwise" or "sequential" (behind the layers that are cut already) least squares of the down matrices
             on blocks. Default: layerwise where there are blocks.
         scores: `policy.scores(model, blocks)`, where the caller has them already.
@@ -94,8 +98,8 @@ def prune(
     channels, refit = check_choices(policy, blocks is not None, widths, channels, refit)
     ratio = check_size(model, ratio, params, round_to)
     ways = ways_to_cut(model, policy, ratio, widths, round_to)
-    ranked = scores if channels == "policy" else None
-    if policy is not None and channels == "policy" and ranked is None:
+    ranked = scores if channels != "elimination" else None
+    if policy is not None and channels != "elimination" and ranked is None:
         ranked = policy.scores(model, blocks, progress=stage_of(progress, "scoring"))
     if blocks is None:
         assert policy is not None
@@ -104,7 +108,9 @@ def prune(
         gain = policy.config.gain
     else:
         counted = stage_of(progress, "cutting")
-        found = cut_layers(model, blocks.ids, list(ways.values()), scores=ranked, refit=refit != "off", progress=counted)
+        how_much = MEASURED if channels == "blend" else 0.0
+        options: dict[str, Any] = {"scores": ranked, "measured": how_much, "refit": refit != "off", "progress": counted}
+        found = cut_layers(model, blocks.ids, list(ways.values()), **options)
         cuts = dict(zip(ways, found, strict=True))
         gain = _gain(model, cuts, blocks)
     chosen, gain = chosen_way(cuts, gain)
@@ -143,7 +149,8 @@ def check_choices(
     Raises:
         ValueError: an unknown choice, or one that needs a policy or text where there is none.
     """
-    channels = channels or ("policy" if policy is not None or not measured else "elimination")
+    alone = policy is None or not policy.config.moments
+    channels = channels or ("policy" if not measured or not alone else "elimination" if policy is None else "blend")
     refit = refit or ("layerwise" if measured else "off")
     given = (("widths", widths, WIDTHS), ("channels", channels, CHANNELS), ("refit", refit, REFITS))
     for name, value, allowed in given:
@@ -151,9 +158,11 @@ def check_choices(
             raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(allowed)}")
     if policy is not None:
         check_measured(policy, measured)
-    if not measured and (channels == "elimination" or refit != "off"):
-        raise ValueError("elimination and refit measure activations: give text (--moments self or data), or switch them off")
-    if policy is None and channels == "policy":
+    if not measured and (channels != "policy" or refit != "off"):
+        raise ValueError(
+            "blend, elimination and refit measure activations: give text (--moments self or data), or switch them off"
+        )
+    if policy is None and channels != "elimination":
         raise ValueError("no policy to choose the channels; give one (--policy), or text to choose them by (--moments self)")
     if policy is None and widths == "per-layer":
         raise ValueError("no policy to say where to cut; give one (--policy), or say --widths uniform")

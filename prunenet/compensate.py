@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from prunenet import parallel
 from prunenet.eliminate import eliminate, score_order
+from prunenet.folds import folds_of, pooled
 from prunenet.layers import down_linears
 from prunenet.masks import top_channels
 from prunenet.moments import LayerWalk, Moments, Target, paired_moments
@@ -58,38 +59,6 @@ class Cut:
         return torch.zeros_like(dense).index_copy_(1, keep.nonzero().flatten(), self.downs[layer].to(dense))
 
 
-def held_back(
-    blocks: Int[Tensor, "n tokens"], share: float = 0.2
-) -> tuple[Int[Tensor, "fit tokens"], Int[Tensor, "held tokens"]]:
-    """Splits blocks into those to fit on and those, at least one, to judge on.
-
-    Raises:
-        ValueError: fewer than two blocks.
-    """
-    if len(blocks) < 2:
-        raise ValueError(f"a refit needs text to fit on and other text to check on: give 2 blocks or more, got {len(blocks)}")
-    held = max(1, round(share * len(blocks)))
-    return blocks[:-held], blocks[-held:]
-
-
-def folds_of(blocks: Int[Tensor, "n tokens"]) -> tuple[Int[Tensor, "even tokens"], Int[Tensor, "odd tokens"]]:
-    """Every second block, and the others: of self-written text, where two kinds alternate, the two kinds. As `held_back`."""
-    held_back(blocks)
-    return blocks[::2], blocks[1::2]
-
-
-def pooled(
-    folds: Sequence[Moments], matrices: Sequence[Float[Tensor, "d_ff d_ff"]] | None = None
-) -> Float[Tensor, "d_ff d_ff"]:
-    """The second moments of all folds' tokens together; or another mean over tokens, given that of each fold."""
-    tokens = sum(fold.tokens for fold in folds)
-    parts = [fold.second for fold in folds] if matrices is None else matrices
-    whole = torch.zeros_like(parts[0])
-    for fold, part in zip(folds, parts, strict=True):
-        whole.add_(part, alpha=fold.tokens / tokens)
-    return whole
-
-
 @torch.no_grad()
 def cut_layers(
     model: PreTrainedModel,
@@ -97,6 +66,7 @@ def cut_layers(
     widths: Sequence[Sequence[int]],
     *,
     scores: Sequence[Float[Tensor, " _"]] | None = None,
+    measured: float = 0.0,
     refit: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Cut]:
@@ -107,6 +77,7 @@ def cut_layers(
         blocks: token blocks; the refit is fitted on all, with a damping chosen across `folds_of` them.
         widths: for each way, the width of each layer.
         scores: of each layer's channels, higher stays; default the order of greedy elimination on these moments.
+        measured: how much of the order is that of the channels' measured output energies, see `blended`.
         refit: whether the down matrices are refitted.
         progress: called with (layers done, layers in all).
 
@@ -122,7 +93,7 @@ def cut_layers(
         folds, down = [_finite(walk.moments(index), index) for walk in walks], downs[index].weight.detach()
         second = pooled(folds)
         least = min(way[index] for way in widths)
-        order = _order(down, second, least) if scores is None else scores[index]
+        order = _order(down, second, least) if scores is None else blended(scores[index], down, second, measured)
         damping, found[index] = None, []
         for way in widths:
             keep = top_channels(order, way[index])
@@ -178,6 +149,23 @@ def _put_by(model: PreTrainedModel, down: Tensor) -> Tensor:
 
 def _order(down: Tensor, second: Tensor, least: int) -> Tensor:
     return score_order(eliminate(down, second, least=least), down.shape[1])
+
+
+def blended(
+    scores: Float[Tensor, " d_ff"],
+    down: Float[Tensor, "d_model d_ff"],
+    second: Float[Tensor, "d_ff d_ff"],
+    share: float,
+) -> Float[Tensor, " d_ff"]:
+    """(1 - share) of a channel's rank by scores and share of its rank by output energy H_jj |W_:j|^2; share 0: the scores.
+
+    Ranks, because neither scale means anything to the other.
+    """
+    if share == 0:
+        return scores
+    energy = second.diagonal() * down.to(second).square().sum(0)
+    by_scores, by_energy = (row.argsort(stable=True).argsort().double() for row in (scores.to(energy.device), energy))
+    return (1 - share) * by_scores + share * by_energy
 
 
 class Refits:

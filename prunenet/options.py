@@ -85,7 +85,7 @@ Widths = Annotated[
 ]
 Channels = Annotated[
     str | None,
-    typer.Option(help="Who chooses them: policy (the default) or elimination (from activations)."),
+    typer.Option(help="Who chooses them: policy, elimination (from activations), or blend (the default with moments): both."),
 ]
 Refit = Annotated[str | None, typer.Option(help="off, layerwise (the default with moments) or sequential: least squares.")]
 Stream = Annotated[

@@ -143,6 +143,7 @@ def test_prune_by_itself_eliminates_and_refits_on_the_model_s_own_text(model, tm
         ("self", "per-layer", "elimination", "off"),
         ("self", "auto", "policy", "sequential"),
         ("self", "auto", None, None),
+        ("self", "uniform", "blend", "off"),
         ("data", "per-layer", "elimination", "sequential"),
         ("data", "auto", "policy", None),
     ],
@@ -155,7 +156,7 @@ def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moment
     done = facts(*ask, "--out", tmp_path / "out")
     story = json.loads((tmp_path / "out" / "prunenet.json").read_text())
     how = story["how"]
-    assert how["channels"] == (channels or "policy")
+    assert how["channels"] == (channels or ("policy" if moments == "none" else "blend"))
     assert how["refit"] == (refit or ("off" if moments == "none" else "layerwise"))
     if widths == "auto":
         assert how["widths"] == ("per-layer" if how["predicted_gain"] > 0.05 else "uniform")
@@ -180,7 +181,7 @@ def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moment
     ("options", "message"),
     [
         (("--widths", "wide"), "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
-        (("--channels", "best"), "unknown channels 'best'; it is one of policy, elimination"),
+        (("--channels", "best"), "unknown channels 'best'; it is one of policy, blend, elimination"),
         (("--refit", "on"), "unknown refit 'on'; it is one of off, layerwise, sequential"),
         (("--moments", "none", "--refit", "layerwise"), "give text (--moments self or data)"),
         (("--moments", "none", "--channels", "elimination"), "give text (--moments self or data)"),

@@ -25,7 +25,8 @@ from prunenet.compare.ledger import Ledger
 from prunenet.compare.results import Results
 from prunenet.compare.spec import REFITS, WITHOUT_SCORES, Spec, allocations, methods, parse, parse_all
 from prunenet.compare.workshop import Amount, Workshop
-from prunenet.compensate import cut_layers, folds_of, refit_kept
+from prunenet.compensate import cut_layers, refit_kept
+from prunenet.folds import folds_of
 from prunenet.layers import count_parameters, down_linears
 from prunenet.moments import ffn_moments
 from prunenet.policies import artifact

@@ -4,8 +4,9 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut, Refits, cut_layers, folds_of, pooled, refit_sequentially
+from prunenet.compensate import Cut, Refits, blended, cut_layers, refit_sequentially
 from prunenet.divergence import divergence
+from prunenet.folds import folds_of, pooled
 from prunenet.layers import down_linears, ffn_widths
 from prunenet.masks import top_channels, width_at
 from prunenet.moments import ffn_moments
@@ -72,6 +73,31 @@ def test_given_scores_choose_the_channels():
     for keep, width in zip(cut.keep, uniform(model), strict=True):
         assert bool(keep[-width:].all())
         assert int(keep.sum()) == width
+
+
+def test_a_blend_is_of_ranks():
+    down, second = torch.tensor([[3.0, 1.0, 1.0, 1.0]]), torch.diag(torch.tensor([1.0, 4.0, 2.0, 0.5]))
+    scores = torch.tensor([0.1, -7.0, 30.0, 0.2])  # ranks 1, 0, 3, 2; energies 9, 4, 2, 0.5: ranks 3, 2, 1, 0
+    assert torch.equal(blended(scores, down, second, 0.0), scores)
+    assert blended(scores, down, second, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
+    assert blended(scores, down, second, 1.0).tolist() == [3.0, 2.0, 1.0, 0.0]
+    assert blended(100 * scores + 3, down, 5 * second, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
+
+
+def test_measured_energies_have_their_share_in_the_channels():
+    model, blocks = model_and_blocks()
+    scores = [torch.randn(width, generator=torch.Generator().manual_seed(3)) for width in ffn_widths(model)]
+    plain, mixed, measured = (
+        cut_layers(model, blocks, [uniform(model)], scores=scores, measured=share, refit=False)[0].keep
+        for share in (0.0, 0.25, 1.0)
+    )
+    for layer, moments in enumerate(ffn_moments(model, blocks)):
+        weight = down_linears(model)[layer].weight.detach()
+        energy = moments.second.diagonal() * weight.square().sum(0)
+        assert torch.equal(measured[layer], top_channels(energy, int(plain[layer].sum())))
+        assert torch.equal(plain[layer], top_channels(scores[layer], int(plain[layer].sum())))
+    assert any(not torch.equal(*pair) for pair in zip(plain, mixed, strict=True))
+    assert any(not torch.equal(*pair) for pair in zip(measured, mixed, strict=True))
 
 
 def test_nothing_removed_is_nothing_changed():

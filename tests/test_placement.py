@@ -142,7 +142,7 @@ def test_cuts_refits_and_what_they_cost_are_those_in_memory(tmp_path, family, li
     for model in (memory, placed):
         (cut,) = cut_layers(model, BLOCKS, [[24] * 3])
         moments = list(ffn_moments(model, BLOCKS))
-        again = refit_kept(model, cut.keep, moments, moments)
+        again = refit_kept(model, cut.keep, [(one, one) for one in moments])
         sequential = [refit_sequentially(model, cut, BLOCKS, dense_targets=dense) for dense in (True, False)]
         cuts = [cut, again, *sequential]
         costs = divergences(model, [one.down for one in cuts], BLOCKS)

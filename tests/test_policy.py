@@ -300,7 +300,7 @@ def test_scores_that_the_caller_has_are_not_computed_again(monkeypatch):
     ("choices", "message"),
     [
         ({"widths": "wide"}, "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
-        ({"channels": "best"}, "unknown channels 'best'; it is one of policy, elimination"),
+        ({"channels": "best"}, "unknown channels 'best'; it is one of policy, blend, elimination"),
         ({"refit": "on"}, "unknown refit 'on'; it is one of off, layerwise, sequential"),
         ({"refit": "layerwise"}, "give text"),
         ({"channels": "elimination"}, "give text"),

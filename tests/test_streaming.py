@@ -344,7 +344,7 @@ def test_the_command_streams_to_the_same_bytes_and_refuses_what_needs_activation
     assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
     refusals = [
         ((*ask, "--stream"), "nothing can be measured on text: say --moments none as well"),
-        ((*ask, "--stream", "--moments", "none", "--refit", "layerwise"), "elimination and refit measure activations"),
+        ((*ask, "--stream", "--moments", "none", "--refit", "layerwise"), "blend, elimination and refit measure activations"),
         (("train", folder, "--stream"), "nothing can be measured on text: say --preset spectral, without --features"),
     ]
     for arguments, message in refusals:
