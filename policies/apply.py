@@ -28,7 +28,7 @@ AUTO_GAIN = 0.05
 WIDTHS = ("auto", "uniform", "per-layer")
 CHANNELS = ("policy", "blend", "elimination")
 MEASURED = 1 / 3
-"""Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3, 2/5 on validation texts (benchmarks/README.md)."""
+"""Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3 and 2/5 on validation texts."""
 REFITS = ("off", "layerwise", "sequential")
 _JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
