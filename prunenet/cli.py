@@ -35,6 +35,7 @@ from prunenet.options import (
     PolicyName,
     Preset,
     PruneMoments,
+    PruneTokens,
     Ratio,
     Ratios,
     Refit,
@@ -121,6 +122,7 @@ def prune(
     widths: Widths = "auto",
     moments: PruneMoments = "self",
     text: CalibrationSource = None,
+    tokens: PruneTokens = None,
     channels: Channels = None,
     refit: Refit = None,
     round_to: Annotated[int, typer.Option("--round", help="Widths are multiples of this.")] = 8,
@@ -142,7 +144,7 @@ def prune(
 
         apply.check_amount(ratio, params)
         check_absent(out)
-        check_text(moments, text)
+        check_text(moments, text, tokens)
         check_streamable(stream, moments != "none", "say --moments none as well")
         dense = open_model(model, stream, dtype=dtype, device=place, max_memory=max_memory)
         trained, name = policy_for(policy, structure(dense).config.model_type)
@@ -154,7 +156,7 @@ def prune(
             with tables.stages(errors) as advance:
                 story = prune_streamed(dense, out, trained, tokenizer=tokenizer_of(model), progress=advance, **same)
         else:
-            blocks = None if moments == "none" else blocks_for(dense, model, moments, text or "builtin", seed)
+            blocks = None if moments == "none" else blocks_for(dense, model, moments, text or "builtin", seed, tokens)
             with tables.stages(errors) as advance:
                 pruned = apply.prune(dense, trained, blocks=blocks, channels=channels, refit=refit, progress=advance, **same)
             if parallel.is_first():

@@ -93,7 +93,7 @@ def cut_layers(
         folds, down = [_finite(walk.moments(index), index) for walk in walks], downs[index].weight.detach()
         second = pooled(folds)
         least = min(way[index] for way in widths)
-        order = _order(down, second, least) if scores is None else blended(scores[index], down, second, measured)
+        order = _order(down, second, least) if scores is None else blended(scores[index], output_energy(down, second), measured)
         damping, found[index] = None, []
         for way in widths:
             keep = top_channels(order, way[index])
@@ -151,21 +151,23 @@ def _order(down: Tensor, second: Tensor, least: int) -> Tensor:
     return score_order(eliminate(down, second, least=least), down.shape[1])
 
 
-def blended(
-    scores: Float[Tensor, " d_ff"],
-    down: Float[Tensor, "d_model d_ff"],
-    second: Float[Tensor, "d_ff d_ff"],
-    share: float,
-) -> Float[Tensor, " d_ff"]:
-    """(1 - share) of a channel's rank by scores and share of its rank by output energy H_jj |W_:j|^2; share 0: the scores.
+def blended(scores: Float[Tensor, " d_ff"], energy: Float[Tensor, " d_ff"], share: float) -> Float[Tensor, " d_ff"]:
+    """(1 - share) of a channel's rank by scores and share of its rank by measured output energy; share 0: the scores.
 
     Ranks, because neither scale means anything to the other.
     """
     if share == 0:
         return scores
-    energy = second.diagonal() * down.to(second).square().sum(0)
     by_scores, by_energy = (row.argsort(stable=True).argsort().double() for row in (scores.to(energy.device), energy))
     return (1 - share) * by_scores + share * by_energy
+
+
+def output_energy(
+    down: Float[Tensor, "d_model d_ff"], second: Float[Tensor, "d_ff d_ff"] | Float[Tensor, " d_ff"]
+) -> Float[Tensor, " d_ff"]:
+    """E|W_:j h_j|^2 of each channel, from E[h h^T] or its diagonal."""
+    squares = second.diagonal() if second.ndim == 2 else second
+    return squares * down.to(squares).square().sum(0)
 
 
 class Refits:

@@ -76,10 +76,12 @@ def check_reward_inputs(
     check_text(moments, text)
 
 
-def check_text(moments: str | None, text: str | None) -> None:
-    """Raises ValueError for a text that would not be read."""
+def check_text(moments: str | None, text: str | None, tokens: int | None = None) -> None:
+    """Raises ValueError for a text, or an amount of it, that would not be read."""
     if text and moments != "data":
         raise ValueError("--text is read with --moments data only: add that, or leave --text out")
+    if tokens is not None and moments == "none":
+        raise ValueError(f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self")
 
 
 def tokenizer_of(source: str) -> PreTrainedTokenizerBase | None:

@@ -100,3 +100,9 @@ TrainWidths = Annotated[
     Literal["uniform", "per-layer"] | None,
     typer.Option(help="per-layer (the default preset's): a second stage learns where to cut. uniform: no such stage."),
 ]
+PruneTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", help="Of text to measure on, in blocks of 256: more is better and slower. Default: 40960 (data: 8192)."
+    ),
+]

@@ -177,6 +177,18 @@ def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moment
     assert loaded(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(4000)))
+    ask = ("prune", model, "--policy", learned, "--ratio", 0.5, "--moments", "data", "--text", words)
+    facts(*ask, "--tokens", 2048, "--out", tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "prunenet.json").read_text())["how"]["text"]
+    assert text["count"] * text["window"] == 2048
+    said = refused(*ask, "--tokens", 100, "--out", tmp_path / "none")
+    assert "--tokens must be at least" in said
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -191,6 +203,7 @@ def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moment
         (("--policy", "none", "--moments", "none"), "no policy to choose the channels"),
         (("--policy", "alpaca"), "policy 'alpaca' does not exist"),
         (("--text", "words.txt"), "--text is read with --moments data only"),
+        (("--moments", "none", "--tokens", "4096"), "--moments none reads no text: leave --tokens 4096 out"),
         (("--params", "0.99"), "the FFN channels hold"),
         (("--round", "0"), "got 0"),
         (("--round", "64"), "has no multiple of 64"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut, Refits, blended, cut_layers, refit_sequentially
+from prunenet.compensate import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially
 from prunenet.divergence import divergence
 from prunenet.folds import folds_of, pooled
 from prunenet.layers import down_linears, ffn_widths
@@ -76,12 +76,15 @@ def test_given_scores_choose_the_channels():
 
 
 def test_a_blend_is_of_ranks():
-    down, second = torch.tensor([[3.0, 1.0, 1.0, 1.0]]), torch.diag(torch.tensor([1.0, 4.0, 2.0, 0.5]))
-    scores = torch.tensor([0.1, -7.0, 30.0, 0.2])  # ranks 1, 0, 3, 2; energies 9, 4, 2, 0.5: ranks 3, 2, 1, 0
-    assert torch.equal(blended(scores, down, second, 0.0), scores)
-    assert blended(scores, down, second, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
-    assert blended(scores, down, second, 1.0).tolist() == [3.0, 2.0, 1.0, 0.0]
-    assert blended(100 * scores + 3, down, 5 * second, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
+    down, second = torch.tensor([[3.0, 1.0, 1.0, 1.0]]), torch.diag(torch.tensor([1.0, 4.0, 2.0, 0.5])) + 0.1
+    energy = output_energy(down, second)
+    assert energy.tolist() == pytest.approx([9.9, 4.1, 2.1, 0.6])  # ranks 3, 2, 1, 0
+    assert torch.equal(energy, output_energy(down, second.diagonal()))
+    scores = torch.tensor([0.1, -7.0, 30.0, 0.2])  # ranks 1, 0, 3, 2
+    assert torch.equal(blended(scores, energy, 0.0), scores)
+    assert blended(scores, energy, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
+    assert blended(scores, energy, 1.0).tolist() == [3.0, 2.0, 1.0, 0.0]
+    assert blended(100 * scores + 3, 5 * energy, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
 
 
 def test_measured_energies_have_their_share_in_the_channels():
