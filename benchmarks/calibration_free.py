@@ -233,7 +233,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     ratios = sorted({line["ratio"] for line in lines if line["ratio"]})
     found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for line in lines:
-        found.setdefault((line["regime"], line["method"]), {}).setdefault(line["ratio"], []).append(line)
+        twice = "" if line.get("sequences", 160) == 160 else f", {line['sequences']} sequences"
+        found.setdefault((line["regime"], line["method"] + twice), {}).setdefault(line["ratio"], []).append(line)
 
     def shown(cells: list[dict[str, Any]]) -> str:
         parts = []
@@ -269,10 +270,12 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", default=["dense", "self", "data", "ablation", "weights"])
     parser.add_argument("--only", help="rows whose name holds this")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--table", action="store_true", help="print what --out holds as Markdown, measure nothing")
+    parser.add_argument("--table", action="store_true", help="print what --out holds of --windows (or --limit) as Markdown")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table([json.loads(line) for line in arguments.out.open()]))
+        asked = {"windows": arguments.windows} if arguments.tasks is None else {"limit": arguments.limit}
+        lines = [json.loads(line) for line in arguments.out.open()]
+        print(table([line for line in lines if asked.items() <= line.items()]))
         return
     shop = Workshop(arguments.model, arguments.data, arguments.policies, arguments.tokens, arguments.device)
     shop.ratios, shop.sequences = tuple(arguments.ratios), arguments.sequences
