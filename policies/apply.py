@@ -149,8 +149,8 @@ def check_choices(
     Raises:
         ValueError: an unknown choice, or one that needs a policy or text where there is none.
     """
-    alone = policy is None or not policy.config.moments
-    channels = channels or ("policy" if not measured or not alone else "elimination" if policy is None else "blend")
+    by_default = "elimination" if policy is None else "policy" if policy.config.moments else "blend"
+    channels = channels or (by_default if measured else "policy")
     refit = refit or ("layerwise" if measured else "off")
     given = (("widths", widths, WIDTHS), ("channels", channels, CHANNELS), ("refit", refit, REFITS))
     for name, value, allowed in given:

@@ -162,12 +162,9 @@ def blended(scores: Float[Tensor, " d_ff"], energy: Float[Tensor, " d_ff"], shar
     return (1 - share) * by_scores + share * by_energy
 
 
-def output_energy(
-    down: Float[Tensor, "d_model d_ff"], second: Float[Tensor, "d_ff d_ff"] | Float[Tensor, " d_ff"]
-) -> Float[Tensor, " d_ff"]:
-    """E|W_:j h_j|^2 of each channel, from E[h h^T] or its diagonal."""
-    squares = second.diagonal() if second.ndim == 2 else second
-    return squares * down.to(squares).square().sum(0)
+def output_energy(down: Float[Tensor, "d_model d_ff"], second: Float[Tensor, "d_ff d_ff"]) -> Float[Tensor, " d_ff"]:
+    """E|W_:j h_j|^2 of each channel."""
+    return second.diagonal() * down.to(second).square().sum(0)
 
 
 class Refits:

@@ -254,8 +254,6 @@ def _solved(
     keep: Bool[Tensor, " d_ff"],
     damping: float,
 ) -> Float64[Tensor, "d_model kept"]:
-    if damping < 0:
-        raise ValueError(f"damping must be 0 or more, got {damping}")
     return w[:, keep] + _solution(*_system(w, second, cross, keep), damping)
 
 
@@ -279,6 +277,8 @@ def _solution(
     block: Float64[Tensor, "kept kept"], right: Float64[Tensor, "d_model kept"], damping: float
 ) -> Float64[Tensor, "d_model kept"]:
     """right (block + damping diag(block))^-1."""
+    if damping < 0:
+        raise ValueError(f"damping must be 0 or more, got {damping}")
     damped = block.clone()
     energy = block.diagonal()
     # A channel that is never active has nothing to be damped by, and no part in the solution.

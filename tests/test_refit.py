@@ -186,6 +186,8 @@ def test_damping_and_shrinkage_lose_least_where_each_fold_is_judged_on_the_other
     assert choose_damping(weight, folds, keep, candidates, targets=targets) == min(candidates, key=losses.__getitem__)
     with pytest.raises(ValueError, match="no damping to choose from; give at least one candidate"):
         choose_damping(weight, folds, keep, ())
+    with pytest.raises(ValueError, match="damping must be 0 or more, got -2"):
+        choose_damping(weight, folds, keep, (0.1, -2.0))
     with pytest.raises(ValueError, match="fitted on each and judged on the other; got 1"):
         choose_damping(weight, folds[:1], keep)
 
