@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet import parallel
-from prunenet.eliminate import damped_inverse
+from prunenet.cholesky import damped_cholesky
 from prunenet.layers import down_linears
 from prunenet.moments import LayerWalk, Moments
 from prunenet.stats import channel_statistics, standardised
@@ -119,7 +119,7 @@ def layer_moment_statistics(weight: Float[Tensor, "d_model d_ff"], moments: Mome
 def _unique(written: Float[Tensor, "d_ff d_ff"]) -> Float[Tensor, " d_ff"]:
     """The output energy of each channel that a ridge regression on the others does not explain."""
     lam = _DAMPING * max(float(written.diagonal().mean()), _TINY)  # a layer may write nothing
-    inverse = damped_inverse(written, lam, _DAMPING)
+    inverse = torch.cholesky_inverse(damped_cholesky(written, lam, _DAMPING))
     return (1 / inverse.diagonal() - lam).clamp_min(0)
 
 

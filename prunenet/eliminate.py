@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
+from prunenet.cholesky import damped_by_energy, damped_cholesky
+
 _Square = Float64[Tensor, "d_ff d_ff"]
 _CHUNK = 512
 
@@ -73,9 +75,8 @@ def eliminate(
     device = weight.device if weight.device.type != "mps" else torch.device("cpu")  # which has no float64
     w, h = weight.to(device, torch.float64), second.to(device, torch.float64)
     energy = ((w @ h) * w).sum()
-    energy_of = h.diagonal()  # a channel that is never active needs something to be damped by
-    lam = damping * energy_of.clamp_min(1e-12 * float(energy_of.mean()))
-    inverse, gram = damped_inverse(h, lam, damping), w.T @ w
+    lam = damped_by_energy(h, damping)
+    inverse, gram = torch.cholesky_inverse(damped_cholesky(h, lam, damping)), w.T @ w
     active = torch.arange(d_ff, device=device)
     orders, losses, factors = [], [], []
     left = d_ff - least
@@ -113,21 +114,6 @@ def score_order(elimination: Elimination, d_ff: int) -> Float64[Tensor, " d_ff"]
     scores = torch.full((d_ff,), float(steps), dtype=torch.float64, device=elimination.order.device)
     scores[elimination.order] = torch.arange(steps, dtype=torch.float64, device=scores.device)
     return scores
-
-
-def damped_inverse(second: _Square, lam: float | Float64[Tensor, " d_ff"], damping: float) -> _Square:
-    """(H + diag(lam))^-1; `damping` is what the error calls lam.
-
-    Raises:
-        ValueError: the sum is not positive definite, or not finite.
-    """
-    damped = second.clone()
-    damped.diagonal().add_(lam)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"the moments with damping {damping} are not positive definite; raise it, or measure more tokens")
-    inverse: Tensor = torch.cholesky_inverse(factor)
-    return inverse
 
 
 def _drop_block(

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from prunenet.cholesky import damped_by_energy, damped_cholesky
 from prunenet.masks import check_keep
 
 if TYPE_CHECKING:  # for annotations alone: this floor's modules do not import each other
@@ -279,13 +280,7 @@ def _solution(
     """right (block + damping diag(block))^-1."""
     if damping < 0:
         raise ValueError(f"damping must be 0 or more, got {damping}")
-    damped = block.clone()
-    energy = block.diagonal()
-    # A channel that is never active has nothing to be damped by, and no part in the solution.
-    damped.diagonal().add_(damping * energy.clamp_min(1e-12 * float(energy.mean())))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"the moments with damping {damping} are not positive definite; raise it, or measure more tokens")
+    factor = damped_cholesky(block, damped_by_energy(block, damping), damping)
     solution: Tensor = torch.cholesky_solve(right.T, factor).T
     return solution
 
