@@ -234,7 +234,7 @@ def _best(
     seconds = [moments.second.to(w) for moments in folds]
     crosses = seconds if targets is None else [target.cross.to(w) for target in targets]
     wholes = [float(_energy(w, second)) for second in seconds] if targets is None else [target.energy for target in targets]
-    systems = [_system(w, *pair, keep) for pair in zip(seconds, crosses, strict=True)]
+    systems = [_system(w, h, None if t is h else t, keep) for h, t in zip(seconds, crosses, strict=True)]
     losses = dict.fromkeys(tried, 0.0)
     for fitted, judged in ((0, 1), (1, 0)):
         block, right = systems[judged]
