@@ -1,6 +1,7 @@
 """The house rules that a machine can check (import floors are import-linter's, see pyproject.toml)."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -16,12 +17,9 @@ import prunenet
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(prunenet.__file__).resolve().parent
+# Every folder, and those behind the links `envs` and `policies` (rglob does not follow links).
 SOURCES = sorted(
-    path
-    for path in (
-        *PACKAGE.glob("*.py"),
-        *(p for f in ("compare", "envs", "policies", "recover") for p in (PACKAGE / f).rglob("*.py")),
-    )
+    Path(folder, name) for folder, _, names in os.walk(PACKAGE, followlinks=True) for name in names if name.endswith(".py")
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -66,9 +64,12 @@ def dangerous(tree: ast.Module) -> Iterator[str]:
         yield from (f"line {getattr(node, 'lineno', '?')}: {name}" for name in found)
 
 
-def test_the_rules_look_at_the_whole_package() -> None:
+def test_the_rules_look_at_every_folder_of_the_package() -> None:
     names = {path.relative_to(PACKAGE).as_posix() for path in SOURCES}
-    assert {"masks.py", "envs/__init__.py", "policies/__init__.py"} <= names
+    assert {"__init__.py", "envs/__init__.py", "policies/methods/__init__.py"} <= names
+    assert len(names) == len(list(PACKAGE.rglob("*.py"))) + sum(
+        len(list((PACKAGE / link).resolve().rglob("*.py"))) for link in ("envs", "policies") if (PACKAGE / link).is_symlink()
+    )
 
 
 @each_source
