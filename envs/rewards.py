@@ -25,10 +25,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet import parallel
 from prunenet.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
 from prunenet.moments import LayerWalk
-from prunenet.placement import is_placed
+from prunenet.runtime import parallel
+from prunenet.runtime.placement import is_placed
 from prunenet.spectra import DISTANCES, Distance, SpectralReference
 from prunenet.spectral_density import SpectralSketch
 
@@ -70,10 +70,10 @@ def inverse(distance: Float[Tensor, " masks"], most: float) -> Float[Tensor, " m
 class SpectralReward:
     """How well the singular values of a layer's matrices survive a mask, averaged over the matrices (METHODS.md 2).
 
-    Of several processes (`prunenet.parallel`) each decomposes the dense matrices of its own layers, for all.
+    Of several processes (`prunenet.runtime.parallel`) each decomposes the dense matrices of its own layers, for all.
 
     Args:
-        model: its weights are read, never changed. Of one that is streamed or placed (`prunenet.placement`) only spectra are
+        model: its weights are read, never changed. Of one that is streamed or placed (`prunenet.runtime.placement`) only spectra are
             kept, d_model numbers a matrix (or some 900 where they are estimated); a layer is read again each time that its
             masks are judged.
         distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared norm lost); all in [0, 1].
@@ -168,8 +168,8 @@ class ReconstructionReward:
         blocks: (n, tokens) token ids on which activations are measured. Where they were written by the model itself
             (`prunenet.generate`), no external data is used.
 
-    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is placed (`prunenet.placement`). Of
-    several processes (`prunenet.parallel`) each holds and judges its own layers; all walk the way through the layers.
+    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is placed (`prunenet.runtime.placement`). Of
+    several processes (`prunenet.runtime.parallel`) each holds and judges its own layers; all walk the way through the layers.
 
     Raises:
         ValueError: activations that are not finite, or blocks that the model cannot read.

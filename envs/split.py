@@ -1,4 +1,4 @@
-"""Judging masks with several processes: the first plays, and the others judge with it (`prunenet.parallel`).
+"""Judging masks with several processes: the first plays, and the others judge with it (`prunenet.runtime.parallel`).
 
 How a reward can be split it says itself, in an attribute `split`, by the name of its method:
 - "masks": each process judges some of the masks of the batch. For rewards that judge masks one by one, to the same bits.
@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunenet import parallel
 from prunenet.envs.rewards import Reward
+from prunenet.runtime import parallel
 
 T = TypeVar("T")
 _SWEEP, _OVER = -1, -2

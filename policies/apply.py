@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet import parallel
 from prunenet.calibration import Blocks
 from prunenet.checkpoint import Provenance, identify, save_pruned
 from prunenet.compensate import Cut, cut_layers, refit_sequentially
@@ -22,6 +21,7 @@ from prunenet.folds import held_back
 from prunenet.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.policies.artifact import Policy, check_measured
+from prunenet.runtime import parallel
 
 AUTO_GAIN = 0.05
 """Widths "auto" takes per-layer ones, which stock loaders read only padded, for a predicted gain in perplexity above this."""

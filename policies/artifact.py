@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from prunenet.activation_stats import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
 from prunenet.calibration import Blocks
-from prunenet.folders import write_atomic
 from prunenet.layers import Weights, ffn_widths
 from prunenet.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
+from prunenet.runtime.files import write_atomic
 from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context, observe
 
 ZOO = Path(__file__).parent / "zoo"

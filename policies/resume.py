@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from prunenet.folders import write_atomic
 from prunenet.policies.artifact import PolicyError
+from prunenet.runtime.files import write_atomic
 
 
 @dataclass(slots=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet import parallel
-from prunenet.folders import check_absent, check_room
 from prunenet.layers import iter_ffns
 from prunenet.masks import top_channels
 from prunenet.offload import SHARD
 from prunenet.policies.apply import check_choices, check_size, chosen_way, provenance_of, stage_of, ways_to_cut
 from prunenet.policies.artifact import Policy
 from prunenet.provenance import Provenance
+from prunenet.runtime import parallel
+from prunenet.runtime.files import check_absent, check_room
 from prunenet.streaming import StreamedCheckpoint, save_streamed
 from prunenet.surgery import narrowed
 
@@ -36,7 +36,7 @@ def prune_streamed(
     """`apply.prune` from weights alone and `Pruned.save_pretrained`, without the model in memory: the same tensors and files.
 
     Memory holds one layer and what is computed from it, whatever the number of layers. Of several processes
-    (`prunenet.parallel`) each scores its own layers, and the first writes.
+    (`prunenet.runtime.parallel`) each scores its own layers, and the first writes.
 
     Args:
         source: the checkpoint.

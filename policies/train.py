@@ -21,18 +21,18 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet import parallel
 from prunenet.activation_stats import MOMENT_STATISTICS
 from prunenet.calibration import Blocks, weights_sha256
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import led
 from prunenet.envs.sweep import View
-from prunenet.folders import check_home
 from prunenet.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.run import Run
+from prunenet.runtime import parallel
+from prunenet.runtime.files import check_home
 from prunenet.streaming import StreamedCheckpoint
 
 
@@ -65,7 +65,7 @@ def train(
 ) -> Training:
     """Trains a policy.
 
-    Of several processes (`prunenet.parallel`) the first plays, learns and writes, and all of them judge masks and describe
+    Of several processes (`prunenet.runtime.parallel`) the first plays, learns and writes, and all of them judge masks and describe
     layers for it (`prunenet.envs.split`): the same policy, bit for bit, with the same number of threads each.
 
     Args:

@@ -21,10 +21,10 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet import parallel
 from prunenet.cholesky import damped_cholesky
 from prunenet.layers import down_linears
 from prunenet.moments import LayerWalk, Moments
+from prunenet.runtime import parallel
 from prunenet.stats import channel_statistics, standardised
 
 # A policy that reads them stores both and refuses other values. Raise the version when a statistic changes its meaning.
@@ -64,7 +64,7 @@ def moment_statistics(
     """Standardised statistics of every FFN channel's activations: (d_ff, len(MOMENT_STATISTICS)) for each layer.
 
     Values lie in [-4, 4] and are never NaN; a statistic that is constant in a layer is 0. Memory holds the moments of one
-    layer, in float64 while they are inverted. Of several processes (`prunenet.parallel`) each measures its own layers; the way
+    layer, in float64 while they are inverted. Of several processes (`prunenet.runtime.parallel`) each measures its own layers; the way
     through the layers is walked by all.
 
     Args:

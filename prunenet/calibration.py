@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet import parallel
 from prunenet.demo_model import cache_folder
-from prunenet.folders import write_atomic
 from prunenet.generate import document_start, generate_blocks
 from prunenet.layers import structure
-from prunenet.placement import parameters, tensor_of
 from prunenet.provenance import TextRegime
+from prunenet.runtime import parallel
+from prunenet.runtime.files import write_atomic
+from prunenet.runtime.placement import parameters, tensor_of
 from prunenet.streaming import StreamedCheckpoint
 from prunenet.synthetic import random_blocks
 from prunenet.text import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
@@ -234,7 +234,7 @@ def calibration_for(
 
     `total`: tokens in all, of self-written text before its filter; the default is theirs.
 
-    Of several processes (`prunenet.parallel`) the first writes or reads, and the others are given the same.
+    Of several processes (`prunenet.runtime.parallel`) the first writes or reads, and the others are given the same.
 
     Raises as those do, and ValueError for a seed out of range or a total of less than 2 blocks.
     """

@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet import modeling
-from prunenet.folders import CheckpointError as CheckpointError
-from prunenet.folders import new_folder
 from prunenet.heads import group_counts
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.offload import check_reread, read_placed, write_placed
-from prunenet.placement import AUTO, is_placed, parameters
 from prunenet.provenance import Provenance as Provenance
+from prunenet.runtime.files import CheckpointError as CheckpointError
+from prunenet.runtime.files import new_folder
+from prunenet.runtime.placement import AUTO, is_placed, parameters
 from prunenet.sources import UNLOADABLE, check_device, config_and_class, find_folder, in_short, open_checkpoint
 from prunenet.surgery import zero_padded
 
@@ -42,7 +42,7 @@ def load_model(
         source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
         dtype: one of `prunenet.sources.DTYPES`; `auto` keeps the stored one.
         device: a torch device; or "auto", all there are: accelerators first, then the CPU, then the disk, see
-            `prunenet.placement`.
+            `prunenet.runtime.placement`.
         max_memory: with "auto", how much of the weights each may hold, as in "cuda:0=20GiB,cpu=60GiB"; default what is free.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from prunenet import parallel, tables
+from prunenet import tables
 from prunenet.compare.command import compare
 from prunenet.console import errors, one_job, one_process, show
 from prunenet.inputs import blocks_for, check_reward_inputs, check_streamable, check_text, open_model, tokenizer_of
@@ -50,6 +50,7 @@ from prunenet.options import (
     Window,
 )
 from prunenet.recover.command import recover
+from prunenet.runtime import parallel
 
 app = typer.Typer(
     help="Learns once per model family which FFN channels matter, and cuts any model of that family to any size.",
@@ -135,11 +136,11 @@ def prune(
 ) -> None:
     """Cut a model to any size into an ordinary checkpoint, by default without any data from outside."""
     with one_job(device) as place:
-        from prunenet.folders import check_absent
         from prunenet.layers import structure
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed
+        from prunenet.runtime.files import check_absent
         from prunenet.streaming import StreamedCheckpoint
 
         apply.check_amount(ratio, params)

@@ -3,7 +3,7 @@
 Measures each layer once (`moments`), chooses channels by greedy elimination (`eliminate`) or by given scores, and refits the
 down matrix for them (`refit`), with its damping chosen across two folds of the text. Memory holds the moments of one layer.
 
-Of several processes (`prunenet.parallel`) each measures, orders and refits its own layers in `cut_layers`, to the same bits.
+Of several processes (`prunenet.runtime.parallel`) each measures, orders and refits its own layers in `cut_layers`, to the same bits.
 Not split: the hidden states' way through the layers, which all walk, and `refit_sequentially`, where each layer is measured
 behind the one refitted before it.
 """
@@ -18,14 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet import parallel
 from prunenet.eliminate import eliminate, score_order
 from prunenet.folds import folds_of, pooled
 from prunenet.layers import down_linears
 from prunenet.masks import top_channels
 from prunenet.moments import LayerWalk, Moments, Target, paired_moments
-from prunenet.placement import derive, is_placed, present, shared_copy
 from prunenet.refit import choose_damping, ridge
+from prunenet.runtime import parallel
+from prunenet.runtime.placement import derive, is_placed, present, shared_copy
 from prunenet.surgery import narrowed
 
 

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from prunenet import parallel
-from prunenet.team import Followed, PeerFailed
+from prunenet.runtime import parallel
+from prunenet.runtime.team import Followed, PeerFailed
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -53,7 +53,7 @@ def one_job(device: str) -> Iterator[str]:
     """`one_sentence` for all processes that torchrun has started: rank 0 has the screen, and who fails first says why.
 
     Yields:
-        The device of this process; see `prunenet.parallel.joined`.
+        The device of this process; see `prunenet.runtime.parallel.joined`.
     """
     with one_sentence():
         try:

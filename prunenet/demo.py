@@ -15,7 +15,6 @@ from prunenet.calibration import Blocks, self_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, identify, load_model, load_provenance, load_tokenizer
 from prunenet.compensate import cut_layers
 from prunenet.demo_model import fetch_demo_model
-from prunenet.folders import check_home, write_atomic
 from prunenet.latency import generate_sentence
 from prunenet.layers import ffn_widths
 from prunenet.masks import check_ratio, width_at
@@ -25,6 +24,7 @@ from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import recorded, train, unfinished
 from prunenet.report import draw_report
+from prunenet.runtime.files import check_home, write_atomic
 from prunenet.text import TestText, load_text
 
 PROMPT = "The Nile is the longest river in"

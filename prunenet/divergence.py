@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.layers import calling, check_tokens, down_linears
-from prunenet.placement import home, present
+from prunenet.runtime.placement import home, present
 
 Downs = Callable[[int, Tensor], Tensor]
 """(layer, its dense down matrix (d_model, d_ff)) -> that of the cut layer, with zeros in the columns of dropped channels."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.layers import check_tokens
-from prunenet.placement import home
+from prunenet.runtime.placement import home
 
 _REWRITES = 4  # times that sequences too much like others are written anew, before they are given up
 _MOST = 4096  # sorting a whole vocabulary of 49 152 takes a third as long as the model's own step

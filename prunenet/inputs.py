@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from prunenet import tables
 from prunenet.console import errors
-from prunenet.placement import AUTO
+from prunenet.runtime.placement import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from prunenet.placement import home
+from prunenet.runtime.placement import home
 
 
 @dataclass(frozen=True, slots=True)

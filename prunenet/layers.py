@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from prunenet.architectures import Architecture, UnsupportedArchitecture, architecture_for
-from prunenet.placement import parameters, present, ties
+from prunenet.runtime.placement import parameters, present, ties
 
 
 @dataclass(frozen=True, slots=True)
 class FFN:
     """The weights of one layer's FFN. Tensors are views: nothing is copied, dtype and device are the model's.
 
-    Of a placed model (`prunenet.placement`) they may be the only copy on the layer's device, and go with it.
+    Of a placed model (`prunenet.runtime.placement`) they may be the only copy on the layer's device, and go with it.
 
     Channel j is row j of `gate` and `up` (and of their biases) plus column j of `down`.
 

@@ -11,7 +11,7 @@ from typing import Any
 from prunenet.checkpoint import load_model, load_provenance, load_tokenizer
 from prunenet.evaluate import perplexity, summarise
 from prunenet.latency import check_positions, speed_side_by_side
-from prunenet.placement import AUTO
+from prunenet.runtime.placement import AUTO
 from prunenet.text import TestText
 
 _PROMPT, _NEW_TOKENS = 128, 32

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from prunenet.architectures import architecture_for
 from prunenet.layers import calling, check_tokens, decoder_layers, down_linears
-from prunenet.placement import device_of, home, is_placed, present
+from prunenet.runtime.placement import device_of, home, is_placed, present
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LayerWalk:
         skip: positions at the start of each block that no moment counts, in [0, tokens). The first token of a block is often
             an attention sink, with activations so large that it alone shapes H; later tokens still see it.
         offload: whether hidden states wait on the CPU, a batch at a time being on the layer's device. Those of a model that
-            accelerate has placed (`prunenet.placement`) always do.
+            accelerate has placed (`prunenet.runtime.placement`) always do.
 
     Iterate over it: each layer may be measured (`moments`, `energies`) and, if `changing`, changed before or after. Inside the
     loop body the weights of that layer are on its device, wherever they are kept.

@@ -1,6 +1,6 @@
 """Checkpoints of models that are not whole in memory: read by accelerate's device map, written tensor by tensor.
 
-What is in memory at once is what `prunenet.placement` says; the bytes that are written are those of `save_pretrained`, but that
+What is in memory at once is what `prunenet.runtime.placement` says; the bytes that are written are those of `save_pretrained`, but that
 files are at most `SHARD` large.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunenet.folders import CheckpointError, cache_folder
-from prunenet.placement import compute_on, device_map, home, parameters, tensor_of, ties
+from prunenet.runtime.files import CheckpointError, cache_folder
+from prunenet.runtime.placement import compute_on, device_map, home, parameters, tensor_of, ties
 from prunenet.shards import write_shard
 
 SHARD = "5GB"
@@ -35,7 +35,7 @@ def read_placed(read: Read, max_memory: str | None) -> PreTrainedModel:
     """A model on all devices there are; what the checkpoint's files do not hold as it is needed lies in the cache meanwhile.
 
     Raises:
-        ValueError, ImportError: as `prunenet.placement.device_map`.
+        ValueError, ImportError: as `prunenet.runtime.placement.device_map`.
         OSError: the cache cannot be written.
     """
     return _read_beside(lambda folder: read(device_map(max_memory, folder)))

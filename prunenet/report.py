@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(f"figures need matplotlib ({error}); pip install 'prunenet[figures]'") from error
 
-from prunenet.folders import write_atomic
+from prunenet.runtime.files import write_atomic
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness; markers differ too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

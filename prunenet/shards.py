@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prunenet.folders import CheckpointError
+from prunenet.runtime.files import CheckpointError
 
 SLAB = 32 * 2**20
 """Bytes of a tensor that are read at once."""

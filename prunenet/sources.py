@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 
 from prunenet import modeling, sliced_modeling
 from prunenet.architectures import architecture_for
-from prunenet.folders import CheckpointError
+from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What transformers raises when weights and configuration are damaged or do not belong together.

@@ -24,9 +24,9 @@ from jaxtyping import Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from prunenet import parallel
 from prunenet.layers import FFN, Weights, activation, decoder_layers, ffn_at, structure, tables
 from prunenet.residual import ResidualStream, moments, normalised, quadratic, self_product
+from prunenet.runtime import parallel
 
 # A policy stores both and refuses other values. Raise the version when a statistic changes its meaning.
 STATISTICS_VERSION = 1
@@ -98,7 +98,7 @@ def observe(model: Weights) -> Iterator[tuple[Float32[Tensor, "_ n_stats"], Floa
     """Yields (`channel_statistics`, row of `layer_context`) of each layer, first to last, in one pass over the weights.
 
     Memory holds one layer (its weights, a copy in float32 and what is computed from it) and a few d_model x d_model matrices.
-    Of several processes (`prunenet.parallel`) each describes its own layers; all follow the residual stream past the others.
+    Of several processes (`prunenet.runtime.parallel`) each describes its own layers; all follow the residual stream past the others.
 
     Raises as `channel_statistics`.
     """

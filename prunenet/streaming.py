@@ -25,10 +25,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from prunenet.architectures import architecture_for
 from prunenet.checkpoint import write_story
-from prunenet.folders import CheckpointError, new_folder
 from prunenet.layers import FFN, decoder_layers, read_ffn
 from prunenet.offload import SHARD, write_model
 from prunenet.provenance import Provenance
+from prunenet.runtime.files import CheckpointError, new_folder
 from prunenet.shards import StoredTensor, read_header
 from prunenet.sources import UNLOADABLE, check_device, config_and_class, in_short, open_checkpoint, weight_files
 from prunenet.surgery import narrowed

@@ -20,7 +20,7 @@ from prunenet.architectures import Architecture, architecture_for
 from prunenet.heads import GROUPS, attentions, group_counts, out_linears, spread, state_counts
 from prunenet.layers import check_whole, decoder_layers, down_linears, ffn_widths, plain_linear
 from prunenet.masks import check_keep
-from prunenet.placement import derive, device_of, shared_copy
+from prunenet.runtime.placement import derive, device_of, shared_copy
 
 
 def narrowed(
@@ -30,7 +30,7 @@ def narrowed(
 
     Parameters that are not cut are the *same tensors* in both models (so a cut costs the memory of the narrow FFNs only):
     training one, or moving it with `.to(...)`, changes the other. Device, dtype, tied embeddings and the generation
-    configuration are kept. Of a placed model (`prunenet.placement`) nothing is copied: the narrow matrices are picked from the
+    configuration are kept. Of a placed model (`prunenet.runtime.placement`) nothing is copied: the narrow matrices are picked from the
     dense ones, wherever these are kept, each time that they are needed.
 
     Where all layers end up equally wide, the result is an ordinary model whose configuration has the new width; where they

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from prunenet import checkpoint, folders, sources
+from prunenet import checkpoint, sources
 from prunenet.architectures import UnsupportedArchitecture
 from prunenet.checkpoint import (
     CheckpointError,
@@ -27,6 +27,7 @@ from prunenet.checkpoint import (
     save_pruned,
 )
 from prunenet.layers import ffn_widths
+from prunenet.runtime import files as folders
 from prunenet.surgery import narrowed
 
 PER_LAYER = [16, 40, 8]

@@ -21,10 +21,10 @@ from prunenet.divergence import divergences
 from prunenet.generate import generate_blocks
 from prunenet.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.moments import LayerWalk, ffn_moments, paired_moments
-from prunenet.placement import is_placed, parse_max_memory, present, where
 from prunenet.policies import artifact
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
+from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
 from prunenet.stats import layer_context, observe
 from prunenet.surgery import masking, narrowed
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from prunenet import folders, offload, shards, streaming
+from prunenet import offload, shards, streaming
 from prunenet.calibration import token_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, load_model
 from prunenet.cli import app
@@ -25,6 +25,7 @@ from prunenet.policies.recipe import PRESETS, recipe_for
 from prunenet.policies.stream import prune_streamed
 from prunenet.policies.train import train
 from prunenet.provenance import Provenance
+from prunenet.runtime import files as folders
 from prunenet.shards import StoredTensor, read_header, write_shard
 from prunenet.stats import channel_statistics, layer_context
 from prunenet.streaming import StreamedCheckpoint

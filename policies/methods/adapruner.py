@@ -35,12 +35,12 @@ from transformers import PreTrainedModel
 
 from prunenet.calibration import weights_sha256
 from prunenet.masks import top_channels
-from prunenet.placement import home
 from prunenet.policies.methods.allocation import Budget, protected
 from prunenet.policies.methods.calibration_pool import Pool
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.gradients import Slice, channel_gradients, next_token_loss
 from prunenet.policies.methods.search import Choice, Space, Span, Strategy, Trial, Value, best, search
+from prunenet.runtime.placement import home
 from prunenet.surgery import masking
 
 PROTECTS = (4, 2)

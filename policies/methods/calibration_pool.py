@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.placement import home
 from prunenet.policies.methods import folding
+from prunenet.runtime.placement import home
 
 _BATCH = 4
 

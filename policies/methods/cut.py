@@ -17,7 +17,6 @@ from prunenet.heads import out_linears
 from prunenet.layers import FFN, down_linears, iter_ffns
 from prunenet.masks import top_channels
 from prunenet.moments import LayerWalk
-from prunenet.placement import check_together, derive, is_placed, present
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.flap import group_mean_bias, mean_bias, standardised
@@ -25,6 +24,7 @@ from prunenet.policies.methods.influence import by_influence
 from prunenet.policies.methods.searched_widths import searched_widths
 from prunenet.policies.methods.structures import Pool, Scores, ranked, shared
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
+from prunenet.runtime.placement import check_together, derive, is_placed, present
 from prunenet.surgery import narrowed
 
 WITH_HEADS = ("uniform", "protected", "global")

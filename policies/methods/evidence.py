@@ -17,9 +17,9 @@ from prunenet.calibration import Blocks
 from prunenet.heads import Attention, attentions, out_linears
 from prunenet.layers import FFN, check_tokens, decoder_layers, ffn_at, iter_ffns
 from prunenet.moments import Energies, LayerWalk
-from prunenet.placement import check_together, device_of, home, is_placed
 from prunenet.policies.methods.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
 from prunenet.policies.methods.influence import block_influence
+from prunenet.runtime.placement import check_together, device_of, home, is_placed
 
 _BATCH = 4
 
@@ -89,7 +89,7 @@ class Evidence:
 
     @cached_property
     def ffns(self) -> Sequence[FFN]:
-        """Of each layer, as views; read anew each time where the model is placed (`prunenet.placement`)."""
+        """Of each layer, as views; read anew each time where the model is placed (`prunenet.runtime.placement`)."""
         return _Read(self.model) if is_placed(self.model) else list(iter_ffns(self.model))
 
     @cached_property

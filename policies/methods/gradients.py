@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from prunenet.architectures import architecture_for
 from prunenet.heads import group_counts
 from prunenet.layers import check_tokens, decoder_layers
-from prunenet.placement import check_together, home
+from prunenet.runtime.placement import check_together, home
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.layers import check_tokens, decoder_layers
-from prunenet.placement import home
 from prunenet.policies.methods.gradients import next_token_loss
+from prunenet.runtime.placement import home
 
 
 @dataclass(frozen=True, slots=True, eq=False)

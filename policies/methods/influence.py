@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.layers import check_tokens, decoder_layers
-from prunenet.placement import home
 from prunenet.policies.methods.allocation import Budget, fitted
+from prunenet.runtime.placement import home
 
 
 def by_influence(budget: Budget, influence: Sequence[float], *, temperature: float = 0.1) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from prunenet.folders import write_atomic
+from prunenet.runtime.files import write_atomic
 
 Value = float | int | str
 Strategy = Literal["tpe", "random"]

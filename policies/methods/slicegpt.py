@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from prunenet.checkpoint import Provenance
 from prunenet.layers import check_tokens, count_parameters, decoder_layers, ffn_widths
 from prunenet.moments import layer_calls
-from prunenet.placement import check_together, home
 from prunenet.policies.apply import Pruned, base_of
 from prunenet.policies.methods.allocation import Budget
 from prunenet.policies.methods.evidence import Evidence
@@ -39,6 +38,7 @@ from prunenet.rotation import (
     unrotated,
     width_for,
 )
+from prunenet.runtime.placement import check_together, home
 
 _BATCH = 4
 Basis = Callable[[Float64[Tensor, "d_model d_model"]], Float64[Tensor, "d_model d_model"]]

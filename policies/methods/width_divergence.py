@@ -16,7 +16,7 @@ from prunenet.compensate import Refits
 from prunenet.divergence import Downs, divergences
 from prunenet.layers import check_tokens, down_linears
 from prunenet.masks import top_channels
-from prunenet.placement import present
+from prunenet.runtime.placement import present
 
 
 class WidthDivergence:

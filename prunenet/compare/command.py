@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.markup import escape
 
-from prunenet import parallel, tables
+from prunenet import tables
 from prunenet.console import errors, one_job, show
 from prunenet.options import Device, Dtype, Json, MaxMemory, Model, PolicyName, Window
+from prunenet.runtime import parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +122,7 @@ def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
 
 def _check_presentation(markdown: Path | None, figures: Path | None) -> None:
     """Says now what is missing or cannot be written, not after the work."""
-    from prunenet.folders import check_home
+    from prunenet.runtime.files import check_home
 
     if figures is not None:
         importlib.import_module("prunenet.compare.figures")
@@ -147,7 +148,7 @@ def _presented(lines: list[Line], markdown: Path | None, figures: Path | None, a
     if not parallel.is_first():
         return lines
     from prunenet.compare import summary
-    from prunenet.folders import write_atomic
+    from prunenet.runtime.files import write_atomic
 
     rows = summary.summarise(lines)
     if markdown is not None:

@@ -16,7 +16,7 @@ except ImportError as error:
     raise ImportError(f"figures need matplotlib ({error}); pip install 'prunenet[figures]', or leave figures out") from error
 
 from prunenet.compare.summary import Row, Value
-from prunenet.folders import write_atomic
+from prunenet.runtime.files import write_atomic
 
 # Okabe and Ito's palette, as in `report`: regimes by colour, methods by marker.
 _COLOURS = {"weights": "#0072B2", "self": "#009E73", "data": "#D55E00"}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunenet.folders import write_atomic
+from prunenet.runtime.files import write_atomic
 
 Line = dict[str, Any]
 _START = b'{"cell": "'

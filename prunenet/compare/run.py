@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunenet import parallel
 from prunenet.calibration import check_seed
 from prunenet.checkpoint import identify
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
@@ -23,9 +22,10 @@ from prunenet.heads import attentions
 from prunenet.latency import check_positions
 from prunenet.layers import count_parameters, ffn_widths
 from prunenet.masks import check_ratio, width_at
-from prunenet.placement import home, where
 from prunenet.policies.artifact import check_measured
 from prunenet.policies.methods import METHODS
+from prunenet.runtime import parallel
+from prunenet.runtime.placement import home, where
 from prunenet.text import token_windows, tokenise
 from prunenet.zeroshot import TaskResult, read_task, zero_shot
 
@@ -84,7 +84,7 @@ def compare(
 ) -> list[Line]:
     """Does what is not in the results yet, and what failed before. A cell that fails is one line with its error.
 
-    Of several processes (`prunenet.parallel`) each takes the next cell when it is free; the first writes the lines of all.
+    Of several processes (`prunenet.runtime.parallel`) each takes the next cell when it is free; the first writes the lines of all.
     Each measures what its own cells read: shared measurements are made once a process, texts are written once.
 
     Args:

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet import parallel
 from prunenet.calibration import Blocks, blocks_from, data_blocks, openings, prefix_blocks, self_blocks, token_blocks
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
@@ -26,6 +25,7 @@ from prunenet.layers import down_linears, ffn_widths
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
+from prunenet.runtime import parallel
 from prunenet.text import CalibrationText, content_sha256
 
 KEPT = 0.8

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from prunenet import parallel, tables
+from prunenet import tables
 from prunenet.console import errors, one_job, show
 from prunenet.inputs import blocks_for, check_text, tokenizer_of
 from prunenet.options import CalibrationSource, Dtype, Json, OneDevice, Out
-from prunenet.placement import AUTO
+from prunenet.runtime import parallel
+from prunenet.runtime.placement import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,8 +131,8 @@ def check_places(out: Path, resume: bool) -> Path:
         CheckpointError: `out` or the folder cannot be made, or `out` exists.
         ValueError: an unfinished run is there and `resume` is not set, or none and it is.
     """
-    from prunenet.folders import check_absent
     from prunenet.recover.training import STATE
+    from prunenet.runtime.files import check_absent
 
     check_absent(out)
     run = out.absolute().with_name(f"{out.absolute().name}.recovery")

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from prunenet import parallel
 from prunenet.calibration import Blocks, check_seed, weights_sha256
 from prunenet.layers import check_tokens
-from prunenet.placement import home
 from prunenet.policies.methods.gradients import next_token_loss
 from prunenet.policies.resume import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
+from prunenet.runtime import parallel
+from prunenet.runtime.placement import home
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -100,7 +100,7 @@ def tuned(
 ) -> Tuned:
     """Trains low-rank updates of all linears of the decoder layers and merges the best ones seen into the weights.
 
-    The given models stay as they are. Of several processes (`prunenet.parallel`) each takes its share of every batch: the same
+    The given models stay as they are. Of several processes (`prunenet.runtime.parallel`) each takes its share of every batch: the same
     result, with the same number of threads each.
 
     Args:

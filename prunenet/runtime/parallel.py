@@ -3,7 +3,7 @@
 Nothing here does anything until `joined`: in one process every function is the identity, and a program that uses
 torch.distributed for its own purposes is left alone. Inside, work is split and its results are put together in a fixed order,
 so that every rank has what one process would have. Tensors travel on their device: between CPUs by gloo, between CUDA devices
-by NCCL, byte for byte. How ranks meet, and stop when one of them fails: `prunenet.team`.
+by NCCL, byte for byte. How ranks meet, and stop when one of them fails: `prunenet.runtime.team`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunenet.team import GRACE, TICK, Followed, PeerFailed, Team, gather_processes, peers
+from prunenet.runtime.team import GRACE, TICK, Followed, PeerFailed, Team, gather_processes, peers
 
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
