@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from prunenet import __version__
 from prunenet.evaluate import perplexity
-from prunenet.layers import count_parameters
+from prunenet.models.layers import count_parameters
 from prunenet.text import TestText, load_text
 from prunenet.zeroshot import task_files, zero_shot
 

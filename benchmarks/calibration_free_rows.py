@@ -16,8 +16,8 @@ from prunenet.calibration import Blocks, data_blocks, self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
 from prunenet.compensate import Cut, cut_layers, refit_sequentially
 from prunenet.envs.divergence import DivergenceReward
-from prunenet.layers import ffn_widths
-from prunenet.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.layers import ffn_widths
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.apply import MEASURED, prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prunenet.layers import FFN, iter_ffns, tables
+from prunenet.models.layers import FFN, iter_ffns, tables
 from prunenet.spectral_density import PROBES, STEPS
 
 RATIO = 0.3

@@ -37,12 +37,12 @@ from transformers import PreTrainedModel
 
 from prunenet import __version__
 from prunenet.checkpoint import load_model
-from prunenet.heads import out_linears
 from prunenet.latency import speed, speed_side_by_side
-from prunenet.layers import ffn_widths, iter_ffns
-from prunenet.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.heads import out_linears
+from prunenet.models.layers import ffn_widths, iter_ffns
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.surgery import narrowed
 from prunenet.policies.artifact import policy_for
-from prunenet.surgery import narrowed
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 

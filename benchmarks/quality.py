@@ -25,12 +25,12 @@ from prunenet import __version__
 from prunenet.calibration import self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
 from prunenet.evaluate import perplexity
-from prunenet.layers import iter_ffns
-from prunenet.masks import top_channels, width_at
+from prunenet.models.layers import iter_ffns
+from prunenet.models.masks import top_channels, width_at
+from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy
 from prunenet.policies.recipe import PRESETS
 from prunenet.policies.train import train
-from prunenet.surgery import masking
 from prunenet.text import TestText, load_text
 
 Scores = Callable[[int], list[Tensor]]

@@ -46,7 +46,7 @@ from shapes import SHAPES, parameters_of, random_model
 
 from prunenet import __version__
 from prunenet.envs.rewards import EXACT_UP_TO
-from prunenet.layers import iter_ffns
+from prunenet.models.layers import iter_ffns
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.recipe import PRESETS, Recipe

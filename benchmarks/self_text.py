@@ -35,8 +35,8 @@ from torch import Tensor
 from prunenet.checkpoint import load_model, load_tokenizer
 from prunenet.envs.rewards import energy_lost
 from prunenet.generate import document_start, generate_blocks
-from prunenet.layers import down_linears
-from prunenet.masks import top_channels, width_at
+from prunenet.models.layers import down_linears
+from prunenet.models.masks import top_channels, width_at
 from prunenet.moments import LayerWalk
 from prunenet.refit import lost, ridge
 from prunenet.synthetic import random_blocks

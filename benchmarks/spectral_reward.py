@@ -27,7 +27,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunenet.layers import iter_ffns
+from prunenet.models.layers import iter_ffns
 from prunenet.spectra import SpectralReference
 
 RATIO = 0.3

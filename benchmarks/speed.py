@@ -39,7 +39,7 @@ from torch import Tensor
 
 from prunenet.checkpoint import load_model
 from prunenet.envs.sweep import View
-from prunenet.layers import iter_ffns
+from prunenet.models.layers import iter_ffns
 from prunenet.policies import train as training
 from prunenet.policies.apply import prune
 from prunenet.policies.recipe import PRESETS

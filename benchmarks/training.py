@@ -25,7 +25,7 @@ from prunenet.checkpoint import load_model, load_tokenizer
 from prunenet.envs import SpectralReward
 from prunenet.envs.rewards import ReconstructionReward, Reward
 from prunenet.envs.sweep import View
-from prunenet.masks import top_channels
+from prunenet.models.masks import top_channels
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import train
 from prunenet.provenance import Regime

@@ -26,7 +26,7 @@ from prunenet.calibration import self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
 from prunenet.evaluate import perplexity
 from prunenet.generate import document_start, generate_blocks
-from prunenet.layers import count_parameters
+from prunenet.models.layers import count_parameters
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from prunenet.checkpoint import identify, load_model, load_tokenizer
-from prunenet.layers import count_parameters
+from prunenet.models.layers import count_parameters
 from prunenet.zeroshot import task_files, zero_shot
 
 

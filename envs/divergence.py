@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.divergence import Downs, divergences
-from prunenet.layers import check_tokens
+from prunenet.models.layers import check_tokens
 
 Refit = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, keep (d_ff,), its dense down matrix) -> that of the cut layer, with zeros in the columns of dropped channels."""

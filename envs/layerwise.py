@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import PROGRESS, Sweep, View, draw_ratio
-from prunenet.layers import Weights, iter_ffns, structure
+from prunenet.models.layers import Weights, iter_ffns, structure
 
 Observation = dict[str, NDArray[Any]]
 BOUND = 4.0

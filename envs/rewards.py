@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
+from prunenet.models.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
 from prunenet.moments import LayerWalk
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import is_placed
@@ -84,7 +84,7 @@ class SpectralReward:
 
     Raises:
         ValueError: unknown names, or none of the matrices exists in this family.
-        UnsupportedArchitecture: see `prunenet.architectures`.
+        UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
 
     def __init__(

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from prunenet.activation_stats import channel_features
 from prunenet.envs.rewards import Reward
-from prunenet.layers import Weights, ffn_widths
-from prunenet.masks import check_keep, check_ratio
+from prunenet.models.layers import Weights, ffn_widths
+from prunenet.models.masks import check_keep, check_ratio
 from prunenet.stats import layer_context, observe
 
 PROGRESS = ("ratio", "target", "budget_left")
@@ -39,7 +39,7 @@ class View:
 
         Raises:
             ValueError: the layers have different widths (an action must have one length); or as `channel_features`.
-            UnsupportedArchitecture: see `prunenet.architectures`.
+            UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
         widths = set(ffn_widths(model))
         if len(widths) != 1:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prunenet.envs.layerwise import Observation, as_keep, observation_space
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import Sweep, View, draw_ratio
-from prunenet.layers import Weights
+from prunenet.models.layers import Weights
 
 
 class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):

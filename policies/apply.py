@@ -18,8 +18,8 @@ from prunenet.checkpoint import Provenance, identify, save_pruned
 from prunenet.compensate import Cut, cut_layers, refit_sequentially
 from prunenet.divergence import divergence
 from prunenet.folds import held_back
-from prunenet.layers import count_parameters, ffn_widths, iter_ffns
-from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
+from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
+from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.policies.artifact import Policy, check_measured
 from prunenet.runtime import parallel
 
@@ -93,7 +93,7 @@ def prune(
     Raises:
         ValueError: neither or both of ratio and params, or one out of range; an unknown choice, or one that needs a policy or
             blocks that are not given.
-        UnsupportedArchitecture: see `prunenet.architectures`.
+        UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
     channels, refit = check_choices(policy, blocks is not None, widths, channels, refit)
     ratio = check_size(model, ratio, params, round_to)
@@ -241,7 +241,7 @@ def check_size(model: PreTrainedModel, ratio: float | None, params: float | None
     """`resolve_ratio`, and that every layer can be rounded to a multiple of `round_to`.
 
     Raises:
-        ValueError: as `resolve_ratio` and `prunenet.masks.width_at`.
+        ValueError: as `resolve_ratio` and `prunenet.models.masks.width_at`.
     """
     ratio = resolve_ratio(model, ratio, params)
     for d_ff in set(ffn_widths(model)):

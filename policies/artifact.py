@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from prunenet.activation_stats import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
 from prunenet.calibration import Blocks
-from prunenet.layers import Weights, ffn_widths
-from prunenet.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.layers import Weights, ffn_widths
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.runtime.files import write_atomic
 from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context, observe
@@ -143,7 +143,7 @@ class Policy:
 
         Raises:
             ValueError: the policy reads activations, and no blocks are given; or as `prunenet.activation_stats`.
-            UnsupportedArchitecture: see `prunenet.architectures`.
+            UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
         check_measured(self, blocks is not None)
         if blocks is None or not self.config.moments:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from prunenet.calibration import check_seed
 from prunenet.envs.rewards import Form, Matrix, Spectrum
 from prunenet.envs.sweep import draw_ratio
-from prunenet.masks import check_ratio
+from prunenet.models.masks import check_ratio
 from prunenet.spectra import Distance
 
 RewardName = Literal["spectral", "reconstruction", "divergence"]

@@ -20,8 +20,8 @@ from torch import Tensor
 from prunenet.envs.rewards import Reward
 from prunenet.envs.sweep import View
 from prunenet.envs.vector import LayerwisePruningVectorEnv
-from prunenet.layers import Weights
-from prunenet.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.layers import Weights
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
 from prunenet.policies.recipe import Recipe
 from prunenet.policies.resume import Progress, load_state, save_state

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.layers import iter_ffns
-from prunenet.masks import top_channels
+from prunenet.models.layers import iter_ffns
+from prunenet.models.masks import top_channels
+from prunenet.models.surgery import narrowed
 from prunenet.offload import SHARD
 from prunenet.policies.apply import check_choices, check_size, chosen_way, provenance_of, stage_of, ways_to_cut
 from prunenet.policies.artifact import Policy
@@ -16,7 +17,6 @@ from prunenet.provenance import Provenance
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_absent, check_room
 from prunenet.streaming import StreamedCheckpoint, save_streamed
-from prunenet.surgery import narrowed
 
 
 def prune_streamed(

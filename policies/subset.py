@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from prunenet.masks import top_channels
+from prunenet.models.masks import top_channels
 
 # Halvings of a bracket some 80 wide, to where two Newton steps, which square the error, end at rounding.
 _BISECTIONS = 26

@@ -27,7 +27,7 @@ from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import led
 from prunenet.envs.sweep import View
-from prunenet.layers import structure
+from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.run import Run
@@ -87,7 +87,7 @@ def train(
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and `resume` is not set.
         ValueError: the recipe's reward or its features need blocks, and none (or too few) are given; or a reward of your own
             comes without its regime.
-        UnsupportedArchitecture: see `prunenet.architectures`.
+        UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
     recipe = recipe or Recipe()
     read = recipe.features == "moments"

@@ -1,6 +1,6 @@
 """Where to cut: one log-odds per layer, and the distribution over widths that training draws from.
 
-Layer l keeps the share sigmoid(theta + offset_l) of its channels; theta meets the budget (`prunenet.masks.widths_for_budget`
+Layer l keeps the share sigmoid(theta + offset_l) of its channels; theta meets the budget (`prunenet.models.masks.widths_for_budget`
 applies the same rule, rounded). The offsets do not depend on the ratio, so that masks nest as the ratio rises.
 
 The distribution is played layer by layer under the environment's rules: given what is left of the budget, the mean width of
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from prunenet.masks import top_channels
+from prunenet.models.masks import top_channels
 
 _BISECTIONS = 40  # of theta in [-30, 30]: to 1e-10
 

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunenet.architectures import UnsupportedArchitecture
     from prunenet.checkpoint import CheckpointError, load_model, load_tokenizer
+    from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.apply import Pruned, prune
     from prunenet.policies.artifact import Policy, PolicyError
     from prunenet.policies.recipe import PRESETS, Recipe
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prunenet.streaming import StreamedCheckpoint
 
 _HOMES = {
-    "UnsupportedArchitecture": "prunenet.architectures",
+    "UnsupportedArchitecture": "prunenet.models.architectures",
     "CheckpointError": "prunenet.checkpoint",
     "load_model": "prunenet.checkpoint",
     "load_tokenizer": "prunenet.checkpoint",

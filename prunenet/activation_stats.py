@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.cholesky import damped_cholesky
-from prunenet.layers import down_linears
+from prunenet.models.layers import down_linears
 from prunenet.moments import LayerWalk, Moments
 from prunenet.runtime import parallel
 from prunenet.stats import channel_statistics, standardised
@@ -74,7 +74,7 @@ def moment_statistics(
 
     Raises:
         ValueError: blocks that the model cannot read, or activations that are not finite.
-        UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
+        UnsupportedArchitecture: see `prunenet.models.layers.decoder_layers`.
     """
     downs, found = down_linears(model), {}
     walk = LayerWalk(model, blocks)

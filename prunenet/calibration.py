@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.demo_model import cache_folder
 from prunenet.generate import document_start, generate_blocks
-from prunenet.layers import structure
+from prunenet.models.layers import structure
 from prunenet.provenance import TextRegime
 from prunenet.runtime import parallel
 from prunenet.runtime.files import write_atomic

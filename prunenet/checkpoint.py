@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet import modeling
-from prunenet.heads import group_counts
-from prunenet.layers import count_parameters, ffn_widths
+from prunenet.models import modeling
+from prunenet.models.heads import group_counts
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.surgery import zero_padded
 from prunenet.offload import check_reread, read_placed, write_placed
 from prunenet.provenance import Provenance as Provenance
 from prunenet.runtime.files import CheckpointError as CheckpointError
 from prunenet.runtime.files import new_folder
 from prunenet.runtime.placement import AUTO, is_placed, parameters
 from prunenet.sources import UNLOADABLE, check_device, config_and_class, find_folder, in_short, open_checkpoint
-from prunenet.surgery import zero_padded
 
 _PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
 

@@ -136,7 +136,7 @@ def prune(
 ) -> None:
     """Cut a model to any size into an ordinary checkpoint, by default without any data from outside."""
     with one_job(device) as place:
-        from prunenet.layers import structure
+        from prunenet.models.layers import structure
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed

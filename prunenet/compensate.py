@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from prunenet.eliminate import eliminate, score_order
 from prunenet.folds import folds_of, pooled
-from prunenet.layers import down_linears
-from prunenet.masks import top_channels
+from prunenet.models.layers import down_linears
+from prunenet.models.masks import top_channels
+from prunenet.models.surgery import narrowed
 from prunenet.moments import LayerWalk, Moments, Target, paired_moments
 from prunenet.refit import choose_damping, ridge
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import derive, is_placed, present, shared_copy
-from prunenet.surgery import narrowed
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from prunenet.checkpoint import CheckpointError, identify, load_model, load_prov
 from prunenet.compensate import cut_layers
 from prunenet.demo_model import fetch_demo_model
 from prunenet.latency import generate_sentence
-from prunenet.layers import ffn_widths
-from prunenet.masks import check_ratio, width_at
 from prunenet.measure import measure
+from prunenet.models.layers import ffn_widths
+from prunenet.models.masks import check_ratio, width_at
 from prunenet.policies.apply import Pruned, provenance_of
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe

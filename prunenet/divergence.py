@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from prunenet.layers import calling, check_tokens, down_linears
+from prunenet.models.layers import calling, check_tokens, down_linears
 from prunenet.runtime.placement import home, present
 
 Downs = Callable[[int, Tensor], Tensor]

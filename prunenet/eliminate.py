@@ -101,7 +101,7 @@ def eliminate(
 
 
 def score_order(elimination: Elimination, d_ff: int) -> Float64[Tensor, " d_ff"]:
-    """Scores by which `prunenet.masks.top_channels` keeps what the elimination keeps, at any width down to its last.
+    """Scores by which `prunenet.models.masks.top_channels` keeps what the elimination keeps, at any width down to its last.
 
     Args:
         elimination: of a layer of d_ff channels.

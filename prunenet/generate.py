@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.layers import check_tokens
+from prunenet.models.layers import check_tokens
 from prunenet.runtime.placement import home
 
 _REWRITES = 4  # times that sequences too much like others are written anew, before they are given up

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.architectures import architecture_for
-from prunenet.layers import calling, check_tokens, decoder_layers, down_linears
+from prunenet.models.architectures import architecture_for
+from prunenet.models.layers import calling, check_tokens, decoder_layers, down_linears
 from prunenet.runtime.placement import device_of, home, is_placed, present
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from prunenet.architectures import architecture_for
-from prunenet.heads import QUERY_HEADS, attentions
-from prunenet.layers import count_parameters, ffn_widths
-from prunenet.modeling import HEADS
+from prunenet.models.architectures import architecture_for
+from prunenet.models.heads import QUERY_HEADS, attentions
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.modeling import HEADS
 
 FORMAT_VERSION = 1
 TextRegime = Literal["self", "data"]
@@ -45,7 +45,7 @@ class Provenance:
         parameters_before, parameters_after: tied tensors count once.
         non_embedding_before, non_embedding_after: the same without input and output embeddings.
         how: the steps: widths, channels, refit, text, as `prunenet.policies.apply.prune` took them.
-        residual_widths: of a model whose residual stream is sliced (`prunenet.sliced_modeling`), at each point; None elsewhere.
+        residual_widths: of a model whose residual stream is sliced (`prunenet.models.sliced_modeling`), at each point; None elsewhere.
         padded_to: width to which `checkpoint.export_padded` filled every layer with zeros; None in other checkpoints.
         dense_groups, groups: groups of attention heads of each layer before and after; None where heads were left whole. Then
             `ratio` says how much was removed, and not from where: as many parameters as that share of FFN channels.

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from prunenet.cholesky import damped_by_energy, damped_cholesky
-from prunenet.masks import check_keep
+from prunenet.models.masks import check_keep
 
 if TYPE_CHECKING:  # for annotations alone: this floor's modules do not import each other
     from prunenet.moments import Moments, Target

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from prunenet.layers import FFN, Table
+from prunenet.models.layers import FFN, Table
 
 _TINY, _ROWS = 1e-30, 8192
 _BLOCK = 768  # columns of a symmetric product that are computed at once; a narrower one is a plain product

@@ -17,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
-from prunenet import modeling, sliced_modeling
-from prunenet.architectures import architecture_for
+from prunenet.models import modeling, sliced_modeling
+from prunenet.models.architectures import architecture_for
 from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -27,7 +27,7 @@ from scipy.linalg import blas  # type: ignore[import-untyped]
 from torch import Tensor
 
 from prunenet.distances import ks_distance, ks_sides, wasserstein_distance
-from prunenet.masks import check_keep
+from prunenet.models.masks import check_keep
 from prunenet.tridiagonal import counts_below, eigenvalues, tridiagonal
 
 Distance = Literal["ks", "wasserstein", "energy"]

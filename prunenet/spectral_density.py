@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
-from prunenet.masks import check_keep
+from prunenet.models.masks import check_keep
 from prunenet.spectra import DISTANCES, Distance, energy_kept
 
 # 8 vectors and 16 products: more products change no error (see benchmarks/README.md), more vectors shrink it by their root.

@@ -24,7 +24,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from prunenet.layers import FFN, Weights, activation, decoder_layers, ffn_at, structure, tables
+from prunenet.models.layers import FFN, Weights, activation, decoder_layers, ffn_at, structure, tables
 from prunenet.residual import ResidualStream, moments, normalised, quadratic, self_product
 from prunenet.runtime import parallel
 
@@ -71,7 +71,7 @@ def channel_statistics(model: Weights) -> list[Float32[Tensor, "_ n_stats"]]:
     `activation_energy`.
 
     Raises:
-        UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
+        UnsupportedArchitecture: see `prunenet.models.layers.decoder_layers`.
         ValueError: a weight is NaN or infinite.
     """
     return [statistics for statistics, _ in observe(model)]
@@ -81,7 +81,7 @@ def layer_context(model: Weights) -> Float32[Tensor, "layers n_context"]:
     """What a policy knows about a layer as a whole, (layers, len(CONTEXT)), each in [-4, 4], on the embeddings' device.
 
     Raises:
-        UnsupportedArchitecture: see `prunenet.layers.decoder_layers`.
+        UnsupportedArchitecture: see `prunenet.models.layers.decoder_layers`.
     """
     table, _ = tables(model)
     written, rows, layers = float(moments(table)[0].trace()), [], len(decoder_layers(structure(model)))

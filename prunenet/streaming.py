@@ -23,20 +23,20 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from prunenet.architectures import architecture_for
 from prunenet.checkpoint import write_story
-from prunenet.layers import FFN, decoder_layers, read_ffn
+from prunenet.models.architectures import architecture_for
+from prunenet.models.layers import FFN, decoder_layers, read_ffn
+from prunenet.models.surgery import narrowed
 from prunenet.offload import SHARD, write_model
 from prunenet.provenance import Provenance
 from prunenet.runtime.files import CheckpointError, new_folder
 from prunenet.shards import StoredTensor, read_header
 from prunenet.sources import UNLOADABLE, check_device, config_and_class, in_short, open_checkpoint, weight_files
-from prunenet.surgery import narrowed
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedCheckpoint:
-    """A checkpoint on disk, of which one layer's weights at a time are held in memory; `prunenet.layers.Streamed`.
+    """A checkpoint on disk, of which one layer's weights at a time are held in memory; `prunenet.models.layers.Streamed`.
 
     Attributes:
         source: folder or hub id, as it was given.
@@ -74,7 +74,7 @@ class StreamedCheckpoint:
         """The FFN of one layer, a copy on the checkpoint's device.
 
         Raises:
-            UnsupportedArchitecture: as `prunenet.layers.read_ffn`.
+            UnsupportedArchitecture: as `prunenet.models.layers.read_ffn`.
             CheckpointError: the file ends where it should not.
         """
         architecture = architecture_for(self.skeleton.config)

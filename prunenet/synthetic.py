@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.layers import FFN, activation, check_tokens, iter_ffns
+from prunenet.models.layers import FFN, activation, check_tokens, iter_ffns
 from prunenet.moments import Moments
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prunenet.architectures import ARCHITECTURES
+from prunenet.models.architectures import ARCHITECTURES
 
 FAMILIES = sorted(ARCHITECTURES)
 D_MODEL, D_FF, LAYERS, VOCABULARY = 32, 48, 3, 64

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prunenet.masks import width_at
+from prunenet.models.masks import width_at
 from prunenet.policies.methods import Budget
 
 

@@ -16,8 +16,8 @@ from prunenet.activation_stats import MOMENT_STATISTICS, channel_features, layer
 from prunenet.calibration import Blocks
 from prunenet.envs.rewards import ReconstructionReward, SpectralReward
 from prunenet.envs.sweep import View
-from prunenet.layers import down_linears, iter_ffns
-from prunenet.masks import top_channels
+from prunenet.models.layers import down_linears, iter_ffns
+from prunenet.models.masks import top_channels
 from prunenet.moments import LayerWalk, Moments, ffn_moments
 from prunenet.policies import artifact
 from prunenet.policies import train as training

@@ -11,13 +11,13 @@ import torch
 from families import D_FF, tiny_model, token_ids
 
 from prunenet.calibration import Blocks
-from prunenet.layers import count_parameters
+from prunenet.models.layers import count_parameters
+from prunenet.models.surgery import narrowed
 from prunenet.policies.methods import METHODS, Budget, Evidence, adapruner, cut, gradients, uniform
 from prunenet.policies.methods.adapruner import METRICS, STARTS, Metric, masked_loss, searched
 from prunenet.policies.methods.calibration_pool import Pool, mean_hidden_states
 from prunenet.policies.methods.gradients import Slice, channel_gradients
 from prunenet.policies.methods.search import Choice, SearchError, Span, best, search
-from prunenet.surgery import narrowed
 
 BLOCKS = Blocks(token_ids(15, 12), "data", {})
 SPACE = {"x": Span(0.0, 1.0), "y": Span(-2.0, 2.0), "kind": Choice(("a", "b", "c"))}

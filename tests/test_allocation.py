@@ -4,10 +4,10 @@ import pytest
 import torch
 from families import D_FF, tiny_model, token_ids
 
-from prunenet.architectures import architecture_for
 from prunenet.calibration import Blocks
-from prunenet.layers import decoder_layers
-from prunenet.masks import width_at
+from prunenet.models.architectures import architecture_for
+from prunenet.models.layers import decoder_layers
+from prunenet.models.masks import width_at
 from prunenet.policies.methods import (
     Budget,
     Evidence,

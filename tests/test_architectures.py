@@ -4,8 +4,8 @@ import pytest
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model, variants
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
-from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
-from prunenet.layers import count_parameters, decoder_layers, down_linears, ffn_widths, iter_ffns
+from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
+from prunenet.models.layers import count_parameters, decoder_layers, down_linears, ffn_widths, iter_ffns
 
 UNGATED = {"falcon", "gpt_neox", "opt", "phi"}
 

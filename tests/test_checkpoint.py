@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from prunenet import checkpoint, sources
-from prunenet.architectures import UnsupportedArchitecture
 from prunenet.checkpoint import (
     CheckpointError,
     Provenance,
@@ -26,9 +25,10 @@ from prunenet.checkpoint import (
     load_tokenizer,
     save_pruned,
 )
-from prunenet.layers import ffn_widths
+from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.layers import ffn_widths
+from prunenet.models.surgery import narrowed
 from prunenet.runtime import files as folders
-from prunenet.surgery import narrowed
 
 PER_LAYER = [16, 40, 8]
 

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from prunenet.activation_stats import MOMENT_STATISTICS
-from prunenet.architectures import ARCHITECTURES
 from prunenet.calibration import prefix_blocks
 from prunenet.cli import app
 from prunenet.compare import command, ledger, run, summary, workshop
@@ -27,7 +26,8 @@ from prunenet.compare.spec import REFITS, WITHOUT_SCORES, Spec, allocations, met
 from prunenet.compare.workshop import Amount, Workshop
 from prunenet.compensate import cut_layers, refit_kept
 from prunenet.folds import folds_of
-from prunenet.layers import count_parameters, down_linears
+from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.layers import count_parameters, down_linears
 from prunenet.moments import ffn_moments
 from prunenet.policies import artifact
 from prunenet.policies.apply import prune

@@ -7,8 +7,8 @@ from families import tiny_model
 from prunenet.compensate import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially
 from prunenet.divergence import divergence
 from prunenet.folds import folds_of, pooled
-from prunenet.layers import down_linears, ffn_widths
-from prunenet.masks import top_channels, width_at
+from prunenet.models.layers import down_linears, ffn_widths
+from prunenet.models.masks import top_channels, width_at
 from prunenet.moments import ffn_moments
 from prunenet.refit import lost, ridge
 

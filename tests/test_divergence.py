@@ -8,8 +8,8 @@ from prunenet.compensate import Cut
 from prunenet.divergence import divergence, divergences
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.layerwise import LayerwisePruningEnv
-from prunenet.layers import ffn_widths
-from prunenet.surgery import masking
+from prunenet.models.layers import ffn_widths
+from prunenet.models.surgery import masking
 
 
 def some_masks(model, share=0.6, seed=0):

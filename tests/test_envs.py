@@ -182,7 +182,7 @@ def test_gymnasium_makes_the_batched_environment_too(model):
 
 
 def test_a_model_with_layers_of_different_widths_is_refused(model):
-    from prunenet.surgery import narrowed
+    from prunenet.models.surgery import narrowed
 
     keep = [torch.ones(D_FF, dtype=torch.bool) for _ in range(View.of(model).layers)]
     keep[0][8:] = False

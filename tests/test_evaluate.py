@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from prunenet import evaluate, latency
 from prunenet.evaluate import Speed, bytes_on_disk, generate_sentence, perplexity, speed, speed_side_by_side, summarise
-from prunenet.layers import count_parameters
+from prunenet.models.layers import count_parameters
 from prunenet.text import CalibrationText, TestText, TextError
 
 IDS = torch.randint(3, 64, (45,), generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,6 @@ import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
-from prunenet import modeling
-from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.calibration import Blocks
 from prunenet.checkpoint import (
     CheckpointError,
@@ -22,8 +20,11 @@ from prunenet.checkpoint import (
     load_provenance,
     save_pruned,
 )
-from prunenet.heads import attentions, group_counts, out_linears
-from prunenet.layers import count_parameters, decoder_layers
+from prunenet.models import modeling
+from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
+from prunenet.models.heads import attentions, group_counts, out_linears
+from prunenet.models.layers import count_parameters, decoder_layers
+from prunenet.models.surgery import masking, narrowed
 from prunenet.policies.methods import (
     METHODS,
     WITH_HEADS,
@@ -36,7 +37,6 @@ from prunenet.policies.methods import (
     saap,
     structures,
 )
-from prunenet.surgery import masking, narrowed
 
 CUTTABLE = [name for name in FAMILIES if ARCHITECTURES[name].attention_in]
 METHODS_WITH_HEADS = [name for name, row in METHODS.items() if row.with_heads is not None]

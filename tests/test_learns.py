@@ -10,8 +10,8 @@ from torch import Tensor
 
 from prunenet.envs import SpectralReward
 from prunenet.envs.sweep import View
-from prunenet.layers import iter_ffns
-from prunenet.masks import top_channels
+from prunenet.models.layers import iter_ffns
+from prunenet.models.masks import top_channels
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import train
 

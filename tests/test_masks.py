@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at
+from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at
 
 
 @pytest.mark.parametrize("d_ff", [37, 48, 1536, 11008])

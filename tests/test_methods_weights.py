@@ -7,9 +7,9 @@ import torch
 from families import D_FF, tiny_model, token_ids
 from scipy.stats import ks_2samp
 
-from prunenet.layers import FFN, iter_ffns
+from prunenet.models.layers import FFN, iter_ffns
+from prunenet.models.surgery import narrowed
 from prunenet.policies.methods import METHODS, Evidence, cut, folding, lila, pruned_model, published
-from prunenet.surgery import narrowed
 
 
 def logits(model) -> torch.Tensor:

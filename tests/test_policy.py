@@ -11,8 +11,8 @@ from families import FAMILIES, tiny_model, token_ids
 
 import prunenet
 from prunenet.calibration import Blocks
-from prunenet.layers import down_linears, ffn_widths
-from prunenet.masks import top_channels
+from prunenet.models.layers import down_linears, ffn_widths
+from prunenet.models.masks import top_channels
 from prunenet.policies import apply, artifact
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prunenet.eliminate import eliminate, score_order
-from prunenet.masks import top_channels
+from prunenet.models.masks import top_channels
 from prunenet.moments import Moments, Target
 from prunenet.refit import choose_damping, choose_shrinkage, lost, mean_bias, ridge, ridge_with_bias, shrink
 

@@ -6,7 +6,7 @@ from families import tiny_model
 from scipy.stats import ks_2samp, wasserstein_distance
 
 from prunenet.envs.rewards import SpectralReward
-from prunenet.layers import iter_ffns
+from prunenet.models.layers import iter_ffns
 
 
 def masks(d_ff: int, count: int = 5) -> torch.Tensor:

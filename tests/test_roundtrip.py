@@ -11,11 +11,11 @@ import torch
 from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from safetensors.torch import load_file
 
-from prunenet.architectures import ARCHITECTURES
 from prunenet.checkpoint import Provenance, export_padded, load_model, load_tokenizer, save_pruned
-from prunenet.layers import ffn_widths
-from prunenet.masks import width_at
-from prunenet.surgery import narrowed
+from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.layers import ffn_widths
+from prunenet.models.masks import width_at
+from prunenet.models.surgery import narrowed
 
 UNIFORM = [width_at(D_FF, 0.3)] * LAYERS
 PER_LAYER = [16, 40, 24]

@@ -9,18 +9,18 @@ from families import D_MODEL, LAYERS, VOCABULARY, random_keep, tiny_model, token
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prunenet import sliced_modeling
-from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.calibration import Blocks, token_blocks
 from prunenet.checkpoint import CheckpointError, export_padded, load_masks, load_model, load_provenance
-from prunenet.layers import count_parameters, ffn_widths
+from prunenet.models import sliced_modeling
+from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.rotation import covariance, eigenbasis, parameters_at, residual_widths, unrotated
+from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
 from prunenet.policies.methods.slicegpt import parameters_left, slice_stream, width_at_slicing
-from prunenet.rotation import covariance, eigenbasis, parameters_at, residual_widths, unrotated
 from prunenet.stats import channel_statistics
 from prunenet.streaming import StreamedCheckpoint
-from prunenet.surgery import narrowed
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})
 ROTATABLE = sorted(name for name, row in ARCHITECTURES.items() if row.rotates)

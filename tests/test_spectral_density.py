@@ -11,7 +11,7 @@ from families import tiny_model
 from prunenet import spectral_density
 from prunenet.envs import rewards
 from prunenet.envs.rewards import SpectralReward
-from prunenet.layers import iter_ffns
+from prunenet.models.layers import iter_ffns
 from prunenet.policies.recipe import PRESETS, Recipe, as_json
 from prunenet.spectra import SpectralReference
 from prunenet.spectral_density import SpectralSketch

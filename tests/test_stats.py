@@ -10,7 +10,7 @@ import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model
 
 from prunenet import residual, stats
-from prunenet.layers import activation, iter_ffns
+from prunenet.models.layers import activation, iter_ffns
 from prunenet.stats import CONTEXT, STATISTICS, channel_statistics, layer_context
 
 COLUMN = {name: index for index, name in enumerate(STATISTICS)}

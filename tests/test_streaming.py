@@ -18,7 +18,8 @@ from prunenet import offload, shards, streaming
 from prunenet.calibration import token_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, load_model
 from prunenet.cli import app
-from prunenet.layers import ffn_widths, iter_ffns
+from prunenet.models.layers import ffn_widths, iter_ffns
+from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.recipe import PRESETS, recipe_for
@@ -29,7 +30,6 @@ from prunenet.runtime import files as folders
 from prunenet.shards import StoredTensor, read_header, write_shard
 from prunenet.stats import channel_statistics, layer_context
 from prunenet.streaming import StreamedCheckpoint
-from prunenet.surgery import narrowed
 
 SHARDS = "20KB"
 FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias", "norm_scale", "attention_out")

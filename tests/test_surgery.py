@@ -5,10 +5,10 @@ import pytest
 import torch
 from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids, variants
 
-from prunenet import modeling
-from prunenet.architectures import ARCHITECTURES
-from prunenet.layers import count_parameters, decoder_layers, down_linears, ffn_widths, iter_ffns
-from prunenet.surgery import masking, narrowed, zero_padded
+from prunenet.models import modeling
+from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.layers import count_parameters, decoder_layers, down_linears, ffn_widths, iter_ffns
+from prunenet.models.surgery import masking, narrowed, zero_padded
 
 WIDTHS = {"uniform": [32] * LAYERS, "per-layer": [16, 40, 1]}
 

@@ -14,7 +14,7 @@ import torch
 from families import tiny_model, token_ids
 
 from prunenet.calibration import Blocks
-from prunenet.layers import down_linears
+from prunenet.models.layers import down_linears
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe, recipe_for
 from prunenet.policies.train import train

@@ -10,7 +10,7 @@ from planted import Planted, room
 from prunenet.calibration import Blocks
 from prunenet.compensate import Cut, Refits
 from prunenet.divergence import divergence
-from prunenet.masks import top_channels
+from prunenet.models.masks import top_channels
 from prunenet.policies.methods import Budget, Evidence, Space, WidthDivergence, best_of_random, cut, magnitude, uniform
 from prunenet.policies.methods.evaluations import Evaluations
 

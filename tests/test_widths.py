@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from prunenet.masks import width_at, widths_for_budget
+from prunenet.models.masks import width_at, widths_for_budget
 from prunenet.policies.widths import SweptWidths, WidthHead, mean_shares
 
 

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prunenet import zeroshot
-from prunenet.surgery import narrowed
+from prunenet.models.surgery import narrowed
 from prunenet.zeroshot import COLUMNS, Question, TaskError, answer_all, read_task, task_files, zero_shot
 
 needs_harness = pytest.mark.skipif(

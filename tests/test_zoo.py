@@ -5,7 +5,7 @@ import torch
 from families import tiny_model
 
 import prunenet
-from prunenet.layers import ffn_widths
+from prunenet.models.layers import ffn_widths
 from prunenet.policies.artifact import Policy, PolicyError, policy_for, zoo
 
 

@@ -30,10 +30,10 @@ from prunenet import __version__
 from prunenet.checkpoint import load_model, load_tokenizer
 from prunenet.demo_model import cache_folder
 from prunenet.evaluate import perplexity
-from prunenet.layers import count_parameters, ffn_widths
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
-from prunenet.surgery import narrowed
 from prunenet.text import TestText, load_text
 
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.layers import iter_ffns
-from prunenet.masks import width_at
+from prunenet.models.layers import iter_ffns
+from prunenet.models.masks import width_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Budget:
             round_to, floor: see `Budget`.
 
         Raises:
-            ValueError: a number out of range; see `prunenet.masks.width_at`.
+            ValueError: a number out of range; see `prunenet.models.masks.width_at`.
         """
         ffns = list(iter_ffns(model))
         d_ff, costs = tuple(ffn.d_ff for ffn in ffns), tuple(ffn.channel_parameters for ffn in ffns)

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.heads import out_linears
-from prunenet.layers import FFN, down_linears, iter_ffns
-from prunenet.masks import top_channels
+from prunenet.models.heads import out_linears
+from prunenet.models.layers import FFN, down_linears, iter_ffns
+from prunenet.models.masks import top_channels
+from prunenet.models.surgery import narrowed
 from prunenet.moments import LayerWalk
 from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.evidence import Evidence
@@ -25,7 +26,6 @@ from prunenet.policies.methods.searched_widths import searched_widths
 from prunenet.policies.methods.structures import Pool, Scores, ranked, shared
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
 from prunenet.runtime.placement import check_together, derive, is_placed, present
-from prunenet.surgery import narrowed
 
 WITH_HEADS = ("uniform", "protected", "global")
 """Allocations that are defined for attention heads too."""
@@ -54,7 +54,7 @@ class Cut:
 
     @torch.no_grad()
     def applied(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The narrow model, for evaluation in memory; the dense one stays as it is (see `prunenet.surgery.narrowed`).
+        """The narrow model, for evaluation in memory; the dense one stays as it is (see `prunenet.models.surgery.narrowed`).
 
         A bias is added to the down linear (and to attention's output linear where heads are cut), whether or not the family's
         configuration knows of one. It costs d_model parameters a layer, and can be saved and loaded only where the

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunenet.heads import Attention
-from prunenet.layers import FFN
+from prunenet.models.heads import Attention
+from prunenet.models.layers import FFN
 from prunenet.moments import Energies
 from prunenet.policies.methods.evidence import Evidence, HeadOutputs
 from prunenet.policies.methods.structures import Scores

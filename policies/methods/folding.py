@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from prunenet.layers import FFN
+from prunenet.models.layers import FFN
 from prunenet.policies.methods.evidence import Evidence
 
 

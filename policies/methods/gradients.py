@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from prunenet.architectures import architecture_for
-from prunenet.heads import group_counts
-from prunenet.layers import check_tokens, decoder_layers
+from prunenet.models.architectures import architecture_for
+from prunenet.models.heads import group_counts
+from prunenet.models.layers import check_tokens, decoder_layers
 from prunenet.runtime.placement import check_together, home
 
 
@@ -93,7 +93,7 @@ def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> lis
 
 
 def group_taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:
-    """Of the groups of heads of each layer. Arguments and errors: `channel_gradients`, and those of `prunenet.heads`."""
+    """Of the groups of heads of each layer. Arguments and errors: `channel_gradients`, and those of `prunenet.models.heads`."""
     counts, architecture = group_counts(model), architecture_for(model.config)
     parameters = [
         _parameters(layer, architecture.attention_in, architecture.attention_out)

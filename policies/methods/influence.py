@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from prunenet.layers import check_tokens, decoder_layers
+from prunenet.models.layers import check_tokens, decoder_layers
 from prunenet.policies.methods.allocation import Budget, fitted
 from prunenet.runtime.placement import home
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunenet.heads import Attention
+from prunenet.models.heads import Attention
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.structures import Scores
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 
-from prunenet.masks import check_ratio, top_channels
+from prunenet.models.masks import check_ratio, top_channels
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.spectra import SpectralReference
 

@@ -1,8 +1,8 @@
 """SliceGPT: the residual stream is rotated to its principal directions, and the smallest are sliced off every matrix.
 
 Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", ICLR 2024, arXiv 2401.15024,
-section 3, and the authors' code; METHODS.md section 6. The rotation itself is in `prunenet.rotation`, the modules of the sliced
-model are in `prunenet.sliced_modeling`. As in the authors' code, covariances are of the residual stream in front of the norm,
+section 3, and the authors' code; METHODS.md section 6. The rotation itself is in `prunenet.models.rotation`, the modules of the sliced
+model are in `prunenet.models.sliced_modeling`. As in the authors' code, covariances are of the residual stream in front of the norm,
 each is measured behind what is sliced already, and the LM head stays whole.
 
 What differs:
@@ -23,12 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.checkpoint import Provenance
-from prunenet.layers import check_tokens, count_parameters, decoder_layers, ffn_widths
-from prunenet.moments import layer_calls
-from prunenet.policies.apply import Pruned, base_of
-from prunenet.policies.methods.allocation import Budget
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.rotation import (
+from prunenet.models.layers import check_tokens, count_parameters, decoder_layers, ffn_widths
+from prunenet.models.rotation import (
     blocks_of,
     check_rotatable,
     covariance,
@@ -38,6 +34,10 @@ from prunenet.rotation import (
     unrotated,
     width_for,
 )
+from prunenet.moments import layer_calls
+from prunenet.policies.apply import Pruned, base_of
+from prunenet.policies.methods.allocation import Budget
+from prunenet.policies.methods.evidence import Evidence
 from prunenet.runtime.placement import check_together, home
 
 _BATCH = 4
@@ -144,7 +144,7 @@ def slice_stream(
     Args:
         model: a causal LM in eval mode that passes `check_rotatable`; not changed.
         ids: token blocks, without padding.
-        widths: of each of the 2 L + 1 points; see `prunenet.rotation`.
+        widths: of each of the 2 L + 1 points; see `prunenet.models.rotation`.
         basis: covariance -> orthonormal columns, of which the first are kept.
         progress: called with (layers done, layers in all).
 

@@ -1,4 +1,4 @@
-"""Two kinds of structure under one budget: FFN channels, and groups of attention heads (see `prunenet.heads`).
+"""Two kinds of structure under one budget: FFN channels, and groups of attention heads (see `prunenet.models.heads`).
 
 The budget is the one of FFN channels alone: what a cut of the same ratio in every FFN would leave of *all* parameters. Groups
 are chosen first; channels then fill the rest of the budget, so that all cuts at one ratio are of equal size, to less than one
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.heads import attentions
+from prunenet.models.heads import attentions
 from prunenet.policies.methods.allocation import Budget
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.layers import FFN
+from prunenet.models.layers import FFN
+from prunenet.models.rotation import check_rotatable
 from prunenet.moments import Energies
 from prunenet.policies.methods import (
     adapruner,
@@ -28,7 +29,6 @@ from prunenet.policies.methods import (
 )
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.structures import Scores
-from prunenet.rotation import check_rotatable
 
 Needs = Literal["weights", "text", "gradients"]
 Allocation = Literal["uniform", "global", "protected", "owl", "influence", "predictor", "evolution"]

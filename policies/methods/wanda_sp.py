@@ -11,7 +11,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from prunenet.layers import FFN
+from prunenet.models.layers import FFN
 from prunenet.moments import Energies
 from prunenet.policies.methods.evidence import Evidence
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from prunenet.calibration import weights_sha256
 from prunenet.compensate import Refits
 from prunenet.divergence import Downs, divergences
-from prunenet.layers import check_tokens, down_linears
-from prunenet.masks import top_channels
+from prunenet.models.layers import check_tokens, down_linears
+from prunenet.models.masks import top_channels
 from prunenet.runtime.placement import present
 
 

@@ -108,7 +108,7 @@ def compare(
 
 def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
     """Whether there is the policy that it needs, and it can take this family of models."""
-    from prunenet.architectures import UnsupportedArchitecture
+    from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.methods import METHODS
 
     able = METHODS[spec.method].able if spec.method in METHODS else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunenet.compare.ledger import Ledger
 from prunenet.eliminate import eliminate, score_order
 from prunenet.folds import folds_of, pooled
-from prunenet.layers import iter_ffns
+from prunenet.models.layers import iter_ffns
 from prunenet.moments import Moments, ffn_moments
 from prunenet.policies.methods import Evidence
 

@@ -18,10 +18,10 @@ from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.results import Line, Results
 from prunenet.compare.workshop import Made, Workshop
 from prunenet.evaluate import perplexity
-from prunenet.heads import attentions
 from prunenet.latency import check_positions
-from prunenet.layers import count_parameters, ffn_widths
-from prunenet.masks import check_ratio, width_at
+from prunenet.models.heads import attentions
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.masks import check_ratio, width_at
 from prunenet.policies.artifact import check_measured
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel

@@ -19,9 +19,9 @@ from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
 from prunenet.compensate import Cut, refit_kept, refit_sequentially
-from prunenet.heads import group_counts, out_linears
 from prunenet.latency import check_positions
-from prunenet.layers import down_linears, ffn_widths
+from prunenet.models.heads import group_counts, out_linears
+from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut

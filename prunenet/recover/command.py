@@ -169,7 +169,7 @@ def check_base(teacher: str, provenance: Provenance) -> None:
 
 def check_shapes(teacher: str, dense: PreTrainedModel, provenance: Provenance) -> None:
     """Raises ValueError where the teacher has other sizes than the base model: a hub's revision says nothing of a folder's."""
-    from prunenet.layers import count_parameters, ffn_widths
+    from prunenet.models.layers import count_parameters, ffn_widths
 
     said: tuple[Any, ...] = (list(provenance.dense_widths), provenance.parameters_before)
     if (ffn_widths(dense), count_parameters(dense)[0]) != said:

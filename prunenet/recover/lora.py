@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunenet.layers import decoder_layers
+from prunenet.models.layers import decoder_layers
 
 _SCALE = 2  # s, of an update of any rank: peft's alpha over the rank
 

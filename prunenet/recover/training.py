@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from prunenet.calibration import Blocks, check_seed, weights_sha256
-from prunenet.layers import check_tokens
+from prunenet.models.layers import check_tokens
 from prunenet.policies.methods.gradients import next_token_loss
 from prunenet.policies.resume import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of

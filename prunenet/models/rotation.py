@@ -21,9 +21,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prunenet import modeling, sliced_modeling
-from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
-from prunenet.layers import check_whole, decoder_layers
+from prunenet.models import modeling, sliced_modeling
+from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
+from prunenet.models.layers import check_whole, decoder_layers
 
 DAMPING = 0.01
 """Of the mean diagonal, added to a covariance's diagonal. It moves eigenvalues and no eigenvector."""

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.architectures import architecture_for, check_heads
-from prunenet.layers import decoder_layers, plain_linear
+from prunenet.models.architectures import architecture_for, check_heads
+from prunenet.models.layers import decoder_layers, plain_linear
 
 GROUPS, QUERY_HEADS, HEAD_DIM = "num_key_value_heads", "num_attention_heads", "head_dim"
 """Configuration fields of the families whose heads can be cut."""

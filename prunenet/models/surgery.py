@@ -1,6 +1,6 @@
 """Keep masks + model -> narrow model; and the dense model made to compute as if it were narrow.
 
-Cut are channels of the FFNs and, where masks for them are given too, groups of attention heads (see `prunenet.heads`).
+Cut are channels of the FFNs and, where masks for them are given too, groups of attention heads (see `prunenet.models.heads`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet import modeling
-from prunenet.architectures import Architecture, architecture_for
-from prunenet.heads import GROUPS, attentions, group_counts, out_linears, spread, state_counts
-from prunenet.layers import check_whole, decoder_layers, down_linears, ffn_widths, plain_linear
-from prunenet.masks import check_keep
+from prunenet.models import modeling
+from prunenet.models.architectures import Architecture, architecture_for
+from prunenet.models.heads import GROUPS, attentions, group_counts, out_linears, spread, state_counts
+from prunenet.models.layers import check_whole, decoder_layers, down_linears, ffn_widths, plain_linear
+from prunenet.models.masks import check_keep
 from prunenet.runtime.placement import derive, device_of, shared_copy
 
 
@@ -34,7 +34,7 @@ def narrowed(
     dense ones, wherever these are kept, each time that they are needed.
 
     Where all layers end up equally wide, the result is an ordinary model whose configuration has the new width; where they
-    do not, its class is `prunenet.modeling.PerLayer<class>` and `config.per_layer_config` holds the widths. The same goes for
+    do not, its class is `prunenet.models.modeling.PerLayer<class>` and `config.per_layer_config` holds the widths. The same goes for
     the number of groups; a number that the family's configuration refuses (see `heads.state_counts`) travels per layer too.
 
     Args:
@@ -138,7 +138,7 @@ def set_widths(model: PreTrainedModel, widths: Sequence[int], counts: Sequence[i
 
 
 def _structure(architecture: Architecture, field: str, inputs: Sequence[str], output: str) -> dict[str, Any]:
-    """What `prunenet.modeling` must know to narrow a structure."""
+    """What `prunenet.models.modeling` must know to narrow a structure."""
     return {"width": field, "layers": architecture.layers, "inputs": list(inputs), "output": output}
 
 

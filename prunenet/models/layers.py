@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from prunenet.architectures import Architecture, UnsupportedArchitecture, architecture_for
+from prunenet.models.architectures import Architecture, UnsupportedArchitecture, architecture_for
 from prunenet.runtime.placement import parameters, present, ties
 
 
@@ -107,7 +107,7 @@ def ffn_at(model: Weights, index: int) -> FFN:
     """The FFN of one layer.
 
     Raises:
-        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced (`prunenet.sliced_modeling`).
+        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced (`prunenet.models.sliced_modeling`).
     """
     check_whole(structure(model))
     if not isinstance(model, PreTrainedModel):
