@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prunenet.models.layers import FFN, iter_ffns, tables
-from prunenet.spectral_density import PROBES, STEPS
+from prunenet.spectra.estimated import PROBES, STEPS
 
 RATIO = 0.3
 

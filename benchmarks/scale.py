@@ -50,7 +50,7 @@ from prunenet.models.layers import iter_ffns
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.recipe import PRESETS, Recipe
-from prunenet.spectra import SpectralReference
+from prunenet.spectra.exact import SpectralReference
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunenet.models.layers import iter_ffns
-from prunenet.spectra import SpectralReference
+from prunenet.spectra.exact import SpectralReference
 
 RATIO = 0.3
 

@@ -43,8 +43,8 @@ from prunenet.models.layers import iter_ffns
 from prunenet.policies import train as training
 from prunenet.policies.apply import prune
 from prunenet.policies.recipe import PRESETS
-from prunenet.spectra import SpectralReference
-from prunenet.spectral_density import SpectralSketch
+from prunenet.spectra.estimated import SpectralSketch
+from prunenet.spectra.exact import SpectralReference
 
 EPISODES = 20
 PUBLISHED = replace(PRESETS["paper"], updates=EPISODES, evaluate_every=EPISODES)  # as the peer: none on the way

@@ -10,8 +10,8 @@ Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md section
   d_ff);
 - any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides Kolmogorov-Smirnov the Wasserstein
   distance and the energy kept;
-- no singular value decomposition at any step: exact through Gram matrices (`prunenet.spectra`) or, above `EXACT_UP_TO`,
-  estimated (`prunenet.spectral_density`).
+- no singular value decomposition at any step: exact through Gram matrices (`prunenet.spectra.exact`) or, above `EXACT_UP_TO`,
+  estimated (`prunenet.spectra.estimated`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from prunenet.models.layers import FFN, Weights, down_linears, ffn_at, ffn_width
 from prunenet.moments import LayerWalk
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import is_placed
-from prunenet.spectra import DISTANCES, Distance, SpectralReference
-from prunenet.spectral_density import SpectralSketch
+from prunenet.spectra.estimated import SpectralSketch
+from prunenet.spectra.exact import DISTANCES, Distance, SpectralReference
 
 Matrix = Literal["gate", "up", "down"]
 Form = Literal["bounded", "inverse"]

@@ -11,7 +11,7 @@ from prunenet.calibration import check_seed
 from prunenet.envs.rewards import Form, Matrix, Spectrum
 from prunenet.envs.sweep import draw_ratio
 from prunenet.models.masks import check_ratio
-from prunenet.spectra import Distance
+from prunenet.spectra.exact import Distance
 
 RewardName = Literal["spectral", "reconstruction", "divergence"]
 Algorithm = Literal["a2c", "ppo"]

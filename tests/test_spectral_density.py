@@ -8,13 +8,13 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet import spectral_density
 from prunenet.envs import rewards
 from prunenet.envs.rewards import SpectralReward
 from prunenet.models.layers import iter_ffns
 from prunenet.policies.recipe import PRESETS, Recipe, as_json
-from prunenet.spectra import SpectralReference
-from prunenet.spectral_density import SpectralSketch
+from prunenet.spectra.estimated import SpectralSketch
+from prunenet.spectra.exact import SpectralReference
+from prunenet.spectra.exact import estimated as spectral_density
 
 SHAPES = [(320, 120), (120, 120), (80, 120)]
 SPECTRA = {

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from prunenet.distances import ks_distance
 from prunenet.policies.methods.evidence import Evidence
+from prunenet.spectra.distances import ks_distance
 
 _CHUNK = 2**19  # elements of the largest temporary: 4 MB stay in the cache
 _SMALLEST = 1e-30  # of a denominator, in units of the largest eigenvalue

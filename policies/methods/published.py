@@ -12,7 +12,7 @@ What differs:
 - W A is never formed: (W A + b) v = W (A v) + b v, with the same gradients;
 - drawing without replacement is done by sorting log p plus Gumbel noise (the same distribution), so that one draw gives nested
   masks at all ratios;
-- singular values come from Gram matrices (`prunenet.spectra`), exact.
+- singular values come from Gram matrices (`prunenet.spectra.exact`), exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from prunenet.models.masks import check_ratio, top_channels
 from prunenet.policies.methods.evidence import Evidence
-from prunenet.spectra import SpectralReference
+from prunenet.spectra.exact import SpectralReference
 
 _PERFECT = 99999.0  # the package's reward for a KS distance of 0
 

@@ -26,9 +26,9 @@ from jaxtyping import Bool, Float, Float64, Int
 from scipy.linalg import blas  # type: ignore[import-untyped]
 from torch import Tensor
 
-from prunenet.distances import ks_distance, ks_sides, wasserstein_distance
 from prunenet.models.masks import check_keep
-from prunenet.tridiagonal import counts_below, eigenvalues, tridiagonal
+from prunenet.spectra.distances import ks_distance, ks_sides, wasserstein_distance
+from prunenet.spectra.tridiagonal import counts_below, eigenvalues, tridiagonal
 
 Distance = Literal["ks", "wasserstein", "energy"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)

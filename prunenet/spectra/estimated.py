@@ -16,7 +16,7 @@ Chosen over Chebyshev moments with the Jackson kernel, measured on 10 gate matri
 mean square error of the KS distance 0.009 against 0.010 at ratio 0.3 with 8 vectors and 24 products, and no bias of the kernel.
 
 What it cannot do: tell random masks of one width apart. Their distances differ by about 1 / d_model (eigenvalues repel), and
-its own error falls with the root of d_model * probes only. Where that matters take `prunenet.spectra`, which is exact.
+its own error falls with the root of d_model * probes only. Where that matters take `prunenet.spectra.exact`, which is exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from prunenet.models.masks import check_keep
-from prunenet.spectra import DISTANCES, Distance, energy_kept
+from prunenet.spectra.exact import DISTANCES, Distance, energy_kept
 
 # 8 vectors and 16 products: more products change no error (see benchmarks/README.md), more vectors shrink it by their root.
 PROBES = 8
@@ -49,7 +49,7 @@ _Vectors = Float32[Tensor, "masks probes side"]
 class SpectralSketch:
     """One weight matrix of a dense layer, ready to estimate how far any mask moves its spectrum.
 
-    Takes the place of `prunenet.spectra.SpectralReference`. Memory beyond the weight view: side * PROBES float32, and the Gram
+    Takes the place of `prunenet.spectra.exact.SpectralReference`. Memory beyond the weight view: side * PROBES float32, and the Gram
     matrix (side^2 float32) on a CPU: with it a mask alone costs half (`_multiplied`).
 
     Attributes:
