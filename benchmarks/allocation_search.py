@@ -22,9 +22,7 @@ from typing import Any
 from prunenet import __version__
 from prunenet.calibration import self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.compensate import Refits, cut_layers
 from prunenet.evaluate import perplexity
-from prunenet.folds import held_back
 from prunenet.policies.methods import (
     Budget,
     Evidence,
@@ -36,6 +34,8 @@ from prunenet.policies.methods import (
     predictor_search,
     wanda_sp,
 )
+from prunenet.refit.cut import Refits, cut_layers
+from prunenet.refit.folds import held_back
 from prunenet.text import TestText, load_text
 
 SEARCHES = ("uniform", "random_18", "random", "evolution", "predictor")

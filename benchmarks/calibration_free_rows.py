@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from prunenet.calibration import Blocks, data_blocks, self_blocks
 from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.compensate import Cut, cut_layers, refit_sequentially
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.models.layers import ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
@@ -22,6 +21,7 @@ from prunenet.policies.apply import MEASURED, prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
 from prunenet.recover.training import Tuning, tuned
+from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.text import CalibrationText, load_text
 
 Make = Callable[[float], PreTrainedModel]

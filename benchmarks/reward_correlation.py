@@ -29,8 +29,8 @@ from prunenet.evaluate import perplexity
 from prunenet.models.layers import down_linears, ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import masking
-from prunenet.moments import ffn_moments
 from prunenet.policies.artifact import Policy
+from prunenet.refit.moments import ffn_moments
 from prunenet.text import TestText, load_text
 
 NOISES = (0.0, 0.5, 1.0, 2.0)

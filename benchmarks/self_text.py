@@ -37,8 +37,8 @@ from prunenet.envs.rewards import energy_lost
 from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import down_linears
 from prunenet.models.masks import top_channels, width_at
-from prunenet.moments import LayerWalk
-from prunenet.refit import lost, ridge
+from prunenet.refit.moments import LayerWalk
+from prunenet.refit.ridge import lost, ridge
 from prunenet.synthetic import random_blocks
 from prunenet.text import CalibrationText, calibration_blocks, load_text
 

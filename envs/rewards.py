@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.models.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
-from prunenet.moments import LayerWalk
+from prunenet.refit.moments import LayerWalk
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import is_placed
 from prunenet.spectra.estimated import SpectralSketch

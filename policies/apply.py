@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.calibration import Blocks
 from prunenet.checkpoint import Provenance, identify, save_pruned
-from prunenet.compensate import Cut, cut_layers, refit_sequentially
 from prunenet.divergence import divergence
-from prunenet.folds import held_back
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.policies.artifact import Policy, check_measured
+from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
+from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
 
 AUTO_GAIN = 0.05

@@ -6,7 +6,7 @@ the same number. Standardised inside the layer as in `prunenet.stats`; nothing d
 
 `moment_write` ranks channels as Wanda-sp does (with the norm of a column in place of its mean), `moment_fluctuation` as FLAP
 (arXiv 2312.11983), `moment_unique` by Optimal Brain Surgeon's loss of one channel, |W_:j|^2 / [(H + lam I)^-1]_jj (Hassibi and
-Stork, NIPS 1992; `prunenet.eliminate` drops one after the other by it). What differs: lam, 1 % of the mean energy as there, is
+Stork, NIPS 1992; `prunenet.refit.eliminate` drops one after the other by it). What differs: lam, 1 % of the mean energy as there, is
 taken in the units above, where it does not depend on how a channel splits its size between h and W; and it is taken off the
 loss again, so that a channel that writes nothing loses nothing. What is left is min_x E|h_j - x h_K|^2 + lam |x|^2 over the
 other channels K.
@@ -21,9 +21,9 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.cholesky import damped_cholesky
 from prunenet.models.layers import down_linears
-from prunenet.moments import LayerWalk, Moments
+from prunenet.refit.cholesky import damped_cholesky
+from prunenet.refit.moments import LayerWalk, Moments
 from prunenet.runtime import parallel
 from prunenet.stats import channel_statistics, standardised
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from prunenet import tables
 from prunenet.calibration import Blocks, self_blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, identify, load_model, load_provenance, load_tokenizer
-from prunenet.compensate import cut_layers
 from prunenet.demo_model import fetch_demo_model
 from prunenet.latency import generate_sentence
 from prunenet.measure import measure
@@ -23,6 +22,7 @@ from prunenet.policies.apply import Pruned, provenance_of
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import recorded, train, unfinished
+from prunenet.refit.cut import cut_layers
 from prunenet.report import draw_report
 from prunenet.runtime.files import check_home, write_atomic
 from prunenet.text import TestText, load_text

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.models.layers import FFN, activation, check_tokens, iter_ffns
-from prunenet.moments import Moments
+from prunenet.refit.moments import Moments
 
 
 @torch.no_grad()

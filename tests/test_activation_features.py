@@ -18,12 +18,12 @@ from prunenet.envs.rewards import ReconstructionReward, SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.models.layers import down_linears, iter_ffns
 from prunenet.models.masks import top_channels
-from prunenet.moments import LayerWalk, Moments, ffn_moments
 from prunenet.policies import artifact
 from prunenet.policies import train as training
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, zoo
 from prunenet.policies.recipe import MOMENT_PRIOR, PRESETS, Recipe
 from prunenet.policies.train import train
+from prunenet.refit.moments import LayerWalk, Moments, ffn_moments
 from prunenet.stats import STATISTICS, channel_statistics
 
 SHORT = Recipe(features="moments", updates=4, masks=4, hidden=(8,), evaluate_every=2)

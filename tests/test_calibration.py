@@ -13,9 +13,9 @@ from prunenet.envs.rewards import ReconstructionReward, energy_lost
 from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import down_linears
 from prunenet.models.surgery import masking
-from prunenet.moments import LayerWalk, ffn_moments
 from prunenet.policies.recipe import Recipe
 from prunenet.policies.train import train
+from prunenet.refit.moments import LayerWalk, ffn_moments
 from prunenet.text import CalibrationText, TestText
 
 

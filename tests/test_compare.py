@@ -24,15 +24,15 @@ from prunenet.compare.ledger import Ledger
 from prunenet.compare.results import Results
 from prunenet.compare.spec import REFITS, WITHOUT_SCORES, Spec, allocations, methods, parse, parse_all
 from prunenet.compare.workshop import Amount, Workshop
-from prunenet.compensate import cut_layers, refit_kept
-from prunenet.folds import folds_of
 from prunenet.models.architectures import ARCHITECTURES
 from prunenet.models.layers import count_parameters, down_linears
-from prunenet.moments import ffn_moments
 from prunenet.policies import artifact
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
+from prunenet.refit.cut import cut_layers, refit_kept
+from prunenet.refit.folds import folds_of
+from prunenet.refit.moments import ffn_moments
 from prunenet.text import CalibrationText, TestText
 from prunenet.zeroshot import TaskResult
 

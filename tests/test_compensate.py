@@ -4,13 +4,13 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially
 from prunenet.divergence import divergence
-from prunenet.folds import folds_of, pooled
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels, width_at
-from prunenet.moments import ffn_moments
-from prunenet.refit import lost, ridge
+from prunenet.refit.cut import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially
+from prunenet.refit.folds import folds_of, pooled
+from prunenet.refit.moments import ffn_moments
+from prunenet.refit.ridge import lost, ridge
 
 
 def model_and_blocks(family="llama"):

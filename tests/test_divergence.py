@@ -4,12 +4,12 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut
 from prunenet.divergence import divergence, divergences
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.layerwise import LayerwisePruningEnv
 from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import masking
+from prunenet.refit.cut import Cut
 
 
 def some_masks(model, share=0.6, seed=0):

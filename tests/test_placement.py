@@ -16,15 +16,15 @@ from prunenet import calibration, offload
 from prunenet.activation_stats import channel_features
 from prunenet.calibration import Blocks, weights_sha256
 from prunenet.checkpoint import CheckpointError, load_model
-from prunenet.compensate import Refits, cut_layers, refit_kept, refit_sequentially
 from prunenet.divergence import divergences
 from prunenet.generate import generate_blocks
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.models.surgery import masking, narrowed
-from prunenet.moments import LayerWalk, ffn_moments, paired_moments
 from prunenet.policies import artifact
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
+from prunenet.refit.cut import Refits, cut_layers, refit_kept, refit_sequentially
+from prunenet.refit.moments import LayerWalk, ffn_moments, paired_moments
 from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
 from prunenet.stats import layer_context, observe
 

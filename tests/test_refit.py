@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from prunenet.eliminate import eliminate, score_order
 from prunenet.models.masks import top_channels
-from prunenet.moments import Moments, Target
-from prunenet.refit import choose_damping, choose_shrinkage, lost, mean_bias, ridge, ridge_with_bias, shrink
+from prunenet.refit.eliminate import eliminate, score_order
+from prunenet.refit.moments import Moments, Target
+from prunenet.refit.ridge import choose_damping, choose_shrinkage, lost, mean_bias, ridge, ridge_with_bias, shrink
 
 D_MODEL, D_FF, TOKENS = 7, 20, 300
 

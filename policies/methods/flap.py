@@ -17,9 +17,9 @@ from torch import Tensor
 
 from prunenet.models.heads import Attention
 from prunenet.models.layers import FFN
-from prunenet.moments import Energies
 from prunenet.policies.methods.evidence import Evidence, HeadOutputs
 from prunenet.policies.methods.structures import Scores
+from prunenet.refit.moments import Energies
 
 
 def fluctuation(ffn: FFN, energies: Energies) -> Float[Tensor, " d_ff"]:

@@ -34,10 +34,10 @@ from prunenet.models.rotation import (
     unrotated,
     width_for,
 )
-from prunenet.moments import layer_calls
 from prunenet.policies.apply import Pruned, base_of
 from prunenet.policies.methods.allocation import Budget
 from prunenet.policies.methods.evidence import Evidence
+from prunenet.refit.moments import layer_calls
 from prunenet.runtime.placement import check_together, home
 
 _BATCH = 4

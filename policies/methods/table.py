@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from prunenet.models.layers import FFN
 from prunenet.models.rotation import check_rotatable
-from prunenet.moments import Energies
 from prunenet.policies.methods import (
     adapruner,
     flap,
@@ -29,6 +28,7 @@ from prunenet.policies.methods import (
 )
 from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.structures import Scores
+from prunenet.refit.moments import Energies
 
 Needs = Literal["weights", "text", "gradients"]
 Allocation = Literal["uniform", "global", "protected", "owl", "influence", "predictor", "evolution"]

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunenet.models.layers import FFN
-from prunenet.moments import Energies
 from prunenet.policies.methods.evidence import Evidence
+from prunenet.refit.moments import Energies
 
 
 def layer_score(ffn: FFN, energies: Energies) -> Float[Tensor, " d_ff"]:

@@ -18,13 +18,13 @@ from prunenet.calibration import Blocks, blocks_from, data_blocks, openings, pre
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
-from prunenet.compensate import Cut, refit_kept, refit_sequentially
 from prunenet.latency import check_positions
 from prunenet.models.heads import group_counts, out_linears
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
+from prunenet.refit.cut import Cut, refit_kept, refit_sequentially
 from prunenet.runtime import parallel
 from prunenet.text import CalibrationText, content_sha256
 
@@ -251,7 +251,7 @@ class Workshop:
     def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
         """The method's row, its scores shared between cells."""
         if spec.method == "elimination":
-            return Method("elimination", "text", "greedy elimination, prunenet.eliminate", lambda _: evidence.elimination)
+            return Method("elimination", "text", "greedy elimination, prunenet.refit.eliminate", lambda _: evidence.elimination)
         if spec.method in ("prunenet", "prunenet-weights"):
             return Method(spec.method, "weights", "the policy", lambda _: self._policy_scores(evidence))
         row = METHODS[spec.method]

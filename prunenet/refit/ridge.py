@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from prunenet.cholesky import damped_by_energy, damped_cholesky
 from prunenet.models.masks import check_keep
+from prunenet.refit.cholesky import damped_by_energy, damped_cholesky
 
 if TYPE_CHECKING:  # for annotations alone: this floor's modules do not import each other
-    from prunenet.moments import Moments, Target
+    from prunenet.refit.moments import Moments, Target
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Tried. On SmolLM2-135M, with 13k to 33k tokens, 0.1 to 1 is best almost everywhere."""
@@ -83,7 +83,7 @@ def ridge_with_bias(
         moments: of the activations that the refitted matrix will read.
         keep: True where the channel stays; at least one.
         damping: of each column, relative to its channel's variance C_jj.
-        target: of the dense layer at the same tokens (`prunenet.moments.paired_moments`); default: the layer itself.
+        target: of the dense layer at the same tokens (`prunenet.refit.moments.paired_moments`); default: the layer itself.
 
     Raises:
         ValueError: as `ridge`.

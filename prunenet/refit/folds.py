@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:  # for annotations alone: this floor's modules do not import each other
-    from prunenet.moments import Moments
+    from prunenet.refit.moments import Moments
 
 
 def held_back(

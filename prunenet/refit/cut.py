@@ -18,13 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.eliminate import eliminate, score_order
-from prunenet.folds import folds_of, pooled
 from prunenet.models.layers import down_linears
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import narrowed
-from prunenet.moments import LayerWalk, Moments, Target, paired_moments
-from prunenet.refit import choose_damping, ridge
+from prunenet.refit.eliminate import eliminate, score_order
+from prunenet.refit.folds import folds_of, pooled
+from prunenet.refit.moments import LayerWalk, Moments, Target, paired_moments
+from prunenet.refit.ridge import choose_damping, ridge
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import derive, is_placed, present, shared_copy
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from prunenet.cholesky import damped_by_energy, damped_cholesky
+from prunenet.refit.cholesky import damped_by_energy, damped_cholesky
 
 _Square = Float64[Tensor, "d_ff d_ff"]
 _CHUNK = 512
