@@ -22,7 +22,7 @@ import torch
 
 from prunenet import __version__
 from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
 

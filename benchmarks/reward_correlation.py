@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.evaluate import perplexity

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs.rewards import energy_lost
 from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import down_linears

@@ -28,7 +28,7 @@ from shapes import SHAPES, config_of
 from transformers import LlamaForCausalLM
 
 from prunenet import __version__
-from prunenet.shards import SLAB, write_shard
+from prunenet.checkpoints.shards import SLAB, write_shard
 
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> None:
@@ -62,9 +62,9 @@ def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> 
 
 def prune(source: Path, out: Path, ratio: float, device: str) -> dict[str, Any]:
     """What the command does; seconds of each stage."""
+    from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.policies.artifact import policy_for
     from prunenet.policies.stream import prune_streamed
-    from prunenet.streaming import StreamedCheckpoint
 
     stages: dict[str, float] = {}
     start = time.perf_counter()

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.provenance import Regime
+from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs import SpectralReward
 from prunenet.envs.rewards import ReconstructionReward, Reward
 from prunenet.envs.sweep import View
 from prunenet.models.masks import top_channels
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import train
-from prunenet.provenance import Regime
 
 RATIO = 0.3
 CHOICES: dict[str, dict[str, Any]] = {

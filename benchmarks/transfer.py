@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from prunenet import __version__
 from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.evaluate import perplexity
 from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import count_parameters

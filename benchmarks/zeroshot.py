@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from prunenet.checkpoint import identify, load_model, load_tokenizer
+from prunenet.checkpoints.save import identify, load_model, load_tokenizer
 from prunenet.models.layers import count_parameters
 from prunenet.zeroshot import task_files, zero_shot
 

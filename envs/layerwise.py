@@ -75,7 +75,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     channels), and `reward/<term>` for each term. `reset` gives `ratio` and `budget_left`.
 
     ## Arguments
-    * `model`: a causal LM of a supported family, in memory or streamed (`prunenet.streaming.StreamedCheckpoint`).
+    * `model`: a causal LM of a supported family, in memory or streamed (`prunenet.checkpoints.streaming.StreamedCheckpoint`).
     * `reward`: an object with the methods of `prunenet.envs.rewards.Reward`; default `SpectralReward(model)`.
     * `ratio`: share of FFN channels removed, in [0, 1), or a range `(low, high)`. Default 0.3.
     * `min_width`: fewest channels that a layer may keep, default 1.

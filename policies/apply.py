@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.calibration import Blocks
-from prunenet.checkpoint import Provenance, identify, save_pruned
+from prunenet.checkpoints.save import Provenance, identify, save_pruned
 from prunenet.divergence import divergence
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
@@ -48,7 +48,7 @@ class Pruned:
     provenance: Provenance
 
     def save_pretrained(self, out: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-        """Writes an ordinary Hugging Face checkpoint, verified by reloading it; see `prunenet.checkpoint.save_pruned`."""
+        """Writes an ordinary Hugging Face checkpoint, verified by reloading it; see `prunenet.checkpoints.save.save_pruned`."""
         return save_pruned(self.model, out, self.keep, self.provenance, tokenizer=tokenizer)
 
 

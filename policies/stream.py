@@ -7,16 +7,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.offload import SHARD
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.streaming import StreamedCheckpoint, save_streamed
 from prunenet.models.layers import iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import narrowed
-from prunenet.offload import SHARD
 from prunenet.policies.apply import check_choices, check_size, chosen_way, provenance_of, stage_of, ways_to_cut
 from prunenet.policies.artifact import Policy
-from prunenet.provenance import Provenance
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_absent, check_room
-from prunenet.streaming import StreamedCheckpoint, save_streamed
 
 
 def prune_streamed(
@@ -44,7 +44,7 @@ def prune_streamed(
         policy: reads weights alone.
         ratio, params, round_to, widths, policy_name: as for `prune`.
         tokenizer: saved beside the model.
-        shard: largest file of weights, see `prunenet.streaming.save_streamed`.
+        shard: largest file of weights, see `prunenet.checkpoints.streaming.save_streamed`.
         progress: called with (what is going on, done, in all).
 
     Returns:

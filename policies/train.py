@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from prunenet.activation_stats import MOMENT_STATISTICS
 from prunenet.calibration import Blocks, weights_sha256
+from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import led
@@ -33,7 +34,6 @@ from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.run import Run
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_home
-from prunenet.streaming import StreamedCheckpoint
 
 
 @dataclass(frozen=True, slots=True)

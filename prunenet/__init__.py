@@ -14,27 +14,27 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunenet.checkpoint import CheckpointError, load_model, load_tokenizer
+    from prunenet.checkpoints.save import CheckpointError, load_model, load_tokenizer
+    from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.apply import Pruned, prune
     from prunenet.policies.artifact import Policy, PolicyError
     from prunenet.policies.recipe import PRESETS, Recipe
     from prunenet.policies.stream import prune_streamed
     from prunenet.policies.train import train
-    from prunenet.streaming import StreamedCheckpoint
 
 _HOMES = {
     "UnsupportedArchitecture": "prunenet.models.architectures",
-    "CheckpointError": "prunenet.checkpoint",
-    "load_model": "prunenet.checkpoint",
-    "load_tokenizer": "prunenet.checkpoint",
+    "CheckpointError": "prunenet.checkpoints.save",
+    "load_model": "prunenet.checkpoints.save",
+    "load_tokenizer": "prunenet.checkpoints.save",
     "Pruned": "prunenet.policies.apply",
     "prune": "prunenet.policies.apply",
     "Policy": "prunenet.policies.artifact",
     "PolicyError": "prunenet.policies.artifact",
     "PRESETS": "prunenet.policies.recipe",
     "Recipe": "prunenet.policies.recipe",
-    "StreamedCheckpoint": "prunenet.streaming",
+    "StreamedCheckpoint": "prunenet.checkpoints.streaming",
     "prune_streamed": "prunenet.policies.stream",
     "train": "prunenet.policies.train",
 }

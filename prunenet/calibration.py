@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.demo_model import cache_folder
+from prunenet.checkpoints.demo_model import cache_folder
+from prunenet.checkpoints.provenance import TextRegime
+from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import structure
-from prunenet.provenance import TextRegime
 from prunenet.runtime import parallel
 from prunenet.runtime.files import write_atomic
 from prunenet.runtime.placement import parameters, tensor_of
-from prunenet.streaming import StreamedCheckpoint
 from prunenet.synthetic import random_blocks
 from prunenet.text import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
 

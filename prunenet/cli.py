@@ -136,12 +136,12 @@ def prune(
 ) -> None:
     """Cut a model to any size into an ordinary checkpoint, by default without any data from outside."""
     with one_job(device) as place:
+        from prunenet.checkpoints.streaming import StreamedCheckpoint
         from prunenet.models.layers import structure
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed
         from prunenet.runtime.files import check_absent
-        from prunenet.streaming import StreamedCheckpoint
 
         apply.check_amount(ratio, params)
         check_absent(out)
@@ -219,7 +219,7 @@ def export(
 ) -> None:
     """Turn a checkpoint with per-layer widths into one that every loader reads."""
     with one_process():
-        from prunenet.checkpoint import export_padded, load_provenance
+        from prunenet.checkpoints.save import export_padded, load_provenance
 
         if not pad:
             raise ValueError("export knows one way, zero-padding every layer to the widest: say --pad")

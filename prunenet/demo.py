@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from prunenet import tables
 from prunenet.calibration import Blocks, self_blocks, weights_sha256
-from prunenet.checkpoint import CheckpointError, identify, load_model, load_provenance, load_tokenizer
-from prunenet.demo_model import fetch_demo_model
+from prunenet.checkpoints.demo_model import fetch_demo_model
+from prunenet.checkpoints.save import CheckpointError, identify, load_model, load_provenance, load_tokenizer
 from prunenet.latency import generate_sentence
 from prunenet.measure import measure
 from prunenet.models.layers import ffn_widths

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunenet.calibration import Blocks
-    from prunenet.streaming import StreamedCheckpoint
+    from prunenet.checkpoints.streaming import StreamedCheckpoint
 
 
 def open_model(
@@ -29,10 +29,10 @@ def open_model(
     if stream:
         if device == AUTO or max_memory is not None:
             raise ValueError("--stream leaves all weights on disk, so there is nothing to place: leave --device auto out")
-        from prunenet.streaming import StreamedCheckpoint
+        from prunenet.checkpoints.streaming import StreamedCheckpoint
 
         return StreamedCheckpoint.open(source, dtype=dtype, device=device)
-    from prunenet.checkpoint import load_model
+    from prunenet.checkpoints.save import load_model
 
     return load_model(source, dtype=dtype, device=device, max_memory=max_memory)
 
@@ -55,7 +55,7 @@ def blocks_for(
     from transformers import PreTrainedModel
 
     from prunenet.calibration import calibration_for
-    from prunenet.checkpoint import load_tokenizer
+    from prunenet.checkpoints.save import load_tokenizer
 
     assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
     with tables.progress(errors, "text") as advance:
@@ -86,7 +86,7 @@ def check_text(moments: str | None, text: str | None, tokens: int | None = None)
 
 def tokenizer_of(source: str) -> PreTrainedTokenizerBase | None:
     """A checkpoint without a tokenizer can be cut all the same."""
-    from prunenet.checkpoint import CheckpointError, load_tokenizer
+    from prunenet.checkpoints.save import CheckpointError, load_tokenizer
 
     try:
         return load_tokenizer(source)

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from prunenet import checkpoint, sources
-from prunenet.checkpoint import (
+from prunenet.checkpoints import save as checkpoint
+from prunenet.checkpoints import sources
+from prunenet.checkpoints.save import (
     CheckpointError,
     Provenance,
     export_padded,

@@ -12,7 +12,7 @@ from test_cli import save_tiny
 from typer.testing import CliRunner
 
 from prunenet import demo, tables
-from prunenet.checkpoint import load_model, load_provenance
+from prunenet.checkpoints.save import load_model, load_provenance
 from prunenet.cli import app
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prunenet import demo_model
-from prunenet.demo_model import MANIFEST, DemoModelError, fetch_demo_model, is_intact
+from prunenet.checkpoints import demo_model
+from prunenet.checkpoints.demo_model import MANIFEST, DemoModelError, fetch_demo_model, is_intact
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from families import D_FF, D_MODEL, FAMILIES, LAYERS, random_keep, tiny_model, t
 from transformers import AutoModelForCausalLM
 
 from prunenet.calibration import Blocks
-from prunenet.checkpoint import (
+from prunenet.checkpoints.save import (
     CheckpointError,
     Provenance,
     export_padded,

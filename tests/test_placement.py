@@ -12,10 +12,11 @@ from families import FAMILIES, random_keep, tiny_model, token_ids
 from test_cli import facts, refused, run, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunenet import calibration, offload
+from prunenet import calibration
 from prunenet.activation_stats import channel_features
 from prunenet.calibration import Blocks, weights_sha256
-from prunenet.checkpoint import CheckpointError, load_model
+from prunenet.checkpoints import offload
+from prunenet.checkpoints.save import CheckpointError, load_model
 from prunenet.divergence import divergences
 from prunenet.generate import generate_blocks
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns

@@ -13,7 +13,7 @@ from test_cli import contents, facts, refused, run, save_tiny
 from transformers import AutoModelForCausalLM
 
 from prunenet.calibration import Blocks
-from prunenet.checkpoint import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
+from prunenet.checkpoints.save import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
 from prunenet.models.surgery import narrowed
 from prunenet.policies.artifact import PolicyError
 from prunenet.policies.methods.evidence import Evidence
@@ -240,7 +240,7 @@ def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(den
 
 
 def test_text_from_outside_needs_no_teacher_and_the_story_says_so(dense, pruned, words, tmp_path):
-    from prunenet.checkpoint import load_tokenizer
+    from prunenet.checkpoints.save import load_tokenizer
 
     model = load_model(pruned)
     named = save_pruned(model, tmp_path / "p", load_masks(pruned), load_provenance(pruned), tokenizer=load_tokenizer(dense))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prunenet.calibration import Blocks, token_blocks
-from prunenet.checkpoint import CheckpointError, export_padded, load_masks, load_model, load_provenance
+from prunenet.checkpoints.save import CheckpointError, export_padded, load_masks, load_model, load_provenance
+from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.models import sliced_modeling
 from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.models.layers import count_parameters, ffn_widths
@@ -20,7 +21,6 @@ from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
 from prunenet.policies.methods.slicegpt import parameters_left, slice_stream, width_at_slicing
 from prunenet.stats import channel_statistics
-from prunenet.streaming import StreamedCheckpoint
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})
 ROTATABLE = sorted(name for name, row in ARCHITECTURES.items() if row.rotates)

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from prunenet import offload, shards, streaming
 from prunenet.calibration import token_blocks, weights_sha256
-from prunenet.checkpoint import CheckpointError, load_model
+from prunenet.checkpoints import offload, shards, streaming
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import CheckpointError, load_model
+from prunenet.checkpoints.shards import StoredTensor, read_header, write_shard
+from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.cli import app
 from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.surgery import narrowed
@@ -25,11 +28,8 @@ from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.recipe import PRESETS, recipe_for
 from prunenet.policies.stream import prune_streamed
 from prunenet.policies.train import train
-from prunenet.provenance import Provenance
 from prunenet.runtime import files as folders
-from prunenet.shards import StoredTensor, read_header, write_shard
 from prunenet.stats import channel_statistics, layer_context
-from prunenet.streaming import StreamedCheckpoint
 
 SHARDS = "20KB"
 FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias", "norm_scale", "attention_out")

@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.demo_model import cache_folder
+from prunenet.checkpoints.demo_model import cache_folder
+from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.evaluate import perplexity
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunenet.calibration import check_seed
-from prunenet.checkpoint import identify
+from prunenet.checkpoints.save import identify
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.results import Line, Results

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunenet.checkpoints.provenance import REGIMES
 from prunenet.compare.results import Line
-from prunenet.provenance import REGIMES
 
 
 @dataclass(frozen=True, slots=True)

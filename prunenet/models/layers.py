@@ -64,7 +64,7 @@ class FFN:
 
 @runtime_checkable
 class Table(Protocol):
-    """Rows of an embedding matrix, (vocabulary, width): a tensor, or a `prunenet.shards.StoredTensor`."""
+    """Rows of an embedding matrix, (vocabulary, width): a tensor, or a `prunenet.checkpoints.shards.StoredTensor`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -79,7 +79,7 @@ class Table(Protocol):
 
 @runtime_checkable
 class Streamed(Protocol):
-    """A model whose weights stay on disk and are read one layer at a time; see `prunenet.streaming.StreamedCheckpoint`."""
+    """A model whose weights stay on disk and are read one layer at a time; see `prunenet.checkpoints.streaming.StreamedCheckpoint`."""
 
     @property
     def skeleton(self) -> PreTrainedModel:

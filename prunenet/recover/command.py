@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prunenet.calibration import Blocks
-    from prunenet.provenance import Provenance
+    from prunenet.checkpoints.provenance import Provenance
     from prunenet.recover.training import Tuned, Tuning
 
 Pruned = Annotated[str, typer.Argument(help="Folder of a pruned checkpoint, or its id on the Hugging Face hub.")]
@@ -55,10 +55,10 @@ def recover(
 ) -> None:
     """Train a pruned model to do again what the dense one does (LoRA, merged), by default without any data from outside."""
     with one_job(device) as place:
-        from prunenet.checkpoint import load_model, load_provenance
+        from prunenet.checkpoints.save import load_model, load_provenance
+        from prunenet.checkpoints.sources import find_folder
         from prunenet.recover.lora import load_peft
         from prunenet.recover.training import STATE, Tuning, tuned
-        from prunenet.sources import find_folder
 
         tuning = Tuning(steps=steps, batch=batch, micro_batch=micro_batch, rank=rank, learning_rate=learning_rate, seed=seed)
         check_asked(teacher, moments, text, device)
@@ -90,7 +90,7 @@ def recover(
 
 def recovered(provenance: Provenance, found: Tuned, tuning: Tuning, blocks: Blocks, *, taught: bool) -> Provenance:
     """The story of a pruned model with its recovery; the regime is the most that any step looked at."""
-    from prunenet.provenance import REGIMES
+    from prunenet.checkpoints.provenance import REGIMES
 
     step = dataclasses.asdict(tuning) | {
         "loss": "KL(dense || pruned)" if taught else "next token",
@@ -106,7 +106,7 @@ def recovered(provenance: Provenance, found: Tuned, tuning: Tuning, blocks: Bloc
 
 def save(found: Tuned, out: Path, folder: Path, story: Provenance, source: str) -> None:
     """Writes the checkpoint: the masks of the pruned one in `folder`, and its tokenizer."""
-    from prunenet.checkpoint import load_head_masks, load_masks, save_pruned
+    from prunenet.checkpoints.save import load_head_masks, load_masks, save_pruned
 
     masks, groups = load_masks(folder), load_head_masks(folder)
     save_pruned(found.model, out, masks, story, groups=groups, tokenizer=tokenizer_of(source))
@@ -155,7 +155,7 @@ def check_recoverable(source: str, provenance: Provenance) -> None:
 
 def check_base(teacher: str, provenance: Provenance) -> None:
     """Raises ValueError where the teacher is known not to be the base model: before any weight is loaded."""
-    from prunenet.checkpoint import identify
+    from prunenet.checkpoints.save import identify
 
     name, revision = identify(teacher)
     known = provenance.revision

@@ -19,16 +19,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.offload import check_reread, read_placed, write_placed
+from prunenet.checkpoints.provenance import Provenance as Provenance
+from prunenet.checkpoints.sources import (
+    UNLOADABLE,
+    check_device,
+    config_and_class,
+    find_folder,
+    in_short,
+    open_checkpoint,
+)
 from prunenet.models import modeling
 from prunenet.models.heads import group_counts
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import zero_padded
-from prunenet.offload import check_reread, read_placed, write_placed
-from prunenet.provenance import Provenance as Provenance
 from prunenet.runtime.files import CheckpointError as CheckpointError
 from prunenet.runtime.files import new_folder
 from prunenet.runtime.placement import AUTO, is_placed, parameters
-from prunenet.sources import UNLOADABLE, check_device, config_and_class, find_folder, in_short, open_checkpoint
 
 _PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
 
@@ -40,7 +47,7 @@ def load_model(
 
     Args:
         source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
-        dtype: one of `prunenet.sources.DTYPES`; `auto` keeps the stored one.
+        dtype: one of `prunenet.checkpoints.sources.DTYPES`; `auto` keeps the stored one.
         device: a torch device; or "auto", all there are: accelerators first, then the CPU, then the disk, see
             `prunenet.runtime.placement`.
         max_memory: with "auto", how much of the weights each may hold, as in "cuda:0=20GiB,cpu=60GiB"; default what is free.

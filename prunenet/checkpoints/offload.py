@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from prunenet.checkpoints.shards import write_shard
 from prunenet.runtime.files import CheckpointError, cache_folder
 from prunenet.runtime.placement import compute_on, device_map, home, parameters, tensor_of, ties
-from prunenet.shards import write_shard
 
 SHARD = "5GB"
 """Largest file of weights that is written, but for one that holds a single larger tensor."""

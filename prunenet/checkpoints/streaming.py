@@ -23,15 +23,22 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from prunenet.checkpoint import write_story
+from prunenet.checkpoints.offload import SHARD, write_model
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import write_story
+from prunenet.checkpoints.shards import StoredTensor, read_header
+from prunenet.checkpoints.sources import (
+    UNLOADABLE,
+    check_device,
+    config_and_class,
+    in_short,
+    open_checkpoint,
+    weight_files,
+)
 from prunenet.models.architectures import architecture_for
 from prunenet.models.layers import FFN, decoder_layers, read_ffn
 from prunenet.models.surgery import narrowed
-from prunenet.offload import SHARD, write_model
-from prunenet.provenance import Provenance
 from prunenet.runtime.files import CheckpointError, new_folder
-from prunenet.shards import StoredTensor, read_header
-from prunenet.sources import UNLOADABLE, check_device, config_and_class, in_short, open_checkpoint, weight_files
 
 
 @dataclass(frozen=True, slots=True)
