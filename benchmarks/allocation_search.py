@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from prunenet import __version__
-from prunenet.calibration import self_blocks
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.evaluate import perplexity
 from prunenet.policies.methods import (
@@ -36,7 +35,8 @@ from prunenet.policies.methods import (
 )
 from prunenet.refit.cut import Refits, cut_layers
 from prunenet.refit.folds import held_back
-from prunenet.text import TestText, load_text
+from prunenet.text.calibration import self_blocks
+from prunenet.text.corpora import TestText, load_text
 
 SEARCHES = ("uniform", "random_18", "random", "evolution", "predictor")
 

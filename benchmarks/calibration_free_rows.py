@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.calibration import Blocks, data_blocks, self_blocks
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.models.layers import ffn_widths
@@ -22,7 +21,8 @@ from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
 from prunenet.recover.training import Tuning, tuned
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
-from prunenet.text import CalibrationText, load_text
+from prunenet.text.calibration import Blocks, data_blocks, self_blocks
+from prunenet.text.corpora import CalibrationText, load_text
 
 Make = Callable[[float], PreTrainedModel]
 CALIBRATION = {"ptb": "ptb/ptb.valid.txt", "wikitext2": "wikitext2/wiki.valid.tokens"}

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from prunenet import __version__
-from prunenet.calibration import self_blocks
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.evaluate import perplexity
 from prunenet.models.layers import iter_ffns
@@ -31,7 +30,8 @@ from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy
 from prunenet.policies.recipe import PRESETS
 from prunenet.policies.train import train
-from prunenet.text import TestText, load_text
+from prunenet.text.calibration import self_blocks
+from prunenet.text.corpora import TestText, load_text
 
 Scores = Callable[[int], list[Tensor]]
 

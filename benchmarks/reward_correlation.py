@@ -21,7 +21,6 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from prunenet.calibration import self_blocks
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
@@ -31,7 +30,8 @@ from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy
 from prunenet.refit.moments import ffn_moments
-from prunenet.text import TestText, load_text
+from prunenet.text.calibration import self_blocks
+from prunenet.text.corpora import TestText, load_text
 
 NOISES = (0.0, 0.5, 1.0, 2.0)
 

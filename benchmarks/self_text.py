@@ -34,13 +34,13 @@ from torch import Tensor
 
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs.rewards import energy_lost
-from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import down_linears
 from prunenet.models.masks import top_channels, width_at
 from prunenet.refit.moments import LayerWalk
 from prunenet.refit.ridge import lost, ridge
-from prunenet.synthetic import random_blocks
-from prunenet.text import CalibrationText, calibration_blocks, load_text
+from prunenet.text.corpora import CalibrationText, calibration_blocks, load_text
+from prunenet.text.generate import document_start, generate_blocks
+from prunenet.text.random_tokens import random_blocks
 
 RATIO, DAMPING, WINDOW, HALF = 0.3, 0.3, 128, 16  # HALF: windows in half a real text
 TEXTS = {"wikitext2": "wikitext2/wiki.valid.tokens", "ptb": "ptb/ptb.valid.txt", "builtin": "builtin"}

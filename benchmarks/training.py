@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from prunenet.calibration import self_blocks
 from prunenet.checkpoints.provenance import Regime
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs import SpectralReward
@@ -29,6 +28,7 @@ from prunenet.envs.sweep import View
 from prunenet.models.masks import top_channels
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import train
+from prunenet.text.calibration import self_blocks
 
 RATIO = 0.3
 CHOICES: dict[str, dict[str, Any]] = {

@@ -22,15 +22,15 @@ from stories import stories_model
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.calibration import self_blocks
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.evaluate import perplexity
-from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import count_parameters
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
-from prunenet.text import TestText, load_text
+from prunenet.text.calibration import self_blocks
+from prunenet.text.corpora import TestText, load_text
+from prunenet.text.generate import document_start, generate_blocks
 
 Make = Callable[[float], PreTrainedModel]
 WINDOW, STORIES, STORY_SEED = 256, 64, 1_000_003

@@ -166,7 +166,7 @@ class ReconstructionReward:
     Args:
         model: a causal LM; read, never changed.
         blocks: (n, tokens) token ids on which activations are measured. Where they were written by the model itself
-            (`prunenet.generate`), no external data is used.
+            (`prunenet.text.generate`), no external data is used.
 
     Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is placed (`prunenet.runtime.placement`). Of
     several processes (`prunenet.runtime.parallel`) each holds and judges its own layers; all walk the way through the layers.

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.calibration import Blocks
 from prunenet.checkpoints.save import Provenance, identify, save_pruned
 from prunenet.divergence import divergence
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
@@ -22,6 +21,7 @@ from prunenet.policies.artifact import Policy, check_measured
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
+from prunenet.text.calibration import Blocks
 
 AUTO_GAIN = 0.05
 """Widths "auto" takes per-layer ones, which stock loaders read only padded, for a predicted gain in perplexity above this."""
@@ -78,7 +78,7 @@ def prune(
         round_to: widths are multiples of this.
         widths: "uniform", "per-layer" (as the policy learned, as many channels in all) or "auto": per-layer where that is
             predicted to lower perplexity by more than 5 % (`AUTO_GAIN`).
-        blocks: token blocks to measure activations on (see `prunenet.calibration`). None: weights alone, which a policy that
+        blocks: token blocks to measure activations on (see `prunenet.text.calibration`). None: weights alone, which a policy that
             reads moments cannot do.
         channels: "policy" (its scores, from weights and, where it reads moments, from blocks), "blend" (two thirds of their
             ranks and one of those by energies measured on blocks) or "elimination" (greedy, from activations: needs blocks). On

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.activation_stats import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
-from prunenet.calibration import Blocks
 from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.runtime.files import write_atomic
 from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context, observe
+from prunenet.text.calibration import Blocks
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from prunenet.calibration import check_seed
 from prunenet.envs.rewards import Form, Matrix, Spectrum
 from prunenet.envs.sweep import draw_ratio
 from prunenet.models.masks import check_ratio
 from prunenet.spectra.exact import Distance
+from prunenet.text.calibration import check_seed
 
 RewardName = Literal["spectral", "reconstruction", "divergence"]
 Algorithm = Literal["a2c", "ppo"]

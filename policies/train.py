@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.activation_stats import MOMENT_STATISTICS
-from prunenet.calibration import Blocks, weights_sha256
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
@@ -34,6 +33,7 @@ from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.run import Run
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_home
+from prunenet.text.calibration import Blocks, weights_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def train(
             None leaves widths uniform.
         out: folder for the policy; `out/training` holds the run's state and its TensorBoard log. None keeps all in memory.
         resume: go on with the run in `out`.
-        blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.calibration`. With
+        blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.text.calibration`. With
             `recipe.features` "moments" the scorer reads statistics of the first half of them, and every reward is measured on
             the second: what is true of one text alone does not pay.
         reward: replaces the recipe's reward.
@@ -140,7 +140,9 @@ def _check_asked(
         raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
     for wanted in (recipe, where):
         if wanted is not None and wanted.reward != "spectral" and blocks is None:
-            raise ValueError(f"the {wanted.reward} reward is measured on text: give token blocks (see prunenet.calibration)")
+            raise ValueError(
+                f"the {wanted.reward} reward is measured on text: give token blocks (see prunenet.text.calibration)"
+            )
 
 
 def _halves(blocks: Blocks | None) -> tuple[Int[Tensor, "n tokens"], Blocks]:
@@ -149,7 +151,7 @@ def _halves(blocks: Blocks | None) -> tuple[Int[Tensor, "n tokens"], Blocks]:
         given = "none" if blocks is None else str(len(blocks.ids))
         raise ValueError(
             "a policy that reads moments measures them on text, and its rewards on other text: give 2 token blocks or more "
-            f"(see prunenet.calibration), got {given}"
+            f"(see prunenet.text.calibration), got {given}"
         )
     half = len(blocks.ids) // 2
     return blocks.ids[:half], replace(blocks, ids=blocks.ids[half:])

@@ -185,7 +185,7 @@ def evaluate(
     """Measure perplexity, size and speed of models, side by side."""
     with one_process():
         from prunenet.measure import measure
-        from prunenet.text import TestText, load_text
+        from prunenet.text.corpora import TestText, load_text
 
         scored = load_text(text, TestText)
         with tables.progress(errors, "scoring") as advance:

@@ -11,7 +11,6 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from prunenet import tables
-from prunenet.calibration import Blocks, self_blocks, weights_sha256
 from prunenet.checkpoints.demo_model import fetch_demo_model
 from prunenet.checkpoints.save import CheckpointError, identify, load_model, load_provenance, load_tokenizer
 from prunenet.latency import generate_sentence
@@ -25,7 +24,8 @@ from prunenet.policies.train import recorded, train, unfinished
 from prunenet.refit.cut import cut_layers
 from prunenet.report import draw_report
 from prunenet.runtime.files import check_home, write_atomic
-from prunenet.text import TestText, load_text
+from prunenet.text.calibration import Blocks, self_blocks, weights_sha256
+from prunenet.text.corpora import TestText, load_text
 
 PROMPT = "The Nile is the longest river in"
 SEQUENCES = 64

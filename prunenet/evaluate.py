@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.latency import Speed, check_positions, evaluating, generate_sentence, last_logits, speed, speed_side_by_side
 from prunenet.models.layers import check_tokens, count_parameters
 from prunenet.runtime.placement import home, parameters, where
-from prunenet.text import TestText, TextError, content_sha256, token_windows, tokenise
+from prunenet.text.corpora import TestText, TextError, content_sha256, token_windows, tokenise
 
 __all__ = [
     "Perplexity",

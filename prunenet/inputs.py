@@ -14,8 +14,8 @@ from prunenet.runtime.placement import AUTO
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from prunenet.calibration import Blocks
     from prunenet.checkpoints.streaming import StreamedCheckpoint
+    from prunenet.text.calibration import Blocks
 
 
 def open_model(
@@ -54,8 +54,8 @@ def blocks_for(
     """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises as `calibration_for`."""
     from transformers import PreTrainedModel
 
-    from prunenet.calibration import calibration_for
     from prunenet.checkpoints.save import load_tokenizer
+    from prunenet.text.calibration import calibration_for
 
     assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
     with tables.progress(errors, "text") as advance:

@@ -12,7 +12,7 @@ from prunenet.checkpoints.save import load_model, load_provenance, load_tokenize
 from prunenet.evaluate import perplexity, summarise
 from prunenet.latency import check_positions, speed_side_by_side
 from prunenet.runtime.placement import AUTO
-from prunenet.text import TestText
+from prunenet.text.corpora import TestText
 
 _PROMPT, _NEW_TOKENS = 128, 32
 

@@ -13,7 +13,6 @@ from test_cli import facts, refused, save_tiny
 import prunenet
 from prunenet import activation_stats
 from prunenet.activation_stats import MOMENT_STATISTICS, channel_features, layer_moment_statistics, moment_statistics
-from prunenet.calibration import Blocks
 from prunenet.envs.rewards import ReconstructionReward, SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.models.layers import down_linears, iter_ffns
@@ -25,6 +24,7 @@ from prunenet.policies.recipe import MOMENT_PRIOR, PRESETS, Recipe
 from prunenet.policies.train import train
 from prunenet.refit.moments import LayerWalk, Moments, ffn_moments
 from prunenet.stats import STATISTICS, channel_statistics
+from prunenet.text.calibration import Blocks
 
 SHORT = Recipe(features="moments", updates=4, masks=4, hidden=(8,), evaluate_every=2)
 WHERE = replace(PRESETS["widths"], updates=2, masks=2, round_to=4, evaluate_at=(0.5,))

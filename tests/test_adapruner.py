@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import D_FF, tiny_model, token_ids
 
-from prunenet.calibration import Blocks
 from prunenet.models.layers import count_parameters
 from prunenet.models.surgery import narrowed
 from prunenet.policies.methods import METHODS, Budget, Evidence, adapruner, cut, gradients, uniform
@@ -18,6 +17,7 @@ from prunenet.policies.methods.adapruner import METRICS, STARTS, Metric, masked_
 from prunenet.policies.methods.calibration_pool import Pool, mean_hidden_states
 from prunenet.policies.methods.gradients import Slice, channel_gradients
 from prunenet.policies.methods.search import Choice, SearchError, Span, best, search
+from prunenet.text.calibration import Blocks
 
 BLOCKS = Blocks(token_ids(15, 12), "data", {})
 SPACE = {"x": Span(0.0, 1.0), "y": Span(-2.0, 2.0), "kind": Choice(("a", "b", "c"))}

@@ -4,7 +4,6 @@ import pytest
 import torch
 from families import D_FF, tiny_model, token_ids
 
-from prunenet.calibration import Blocks
 from prunenet.models.architectures import architecture_for
 from prunenet.models.layers import decoder_layers
 from prunenet.models.masks import width_at
@@ -21,6 +20,7 @@ from prunenet.policies.methods import (
     uniform,
 )
 from prunenet.policies.methods.allocation import fitted
+from prunenet.text.calibration import Blocks
 
 
 def budget(ratio: float, layers: int = 8, d_ff: int = 1536, **options) -> Budget:

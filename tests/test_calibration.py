@@ -8,15 +8,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from prunenet.calibration import data_blocks, self_blocks
 from prunenet.envs.rewards import ReconstructionReward, energy_lost
-from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import down_linears
 from prunenet.models.surgery import masking
 from prunenet.policies.recipe import Recipe
 from prunenet.policies.train import train
 from prunenet.refit.moments import LayerWalk, ffn_moments
-from prunenet.text import CalibrationText, TestText
+from prunenet.text.calibration import data_blocks, self_blocks
+from prunenet.text.corpora import CalibrationText, TestText
+from prunenet.text.generate import document_start, generate_blocks
 
 
 def tokenizer(*special: str) -> PreTrainedTokenizerFast:
@@ -69,7 +69,7 @@ def test_own_text_is_written_once_and_damaged_copies_are_replaced(tmp_path, monk
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"damaged")
     assert torch.equal(self_blocks(model, words, sequences=4, tokens=8, cache=tmp_path).ids, first.ids)
-    monkeypatch.setattr("prunenet.calibration.generate_blocks", None)
+    monkeypatch.setattr("prunenet.text.calibration.generate_blocks", None)
     assert torch.equal(self_blocks(model, words, sequences=4, tokens=8, cache=tmp_path).ids, first.ids)
     monkeypatch.undo()
     self_blocks(tiny_model("llama", seed=1), words, sequences=4, tokens=8, cache=tmp_path)

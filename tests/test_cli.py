@@ -213,7 +213,7 @@ def test_prune_refuses_what_it_cannot_do_before_any_text_is_written(model, tmp_p
     def too_early(*_, **__):
         raise AssertionError("text was written before the refusal")
 
-    monkeypatch.setattr("prunenet.calibration.calibration_for", too_early)
+    monkeypatch.setattr("prunenet.text.calibration.calibration_for", too_early)
     amount = () if "--params" in options else ("--ratio", 0.5)
     result = run("prune", model, "--out", tmp_path / "out", *amount, *options)
     assert result.exit_code in (1, 2)
@@ -385,7 +385,7 @@ def test_a_folder_cannot_be_where_a_file_is_and_that_is_said_before_any_work(mod
     def too_early(*_, **__):
         raise AssertionError("work before the refusal")
 
-    monkeypatch.setattr("prunenet.calibration.calibration_for", too_early)
+    monkeypatch.setattr("prunenet.text.calibration.calibration_for", too_early)
     monkeypatch.setattr("prunenet.demo.fetch_demo_model", too_early)
     (tmp_path / "notes").write_text("mine")
     out = tmp_path / "notes" / inside

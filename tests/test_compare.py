@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from prunenet.activation_stats import MOMENT_STATISTICS
-from prunenet.calibration import prefix_blocks
 from prunenet.cli import app
 from prunenet.compare import command, ledger, run, summary, workshop
 from prunenet.compare.ledger import Ledger
@@ -33,7 +32,8 @@ from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.refit.cut import cut_layers, refit_kept
 from prunenet.refit.folds import folds_of
 from prunenet.refit.moments import ffn_moments
-from prunenet.text import CalibrationText, TestText
+from prunenet.text.calibration import prefix_blocks
+from prunenet.text.corpora import CalibrationText, TestText
 from prunenet.zeroshot import TaskResult
 
 HEADED = [name for name, row in METHODS.items() if row.with_heads is not None]

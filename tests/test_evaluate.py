@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from prunenet import evaluate, latency
 from prunenet.evaluate import Speed, bytes_on_disk, generate_sentence, perplexity, speed, speed_side_by_side, summarise
 from prunenet.models.layers import count_parameters
-from prunenet.text import CalibrationText, TestText, TextError
+from prunenet.text.corpora import CalibrationText, TestText, TextError
 
 IDS = torch.randint(3, 64, (45,), generator=torch.Generator().manual_seed(0))
 TEXT = TestText("random words", " ".join(f"{i:02d}" for i in IDS.tolist()))

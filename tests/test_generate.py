@@ -7,7 +7,7 @@ import torch
 from families import tiny_model
 from transformers import PreTrainedModel
 
-from prunenet.generate import distinct, generate_blocks
+from prunenet.text.generate import distinct, generate_blocks
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
-from prunenet.calibration import Blocks
 from prunenet.checkpoints.save import (
     CheckpointError,
     Provenance,
@@ -37,6 +36,7 @@ from prunenet.policies.methods import (
     saap,
     structures,
 )
+from prunenet.text.calibration import Blocks
 
 CUTTABLE = [name for name in FAMILIES if ARCHITECTURES[name].attention_in]
 METHODS_WITH_HEADS = [name for name, row in METHODS.items() if row.with_heads is not None]

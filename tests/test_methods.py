@@ -3,12 +3,12 @@ import pytest
 import torch
 from families import D_FF, D_MODEL, LAYERS, tiny_model, token_ids
 
-from prunenet.calibration import Blocks
 from prunenet.models.layers import count_parameters, down_linears, ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
 from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, flap, gradients, pruned_model, wanda_sp
 from prunenet.refit.moments import Energies
+from prunenet.text.calibration import Blocks
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {})
 DRAWS = ["random", "folding", "prunenet_published", "prunenet_published_trained", "llm_pruner_mix"]

@@ -9,7 +9,7 @@ from families import D_FF, D_MODEL, FAMILIES, VOCABULARY, tiny_model, token_ids
 from prunenet.models.architectures import ARCHITECTURES
 from prunenet.models.layers import decoder_layers, down_linears
 from prunenet.refit.moments import LayerWalk, Moments, ffn_moments, paired_moments
-from prunenet.synthetic import random_blocks, sphere_moments
+from prunenet.text.random_tokens import random_blocks, sphere_moments
 
 BLOCKS = token_ids(6, 10)
 

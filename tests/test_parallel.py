@@ -15,9 +15,9 @@ from test_compare import words
 from test_recover import save_cut
 from test_train import SHORT, WHERE
 
-from prunenet.calibration import Blocks
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.runtime import parallel
+from prunenet.text.calibration import Blocks
 
 LEARNING = replace(SHORT, reward="reconstruction", features="moments", updates=3, evaluate_every=2)
 WIDTHS = replace(WHERE, updates=3, masks=3)

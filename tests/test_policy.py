@@ -10,7 +10,6 @@ import torch
 from families import FAMILIES, tiny_model, token_ids
 
 import prunenet
-from prunenet.calibration import Blocks
 from prunenet.checkpoints.provenance import REGIMES, Regime
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels
@@ -18,6 +17,7 @@ from prunenet.policies import apply, artifact
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.stats import CONTEXT, STATISTICS
+from prunenet.text.calibration import Blocks
 
 RATIOS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from test_cli import contents, facts, refused, run, save_tiny
 from transformers import AutoModelForCausalLM
 
-from prunenet.calibration import Blocks
 from prunenet.checkpoints.save import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
 from prunenet.models.surgery import narrowed
 from prunenet.policies.artifact import PolicyError
@@ -21,6 +20,7 @@ from prunenet.policies.methods.gradients import next_token_loss
 from prunenet.policies.methods.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
+from prunenet.text.calibration import Blocks
 
 PER_LAYER = [16, 40, 8]
 QUICK = Tuning(steps=6, batch=4, micro_batch=4, rank=4, learning_rate=5e-3)

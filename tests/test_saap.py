@@ -7,10 +7,10 @@ import pytest
 import torch
 from families import D_FF, LAYERS, tiny_model, token_ids
 
-from prunenet.calibration import Blocks
 from prunenet.models.layers import count_parameters, decoder_layers, down_linears, iter_ffns
 from prunenet.policies.methods import METHODS, Evidence, cut, gradients, group_tuned, pruned_model, saap
 from prunenet.policies.methods.group_tuning import Adapter, pooled, quantised, spread
+from prunenet.text.calibration import Blocks
 
 BLOCKS = Blocks(token_ids(12, 20), "data", {})
 

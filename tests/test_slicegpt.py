@@ -9,7 +9,6 @@ from families import D_MODEL, LAYERS, VOCABULARY, random_keep, tiny_model, token
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prunenet.calibration import Blocks, token_blocks
 from prunenet.checkpoints.save import CheckpointError, export_padded, load_masks, load_model, load_provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.models import sliced_modeling
@@ -21,6 +20,7 @@ from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
 from prunenet.policies.methods.slicegpt import parameters_left, slice_stream, width_at_slicing
 from prunenet.stats import channel_statistics
+from prunenet.text.calibration import Blocks, token_blocks
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})
 ROTATABLE = sorted(name for name, row in ARCHITECTURES.items() if row.rotates)

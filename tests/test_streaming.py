@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from prunenet.calibration import token_blocks, weights_sha256
 from prunenet.checkpoints import offload, shards, streaming
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import CheckpointError, load_model
@@ -30,6 +29,7 @@ from prunenet.policies.stream import prune_streamed
 from prunenet.policies.train import train
 from prunenet.runtime import files as folders
 from prunenet.stats import channel_statistics, layer_context
+from prunenet.text.calibration import token_blocks, weights_sha256
 
 SHARDS = "20KB"
 FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias", "norm_scale", "attention_out")

@@ -10,8 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prunenet import text as text_module
-from prunenet.text import (
+from prunenet.text.corpora import (
     CalibrationText,
     TestText,
     TextError,
@@ -21,6 +20,7 @@ from prunenet.text import (
     token_windows,
     tokenise,
 )
+from prunenet.text.corpora import corpora as text_module
 
 
 @pytest.fixture

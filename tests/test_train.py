@@ -13,11 +13,11 @@ import pytest
 import torch
 from families import tiny_model, token_ids
 
-from prunenet.calibration import Blocks
 from prunenet.models.layers import down_linears
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe, recipe_for
 from prunenet.policies.train import train
+from prunenet.text.calibration import Blocks
 
 SHORT = Recipe(reward="spectral", updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy")
 WHERE = Recipe(

@@ -7,12 +7,12 @@ import torch
 from families import D_FF, LAYERS, tiny_model, token_ids
 from planted import Planted, room
 
-from prunenet.calibration import Blocks
 from prunenet.divergence import divergence
 from prunenet.models.masks import top_channels
 from prunenet.policies.methods import Budget, Evidence, Space, WidthDivergence, best_of_random, cut, magnitude, uniform
 from prunenet.policies.methods.evaluations import Evaluations
 from prunenet.refit.cut import Cut, Refits
+from prunenet.text.calibration import Blocks
 
 IDS = token_ids(6, 20)
 

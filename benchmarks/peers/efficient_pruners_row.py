@@ -34,7 +34,7 @@ from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
-from prunenet.text import TestText, load_text
+from prunenet.text.corpora import TestText, load_text
 
 HERE = Path(__file__).parent
 PEER = "efficient-pruners 0.1.0"

@@ -33,7 +33,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.calibration import weights_sha256
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
 from prunenet.policies.methods.allocation import Budget, protected
@@ -42,6 +41,7 @@ from prunenet.policies.methods.evidence import Evidence
 from prunenet.policies.methods.gradients import Slice, channel_gradients, next_token_loss
 from prunenet.policies.methods.search import Choice, Space, Span, Strategy, Trial, Value, best, search
 from prunenet.runtime.placement import home
+from prunenet.text.calibration import weights_sha256
 
 PROTECTS = (4, 2)
 DRAWS = 16

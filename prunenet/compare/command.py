@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prunenet.compare.results import Line, Results
     from prunenet.compare.spec import Spec
     from prunenet.compare.workshop import Amount, Workshop
-    from prunenet.text import CalibrationText
+    from prunenet.text.corpora import CalibrationText
 
 T = TypeVar("T")
 Specs = Annotated[
@@ -190,7 +190,7 @@ def _evaluation(
     limit: int | None,
 ) -> Evaluation:
     from prunenet.compare.plan import Evaluation
-    from prunenet.text import TestText, load_text
+    from prunenet.text.corpora import TestText, load_text
 
     texts = [load_text(source, TestText) for source in dict.fromkeys(sources)]
     return Evaluation(texts, window, stride, max_windows, tasks, limit)
@@ -210,7 +210,7 @@ def _task_files(tasks: str, folder: Path | None) -> dict[str, Path]:
 
 
 def _calibration_texts(wanted: set[str], named: dict[str, str], scored: Evaluation) -> dict[str, CalibrationText]:
-    from prunenet.text import CalibrationText, load_text
+    from prunenet.text.corpora import CalibrationText, load_text
 
     found = {name: load_text(named.get(name, name), CalibrationText) for name in sorted(wanted)}
     for name, text in found.items():

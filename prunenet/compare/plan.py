@@ -11,7 +11,7 @@ from pathlib import Path
 from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
 from prunenet.compare.workshop import Amount, Workshop
-from prunenet.text import TestText, content_sha256
+from prunenet.text.corpora import TestText, content_sha256
 from prunenet.zeroshot import read_task
 
 _FORMAT = 1

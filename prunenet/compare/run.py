@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunenet.calibration import check_seed
 from prunenet.checkpoints.save import identify
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
@@ -26,7 +25,8 @@ from prunenet.policies.artifact import check_measured
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import home, where
-from prunenet.text import token_windows, tokenise
+from prunenet.text.calibration import check_seed
+from prunenet.text.corpora import token_windows, tokenise
 from prunenet.zeroshot import TaskResult, read_task, zero_shot
 
 # What every line has, besides what identifies its cell; None until it is known.

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.calibration import Blocks, blocks_from, data_blocks, openings, prefix_blocks, self_blocks, token_blocks
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
@@ -26,7 +25,16 @@ from prunenet.policies.artifact import Policy
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.refit.cut import Cut, refit_kept, refit_sequentially
 from prunenet.runtime import parallel
-from prunenet.text import CalibrationText, content_sha256
+from prunenet.text.calibration import (
+    Blocks,
+    blocks_from,
+    data_blocks,
+    openings,
+    prefix_blocks,
+    self_blocks,
+    token_blocks,
+)
+from prunenet.text.corpora import CalibrationText, content_sha256
 
 KEPT = 0.8
 """Share of self-written sequences that the filter keeps."""
@@ -106,7 +114,7 @@ class Workshop:
         """Text to measure on, and how many seconds it took to have it; None where the model had written it before.
 
         Raises:
-            TextError, ValueError: see `prunenet.calibration`.
+            TextError, ValueError: see `prunenet.text.calibration`.
         """
         if (moments, seed) not in self._blocks:
             wrote = False

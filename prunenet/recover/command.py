@@ -18,9 +18,9 @@ from prunenet.runtime.placement import AUTO
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from prunenet.calibration import Blocks
     from prunenet.checkpoints.provenance import Provenance
     from prunenet.recover.training import Tuned, Tuning
+    from prunenet.text.calibration import Blocks
 
 Pruned = Annotated[str, typer.Argument(help="Folder of a pruned checkpoint, or its id on the Hugging Face hub.")]
 Teacher = Annotated[

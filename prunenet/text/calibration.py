@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.checkpoints.demo_model import cache_folder
 from prunenet.checkpoints.provenance import TextRegime
 from prunenet.checkpoints.streaming import StreamedCheckpoint
-from prunenet.generate import document_start, generate_blocks
 from prunenet.models.layers import structure
 from prunenet.runtime import parallel
 from prunenet.runtime.files import write_atomic
 from prunenet.runtime.placement import parameters, tensor_of
-from prunenet.synthetic import random_blocks
-from prunenet.text import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
+from prunenet.text.corpora import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
+from prunenet.text.generate import document_start, generate_blocks
+from prunenet.text.random_tokens import random_blocks
 
 _GENERATOR_VERSION = 2  # raise when generate_blocks samples differently: cached text is then written anew
 PREFIX = 4
@@ -157,7 +157,7 @@ def token_blocks(model: PreTrainedModel, *, count: int = 64, window: int = 256, 
     """Uniformly drawn token ids (METHODS.md 3, `tokens`). Nothing is external, so the regime is "self".
 
     Raises:
-        ValueError: see `prunenet.synthetic.random_blocks`.
+        ValueError: see `prunenet.text.random_tokens.random_blocks`.
     """
     ids = random_blocks(model, count, window, torch.Generator().manual_seed(seed))
     return Blocks(ids, "self", {"text": "random tokens", "count": count, "window": window, "seed": seed})
@@ -203,7 +203,7 @@ def _written(
 def data_blocks(
     tokenizer: PreTrainedTokenizerBase, text: CalibrationText, *, count: int = 32, window: int = 256, seed: int = 0
 ) -> Blocks:
-    """Windows drawn from external text. Arguments and errors: `prunenet.text.calibration_blocks`."""
+    """Windows drawn from external text. Arguments and errors: `prunenet.text.corpora.calibration_blocks`."""
     generator = torch.Generator().manual_seed(seed)
     ids = calibration_blocks(tokenizer, text, count=count, window=window, generator=generator)
     return Blocks(
