@@ -18,7 +18,7 @@ RATIO = 0.3
 
 
 def flops_of_statistics(ffn: FFN) -> float:
-    """Of the matrix products and factorisations in `prunenet.stats`, each symmetric one at half."""
+    """Of the matrix products and factorisations in `prunenet.features.from_weights`, each symmetric one at half."""
     d, n, lead = ffn.d_model, ffn.d_ff, 5 * ffn.d_model // 32
     slices = 2 if ffn.gate is None else 3
     # W^T W, quadratic forms in C, the embeddings' and attention's moments; twins; ridge; leverage; leading vectors.

@@ -55,8 +55,8 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     | `context` | `Box(-4, 4, (n_context + 3,))` | what the layer has in common, and where the sweep stands |
     | `layer` | `Discrete(layers)` | number of the layer |
 
-    `channels` is `prunenet.stats.channel_statistics`, to be reshaped to `(d_ff, n_stats)`; a `view` made with token blocks adds
-    `prunenet.activation_stats.moment_statistics`. `context` is `prunenet.stats.layer_context`, then `ratio`, `target` (the
+    `channels` is `prunenet.features.from_weights.channel_statistics`, to be reshaped to `(d_ff, n_stats)`; a `view` made with token blocks adds
+    `prunenet.features.from_activations.moment_statistics`. `context` is `prunenet.features.from_weights.layer_context`, then `ratio`, `target` (the
     share of d_ff that spends the budget evenly over the layers left) and `budget_left` (the share not yet spent).
 
     ## Reward

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.activation_stats import channel_features
 from prunenet.envs.rewards import Reward
+from prunenet.features.from_activations import channel_features
+from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import check_keep, check_ratio
-from prunenet.stats import layer_context, observe
 
 PROGRESS = ("ratio", "target", "budget_left")
 """What an observation's context holds beside the layer's own context, each in [0, 1]: the sweep's ratio, the share of this

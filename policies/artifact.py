@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.activation_stats import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
+from prunenet.features.from_activations import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
+from prunenet.features.from_weights import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context, observe
 from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.runtime.files import write_atomic
-from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context, observe
 from prunenet.text.calibration import Blocks
 
 ZOO = Path(__file__).parent / "zoo"
@@ -142,7 +142,7 @@ class Policy:
             progress: of that, called with (layers done, layers in all).
 
         Raises:
-            ValueError: the policy reads activations, and no blocks are given; or as `prunenet.activation_stats`.
+            ValueError: the policy reads activations, and no blocks are given; or as `prunenet.features.from_activations`.
             UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
         check_measured(self, blocks is not None)

@@ -32,7 +32,7 @@ class Recipe:
         reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction" (`ReconstructionReward`) or
             "divergence" (`prunenet.envs.divergence.DivergenceReward`), both on token blocks.
         features: what the scorer reads. "weights": statistics of the weights; the policy is applied from weights alone,
-            whatever its reward read. "moments": besides those, statistics of activations (`prunenet.activation_stats`), which
+            whatever its reward read. "moments": besides those, statistics of activations (`prunenet.features.from_activations`), which
             it then needs wherever it is applied.
         distance, matrices, form, spectrum: of the spectral reward.
         ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.

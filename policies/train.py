@@ -21,12 +21,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.activation_stats import MOMENT_STATISTICS
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import led
 from prunenet.envs.sweep import View
+from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json

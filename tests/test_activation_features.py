@@ -11,10 +11,16 @@ from families import tiny_model, token_ids
 from test_cli import facts, refused, save_tiny
 
 import prunenet
-from prunenet import activation_stats
-from prunenet.activation_stats import MOMENT_STATISTICS, channel_features, layer_moment_statistics, moment_statistics
 from prunenet.envs.rewards import ReconstructionReward, SpectralReward
 from prunenet.envs.sweep import View
+from prunenet.features import from_activations as activation_stats
+from prunenet.features.from_activations import (
+    MOMENT_STATISTICS,
+    channel_features,
+    layer_moment_statistics,
+    moment_statistics,
+)
+from prunenet.features.from_weights import STATISTICS, channel_statistics
 from prunenet.models.layers import down_linears, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.policies import artifact
@@ -23,7 +29,6 @@ from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, zoo
 from prunenet.policies.recipe import MOMENT_PRIOR, PRESETS, Recipe
 from prunenet.policies.train import train
 from prunenet.refit.moments import LayerWalk, Moments, ffn_moments
-from prunenet.stats import STATISTICS, channel_statistics
 from prunenet.text.calibration import Blocks
 
 SHORT = Recipe(features="moments", updates=4, masks=4, hidden=(8,), evaluate_every=2)

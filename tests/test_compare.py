@@ -16,13 +16,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from prunenet.activation_stats import MOMENT_STATISTICS
 from prunenet.cli import app
 from prunenet.compare import command, ledger, run, summary, workshop
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.results import Results
 from prunenet.compare.spec import REFITS, WITHOUT_SCORES, Spec, allocations, methods, parse, parse_all
 from prunenet.compare.workshop import Amount, Workshop
+from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.architectures import ARCHITECTURES
 from prunenet.models.layers import count_parameters, down_linears
 from prunenet.policies import artifact

@@ -12,10 +12,11 @@ from families import FAMILIES, random_keep, tiny_model, token_ids
 from test_cli import facts, refused, run, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunenet.activation_stats import channel_features
 from prunenet.checkpoints import offload
 from prunenet.checkpoints.save import CheckpointError, load_model
 from prunenet.divergence import divergences
+from prunenet.features.from_activations import channel_features
+from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.models.surgery import masking, narrowed
 from prunenet.policies import artifact
@@ -24,7 +25,6 @@ from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.refit.cut import Refits, cut_layers, refit_kept, refit_sequentially
 from prunenet.refit.moments import LayerWalk, ffn_moments, paired_moments
 from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
-from prunenet.stats import layer_context, observe
 from prunenet.text.calibration import Blocks, weights_sha256
 from prunenet.text.corpora import calibration
 from prunenet.text.generate import generate_blocks

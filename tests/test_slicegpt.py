@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from prunenet.checkpoints.save import CheckpointError, export_padded, load_masks, load_model, load_provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint
+from prunenet.features.from_weights import channel_statistics
 from prunenet.models import sliced_modeling
 from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.models.layers import count_parameters, ffn_widths
@@ -19,7 +20,6 @@ from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
 from prunenet.policies.methods.slicegpt import parameters_left, slice_stream, width_at_slicing
-from prunenet.stats import channel_statistics
 from prunenet.text.calibration import Blocks, token_blocks
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})

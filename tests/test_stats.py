@@ -9,9 +9,10 @@ import pytest
 import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model
 
-from prunenet import residual, stats
+from prunenet.features import from_weights as stats
+from prunenet.features import residual
+from prunenet.features.from_weights import CONTEXT, STATISTICS, channel_statistics, layer_context
 from prunenet.models.layers import activation, iter_ffns
-from prunenet.stats import CONTEXT, STATISTICS, channel_statistics, layer_context
 
 COLUMN = {name: index for index, name in enumerate(STATISTICS)}
 

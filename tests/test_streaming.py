@@ -20,6 +20,7 @@ from prunenet.checkpoints.save import CheckpointError, load_model
 from prunenet.checkpoints.shards import StoredTensor, read_header, write_shard
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.cli import app
+from prunenet.features.from_weights import channel_statistics, layer_context
 from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
@@ -28,7 +29,6 @@ from prunenet.policies.recipe import PRESETS, recipe_for
 from prunenet.policies.stream import prune_streamed
 from prunenet.policies.train import train
 from prunenet.runtime import files as folders
-from prunenet.stats import channel_statistics, layer_context
 from prunenet.text.calibration import token_blocks, weights_sha256
 
 SHARDS = "20KB"

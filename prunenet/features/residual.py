@@ -1,4 +1,4 @@
-"""What the weights alone say about the residual stream in front of each layer (see `prunenet.stats`)."""
+"""What the weights alone say about the residual stream in front of each layer (see `prunenet.features.from_weights`)."""
 
 from __future__ import annotations
 

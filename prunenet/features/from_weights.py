@@ -24,8 +24,8 @@ from jaxtyping import Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from prunenet.features.residual import ResidualStream, moments, normalised, quadratic, self_product
 from prunenet.models.layers import FFN, Weights, activation, decoder_layers, ffn_at, structure, tables
-from prunenet.residual import ResidualStream, moments, normalised, quadratic, self_product
 from prunenet.runtime import parallel
 
 # A policy stores both and refuses other values. Raise the version when a statistic changes its meaning.

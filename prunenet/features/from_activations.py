@@ -2,7 +2,7 @@
 
 From a layer's moments (H = E[h h^T], mu = E[h]) and its down matrix W, in units in which every column of W has norm 1: what
 channel j writes is then |W_:j| h_j, and no statistic but `moment_energy` changes where h_j is multiplied and W_:j divided by
-the same number. Standardised inside the layer as in `prunenet.stats`; nothing depends on a width.
+the same number. Standardised inside the layer as in `prunenet.features.from_weights`; nothing depends on a width.
 
 `moment_write` ranks channels as Wanda-sp does (with the norm of a column in place of its mean), `moment_fluctuation` as FLAP
 (arXiv 2312.11983), `moment_unique` by Optimal Brain Surgeon's loss of one channel, |W_:j|^2 / [(H + lam I)^-1]_jj (Hassibi and
@@ -21,11 +21,11 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.features.from_weights import channel_statistics, standardised
 from prunenet.models.layers import down_linears
 from prunenet.refit.cholesky import damped_cholesky
 from prunenet.refit.moments import LayerWalk, Moments
 from prunenet.runtime import parallel
-from prunenet.stats import channel_statistics, standardised
 
 # A policy that reads them stores both and refuses other values. Raise the version when a statistic changes its meaning.
 MOMENT_STATISTICS_VERSION = 1
