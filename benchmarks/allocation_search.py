@@ -21,7 +21,7 @@ from typing import Any
 
 from prunenet import __version__
 from prunenet.checkpoints.save import load_model, load_tokenizer
-from prunenet.evaluate import perplexity
+from prunenet.evaluation.perplexity import perplexity
 from prunenet.policies.methods import (
     Budget,
     Evidence,

@@ -21,10 +21,10 @@ from calibration_free_rows import Row, Workshop, rows
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.evaluate import perplexity
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.evaluation.zeroshot import task_files, zero_shot
 from prunenet.models.layers import count_parameters
 from prunenet.text.corpora import TestText, load_text
-from prunenet.zeroshot import task_files, zero_shot
 
 TESTS = {"wikitext2": ("wikitext2/wiki.test.raw", 1024), "builtin": ("builtin", 512)}
 

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 
 from prunenet import __version__
 from prunenet.checkpoints.save import load_model
-from prunenet.latency import speed, speed_side_by_side
+from prunenet.evaluation.speed import speed, speed_side_by_side
 from prunenet.models.heads import out_linears
 from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels, width_at, widths_for_budget

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunenet import __version__
 from prunenet.checkpoints.save import load_model, load_tokenizer
-from prunenet.evaluate import perplexity
+from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import iter_ffns
 from prunenet.models.masks import top_channels, width_at
 from prunenet.models.surgery import masking

@@ -24,7 +24,7 @@ from torch import Tensor
 from prunenet.checkpoints.save import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
-from prunenet.evaluate import perplexity
+from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import down_linears, ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import masking

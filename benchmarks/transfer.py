@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from prunenet import __version__
 from prunenet.checkpoints.save import load_model, load_tokenizer
-from prunenet.evaluate import perplexity
+from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import count_parameters
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig

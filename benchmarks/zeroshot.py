@@ -2,7 +2,7 @@
 
     python benchmarks/zeroshot.py MODEL... --tasks ../shared/data/tasks --limit 200 --out benchmarks/results/zeroshot.jsonl
 
-Prompts and metrics are lm-eval's (`prunenet.zeroshot`), needs `pip install 'prunenet[eval]'`. Tasks are <task>.jsonl in the
+Prompts and metrics are lm-eval's (`prunenet.evaluation.zeroshot`), needs `pip install 'prunenet[eval]'`. Tasks are <task>.jsonl in the
 folder. A model is known by its name and the sha256 of its weights, a task by the sha256 of its file: what changes is measured
 again, what was measured is skipped. Name folders so that a line can be told from another, for example llama-0.3-seed1.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from prunenet.checkpoints.save import identify, load_model, load_tokenizer
+from prunenet.evaluation.zeroshot import task_files, zero_shot
 from prunenet.models.layers import count_parameters
-from prunenet.zeroshot import task_files, zero_shot
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.divergence import Downs, divergences
+from prunenet.evaluation.divergence import Downs, divergences
 from prunenet.models.layers import check_tokens
 
 Refit = Callable[[int, Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.save import Provenance, identify, save_pruned
-from prunenet.divergence import divergence
+from prunenet.evaluation.divergence import divergence
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.policies.artifact import Policy, check_measured

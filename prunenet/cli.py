@@ -184,7 +184,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, size and speed of models, side by side."""
     with one_process():
-        from prunenet.measure import measure
+        from prunenet.evaluation.side_by_side import measure
         from prunenet.text.corpora import TestText, load_text
 
         scored = load_text(text, TestText)
@@ -236,7 +236,7 @@ def report(
 ) -> None:
     """Draw perplexity and speed against size."""
     with one_process():
-        from prunenet.report import draw_report
+        from prunenet.evaluation.report import draw_report
 
         try:
             rows = list(json.loads(results.read_text(encoding="utf-8"))["models"])

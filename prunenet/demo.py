@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from prunenet import tables
 from prunenet.checkpoints.demo_model import fetch_demo_model
 from prunenet.checkpoints.save import CheckpointError, identify, load_model, load_provenance, load_tokenizer
-from prunenet.latency import generate_sentence
-from prunenet.measure import measure
+from prunenet.evaluation.report import draw_report
+from prunenet.evaluation.side_by_side import measure
+from prunenet.evaluation.speed import generate_sentence
 from prunenet.models.layers import ffn_widths
 from prunenet.models.masks import check_ratio, width_at
 from prunenet.policies.apply import Pruned, provenance_of
@@ -22,7 +23,6 @@ from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.recipe import PRESETS, Recipe
 from prunenet.policies.train import recorded, train, unfinished
 from prunenet.refit.cut import cut_layers
-from prunenet.report import draw_report
 from prunenet.runtime.files import check_home, write_atomic
 from prunenet.text.calibration import Blocks, self_blocks, weights_sha256
 from prunenet.text.corpora import TestText, load_text
@@ -50,7 +50,7 @@ def run_demo(
         recipe: of the training, which has one stage; default `PRESETS["default"]`.
 
     Returns:
-        One row per model, the dense one first; see `prunenet.measure.measure`.
+        One row per model, the dense one first; see `prunenet.evaluation.side_by_side.measure`.
 
     Raises:
         ValueError: a ratio out of range. Errors of fetching, training and saving pass through.

@@ -373,7 +373,9 @@ def test_results_that_are_not_results_are_one_sentence(tmp_path, content):
 
 
 def test_eval_refuses_what_it_cannot_measure_before_it_scores(model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunenet.measure.perplexity", lambda *_, **__: pytest.fail("scored before the refusal"))
+    monkeypatch.setattr(
+        "prunenet.evaluation.side_by_side.perplexity", lambda *_, **__: pytest.fail("scored before the refusal")
+    )
     ask = ("eval", model, "--text", text, "--window", 20)
     assert "batch must be 1 or more, got 0" in refused(*ask, "--batch", 0)
     tiny_model("opt").save_pretrained(tmp_path / "bare")

@@ -22,6 +22,7 @@ from prunenet.compare.ledger import Ledger
 from prunenet.compare.results import Results
 from prunenet.compare.spec import REFITS, WITHOUT_SCORES, Spec, allocations, methods, parse, parse_all
 from prunenet.compare.workshop import Amount, Workshop
+from prunenet.evaluation.zeroshot import TaskResult
 from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.architectures import ARCHITECTURES
 from prunenet.models.layers import count_parameters, down_linears
@@ -34,7 +35,6 @@ from prunenet.refit.folds import folds_of
 from prunenet.refit.moments import ffn_moments
 from prunenet.text.calibration import prefix_blocks
 from prunenet.text.corpora import CalibrationText, TestText
-from prunenet.zeroshot import TaskResult
 
 HEADED = [name for name, row in METHODS.items() if row.with_heads is not None]
 # LLM-Pruner leaves 6 layers whole: the other 3 pay for them, with widths that are multiples of 4.

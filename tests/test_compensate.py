@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.divergence import divergence
+from prunenet.evaluation.divergence import divergence
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels, width_at
 from prunenet.refit.cut import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially

@@ -4,9 +4,9 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.divergence import divergence, divergences
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.layerwise import LayerwisePruningEnv
+from prunenet.evaluation.divergence import divergence, divergences
 from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import masking
 from prunenet.refit.cut import Cut

@@ -10,8 +10,17 @@ from families import FAMILIES, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, StaticCache
 
-from prunenet import evaluate, latency
-from prunenet.evaluate import Speed, bytes_on_disk, generate_sentence, perplexity, speed, speed_side_by_side, summarise
+from prunenet.evaluation import perplexity as evaluate
+from prunenet.evaluation import speed as latency
+from prunenet.evaluation.perplexity import (
+    Speed,
+    bytes_on_disk,
+    generate_sentence,
+    perplexity,
+    speed,
+    speed_side_by_side,
+    summarise,
+)
 from prunenet.models.layers import count_parameters
 from prunenet.text.corpora import CalibrationText, TestText, TextError
 

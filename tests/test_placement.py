@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunenet.checkpoints import offload
 from prunenet.checkpoints.save import CheckpointError, load_model
-from prunenet.divergence import divergences
+from prunenet.evaluation.divergence import divergences
 from prunenet.features.from_activations import channel_features
 from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.image import imread
 
-from prunenet.report import draw_report
+from prunenet.evaluation.report import draw_report
 
 
 def row(ratio: float, parameters: int, perplexity: float | None = 20.0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from families import D_FF, LAYERS, tiny_model, token_ids
 from planted import Planted, room
 
-from prunenet.divergence import divergence
+from prunenet.evaluation.divergence import divergence
 from prunenet.models.masks import top_channels
 from prunenet.policies.methods import Budget, Evidence, Space, WidthDivergence, best_of_random, cut, magnitude, uniform
 from prunenet.policies.methods.evaluations import Evaluations

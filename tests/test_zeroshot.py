@@ -16,9 +16,9 @@ from families import FAMILIES, tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prunenet import zeroshot
+from prunenet.evaluation import zeroshot
+from prunenet.evaluation.zeroshot import COLUMNS, Question, TaskError, answer_all, read_task, task_files, zero_shot
 from prunenet.models.surgery import narrowed
-from prunenet.zeroshot import COLUMNS, Question, TaskError, answer_all, read_task, task_files, zero_shot
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed; pip install 'prunenet[eval]'"

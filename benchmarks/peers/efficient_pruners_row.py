@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from prunenet import __version__
 from prunenet.checkpoints.demo_model import cache_folder
 from prunenet.checkpoints.save import load_model, load_tokenizer
-from prunenet.evaluate import perplexity
+from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune

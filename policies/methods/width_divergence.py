@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.divergence import Downs, divergences
+from prunenet.evaluation.divergence import Downs, divergences
 from prunenet.models.layers import check_tokens, down_linears
 from prunenet.models.masks import top_channels
 from prunenet.refit.cut import Refits

@@ -197,7 +197,7 @@ def _evaluation(
 
 
 def _task_files(tasks: str, folder: Path | None) -> dict[str, Path]:
-    from prunenet.task_files import task_files
+    from prunenet.evaluation.task_files import task_files
 
     if not tasks and folder is None:
         return {}

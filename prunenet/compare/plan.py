@@ -11,8 +11,8 @@ from pathlib import Path
 from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
 from prunenet.compare.workshop import Amount, Workshop
+from prunenet.evaluation.zeroshot import read_task
 from prunenet.text.corpora import TestText, content_sha256
-from prunenet.zeroshot import read_task
 
 _FORMAT = 1
 
@@ -23,8 +23,8 @@ class Evaluation:
 
     Attributes:
         texts: for perplexity, at least one.
-        window, stride, max_windows: see `prunenet.evaluate.perplexity`.
-        tasks: task -> its file, for `prunenet.zeroshot.zero_shot`; none by default.
+        window, stride, max_windows: see `prunenet.evaluation.perplexity.perplexity`.
+        tasks: task -> its file, for `prunenet.evaluation.zeroshot.zero_shot`; none by default.
         limit: questions of each task; default all.
     """
 

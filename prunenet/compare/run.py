@@ -16,8 +16,9 @@ from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.results import Line, Results
 from prunenet.compare.workshop import Made, Workshop
-from prunenet.evaluate import perplexity
-from prunenet.latency import check_positions
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.evaluation.speed import check_positions
+from prunenet.evaluation.zeroshot import TaskResult, read_task, zero_shot
 from prunenet.models.heads import attentions
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.masks import check_ratio, width_at
@@ -27,7 +28,6 @@ from prunenet.runtime import parallel
 from prunenet.runtime.placement import home, where
 from prunenet.text.calibration import check_seed
 from prunenet.text.corpora import token_windows, tokenise
-from prunenet.zeroshot import TaskResult, read_task, zero_shot
 
 # What every line has, besides what identifies its cell; None until it is known.
 _MEASURED = (

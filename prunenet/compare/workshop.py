@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
-from prunenet.latency import check_positions
+from prunenet.evaluation.speed import check_positions
 from prunenet.models.heads import group_counts, out_linears
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.policies.apply import prune

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.latency import Speed, check_positions, evaluating, generate_sentence, last_logits, speed, speed_side_by_side
+from prunenet.evaluation.speed import (
+    Speed,
+    check_positions,
+    evaluating,
+    generate_sentence,
+    last_logits,
+    speed,
+    speed_side_by_side,
+)
 from prunenet.models.layers import check_tokens, count_parameters
 from prunenet.runtime.placement import home, parameters, where
 from prunenet.text.corpora import TestText, TextError, content_sha256, token_windows, tokenise

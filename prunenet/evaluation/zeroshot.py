@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.latency import evaluating, last_logits
+from prunenet.evaluation.speed import evaluating, last_logits
+from prunenet.evaluation.task_files import COLUMNS, Row, TaskError, read_task, task_files
 from prunenet.runtime.placement import home
-from prunenet.task_files import COLUMNS, Row, TaskError, read_task, task_files
 
 __all__ = ["COLUMNS", "TaskError", "TaskResult", "read_task", "task_files", "zero_shot"]
 

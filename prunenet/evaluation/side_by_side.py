@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prunenet.checkpoints.save import load_model, load_provenance, load_tokenizer
-from prunenet.evaluate import perplexity, summarise
-from prunenet.latency import check_positions, speed_side_by_side
+from prunenet.evaluation.perplexity import perplexity, summarise
+from prunenet.evaluation.speed import check_positions, speed_side_by_side
 from prunenet.runtime.placement import AUTO
 from prunenet.text.corpora import TestText
 
@@ -36,10 +36,10 @@ def measure(
 
     Args:
         sources: folders or hub ids; all are held in memory at once, but with device "auto": then one after the other.
-        text, window, stride, max_windows: see `prunenet.evaluate.perplexity`.
+        text, window, stride, max_windows: see `prunenet.evaluation.perplexity.perplexity`.
         speed: also measure tokens per second, repeat by repeat over all models, so that noise hits them alike.
         batch: sequences at once when measuring speed.
-        compiled: measure the speed of compiled code, see `prunenet.latency.speed_side_by_side`.
+        compiled: measure the speed of compiled code, see `prunenet.evaluation.speed.speed_side_by_side`.
         device, max_memory, dtype: see `prunenet.checkpoints.save.load_model`.
         progress: called with (windows scored, windows in all), over all models.
 
