@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from prunenet.cli import app
-from prunenet.console import one_sentence
+from prunenet.cli.app import app
+from prunenet.cli.console import one_sentence
 from prunenet.policies import artifact
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.recipe import PRESETS
@@ -388,7 +388,7 @@ def test_a_folder_cannot_be_where_a_file_is_and_that_is_said_before_any_work(mod
         raise AssertionError("work before the refusal")
 
     monkeypatch.setattr("prunenet.text.calibration.calibration_for", too_early)
-    monkeypatch.setattr("prunenet.demo.fetch_demo_model", too_early)
+    monkeypatch.setattr("prunenet.cli.demo.fetch_demo_model", too_early)
     (tmp_path / "notes").write_text("mine")
     out = tmp_path / "notes" / inside
     for command in (("prune", model, "--ratio", 0.5), ("train", model), ("demo",)):

@@ -11,9 +11,8 @@ from rich.console import Console
 from test_cli import save_tiny
 from typer.testing import CliRunner
 
-from prunenet import demo, tables
 from prunenet.checkpoints.save import load_model, load_provenance
-from prunenet.cli import app
+from prunenet.cli.app import app, demo, tables
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
 from prunenet.policies.recipe import Recipe

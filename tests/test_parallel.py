@@ -37,7 +37,7 @@ def home(tmp_path_factory) -> Path:
 def command(home: Path, *args: object) -> None:
     """The command line, as in a process of its own."""
     os.environ["PRUNENET_CACHE"] = str(home / "cache")
-    from prunenet import cli
+    from prunenet.cli.app import app as cli
 
     sys.argv = ["prunenet", *map(str, args)]
     cli.main()
@@ -45,7 +45,7 @@ def command(home: Path, *args: object) -> None:
 
 def learn(out: Path, resume: bool = False, death: int = 0) -> None:
     """Both stages of a training, with a rank that dies in the second, and the spectral reward."""
-    from prunenet.console import one_job
+    from prunenet.cli.console import one_job
     from prunenet.envs import divergence
     from prunenet.policies.train import train
 
@@ -122,7 +122,7 @@ def stuck(rank: int) -> None:
     """One rank fails; another is busy and asks nobody; the first waits."""
     import time
 
-    from prunenet.console import one_job
+    from prunenet.cli.console import one_job
 
     with one_job("cpu"):
         if parallel.rank() == rank:

@@ -8,7 +8,7 @@ import pytest
 from families import tiny_model
 from typer.testing import CliRunner
 
-from prunenet.cli import app
+from prunenet.cli.app import app
 from prunenet.policies.artifact import Policy, PolicyConfig
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import CheckpointError, load_model
 from prunenet.checkpoints.shards import StoredTensor, read_header, write_shard
 from prunenet.checkpoints.streaming import StreamedCheckpoint
-from prunenet.cli import app
+from prunenet.cli.app import app
 from prunenet.features.from_weights import channel_statistics, layer_context
 from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.surgery import narrowed

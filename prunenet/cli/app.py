@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from prunenet import tables
-from prunenet.compare.command import compare
-from prunenet.console import errors, one_job, one_process, show
-from prunenet.inputs import blocks_for, check_reward_inputs, check_streamable, check_text, open_model, tokenizer_of
-from prunenet.options import (
+from prunenet.cli.app import tables
+from prunenet.cli.compare import compare
+from prunenet.cli.console import errors, one_job, one_process, show
+from prunenet.cli.inputs import blocks_for, check_reward_inputs, check_streamable, check_text, open_model, tokenizer_of
+from prunenet.cli.options import (
     Algorithm,
     CalibrationSource,
     Channels,
@@ -49,7 +49,7 @@ from prunenet.options import (
     Widths,
     Window,
 )
-from prunenet.recover.command import recover
+from prunenet.cli.recover import recover
 from prunenet.runtime import parallel
 
 app = typer.Typer(
@@ -254,7 +254,7 @@ def demo(
 ) -> None:
     """Fetch a real model, train a policy on it, cut it to several sizes, and compare."""
     with one_process():
-        from prunenet.demo import run_demo
+        from prunenet.cli.demo import run_demo
 
         rows = run_demo(out, ratios, errors)
         show({"models": rows}, as_json, lambda: tables.comparison(rows))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
-from prunenet import tables
-from prunenet.console import errors
+from prunenet.cli.app import tables
+from prunenet.cli.console import errors
 from prunenet.runtime.placement import AUTO
 
 if TYPE_CHECKING:

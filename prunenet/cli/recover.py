@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from prunenet import tables
-from prunenet.console import errors, one_job, show
-from prunenet.inputs import blocks_for, check_text, tokenizer_of
-from prunenet.options import CalibrationSource, Dtype, Json, OneDevice, Out
+from prunenet.cli.app import tables
+from prunenet.cli.console import errors, one_job, show
+from prunenet.cli.inputs import blocks_for, check_text, tokenizer_of
+from prunenet.cli.options import CalibrationSource, Dtype, Json, OneDevice, Out
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import AUTO
 
