@@ -28,8 +28,8 @@ from prunenet.models.layers import iter_ffns
 from prunenet.models.masks import top_channels, width_at
 from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy
-from prunenet.policies.recipe import PRESETS
-from prunenet.policies.train import train
+from prunenet.policies.training.recipe import PRESETS
+from prunenet.policies.training.train import train
 from prunenet.text.calibration import self_blocks
 from prunenet.text.corpora import TestText, load_text
 

@@ -49,7 +49,7 @@ from prunenet.envs.rewards import EXACT_UP_TO
 from prunenet.models.layers import iter_ffns
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
-from prunenet.policies.recipe import PRESETS, Recipe
+from prunenet.policies.training.recipe import PRESETS, Recipe
 from prunenet.spectra.exact import SpectralReference
 
 
@@ -119,7 +119,7 @@ def measure(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str,
 def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The published recipe end to end; seconds of its parts (of the processor on a CPU), taken inside the training itself."""
     from prunenet.envs.sweep import View
-    from prunenet.policies import train as training
+    from prunenet.policies.training import train as training
 
     clock, parts, ticks = Clock(arguments.device), dict[str, float](), cost_clock(arguments.device)
     with clock.phase("build (not counted)"):

@@ -40,9 +40,9 @@ from torch import Tensor
 from prunenet.checkpoints.save import load_model
 from prunenet.envs.sweep import View
 from prunenet.models.layers import iter_ffns
-from prunenet.policies import train as training
 from prunenet.policies.apply import prune
-from prunenet.policies.recipe import PRESETS
+from prunenet.policies.training import train as training
+from prunenet.policies.training.recipe import PRESETS
 from prunenet.spectra.estimated import SpectralSketch
 from prunenet.spectra.exact import SpectralReference
 

@@ -26,8 +26,8 @@ from prunenet.envs import SpectralReward
 from prunenet.envs.rewards import ReconstructionReward, Reward
 from prunenet.envs.sweep import View
 from prunenet.models.masks import top_channels
-from prunenet.policies.recipe import PRESETS, Recipe
-from prunenet.policies.train import train
+from prunenet.policies.training.recipe import PRESETS, Recipe
+from prunenet.policies.training.train import train
 from prunenet.text.calibration import self_blocks
 
 RATIO = 0.3

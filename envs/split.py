@@ -28,7 +28,7 @@ def led(reward: Reward, play: Callable[[Reward], T]) -> T | None:
 
     Args:
         reward: of the same model and text on every process.
-        play: see `prunenet.policies.run.Run`.
+        play: see `prunenet.policies.training.run.Run`.
     """
     if parallel.size() == 1:
         return play(reward)

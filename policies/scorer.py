@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunenet.policies.widths import WidthHead
+from prunenet.policies.training.swept_widths import WidthHead
 
 
 class ChannelScorer(nn.Module):
@@ -72,6 +72,6 @@ class ChannelScorer(nn.Module):
         return logits - logits.mean(-1, keepdim=True)
 
     def offsets(self, context: Float[Tensor, "layers n_context"]) -> Float[Tensor, " layers"]:
-        """Log-odds of each layer's share of channels kept, from the context of all layers; see `prunenet.policies.widths`."""
+        """Log-odds of each layer's share of channels kept, from the context of all layers; see `prunenet.policies.training.swept_widths`."""
         offsets: Tensor = self.widths(context)
         return offsets

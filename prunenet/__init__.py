@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.apply import Pruned, prune
     from prunenet.policies.artifact import Policy, PolicyError
-    from prunenet.policies.recipe import PRESETS, Recipe
     from prunenet.policies.stream import prune_streamed
-    from prunenet.policies.train import train
+    from prunenet.policies.training.recipe import PRESETS, Recipe
+    from prunenet.policies.training.train import train
 
 _HOMES = {
     "UnsupportedArchitecture": "prunenet.models.architectures",
@@ -32,11 +32,11 @@ _HOMES = {
     "prune": "prunenet.policies.apply",
     "Policy": "prunenet.policies.artifact",
     "PolicyError": "prunenet.policies.artifact",
-    "PRESETS": "prunenet.policies.recipe",
-    "Recipe": "prunenet.policies.recipe",
+    "PRESETS": "prunenet.policies.training.recipe",
+    "Recipe": "prunenet.policies.training.recipe",
     "StreamedCheckpoint": "prunenet.checkpoints.streaming",
     "prune_streamed": "prunenet.policies.stream",
-    "train": "prunenet.policies.train",
+    "train": "prunenet.policies.training.train",
 }
 __all__ = [
     "PRESETS",

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 JOBS = multiprocessing.get_context("forkserver")
-JOBS.set_forkserver_preload(["prunenet.cli.app", "prunenet.policies.train", "prunenet.compare.run", "prunenet.compare.summary"])
+JOBS.set_forkserver_preload(
+    ["prunenet.cli.app", "prunenet.policies.training.train", "prunenet.compare.run", "prunenet.compare.summary"]
+)
 
 
 @dataclass(frozen=True)

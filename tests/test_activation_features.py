@@ -24,10 +24,10 @@ from prunenet.features.from_weights import STATISTICS, channel_statistics
 from prunenet.models.layers import down_linears, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.policies import artifact
-from prunenet.policies import train as training
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, zoo
-from prunenet.policies.recipe import MOMENT_PRIOR, PRESETS, Recipe
-from prunenet.policies.train import train
+from prunenet.policies.training import train as training
+from prunenet.policies.training.recipe import MOMENT_PRIOR, PRESETS, Recipe
+from prunenet.policies.training.train import train
 from prunenet.refit.moments import LayerWalk, Moments, ffn_moments
 from prunenet.text.calibration import Blocks
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from prunenet.envs.rewards import ReconstructionReward, energy_lost
 from prunenet.models.layers import down_linears
 from prunenet.models.surgery import masking
-from prunenet.policies.recipe import Recipe
-from prunenet.policies.train import train
+from prunenet.policies.training.recipe import Recipe
+from prunenet.policies.training.train import train
 from prunenet.refit.moments import LayerWalk, ffn_moments
 from prunenet.text.calibration import data_blocks, self_blocks
 from prunenet.text.corpora import CalibrationText, TestText

@@ -21,7 +21,7 @@ from prunenet.cli.app import app
 from prunenet.cli.console import one_sentence
 from prunenet.policies import artifact
 from prunenet.policies.artifact import Policy, PolicyConfig
-from prunenet.policies.recipe import PRESETS
+from prunenet.policies.training.recipe import PRESETS
 
 
 def save_tiny(folder: Path, family: str = "llama") -> Path:

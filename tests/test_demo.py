@@ -15,7 +15,7 @@ from prunenet.checkpoints.save import load_model, load_provenance
 from prunenet.cli.app import app, demo, tables
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
-from prunenet.policies.recipe import Recipe
+from prunenet.policies.training.recipe import Recipe
 
 RECIPE = Recipe(updates=2, masks=4, hidden=(4,), evaluate_every=1)
 

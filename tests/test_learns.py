@@ -12,8 +12,8 @@ from prunenet.envs import SpectralReward
 from prunenet.envs.sweep import View
 from prunenet.models.layers import iter_ffns
 from prunenet.models.masks import top_channels
-from prunenet.policies.recipe import PRESETS, Recipe
-from prunenet.policies.train import train
+from prunenet.policies.training.recipe import PRESETS, Recipe
+from prunenet.policies.training.train import train
 
 PLANTED = 16
 

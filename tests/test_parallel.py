@@ -47,7 +47,7 @@ def learn(out: Path, resume: bool = False, death: int = 0) -> None:
     """Both stages of a training, with a rank that dies in the second, and the spectral reward."""
     from prunenet.cli.console import one_job
     from prunenet.envs import divergence
-    from prunenet.policies.train import train
+    from prunenet.policies.training.train import train
 
     if death:
         dies_at(divergence, "divergences", death, rank=1)

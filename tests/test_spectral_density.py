@@ -11,7 +11,7 @@ from families import tiny_model
 from prunenet.envs import rewards
 from prunenet.envs.rewards import SpectralReward
 from prunenet.models.layers import iter_ffns
-from prunenet.policies.recipe import PRESETS, Recipe, as_json
+from prunenet.policies.training.recipe import PRESETS, Recipe, as_json
 from prunenet.spectra.estimated import SpectralSketch
 from prunenet.spectra.exact import SpectralReference
 from prunenet.spectra.exact import estimated as spectral_density

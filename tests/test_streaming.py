@@ -25,9 +25,9 @@ from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
-from prunenet.policies.recipe import PRESETS, recipe_for
 from prunenet.policies.stream import prune_streamed
-from prunenet.policies.train import train
+from prunenet.policies.training.recipe import PRESETS, recipe_for
+from prunenet.policies.training.train import train
 from prunenet.runtime import files as folders
 from prunenet.text.calibration import token_blocks, weights_sha256
 

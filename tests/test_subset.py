@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from prunenet.policies.subset import Bernoulli, FixedWidth, solve_offset
+from prunenet.policies.training.subset import Bernoulli, FixedWidth, solve_offset
 
 KINDS = [Bernoulli, FixedWidth]
 

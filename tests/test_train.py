@@ -15,8 +15,8 @@ from families import tiny_model, token_ids
 
 from prunenet.models.layers import down_linears
 from prunenet.policies.artifact import Policy, PolicyError
-from prunenet.policies.recipe import PRESETS, Recipe, recipe_for
-from prunenet.policies.train import train
+from prunenet.policies.training.recipe import PRESETS, Recipe, recipe_for
+from prunenet.policies.training.train import train
 from prunenet.text.calibration import Blocks
 
 SHORT = Recipe(reward="spectral", updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy")
@@ -98,7 +98,7 @@ def test_the_policy_returned_is_the_best_one_seen():
     model = tiny_model("llama")
     from prunenet.envs import SpectralReward
     from prunenet.envs.sweep import View
-    from prunenet.policies.run import mode_reward
+    from prunenet.policies.training.run import mode_reward
 
     value = mode_reward(trained.policy.scorer, View.of(model), SpectralReward(model, distance="energy"), SHORT)
     assert value == max(reward for _, reward in trained.history)

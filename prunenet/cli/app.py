@@ -88,9 +88,9 @@ def train(
 ) -> None:
     """Train a policy on a model; apply it afterwards, by default from weights alone, at any ratio."""
     with one_job(device) as place:
-        from prunenet.policies.recipe import recipe_for, widths_recipe
-        from prunenet.policies.train import check_run
-        from prunenet.policies.train import train as learn
+        from prunenet.policies.training.recipe import recipe_for, widths_recipe
+        from prunenet.policies.training.train import check_run
+        from prunenet.policies.training.train import train as learn
 
         given: dict[str, Any] = {"updates": updates, "masks": masks, "ratio": ratio, "algorithm": algorithm, "reward": reward}
         given |= {"features": features, "learning_rate": learning_rate, "seed": seed}

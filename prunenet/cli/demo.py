@@ -20,8 +20,8 @@ from prunenet.models.layers import ffn_widths
 from prunenet.models.masks import check_ratio, width_at
 from prunenet.policies.apply import Pruned, provenance_of
 from prunenet.policies.artifact import Policy, PolicyError
-from prunenet.policies.recipe import PRESETS, Recipe
-from prunenet.policies.train import recorded, train, unfinished
+from prunenet.policies.training.recipe import PRESETS, Recipe
+from prunenet.policies.training.train import recorded, train, unfinished
 from prunenet.refit.cut import cut_layers
 from prunenet.runtime.files import check_home, write_atomic
 from prunenet.text.calibration import Blocks, self_blocks, weights_sha256

@@ -13,10 +13,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from prunenet.envs.sweep import PROGRESS, View
-from prunenet.policies.recipe import Baseline, Subset
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.policies.subset import Bernoulli, FixedWidth
-from prunenet.policies.widths import SweptWidths
+from prunenet.policies.training.recipe import Baseline, Subset
+from prunenet.policies.training.subset import Bernoulli, FixedWidth
+from prunenet.policies.training.swept_widths import SweptWidths
 
 
 class KeepMaskPolicy(ActorCriticPolicy):

@@ -72,7 +72,7 @@ def mean_shares(
 class SweptWidths:
     """Widths of layers in running sweeps: a normal around the mean share, in whole multiples; then the best channels.
 
-    Satisfies what `KeepMaskPolicy` asks of a distribution over keep masks (see `prunenet.policies.subset`). The channels are
+    Satisfies what `KeepMaskPolicy` asks of a distribution over keep masks (see `prunenet.policies.training.subset`). The channels are
     those of the highest logits, so a mask's probability is its width's, and 0 for any other mask. The last layer takes what is
     left of the budget.
 

@@ -42,9 +42,9 @@ class Recipe:
         learning_rate: of AdamW, falling linearly to 0.
         gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier masks, so 0 has the least
             variance.
-        baseline: what returns are compared with: "group", "value" or "none" (`prunenet.policies.actor_critic`).
-        subset: "fixed" or "bernoulli" (`prunenet.policies.subset`) train the channels' scores at uniform widths; "widths"
-            (`prunenet.policies.widths`) trains where to cut, with the channels in the order of their scores.
+        baseline: what returns are compared with: "group", "value" or "none" (`prunenet.policies.training.actor_critic`).
+        subset: "fixed" or "bernoulli" (`prunenet.policies.training.subset`) train the channels' scores at uniform widths; "widths"
+            (`prunenet.policies.training.swept_widths`) trains where to cut, with the channels in the order of their scores.
         round_to: widths are multiples of this.
         blocks, tokens: how many blocks, and how many tokens of each, the divergence reward reads for each mask.
         entropy: weight of the entropy bonus.

@@ -29,8 +29,8 @@ from prunenet.envs.sweep import View
 from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
-from prunenet.policies.recipe import MOMENT_PRIOR, Recipe, as_json
-from prunenet.policies.run import Run
+from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
+from prunenet.policies.training.run import Run
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_home
 from prunenet.text.calibration import Blocks, weights_sha256

@@ -22,11 +22,11 @@ from prunenet.envs.sweep import View
 from prunenet.envs.vector import LayerwisePruningVectorEnv
 from prunenet.models.layers import Weights
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
-from prunenet.policies.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
-from prunenet.policies.recipe import Recipe
-from prunenet.policies.resume import Progress, load_state, save_state
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.policies.vec_env import SweepVecEnv
+from prunenet.policies.training.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
+from prunenet.policies.training.recipe import Recipe
+from prunenet.policies.training.state import Progress, load_state, save_state
+from prunenet.policies.training.vec_env import SweepVecEnv
 
 
 def _algorithm(env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None) -> OnPolicyAlgorithm:
