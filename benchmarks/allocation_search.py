@@ -31,8 +31,8 @@ from prunenet.policies.methods import (
     best_of_random,
     evolution_search,
     predictor_search,
-    wanda_sp,
 )
+from prunenet.policies.methods.papers import wanda_sp
 from prunenet.refit.cut import Refits, cut_layers
 from prunenet.refit.folds import held_back
 from prunenet.text.calibration import self_blocks

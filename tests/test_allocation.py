@@ -19,7 +19,7 @@ from prunenet.policies.methods import (
     protected,
     uniform,
 )
-from prunenet.policies.methods.allocation import fitted
+from prunenet.policies.methods.widths.allocation import fitted
 from prunenet.text.calibration import Blocks
 
 

@@ -24,18 +24,9 @@ from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.models.heads import attentions, group_counts, out_linears
 from prunenet.models.layers import count_parameters, decoder_layers
 from prunenet.models.surgery import masking, narrowed
-from prunenet.policies.methods import (
-    METHODS,
-    WITH_HEADS,
-    Budget,
-    Evidence,
-    cut,
-    flap,
-    gradients,
-    pruned_model,
-    saap,
-    structures,
-)
+from prunenet.policies.methods import METHODS, WITH_HEADS, Budget, Evidence, cut, pruned_model
+from prunenet.policies.methods.evidence.measurements import gradients, structures
+from prunenet.policies.methods.papers import flap, saap
 from prunenet.text.calibration import Blocks
 
 CUTTABLE = [name for name in FAMILIES if ARCHITECTURES[name].attention_in]

@@ -6,7 +6,9 @@ from families import D_FF, D_MODEL, LAYERS, tiny_model, token_ids
 from prunenet.models.layers import count_parameters, down_linears, ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
-from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, flap, gradients, pruned_model, wanda_sp
+from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, pruned_model
+from prunenet.policies.methods.evidence.measurements import gradients
+from prunenet.policies.methods.papers import flap, wanda_sp
 from prunenet.refit.moments import Energies
 from prunenet.text.calibration import Blocks
 

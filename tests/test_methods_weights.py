@@ -9,7 +9,9 @@ from scipy.stats import ks_2samp
 
 from prunenet.models.layers import FFN, iter_ffns
 from prunenet.models.surgery import narrowed
-from prunenet.policies.methods import METHODS, Evidence, cut, folding, lila, pruned_model, published
+from prunenet.policies.methods import METHODS, Evidence, cut, pruned_model
+from prunenet.policies.methods.papers import folding, lila
+from prunenet.policies.methods.papers import prunenet_published as published
 
 
 def logits(model) -> torch.Tensor:

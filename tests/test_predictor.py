@@ -10,7 +10,7 @@ from planted import Planted, optimum, room
 from scipy.stats import spearmanr
 
 from prunenet.policies.methods import Budget, Space, best_of_random, predictor_search, uniform
-from prunenet.policies.methods.predictor import LossPredictor, cross_validated, narrowed, rank_correlation
+from prunenet.policies.methods.widths.predictor import LossPredictor, cross_validated, narrowed, rank_correlation
 
 pytest.importorskip("sklearn")
 FEW = {"samples": 14, "measured": 4, "rounds": 2, "candidates": 300}

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from prunenet.checkpoints.save import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
 from prunenet.models.surgery import narrowed
 from prunenet.policies.artifact import PolicyError
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.gradients import next_token_loss
-from prunenet.policies.methods.slicegpt import sliced
+from prunenet.policies.methods.evidence.gradients import next_token_loss
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
 from prunenet.text.calibration import Blocks

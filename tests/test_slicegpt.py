@@ -19,7 +19,7 @@ from prunenet.models.rotation import covariance, eigenbasis, parameters_at, resi
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
-from prunenet.policies.methods.slicegpt import parameters_left, slice_stream, width_at_slicing
+from prunenet.policies.methods.papers.slicegpt import parameters_left, slice_stream, width_at_slicing
 from prunenet.text.calibration import Blocks, token_blocks
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})

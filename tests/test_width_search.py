@@ -9,8 +9,9 @@ from planted import Planted, room
 
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.masks import top_channels
-from prunenet.policies.methods import Budget, Evidence, Space, WidthDivergence, best_of_random, cut, magnitude, uniform
-from prunenet.policies.methods.evaluations import Evaluations
+from prunenet.policies.methods import Budget, Evidence, Space, WidthDivergence, best_of_random, cut, uniform
+from prunenet.policies.methods.papers import magnitude
+from prunenet.policies.methods.widths.evaluations import Evaluations
 from prunenet.refit.cut import Cut, Refits
 from prunenet.text.calibration import Blocks
 

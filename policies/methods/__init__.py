@@ -15,19 +15,19 @@ FFN channels; attention heads too where a method that cuts them is asked to. Sli
 Formulas: METHODS.md section 6; each file opens with its source and with what differs from it.
 """
 
-from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
 from prunenet.policies.methods.cut import WITH_HEADS, Cut, cut, pruned_model
-from prunenet.policies.methods.evaluations import Evaluator, Searched, best_of_random
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.evolution import Screen, evolution_search
-from prunenet.policies.methods.group_tuning import Tuned, group_tuned
-from prunenet.policies.methods.influence import block_influence, by_influence
-from prunenet.policies.methods.predictor import PredictorSearch, predictor_search
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.papers.saap_tuning import Tuned, group_tuned
+from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.policies.methods.searched_widths import searched_widths
-from prunenet.policies.methods.slicegpt import sliced
-from prunenet.policies.methods.space import Space
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
-from prunenet.policies.methods.width_divergence import WidthDivergence
+from prunenet.policies.methods.widths.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
+from prunenet.policies.methods.widths.evaluations import Evaluator, Searched, best_of_random
+from prunenet.policies.methods.widths.evolution import Screen, evolution_search
+from prunenet.policies.methods.widths.influence import block_influence, by_influence
+from prunenet.policies.methods.widths.predictor import PredictorSearch, predictor_search
+from prunenet.policies.methods.widths.space import Space
+from prunenet.policies.methods.widths.width_divergence import WidthDivergence
 
 __all__ = [
     "METHODS",

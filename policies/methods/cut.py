@@ -17,13 +17,13 @@ from prunenet.models.heads import out_linears
 from prunenet.models.layers import FFN, down_linears, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import narrowed
-from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.flap import group_mean_bias, mean_bias, standardised
-from prunenet.policies.methods.influence import by_influence
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Pool, Scores, ranked, shared
+from prunenet.policies.methods.papers.flap import group_mean_bias, mean_bias, standardised
 from prunenet.policies.methods.searched_widths import searched_widths
-from prunenet.policies.methods.structures import Pool, Scores, ranked, shared
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
+from prunenet.policies.methods.widths.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
+from prunenet.policies.methods.widths.influence import by_influence
 from prunenet.refit.moments import LayerWalk
 from prunenet.runtime.placement import check_together, derive, is_placed, present
 

@@ -9,11 +9,11 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from prunenet.policies.methods.allocation import Budget
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.evolution import evolution_search
-from prunenet.policies.methods.predictor import predictor_search
-from prunenet.policies.methods.width_divergence import WidthDivergence
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.widths.allocation import Budget
+from prunenet.policies.methods.widths.evolution import evolution_search
+from prunenet.policies.methods.widths.predictor import predictor_search
+from prunenet.policies.methods.widths.width_divergence import WidthDivergence
 
 _TOKENS = 1024
 
@@ -36,7 +36,7 @@ def searched_widths(
         evidence: its model, text and seed.
         budget: of all layers.
         scores: (d_ff,) of each layer, higher stays longer.
-        how: see `prunenet.policies.methods.predictor` and `prunenet.policies.methods.evolution`.
+        how: see `prunenet.policies.methods.widths.predictor` and `prunenet.policies.methods.widths.evolution`.
         path: JSON-lines file that a killed search goes on from.
 
     Raises:

@@ -13,21 +13,23 @@ from transformers import PreTrainedModel
 
 from prunenet.models.layers import FFN
 from prunenet.models.rotation import check_rotatable
-from prunenet.policies.methods import (
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores
+from prunenet.policies.methods.papers import (
     adapruner,
     flap,
     folding,
     lila,
     llm_pruner,
     magnitude,
-    published,
     random_channels,
     saap,
     slicegpt,
     wanda_sp,
 )
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.structures import Scores
+from prunenet.policies.methods.papers import (
+    prunenet_published as published,
+)
 from prunenet.refit.moments import Energies
 
 Needs = Literal["weights", "text", "gradients"]

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from prunenet.models.layers import check_tokens
-from prunenet.policies.methods.gradients import next_token_loss
+from prunenet.policies.methods.evidence.gradients import next_token_loss
 from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.runtime import parallel

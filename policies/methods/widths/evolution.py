@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from prunenet.policies.methods.allocation import Budget, fitted, uniform
-from prunenet.policies.methods.evaluations import Evaluations, Evaluator, Searched, Widths, fresh
-from prunenet.policies.methods.space import Space, level_step
+from prunenet.policies.methods.widths.allocation import Budget, fitted, uniform
+from prunenet.policies.methods.widths.evaluations import Evaluations, Evaluator, Searched, Widths, fresh
+from prunenet.policies.methods.widths.space import Space, level_step
 
 _SIZES = 4  # a switch moves 1, 2, 4 or 8 levels
 _TRIES = 200  # draws for one child

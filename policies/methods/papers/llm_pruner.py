@@ -18,9 +18,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.gradients import TaylorSums
-from prunenet.policies.methods.structures import Scores
+from prunenet.policies.methods.evidence.gradients import TaylorSums
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores
 
 Variant = Literal["vector", "element1", "element2", "mix"]
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.models.layers import check_tokens, decoder_layers
-from prunenet.policies.methods.allocation import Budget, fitted
+from prunenet.policies.methods.widths.allocation import Budget, fitted
 from prunenet.runtime.placement import home
 
 

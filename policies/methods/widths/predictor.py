@@ -28,9 +28,9 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 
-from prunenet.policies.methods.allocation import Budget, uniform
-from prunenet.policies.methods.evaluations import Evaluations, Evaluator, Searched, Widths, fresh
-from prunenet.policies.methods.space import Space
+from prunenet.policies.methods.widths.allocation import Budget, uniform
+from prunenet.policies.methods.widths.evaluations import Evaluations, Evaluator, Searched, Widths, fresh
+from prunenet.policies.methods.widths.space import Space
 
 _FOLDS = 5
 _MATTER = 0.8  # share of the importance that the layers to be narrowed carry
@@ -101,7 +101,7 @@ class PredictorSearch:
     space: Space
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the architectures measured are left out, see `prunenet.policies.methods.evaluations`."""
+        """For JSON; the architectures measured are left out, see `prunenet.policies.methods.widths.evaluations`."""
         return {
             "widths": self.best.widths,
             "loss": self.best.loss,

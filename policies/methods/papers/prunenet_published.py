@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 
 from prunenet.models.masks import check_ratio, top_channels
-from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.spectra.exact import SpectralReference
 
 _PERFECT = 99999.0  # the package's reward for a KS distance of 0

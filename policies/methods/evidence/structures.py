@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.models.heads import attentions
-from prunenet.policies.methods.allocation import Budget
+from prunenet.policies.methods.widths.allocation import Budget
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunenet.models.layers import FFN
-from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.refit.moments import Energies
 
 

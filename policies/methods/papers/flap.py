@@ -17,8 +17,8 @@ from torch import Tensor
 
 from prunenet.models.heads import Attention
 from prunenet.models.layers import FFN
-from prunenet.policies.methods.evidence import Evidence, HeadOutputs
-from prunenet.policies.methods.structures import Scores
+from prunenet.policies.methods.evidence.measurements import Evidence, HeadOutputs
+from prunenet.policies.methods.evidence.structures import Scores
 from prunenet.refit.moments import Energies
 
 

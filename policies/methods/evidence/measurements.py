@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from prunenet.models.heads import Attention, attentions, out_linears
 from prunenet.models.layers import FFN, check_tokens, decoder_layers, ffn_at, iter_ffns
-from prunenet.policies.methods.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
-from prunenet.policies.methods.influence import block_influence
+from prunenet.policies.methods.evidence.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
+from prunenet.policies.methods.widths.influence import block_influence
 from prunenet.refit.moments import Energies, LayerWalk
 from prunenet.runtime.placement import check_together, device_of, home, is_placed
 from prunenet.text.calibration import Blocks

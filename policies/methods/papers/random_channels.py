@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.structures import Scores
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores
 
 
 def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:

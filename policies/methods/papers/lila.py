@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.spectra.distances import ks_distance
 
 _CHUNK = 2**19  # elements of the largest temporary: 4 MB stay in the cache

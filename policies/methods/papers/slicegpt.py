@@ -35,8 +35,8 @@ from prunenet.models.rotation import (
     width_for,
 )
 from prunenet.policies.apply import Pruned, base_of
-from prunenet.policies.methods.allocation import Budget
-from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.widths.allocation import Budget
 from prunenet.refit.moments import layer_calls
 from prunenet.runtime.placement import check_together, home
 

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunenet.models.heads import Attention
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.structures import Scores
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores
 
 
 def scores(evidence: Evidence, *, matrix: Literal["gate", "up", "down", "product"] = "product") -> list[Float[Tensor, " _"]]:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from prunenet.models.layers import FFN
-from prunenet.policies.methods.evidence import Evidence
+from prunenet.policies.methods.evidence.measurements import Evidence
 
 
 def merge(evidence: Evidence, widths: Sequence[int]) -> list[FFN]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from prunenet.policies.methods.allocation import Budget, uniform
-from prunenet.policies.methods.space import Space
+from prunenet.policies.methods.widths.allocation import Budget, uniform
+from prunenet.policies.methods.widths.space import Space
 
 Evaluator = Callable[[Sequence[int]], float]
 """Widths of all layers -> loss, lower is better, the same at every call.

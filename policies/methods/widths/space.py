@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from prunenet.policies.methods.allocation import Budget
+from prunenet.policies.methods.widths.allocation import Budget
 
 _LEVELS = 24  # of a layer, where no step is given
 _BISECTIONS = 40

@@ -35,11 +35,11 @@ from transformers import PreTrainedModel
 
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
-from prunenet.policies.methods.allocation import Budget, protected
-from prunenet.policies.methods.calibration_pool import Pool
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.gradients import Slice, channel_gradients, next_token_loss
-from prunenet.policies.methods.search import Choice, Space, Span, Strategy, Trial, Value, best, search
+from prunenet.policies.methods.evidence.gradients import Slice, channel_gradients, next_token_loss
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.papers.calibration_pool import Pool
+from prunenet.policies.methods.papers.tpe import Choice, Space, Span, Strategy, Trial, Value, best, search
+from prunenet.policies.methods.widths.allocation import Budget, protected
 from prunenet.runtime.placement import home
 from prunenet.text.calibration import weights_sha256
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.policies.methods import folding
+from prunenet.policies.methods.papers import folding
 from prunenet.runtime.placement import home
 
 _BATCH = 4

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.models.layers import check_tokens, decoder_layers
-from prunenet.policies.methods.gradients import next_token_loss
+from prunenet.policies.methods.evidence.gradients import next_token_loss
 from prunenet.runtime.placement import home
 
 

@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.flap import standardised
-from prunenet.policies.methods.gradients import TaylorSums
-from prunenet.policies.methods.structures import Scores
+from prunenet.policies.methods.evidence.gradients import TaylorSums
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores
+from prunenet.policies.methods.papers.flap import standardised
 
 Element = Literal["element1", "element2", "mix"]
 Removes = Literal["unstable", "stable"]
