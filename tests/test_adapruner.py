@@ -13,8 +13,8 @@ from families import D_FF, tiny_model, token_ids
 from prunenet.models.layers import count_parameters
 from prunenet.models.surgery import narrowed
 from prunenet.policies.methods import METHODS, Budget, Evidence, cut, uniform
+from prunenet.policies.methods.evidence import gradients
 from prunenet.policies.methods.evidence.gradients import Slice, channel_gradients
-from prunenet.policies.methods.evidence.measurements import gradients
 from prunenet.policies.methods.papers import adapruner
 from prunenet.policies.methods.papers.adapruner import METRICS, STARTS, Metric, masked_loss, searched
 from prunenet.policies.methods.papers.calibration_pool import Pool, mean_hidden_states

@@ -16,8 +16,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from prunenet.cli import compare as command
 from prunenet.cli.app import app
-from prunenet.cli.app import compare as command
 from prunenet.compare import ledger, run, summary, workshop
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.results import Results

@@ -12,7 +12,8 @@ from test_cli import save_tiny
 from typer.testing import CliRunner
 
 from prunenet.checkpoints.save import load_model, load_provenance
-from prunenet.cli.app import app, demo, tables
+from prunenet.cli import demo, tables
+from prunenet.cli.app import app
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
 from prunenet.policies.training.recipe import Recipe

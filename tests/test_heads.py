@@ -25,7 +25,7 @@ from prunenet.models.heads import attentions, group_counts, out_linears
 from prunenet.models.layers import count_parameters, decoder_layers
 from prunenet.models.surgery import masking, narrowed
 from prunenet.policies.methods import METHODS, WITH_HEADS, Budget, Evidence, cut, pruned_model
-from prunenet.policies.methods.evidence.measurements import gradients, structures
+from prunenet.policies.methods.evidence import gradients, structures
 from prunenet.policies.methods.papers import flap, saap
 from prunenet.text.calibration import Blocks
 

@@ -7,7 +7,7 @@ from prunenet.models.layers import count_parameters, down_linears, ffn_widths, i
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
 from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, pruned_model
-from prunenet.policies.methods.evidence.measurements import gradients
+from prunenet.policies.methods.evidence import gradients
 from prunenet.policies.methods.papers import flap, wanda_sp
 from prunenet.refit.moments import Energies
 from prunenet.text.calibration import Blocks

@@ -37,7 +37,7 @@ def home(tmp_path_factory) -> Path:
 def command(home: Path, *args: object) -> None:
     """The command line, as in a process of its own."""
     os.environ["PRUNENET_CACHE"] = str(home / "cache")
-    from prunenet.cli.app import app as cli
+    from prunenet.cli import app as cli
 
     sys.argv = ["prunenet", *map(str, args)]
     cli.main()

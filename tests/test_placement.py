@@ -25,8 +25,8 @@ from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.refit.cut import Refits, cut_layers, refit_kept, refit_sequentially
 from prunenet.refit.moments import LayerWalk, ffn_moments, paired_moments
 from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
+from prunenet.text import calibration
 from prunenet.text.calibration import Blocks, weights_sha256
-from prunenet.text.corpora import calibration
 from prunenet.text.generate import generate_blocks
 
 pytest.importorskip("accelerate")

@@ -9,7 +9,7 @@ from families import D_FF, LAYERS, tiny_model, token_ids
 
 from prunenet.models.layers import count_parameters, decoder_layers, down_linears, iter_ffns
 from prunenet.policies.methods import METHODS, Evidence, cut, group_tuned, pruned_model
-from prunenet.policies.methods.evidence.measurements import gradients
+from prunenet.policies.methods.evidence import gradients
 from prunenet.policies.methods.papers import saap
 from prunenet.policies.methods.papers.saap_tuning import Adapter, pooled, quantised, spread
 from prunenet.text.calibration import Blocks

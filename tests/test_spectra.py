@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
+from prunenet.spectra import exact as spectra
 from prunenet.spectra.distances import ks_distance, wasserstein_distance
 from prunenet.spectra.exact import DISTANCES, SpectralReference, energy_kept, gram
-from prunenet.spectra.exact import exact as spectra
 from prunenet.spectra.tridiagonal import counts_below, tridiagonal
 
 SHAPES = [(96, 40), (40, 40), (24, 40), (60, 1), (1, 12)]

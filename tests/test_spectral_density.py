@@ -12,9 +12,9 @@ from prunenet.envs import rewards
 from prunenet.envs.rewards import SpectralReward
 from prunenet.models.layers import iter_ffns
 from prunenet.policies.training.recipe import PRESETS, Recipe, as_json
+from prunenet.spectra import estimated as spectral_density
 from prunenet.spectra.estimated import SpectralSketch
 from prunenet.spectra.exact import SpectralReference
-from prunenet.spectra.exact import estimated as spectral_density
 
 SHAPES = [(320, 120), (120, 120), (80, 120)]
 SPECTRA = {

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from prunenet.text import corpora as text_module
 from prunenet.text.corpora import (
     CalibrationText,
     TestText,
@@ -20,7 +21,6 @@ from prunenet.text.corpora import (
     token_windows,
     tokenise,
 )
-from prunenet.text.corpora import corpora as text_module
 
 
 @pytest.fixture

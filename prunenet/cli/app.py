@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from prunenet.cli.app import tables
+from prunenet.cli import tables
 from prunenet.cli.compare import compare
 from prunenet.cli.console import errors, one_job, one_process, show
 from prunenet.cli.inputs import blocks_for, check_reward_inputs, check_streamable, check_text, open_model, tokenizer_of

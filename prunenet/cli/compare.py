@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.markup import escape
 
-from prunenet.cli.app import tables
+from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.options import Device, Dtype, Json, MaxMemory, Model, PolicyName, Window
 from prunenet.runtime import parallel

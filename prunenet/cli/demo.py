@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.demo_model import fetch_demo_model
 from prunenet.checkpoints.save import CheckpointError, identify, load_model, load_provenance, load_tokenizer
-from prunenet.cli.app import tables
+from prunenet.cli import tables
 from prunenet.evaluation.report import draw_report
 from prunenet.evaluation.side_by_side import measure
 from prunenet.evaluation.speed import generate_sentence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
-from prunenet.cli.app import tables
+from prunenet.cli import tables
 from prunenet.cli.console import errors
 from prunenet.runtime.placement import AUTO
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from prunenet.cli.app import tables
+from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.inputs import blocks_for, check_text, tokenizer_of
 from prunenet.cli.options import CalibrationSource, Dtype, Json, OneDevice, Out
