@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prunenet import __version__
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.policies.methods import (
     Budget,

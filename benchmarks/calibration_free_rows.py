@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.models.layers import ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.checkpoints.save import load_model
+from prunenet.checkpoints.load import load_model
 from prunenet.evaluation.speed import speed, speed_side_by_side
 from prunenet.models.heads import out_linears
 from prunenet.models.layers import ffn_widths, iter_ffns

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from prunenet import __version__
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
 from prunenet.text.calibration import self_blocks

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunenet import __version__
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import iter_ffns
 from prunenet.models.masks import top_channels, width_at

@@ -21,7 +21,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.evaluation.perplexity import perplexity

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.envs.rewards import energy_lost
 from prunenet.models.layers import down_linears
 from prunenet.models.masks import top_channels, width_at

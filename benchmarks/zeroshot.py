@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from prunenet.checkpoints.save import identify, load_model, load_tokenizer
+from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.evaluation.zeroshot import task_files, zero_shot
 from prunenet.models.layers import count_parameters
 

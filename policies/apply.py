@@ -13,7 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.save import Provenance, identify, save_pruned
+from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.regimes import most
+from prunenet.checkpoints.save import save_pruned
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
 from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at, widths_for_budget
@@ -212,9 +215,8 @@ def chosen_way(cuts: Collection[str], gain: float | None) -> tuple[str, float | 
 
 def _regime(policy: Policy | None, blocks: Blocks | None) -> str:
     """What the whole way looked at, training included: the most that any step of it did."""
-    order = ("weights", "self", "data")
     seen = [policy.config.regime] if policy is not None else []
-    return max([*seen, *([blocks.regime] if blocks is not None else [])], key=order.index)
+    return most([*seen, *([blocks.regime] if blocks is not None else [])])
 
 
 def stage_of(progress: Callable[[str, int, int], None] | None, what: str) -> Callable[[int, int], None] | None:

@@ -13,8 +13,7 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from prunenet.policies.training.swept_widths import WidthHead
+from torch.nn.functional import silu
 
 
 class ChannelScorer(nn.Module):
@@ -75,3 +74,26 @@ class ChannelScorer(nn.Module):
         """Log-odds of each layer's share of channels kept, from the context of all layers; see `prunenet.policies.training.swept_widths`."""
         offsets: Tensor = self.widths(context)
         return offsets
+
+
+class WidthHead(nn.Module):
+    """Context of a layer -> log-odds of its share of channels kept. Starts at zero: uniform widths.
+
+    Args:
+        context: names of the layer context, in order.
+        hidden: width of the hidden layer.
+        generator: draws the hidden layer's start.
+    """
+
+    def __init__(self, context: Sequence[str], *, hidden: int = 16, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(len(context), hidden)
+        self.out = nn.Linear(hidden, 1, bias=False)
+        nn.init.orthogonal_(self.hidden.weight, gain=2**0.5, generator=generator)
+        nn.init.uniform_(self.hidden.bias, -1, 1, generator=generator)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, context: Float[Tensor, "layers n_context"]) -> Float[Tensor, " layers"]:
+        """Offsets, centred over the layers (only their differences matter)."""
+        offsets: Tensor = self.out(silu(self.hidden(context))).squeeze(-1)
+        return offsets - offsets.mean()

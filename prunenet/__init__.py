@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunenet.checkpoints.save import CheckpointError, load_model, load_tokenizer
+    from prunenet.checkpoints.load import load_model, load_tokenizer
     from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.apply import Pruned, prune
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from prunenet.policies.stream import prune_streamed
     from prunenet.policies.training.recipe import PRESETS, Recipe
     from prunenet.policies.training.train import train
+    from prunenet.runtime.files import CheckpointError
 
 _HOMES = {
     "UnsupportedArchitecture": "prunenet.models.architectures",
-    "CheckpointError": "prunenet.checkpoints.save",
-    "load_model": "prunenet.checkpoints.save",
-    "load_tokenizer": "prunenet.checkpoints.save",
+    "CheckpointError": "prunenet.runtime.files",
+    "load_model": "prunenet.checkpoints.load",
+    "load_tokenizer": "prunenet.checkpoints.load",
     "Pruned": "prunenet.policies.apply",
     "prune": "prunenet.policies.apply",
     "Policy": "prunenet.policies.artifact",

@@ -51,7 +51,7 @@ def smollm2() -> Path:
     """A folder with SmolLM2-135M-Instruct: $PRUNENET_DEMO_MODEL, or the one that `make demo` left in the cache."""
     if chosen := os.environ.get("PRUNENET_DEMO_MODEL"):
         return Path(chosen)
-    from prunenet.checkpoints.demo_model import cache_folder
+    from prunenet.runtime.files import cache_folder
 
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():

@@ -15,21 +15,15 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints import save as checkpoint
 from prunenet.checkpoints import sources
-from prunenet.checkpoints.save import (
-    CheckpointError,
-    Provenance,
-    export_padded,
-    identify,
-    load_masks,
-    load_model,
-    load_provenance,
-    load_tokenizer,
-    save_pruned,
-)
+from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import export_padded, load_masks, load_provenance, save_pruned
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import narrowed
 from prunenet.runtime import files as folders
+from prunenet.runtime.files import CheckpointError
 
 PER_LAYER = [16, 40, 8]
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from test_cli import save_tiny
 from typer.testing import CliRunner
 
-from prunenet.checkpoints.save import load_model, load_provenance
+from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.save import load_provenance
 from prunenet.cli import demo, tables
 from prunenet.cli.app import app
 from prunenet.policies.apply import prune

@@ -9,16 +9,9 @@ import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
-from prunenet.checkpoints.save import (
-    CheckpointError,
-    Provenance,
-    export_padded,
-    load_head_masks,
-    load_masks,
-    load_model,
-    load_provenance,
-    save_pruned,
-)
+from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import export_padded, load_head_masks, load_masks, load_provenance, save_pruned
 from prunenet.models import modeling
 from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.models.heads import attentions, group_counts, out_linears
@@ -27,6 +20,7 @@ from prunenet.models.surgery import masking, narrowed
 from prunenet.policies.methods import METHODS, WITH_HEADS, Budget, Evidence, cut, pruned_model
 from prunenet.policies.methods.evidence import gradients, structures
 from prunenet.policies.methods.papers import flap, saap
+from prunenet.runtime.files import CheckpointError
 from prunenet.text.calibration import Blocks
 
 CUTTABLE = [name for name in FAMILIES if ARCHITECTURES[name].attention_in]

@@ -50,7 +50,7 @@ def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(algorithm
 
 @pytest.mark.slow
 def test_on_the_real_model_the_trained_policy_beats_random_masks_by_three_standard_deviations(smollm2):
-    from prunenet.checkpoints.save import load_model
+    from prunenet.checkpoints.load import load_model
 
     model = load_model(smollm2)
     view, reward = View.of(model), SpectralReward(model)

@@ -13,7 +13,8 @@ from test_cli import facts, refused, run, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunenet.checkpoints import offload
-from prunenet.checkpoints.save import CheckpointError, load_model
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.checkpoints.load import load_model
 from prunenet.evaluation.divergence import divergences
 from prunenet.features.from_activations import channel_features
 from prunenet.features.from_weights import layer_context, observe
@@ -24,9 +25,10 @@ from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.refit.cut import Refits, cut_layers, refit_kept, refit_sequentially
 from prunenet.refit.moments import LayerWalk, ffn_moments, paired_moments
+from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
 from prunenet.text import calibration
-from prunenet.text.calibration import Blocks, weights_sha256
+from prunenet.text.calibration import Blocks
 from prunenet.text.generate import generate_blocks
 
 pytest.importorskip("accelerate")

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, tiny_model, token_ids
 
 import prunenet
-from prunenet.checkpoints.provenance import REGIMES, Regime
+from prunenet.checkpoints.regimes import REGIMES, Regime
 from prunenet.features.from_weights import CONTEXT, STATISTICS
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels

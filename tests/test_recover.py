@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from test_cli import contents, facts, refused, run, save_tiny
 from transformers import AutoModelForCausalLM
 
-from prunenet.checkpoints.save import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
+from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import load_masks, load_provenance, save_pruned
+from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.surgery import narrowed
 from prunenet.policies.artifact import PolicyError
-from prunenet.policies.methods.evidence.gradients import next_token_loss
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
@@ -240,7 +243,7 @@ def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(den
 
 
 def test_text_from_outside_needs_no_teacher_and_the_story_says_so(dense, pruned, words, tmp_path):
-    from prunenet.checkpoints.save import load_tokenizer
+    from prunenet.checkpoints.load import load_tokenizer
 
     model = load_model(pruned)
     named = save_pruned(model, tmp_path / "p", load_masks(pruned), load_provenance(pruned), tokenizer=load_tokenizer(dense))

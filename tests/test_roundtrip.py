@@ -11,7 +11,9 @@ import torch
 from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from safetensors.torch import load_file
 
-from prunenet.checkpoints.save import Provenance, export_padded, load_model, load_tokenizer, save_pruned
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import export_padded, save_pruned
 from prunenet.models.architectures import ARCHITECTURES
 from prunenet.models.layers import ffn_widths
 from prunenet.models.masks import width_at

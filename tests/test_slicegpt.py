@@ -9,7 +9,8 @@ from families import D_MODEL, LAYERS, VOCABULARY, random_keep, tiny_model, token
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prunenet.checkpoints.save import CheckpointError, export_padded, load_masks, load_model, load_provenance
+from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.save import export_padded, load_masks, load_provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.features.from_weights import channel_statistics
 from prunenet.models import sliced_modeling
@@ -20,6 +21,7 @@ from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
 from prunenet.policies.methods.papers.slicegpt import parameters_left, slice_stream, width_at_slicing
+from prunenet.runtime.files import CheckpointError
 from prunenet.text.calibration import Blocks, token_blocks
 
 BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})

@@ -186,8 +186,8 @@ def test_a_record_says_how_spectra_were_found_only_where_that_was_chosen() -> No
 
 @pytest.mark.slow
 def test_on_a_real_model_every_layer_is_within_the_bound() -> None:
-    from prunenet.checkpoints.demo_model import cache_folder
-    from prunenet.checkpoints.save import load_model
+    from prunenet.checkpoints.load import load_model
+    from prunenet.runtime.files import cache_folder
 
     folder = Path(os.environ.get("PRUNENET_MODEL", cache_folder() / "SmolLM2-135M-Instruct"))
     if not folder.is_dir():

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from prunenet.checkpoints import offload, shards, streaming
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.checkpoints.load import load_model
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.save import CheckpointError, load_model
 from prunenet.checkpoints.shards import StoredTensor, read_header, write_shard
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.cli.app import app
@@ -29,7 +30,8 @@ from prunenet.policies.stream import prune_streamed
 from prunenet.policies.training.recipe import PRESETS, recipe_for
 from prunenet.policies.training.train import train
 from prunenet.runtime import files as folders
-from prunenet.text.calibration import token_blocks, weights_sha256
+from prunenet.runtime.files import CheckpointError
+from prunenet.text.calibration import token_blocks
 
 SHARDS = "20KB"
 FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias", "norm_scale", "attention_out")

@@ -107,7 +107,7 @@ def test_the_policy_returned_is_the_best_one_seen():
 
 def test_a_policy_does_not_tell_where_its_model_lay(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "secret" / "tiny")
-    from prunenet.checkpoints.save import load_model
+    from prunenet.checkpoints.load import load_model
 
     assert train(load_model(tmp_path / "secret" / "tiny"), SHORT).policy.config.trained_on["model"] == "tiny"
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prunenet.models.masks import width_at, widths_for_budget
-from prunenet.policies.training.swept_widths import SweptWidths, WidthHead, mean_shares
+from prunenet.policies.scorer import WidthHead
+from prunenet.policies.training.swept_widths import SweptWidths, mean_shares
 
 
 def test_equal_offsets_are_uniform_widths():

@@ -507,7 +507,7 @@ def test_the_runner_writes_a_line_per_model_and_task_and_skips_what_is_there(
 @needs_harness
 @pytest.mark.slow
 def test_the_real_model_answers_better_than_chance(smollm2: Path, data_dir: Path) -> None:
-    from prunenet.checkpoints.save import load_model, load_tokenizer
+    from prunenet.checkpoints.load import load_model, load_tokenizer
 
     files = {"arc_easy": data_dir / "tasks" / "arc_easy.jsonl", "piqa": data_dir / "tasks" / "piqa.jsonl"}
     easy, piqa = zero_shot(load_model(smollm2), load_tokenizer(smollm2), files, limit=60)

@@ -27,13 +27,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.checkpoints.demo_model import cache_folder
-from prunenet.checkpoints.save import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
+from prunenet.runtime.files import cache_folder
 from prunenet.text.corpora import TestText, load_text
 
 HERE = Path(__file__).parent

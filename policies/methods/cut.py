@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.models.heads import out_linears
+from prunenet.models.hooks import zeroing
 from prunenet.models.layers import FFN, down_linears, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import narrowed
@@ -240,16 +241,9 @@ def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> li
         for index in walk:
             scores = method.layer_score(evidence.ffns[index], walk.energies(index))
             keep.append(top_channels(scores, widths[index]))
-            hooks.enter_context(downs[index].register_forward_pre_hook(_zeroing(~keep[-1])))
+            hooks.enter_context(downs[index].register_forward_pre_hook(zeroing(~keep[-1])))
     return keep
 
 
 def _plus(bias: Tensor, tensor: Tensor) -> Tensor:
     return tensor + bias.to(tensor)
-
-
-def _zeroing(dropped: Bool[Tensor, " _"]) -> Any:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].masked_fill(dropped, 0), *inputs[1:])
-
-    return hook

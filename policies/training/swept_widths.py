@@ -10,40 +10,15 @@ exact, and its gradient reaches the offsets of this layer and of all later ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch import Tensor
 
 from prunenet.models.masks import top_channels
 
 _BISECTIONS = 40  # of theta in [-30, 30]: to 1e-10
-
-
-class WidthHead(nn.Module):
-    """Context of a layer -> log-odds of its share of channels kept. Starts at zero: uniform widths.
-
-    Args:
-        context: names of the layer context, in order.
-        hidden: width of the hidden layer.
-        generator: draws the hidden layer's start.
-    """
-
-    def __init__(self, context: Sequence[str], *, hidden: int = 16, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(len(context), hidden)
-        self.out = nn.Linear(hidden, 1, bias=False)
-        nn.init.orthogonal_(self.hidden.weight, gain=2**0.5, generator=generator)
-        nn.init.uniform_(self.hidden.bias, -1, 1, generator=generator)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, context: Float[Tensor, "layers n_context"]) -> Float[Tensor, " layers"]:
-        """Offsets, centred over the layers (only their differences matter)."""
-        offsets: Tensor = self.out(silu(self.hidden(context))).squeeze(-1)
-        return offsets - offsets.mean()
 
 
 def mean_shares(

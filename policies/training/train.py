@@ -21,6 +21,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
@@ -33,7 +35,7 @@ from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_home
-from prunenet.text.calibration import Blocks, weights_sha256
+from prunenet.text.calibration import Blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None, rea
     if blocks is None:
         return regime or "weights"
     if regime is None or read or (where is not None and where.reward != "spectral"):
-        return max(regime or "weights", blocks.regime, key=("weights", "self", "data").index)
+        return most([regime or "weights", blocks.regime])
     return regime
 
 

@@ -7,24 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.regimes import REGIMES
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import QUERY_HEADS, attentions
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.modeling import HEADS
 
 FORMAT_VERSION = 1
-TextRegime = Literal["self", "data"]
-"""Whose text was looked at: the model's own, or external text (DESIGN section 1)."""
-Regime = Literal["weights", TextRegime]
-REGIMES: dict[str, str] = {  # one that looks at more comes later
-    "weights": "nothing but the checkpoint was looked at",
-    "self": "nothing but the checkpoint and text that the model generated was looked at",
-    "data": "external calibration text was looked at",
-}
 _OF_GROUPS = ("dense_groups", "groups")
 _OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
 

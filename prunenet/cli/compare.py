@@ -80,7 +80,7 @@ def compare(
     allocations: a wrong name lists them. Ours: prunenet (what 'prunenet prune' does), prunenet-weights, elimination.
     """
     with one_job(device) as place:
-        from prunenet.checkpoints.save import load_model, load_tokenizer
+        from prunenet.checkpoints.load import load_model, load_tokenizer
         from prunenet.compare.plan import Plan
         from prunenet.compare.results import Results
         from prunenet.compare.spec import parse_all

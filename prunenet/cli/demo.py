@@ -11,7 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.demo_model import fetch_demo_model
-from prunenet.checkpoints.save import CheckpointError, identify, load_model, load_provenance, load_tokenizer
+from prunenet.checkpoints.identity import identify, weights_sha256
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.save import load_provenance
 from prunenet.cli import tables
 from prunenet.evaluation.report import draw_report
 from prunenet.evaluation.side_by_side import measure
@@ -23,8 +25,8 @@ from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.training.recipe import PRESETS, Recipe
 from prunenet.policies.training.train import recorded, train, unfinished
 from prunenet.refit.cut import cut_layers
-from prunenet.runtime.files import check_home, write_atomic
-from prunenet.text.calibration import Blocks, self_blocks, weights_sha256
+from prunenet.runtime.files import CheckpointError, check_home, write_atomic
+from prunenet.text.calibration import Blocks, self_blocks
 from prunenet.text.corpora import TestText, load_text
 
 PROMPT = "The Nile is the longest river in"

@@ -32,7 +32,7 @@ def open_model(
         from prunenet.checkpoints.streaming import StreamedCheckpoint
 
         return StreamedCheckpoint.open(source, dtype=dtype, device=device)
-    from prunenet.checkpoints.save import load_model
+    from prunenet.checkpoints.load import load_model
 
     return load_model(source, dtype=dtype, device=device, max_memory=max_memory)
 
@@ -54,7 +54,7 @@ def blocks_for(
     """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises as `calibration_for`."""
     from transformers import PreTrainedModel
 
-    from prunenet.checkpoints.save import load_tokenizer
+    from prunenet.checkpoints.load import load_tokenizer
     from prunenet.text.calibration import calibration_for
 
     assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
@@ -86,7 +86,8 @@ def check_text(moments: str | None, text: str | None, tokens: int | None = None)
 
 def tokenizer_of(source: str) -> PreTrainedTokenizerBase | None:
     """A checkpoint without a tokenizer can be cut all the same."""
-    from prunenet.checkpoints.save import CheckpointError, load_tokenizer
+    from prunenet.checkpoints.load import load_tokenizer
+    from prunenet.runtime.files import CheckpointError
 
     try:
         return load_tokenizer(source)

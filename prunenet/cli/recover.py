@@ -55,7 +55,8 @@ def recover(
 ) -> None:
     """Train a pruned model to do again what the dense one does (LoRA, merged), by default without any data from outside."""
     with one_job(device) as place:
-        from prunenet.checkpoints.save import load_model, load_provenance
+        from prunenet.checkpoints.load import load_model
+        from prunenet.checkpoints.save import load_provenance
         from prunenet.checkpoints.sources import find_folder
         from prunenet.recover.lora import load_peft
         from prunenet.recover.training import STATE, Tuning, tuned
@@ -90,7 +91,7 @@ def recover(
 
 def recovered(provenance: Provenance, found: Tuned, tuning: Tuning, blocks: Blocks, *, taught: bool) -> Provenance:
     """The story of a pruned model with its recovery; the regime is the most that any step looked at."""
-    from prunenet.checkpoints.provenance import REGIMES
+    from prunenet.checkpoints.regimes import most
 
     step = dataclasses.asdict(tuning) | {
         "loss": "KL(dense || pruned)" if taught else "next token",
@@ -100,7 +101,7 @@ def recovered(provenance: Provenance, found: Tuned, tuning: Tuning, blocks: Bloc
         "regime": blocks.regime,
         "text": dict(blocks.source),
     }
-    regime = max(provenance.regime, blocks.regime, key=list(REGIMES).index)
+    regime = most([provenance.regime, blocks.regime])
     return dataclasses.replace(provenance, regime=regime, recovered=(*provenance.recovered, step))
 
 
@@ -155,7 +156,7 @@ def check_recoverable(source: str, provenance: Provenance) -> None:
 
 def check_base(teacher: str, provenance: Provenance) -> None:
     """Raises ValueError where the teacher is known not to be the base model: before any weight is loaded."""
-    from prunenet.checkpoints.save import identify
+    from prunenet.checkpoints.identity import identify
 
     name, revision = identify(teacher)
     known = provenance.revision

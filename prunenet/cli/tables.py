@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prunenet.checkpoints.save import Provenance
+from prunenet.checkpoints.provenance import Provenance
 
 
 @contextmanager

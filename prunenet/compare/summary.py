@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunenet.checkpoints.provenance import REGIMES
+from prunenet.checkpoints.regimes import REGIMES
 from prunenet.compare.results import Line
 
 

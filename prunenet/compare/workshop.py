@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.regimes import most
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
@@ -187,7 +188,7 @@ class Workshop:
             model=narrow,
             widths=ffn_widths(narrow),
             biases=biases,
-            regime=max(regimes, key=("weights", "self", "data").index),
+            regime=most(regimes),
             applied_regime=seen[0],
             policy=None if asked is None else self.policy_name,
             calibration=None if blocks is None else dict(blocks.source) | {"tokens_read": blocks.ids.numel()},

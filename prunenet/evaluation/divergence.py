@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from prunenet.models.layers import calling, check_tokens, down_linears
+from prunenet.models.hooks import calling
+from prunenet.models.layers import check_tokens, down_linears
 from prunenet.runtime.placement import home, present
 
 Downs = Callable[[int, Tensor], Tensor]

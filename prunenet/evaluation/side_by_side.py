@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunenet.checkpoints.save import load_model, load_provenance, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.save import load_provenance
 from prunenet.evaluation.perplexity import perplexity, summarise
 from prunenet.evaluation.speed import check_positions, speed_side_by_side
 from prunenet.runtime.placement import AUTO
@@ -40,7 +41,7 @@ def measure(
         speed: also measure tokens per second, repeat by repeat over all models, so that noise hits them alike.
         batch: sequences at once when measuring speed.
         compiled: measure the speed of compiled code, see `prunenet.evaluation.speed.speed_side_by_side`.
-        device, max_memory, dtype: see `prunenet.checkpoints.save.load_model`.
+        device, max_memory, dtype: see `prunenet.checkpoints.load.load_model`.
         progress: called with (windows scored, windows in all), over all models.
 
     Raises:

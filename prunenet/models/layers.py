@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -234,22 +233,6 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     tables = {id(module.weight) for module in modules if module is not None}
     total = sum(counts.values())
     return total, total - sum(counts.get(table, 0) for table in tables)
-
-
-@contextmanager
-def calling(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each of these modules computes what the given function does. Its hooks are called as ever."""
-    # Most modules have the forward of their class; accelerate gives them one of their own, which must come back.
-    own = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, before in own.items():
-            vars(module).pop("forward", None)
-            if before is not None:
-                module.forward = before
 
 
 def plain_linear(layer: nn.Module, path: str) -> nn.Linear:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from prunenet.models import modeling
 from prunenet.models.architectures import Architecture, architecture_for
 from prunenet.models.heads import GROUPS, attentions, group_counts, out_linears, spread, state_counts
+from prunenet.models.hooks import zeroing
 from prunenet.models.layers import check_whole, decoder_layers, down_linears, ffn_widths, plain_linear
 from prunenet.models.masks import check_keep
 from prunenet.runtime.placement import derive, device_of, shared_copy
@@ -76,7 +77,7 @@ def masking(
         masked += [(linear, mask.repeat_interleave(linear.in_features // len(mask))) for linear, mask in outs]
     with ExitStack() as hooks:
         for linear, mask in masked:
-            hooks.enter_context(linear.register_forward_pre_hook(_zeroing(~mask.to(device_of(linear)))))
+            hooks.enter_context(linear.register_forward_pre_hook(zeroing(~mask.to(device_of(linear)))))
         yield model
 
 
@@ -207,11 +208,3 @@ def _pick_columns(linear: nn.Linear, columns: Int[Tensor, " n"]) -> None:
 def _selected(tensor: Tensor, dim: int, index: Int[Tensor, " n"]) -> Tensor:
     blank = (index < 0).nonzero().flatten().to(tensor.device)  # before the move: on the meta device nothing can be counted
     return tensor.index_select(dim, index.clamp_min(0).to(tensor.device)).index_fill_(dim, blank, 0)
-
-
-def _zeroing(dropped: Tensor) -> Any:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # masked_fill and not a product: a dropped channel that overflows must not become inf * 0.
-        return (inputs[0].masked_fill(dropped, 0), *inputs[1:])
-
-    return hook

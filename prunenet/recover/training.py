@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens
-from prunenet.policies.methods.evidence.gradients import next_token_loss
 from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import home
-from prunenet.text.calibration import Blocks, check_seed, weights_sha256
+from prunenet.text.calibration import Blocks, check_seed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

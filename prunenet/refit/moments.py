@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.models.architectures import architecture_for
-from prunenet.models.layers import calling, check_tokens, decoder_layers, down_linears
+from prunenet.models.hooks import calling
+from prunenet.models.layers import check_tokens, decoder_layers, down_linears
 from prunenet.runtime.placement import device_of, home, is_placed, present
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.demo_model import cache_folder
-from prunenet.checkpoints.provenance import TextRegime
-from prunenet.checkpoints.streaming import StreamedCheckpoint
-from prunenet.models.layers import structure
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.checkpoints.regimes import TextRegime
 from prunenet.runtime import parallel
-from prunenet.runtime.files import write_atomic
-from prunenet.runtime.placement import parameters, tensor_of
+from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.text.corpora import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
 from prunenet.text.generate import document_start, generate_blocks
 from prunenet.text.random_tokens import random_blocks
@@ -258,21 +255,3 @@ def blocks_from(source: int, make: Callable[[], Blocks]) -> Blocks:
     ids = parallel.from_rank(source, lambda: made[0].ids)
     regime, how = parallel.told_by(source, lambda: (made[0].regime, dict(made[0].source)))
     return Blocks(ids, regime, how)
-
-
-def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:
-    """Hash of what the model computes with: its parameters and its configuration, less the path it came from."""
-    digest = hashlib.sha256()
-    skeleton = structure(model)
-    fields = {k: v for k, v in skeleton.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, _ in parameters(skeleton):
-        digest.update(name.encode())
-        pieces: Iterable[Tensor]
-        if isinstance(model, PreTrainedModel):
-            pieces = (tensor_of(model, name),)
-        else:
-            pieces = (rows for _, rows in model.stored[name].slabs())
-        for piece in pieces:
-            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

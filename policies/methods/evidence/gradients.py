@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import group_counts
 from prunenet.models.layers import check_tokens, decoder_layers
@@ -78,13 +78,6 @@ def draw_windows(
     rows = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(-(-count // blocks))])[:count]
     starts = torch.randint(tokens - length + 1, (count,), generator=generator)
     return torch.stack([ids[row, start : start + length] for row, start in zip(rows, starts, strict=True)])
-
-
-def next_token_loss(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of every token but the first of each sequence, in nats; differentiable."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:

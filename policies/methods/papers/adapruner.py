@@ -33,15 +33,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
-from prunenet.policies.methods.evidence.gradients import Slice, channel_gradients, next_token_loss
+from prunenet.policies.methods.evidence.gradients import Slice, channel_gradients
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.papers.calibration_pool import Pool
 from prunenet.policies.methods.papers.tpe import Choice, Space, Span, Strategy, Trial, Value, best, search
 from prunenet.policies.methods.widths.allocation import Budget, protected
 from prunenet.runtime.placement import home
-from prunenet.text.calibration import weights_sha256
 
 PROTECTS = (4, 2)
 DRAWS = 16

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens, decoder_layers
-from prunenet.policies.methods.evidence.gradients import next_token_loss
 from prunenet.runtime.placement import home
 
 

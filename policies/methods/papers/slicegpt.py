@@ -22,7 +22,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.checkpoints.save import Provenance
+from prunenet.checkpoints.provenance import Provenance
 from prunenet.models.layers import check_tokens, count_parameters, decoder_layers, ffn_widths
 from prunenet.models.rotation import (
     blocks_of,

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.divergence import Downs, divergences
 from prunenet.models.layers import check_tokens, down_linears
 from prunenet.models.masks import top_channels
 from prunenet.refit.cut import Refits
 from prunenet.runtime.placement import present
-from prunenet.text.calibration import weights_sha256
 
 
 class WidthDivergence:
