@@ -1,10 +1,12 @@
-"""PruneNet learns once per model family which FFN channels of a language model matter, and cuts any model of it to any size.
+"""PruneNet learns once per model family which FFN channels of a language model matter, and cuts any
+model of it to any size.
 
     policy = prunenet.Policy.from_pretrained("runs/llama")
     pruned = prunenet.prune(model, policy, ratio=0.3)
     pruned.save_pretrained("smaller")
 
-Names are imported on first use, so that `import prunenet` is quick and applying a policy imports no reinforcement learning.
+Names are imported on first use, so that `import prunenet` is quick and applying a policy imports no
+reinforcement learning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Models that accelerate spreads over devices and disk: what they give is what the model in memory gives, to the bit."""
+"""Models that accelerate spreads over devices and disk: what they give is what the model in memory
+gives, to the bit.
+"""
 
 import gc
 import json
@@ -69,7 +71,9 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_placed_model_of_every_family_has_the_weights_logits_and_narrow_form_of_the_one_in_memory(tmp_path, family):
+def test_a_placed_model_of_every_family_has_the_weights_logits_and_narrow_form_of_the_one_in_memory(
+    tmp_path, family
+):
     memory, placed = both(stored(tmp_path / "dense", family, bias=True), "cpu=10KB")
     assert devices(placed) == {"meta"}
     assert weights_sha256(placed) == weights_sha256(memory)
@@ -146,10 +150,18 @@ def test_cuts_refits_and_what_they_cost_are_those_in_memory(tmp_path, family, li
         (cut,) = cut_layers(model, BLOCKS, [[24] * 3])
         moments = list(ffn_moments(model, BLOCKS))
         again = refit_kept(model, cut.keep, [(one, one) for one in moments])
-        sequential = [refit_sequentially(model, cut, BLOCKS, dense_targets=dense) for dense in (True, False)]
+        sequential = [
+            refit_sequentially(model, cut, BLOCKS, dense_targets=dense) for dense in (True, False)
+        ]
         cuts = [cut, again, *sequential]
         costs = divergences(model, [one.down for one in cuts], BLOCKS)
-        results.append(([*costs], [d for one in cuts for d in one.downs], [logits(one.model(model)) for one in cuts]))
+        results.append(
+            (
+                [*costs],
+                [d for one in cuts for d in one.downs],
+                [logits(one.model(model)) for one in cuts],
+            )
+        )
         assert torch.equal(logits(model), logits(memory))
     for mine, theirs in zip(*results, strict=True):
         assert all(map(torch.equal, mine, theirs))
@@ -169,13 +181,16 @@ def test_levels_of_refits_and_paired_walks_are_those_in_memory(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_placed_model_writes_the_same_text(tmp_path, family):
     mine, theirs = (
-        generate_blocks(model, 1, sequences=3, tokens=10, batch=3) for model in both(stored(tmp_path / "dense", family))
+        generate_blocks(model, 1, sequences=3, tokens=10, batch=3)
+        for model in both(stored(tmp_path / "dense", family))
     )
     assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize(("family", "tied", "widths"), [("llama", True, "per-layer"), ("opt", None, "uniform")])
+@pytest.mark.parametrize(
+    ("family", "tied", "widths"), [("llama", True, "per-layer"), ("opt", None, "uniform")]
+)
 def test_a_placed_model_is_pruned_to_the_same_bytes(tmp_path, family, tied, widths, limit):
     policy = Policy.untrained(PolicyConfig(hidden=(8,)))
     with torch.no_grad():
@@ -199,7 +214,9 @@ def written(folder: Path) -> str:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("moments", "refit"), [("self", "layerwise"), ("data", "sequential")])
-def test_prune_gives_the_same_bytes_whether_weights_are_in_memory_or_on_disk(tmp_path, monkeypatch, family, moments, refit):
+def test_prune_gives_the_same_bytes_whether_weights_are_in_memory_or_on_disk(
+    tmp_path, monkeypatch, family, moments, refit
+):
     monkeypatch.setattr(calibration, "self_blocks", partial(calibration.self_blocks, sequences=6))
     model = save_tiny(tmp_path / "dense", family)
     text = ("--text", written(tmp_path)) if moments == "data" else ()
@@ -215,8 +232,23 @@ def test_prune_gives_the_same_bytes_whether_weights_are_in_memory_or_on_disk(tmp
 @pytest.mark.parametrize("preset", ["default", "spectral"])
 def test_a_policy_trained_on_a_placed_model_is_the_one_trained_in_memory(tmp_path, preset):
     model = save_tiny(tmp_path / "dense")
-    ask: tuple[Any, ...] = ("train", model, "--updates", 1, "--masks", 2, "--preset", preset, "--widths", "uniform")
-    ask += ("--distance", "energy") if preset == "spectral" else ("--moments", "data", "--text", written(tmp_path))
+    ask: tuple[Any, ...] = (
+        "train",
+        model,
+        "--updates",
+        1,
+        "--masks",
+        2,
+        "--preset",
+        preset,
+        "--widths",
+        "uniform",
+    )
+    ask += (
+        ("--distance", "energy")
+        if preset == "spectral"
+        else ("--moments", "data", "--text", written(tmp_path))
+    )
     facts(*ask, "--out", tmp_path / "memory")
     facts(*ask, "--out", tmp_path / "placed", "--device", "auto", "--max-memory", "cpu=60KB")
     mine, theirs = (tmp_path / name / "model.safetensors" for name in ("memory", "placed"))
@@ -225,7 +257,17 @@ def test_a_policy_trained_on_a_placed_model_is_the_one_trained_in_memory(tmp_pat
 
 def test_eval_gives_the_same_perplexity_and_says_where_the_weights_were(tmp_path):
     models = [save_tiny(tmp_path / "one"), save_tiny(tmp_path / "two", "opt")]
-    ask = ("eval", *models, "--text", written(tmp_path), "--window", 32, "--no-speed", "--max-windows", 4)
+    ask = (
+        "eval",
+        *models,
+        "--text",
+        written(tmp_path),
+        "--window",
+        32,
+        "--no-speed",
+        "--max-windows",
+        4,
+    )
     memory, placed = facts(*ask), facts(*ask, "--device", "auto", "--max-memory", "cpu=10KB")
     for mine, theirs in zip(memory["models"], placed["models"], strict=True):
         assert mine["device"] == "cpu"
@@ -236,14 +278,32 @@ def test_eval_gives_the_same_perplexity_and_says_where_the_weights_were(tmp_path
 def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(tmp_path):
     model = save_tiny(tmp_path / "dense")
     (tmp_path / "scored.txt").write_text(" ".join(f"w{i * 7 % 61}" for i in range(100)))
-    methods = ("flap:owl@words", "elimination@words+sequential", "folding", "llm_pruner_element1:uniform@words")
-    ask = ("compare", model, *methods, "--calibration", f"words={written(tmp_path)}", "--ratios", 0.5)
+    methods = (
+        "flap:owl@words",
+        "elimination@words+sequential",
+        "folding",
+        "llm_pruner_element1:uniform@words",
+    )
+    ask = (
+        "compare",
+        model,
+        *methods,
+        "--calibration",
+        f"words={written(tmp_path)}",
+        "--ratios",
+        0.5,
+    )
     ask += ("--text", tmp_path / "scored.txt", "--window", 32, "--max-windows", 2)
     ask += ("--calibration-tokens", 256, "--calibration-window", 32, "--json")
     lines = []
     for place in ((), ("--device", "auto", "--max-memory", "cpu=60KB")):
         run(*ask, *place, "--out", tmp_path / f"{len(place)}.jsonl")
-        lines.append([json.loads(line) for line in (tmp_path / f"{len(place)}.jsonl").read_text().splitlines()])
+        lines.append(
+            [
+                json.loads(line)
+                for line in (tmp_path / f"{len(place)}.jsonl").read_text().splitlines()
+            ]
+        )
     refusals = 0
     for mine, theirs in zip(*lines, strict=True):
         assert mine["error"] is None
@@ -252,7 +312,9 @@ def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(
             assert mine["parameters"] == theirs["parameters"]
         else:
             refusals += 1
-            assert theirs["error"].endswith("needs all weights on one device, and --device auto has placed them on several")
+            assert theirs["error"].endswith(
+                "needs all weights on one device, and --device auto has placed them on several"
+            )
     assert refusals == 2
 
 
@@ -265,7 +327,9 @@ def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypa
         return real(path, tensors, lambda name: [rows_of + 1 for rows_of in rows(name)])
 
     monkeypatch.setattr(offload, "write_shard", bent)
-    with pytest.raises(CheckpointError, match=r"was not saved: tensor model\.\S+ differs after a reload"):
+    with pytest.raises(
+        CheckpointError, match=r"was not saved: tensor model\.\S+ differs after a reload"
+    ):
         pruned.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -273,7 +337,10 @@ def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("cpu", "--max-memory 'cpu' is not a device and a size: give it as in cuda:0=20GiB,cpu=60GiB"),
+        (
+            "cpu",
+            "--max-memory 'cpu' is not a device and a size: give it as in cuda:0=20GiB,cpu=60GiB",
+        ),
         ("cpu=much", "--max-memory 'cpu=much' is not a device and a size"),
         ("cpu=1GB;disk=2GB", "is not a device and a size"),
         ("cpu=1GB,cpu=2GB", "--max-memory names cpu twice"),
@@ -282,7 +349,10 @@ def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypa
 )
 def test_a_wrong_max_memory_is_one_sentence(tmp_path, given, message):
     model = save_tiny(tmp_path / "dense")
-    for command in (("prune", model, "--ratio", 0.5, "--out", tmp_path / "out"), ("eval", model, "--text", written(tmp_path))):
+    for command in (
+        ("prune", model, "--ratio", 0.5, "--out", tmp_path / "out"),
+        ("eval", model, "--text", written(tmp_path)),
+    ):
         assert message in refused(*command, "--device", "auto", "--max-memory", given)
 
 
@@ -317,14 +387,20 @@ def test_a_model_that_fits_one_device_is_an_ordinary_one(tmp_path):
 @pytest.mark.gpu
 def test_a_model_larger_than_its_limit_is_pruned_within_one_layer_and_one_batch_of_it(tmp_path):
     layers, d_ff = 32, 2816
-    config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=d_ff, num_hidden_layers=layers, vocab_size=2048)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=1024, intermediate_size=d_ff, num_hidden_layers=layers, vocab_size=2048
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     weights = sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
-    limit, blocks = weights // 4, torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0))
+    limit, blocks = (
+        weights // 4,
+        torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0)),
+    )
     torch.cuda.reset_peak_memory_stats()
     placed = load_model(tmp_path / "dense", device="auto", max_memory=f"cuda:0={limit},cpu=8GB")
     assert "cuda:0" in where(placed)
     pruned = prune(placed, ratio=0.5, blocks=Blocks(blocks, "data", {}))
     pruned.save_pretrained(tmp_path / "out")
-    allowed = limit + 3 * (weights // layers) + 8 * (8 * d_ff**2)  # the elimination and the refit hold some float64 d_ff x d_ff
+    # the elimination and the refit hold some float64 d_ff x d_ff
+    allowed = limit + 3 * (weights // layers) + 8 * (8 * d_ff**2)
     assert torch.cuda.max_memory_allocated() < allowed < weights

@@ -72,12 +72,21 @@ def test_the_gradient_of_the_shares_is_that_of_finite_differences():
             moved = offsets.detach().clone()
             moved[index] += step
             values.append((mean_shares(moved, layer, budget) * weights).sum())
-        assert float(offsets.grad[index]) == pytest.approx(float(values[0] - values[1]) / 2e-5, abs=1e-6)
+        assert float(offsets.grad[index]) == pytest.approx(
+            float(values[0] - values[1]) / 2e-5, abs=1e-6
+        )
 
 
 def swept(left, layer, offsets=(0.5, -0.5, 0.0), spread=0.2):
     logits = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
-    return SweptWidths(logits, torch.tensor(offsets), torch.tensor(layer), torch.tensor(left), round_to=2, spread=spread)
+    return SweptWidths(
+        logits,
+        torch.tensor(offsets),
+        torch.tensor(layer),
+        torch.tensor(left),
+        round_to=2,
+        spread=spread,
+    )
 
 
 def all_masks(distribution):

@@ -1,4 +1,5 @@
-"""Training a policy: stable-baselines3 around the scorer. Applying a saved policy imports none of this.
+"""Training a policy: stable-baselines3 around the scorer. Applying a saved policy imports none of
+this.
 
 recipe.py        presets and options of a training
 train.py         a training from model to saved policy

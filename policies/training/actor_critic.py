@@ -1,4 +1,6 @@
-"""The stable-baselines3 policy around the scorer and the distribution over keep masks, and its rollout buffer."""
+"""The stable-baselines3 policy around the scorer and the distribution over keep masks, and its
+rollout buffer.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ from prunenet.policies.training.swept_widths import SweptWidths
 
 
 class KeepMaskPolicy(ActorCriticPolicy):
-    """Actor: `ChannelScorer`, then a distribution over keep masks. Critic: a small perceptron on the context.
+    """Actor: `ChannelScorer`, then a distribution over keep masks. Critic: a small perceptron on
+    the context.
 
-    The channel statistics are held here, once, as `view`; observations need only the layer's number and the context. Masks of
-    the same layer and width share one pass of the scorer and one solved offset.
+    The channel statistics are held here, once, as `view`; observations need only the layer's number
+    and the context. Masks of the same layer and width share one pass of the scorer and one solved
+    offset.
 
     Args:
         view: statistics and context of the model in training.
         scorer: the network that is trained.
-        subset: "fixed" (exact width), "bernoulli" (expected width) or "widths" (the best channels of a width that is drawn).
+        subset: "fixed" (exact width), "bernoulli" (expected width) or "widths" (the best channels
+            of a width that is drawn).
         round_to: of the widths that are drawn.
         generator: draws the masks.
     """
@@ -68,20 +73,27 @@ class KeepMaskPolicy(ActorCriticPolicy):
             return self._swept(obs)
         target = obs["context"][:, -len(PROGRESS) + PROGRESS.index("target")]
         width = (target * self.view.d_ff).round().long()
-        cases, rows = torch.unique(torch.stack((obs["layer"].long().flatten(), width), 1), dim=0, return_inverse=True)
+        cases, rows = torch.unique(
+            torch.stack((obs["layer"].long().flatten(), width), 1), dim=0, return_inverse=True
+        )
         logits = self.scorer(self.statistics[cases[:, 0]], self.view.context[cases[:, 0]])
         kind = FixedWidth if self.subset == "fixed" else Bernoulli
         return kind(logits, cases[:, 1], rows)
 
     def _swept(self, obs: Any) -> SweptWidths:
         total = self.view.layers * self.view.d_ff
-        ratio, left = (obs["context"][:, -len(PROGRESS) + PROGRESS.index(name)] for name in ("ratio", "budget_left"))
+        ratio, left = (
+            obs["context"][:, -len(PROGRESS) + PROGRESS.index(name)]
+            for name in ("ratio", "budget_left")
+        )
         budget = ((1 - ratio.double()) * total).round()
         with torch.no_grad():
             logits = self.scorer(self.statistics, self.view.context)
         offsets = self.scorer.offsets(self.view.context)
         remaining = (left.double() * budget).round().long()
-        return SweptWidths(logits, offsets, obs["layer"].long().flatten(), remaining, round_to=self.round_to)
+        return SweptWidths(
+            logits, offsets, obs["layer"].long().flatten(), remaining, round_to=self.round_to
+        )
 
     def predict_values(self, obs: Any) -> Tensor:
         """Expected return, (n, 1)."""
@@ -99,15 +111,20 @@ class KeepMaskPolicy(ActorCriticPolicy):
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values, exact log-probabilities and entropies of masks that were played."""
         distribution = self.get_distribution(obs)
-        return self.predict_values(obs), distribution.log_prob(actions.bool()), distribution.entropy()
+        return (
+            self.predict_values(obs),
+            distribution.log_prob(actions.bool()),
+            distribution.entropy(),
+        )
 
 
 class SweepRolloutBuffer(DictRolloutBuffer):
     """One whole sweep of each environment; discounted reward-to-go against a baseline.
 
-    Where the published code pays gamma^layer * reward (METHODS.md 1.2, items 3 and 4), the return here is what a mask can still
-    influence. Baselines: "group", the mean over the masks of the same layer in the same step, in units of their standard
-    deviation; "value", the critic with lambda = 1; "none".
+    Where the published code pays gamma^layer * reward (METHODS.md 1.2, items 3 and 4), the return
+    here is what a mask can still influence. Baselines: "group", the mean over the masks of the same
+    layer in the same step, in units of their standard deviation; "value", the critic with lambda =
+    1; "none".
     """
 
     def __init__(self, *args: Any, baseline: Baseline = "group", **kwargs: Any) -> None:
@@ -115,7 +132,9 @@ class SweepRolloutBuffer(DictRolloutBuffer):
         super().__init__(*args, **kwargs)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[Any]) -> None:
-        """Fills `returns` and `advantages`, both (layers, masks). A rollout ends with the sweep: nothing is bootstrapped."""
+        """Fills `returns` and `advantages`, both (layers, masks). A rollout ends with the sweep:
+        nothing is bootstrapped.
+        """
         assert bool(np.all(dones)), "a rollout is one sweep"
         total = np.zeros(self.n_envs)
         for step in reversed(range(self.buffer_size)):

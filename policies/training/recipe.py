@@ -20,37 +20,47 @@ Subset = Literal["fixed", "bernoulli", "widths"]
 Features = Literal["weights", "moments"]
 
 MOMENT_PRIOR: Mapping[str, float] = {"moment_write": 1.0}
-"""Where a policy that reads moments starts: the order of Wanda-sp. No other of its statistics earns more `reconstruction` on
-other text (means over 20 tiny random models: 0.956; moment_fluctuation 0.955, moment_unique 0.951; after a refit all 0.968)."""
+"""Where a policy that reads moments starts: the order of Wanda-sp. No other of its statistics earns
+more `reconstruction` on other text (means over 20 tiny random models: 0.956; moment_fluctuation
+0.955, moment_unique 0.951; after a refit all 0.968)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a policy is trained. Equal recipes, models, texts, software and threads give equal policies.
+    """How a policy is trained. Equal recipes, models, texts, software and threads give equal
+    policies.
 
     Attributes:
-        reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction" (`ReconstructionReward`) or
-            "divergence" (`prunenet.envs.divergence.DivergenceReward`), both on token blocks.
-        features: what the scorer reads. "weights": statistics of the weights; the policy is applied from weights alone,
-            whatever its reward read. "moments": besides those, statistics of activations (`prunenet.features.from_activations`), which
-            it then needs wherever it is applied.
+        reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction"
+            (`ReconstructionReward`) or "divergence" (`prunenet.envs.divergence.DivergenceReward`),
+            both on token blocks.
+        features: what the scorer reads. "weights": statistics of the weights; the policy is applied
+            from weights alone, whatever its reward read. "moments": besides those, statistics of
+            activations (`prunenet.features.from_activations`), which it then needs wherever it is
+            applied.
         distance, matrices, form, spectrum: of the spectral reward.
         ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
         updates: sweeps, each followed by one policy update.
         masks: masks of the same layer played side by side.
-        algorithm: stable-baselines3's "a2c" (one gradient step a sweep) or "ppo" (`epochs` of them, clipped).
+        algorithm: stable-baselines3's "a2c" (one gradient step a sweep) or "ppo" (`epochs` of them,
+            clipped).
         learning_rate: of AdamW, falling linearly to 0.
-        gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier masks, so 0 has the least
-            variance.
-        baseline: what returns are compared with: "group", "value" or "none" (`prunenet.policies.training.actor_critic`).
-        subset: "fixed" or "bernoulli" (`prunenet.policies.training.subset`) train the channels' scores at uniform widths; "widths"
-            (`prunenet.policies.training.swept_widths`) trains where to cut, with the channels in the order of their scores.
+        gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier
+            masks, so 0 has the least variance.
+        baseline: what returns are compared with: "group", "value" or "none"
+            (`prunenet.policies.training.actor_critic`).
+        subset: "fixed" or "bernoulli" (`prunenet.policies.training.subset`) train the channels'
+            scores at uniform widths; "widths" (`prunenet.policies.training.swept_widths`) trains
+            where to cut, with the channels in the order of their scores.
         round_to: widths are multiples of this.
-        blocks, tokens: how many blocks, and how many tokens of each, the divergence reward reads for each mask.
+        blocks, tokens: how many blocks, and how many tokens of each, the divergence reward reads
+            for each mask.
         entropy: weight of the entropy bonus.
         hidden: widths of the scorer's hidden layers.
-        prior: weights of the closed-form score that the scorer starts from; with moments, none given means `MOMENT_PRIOR`.
-        evaluate_every: updates between evaluations of the deterministic masks; the best policy seen is the result.
+        prior: weights of the closed-form score that the scorer starts from; with moments, none
+            given means `MOMENT_PRIOR`.
+        evaluate_every: updates between evaluations of the deterministic masks; the best policy seen
+            is the result.
         evaluate_at: ratios of those evaluations.
         seed: of everything random.
     """
@@ -85,17 +95,33 @@ class Recipe:
         draw_ratio(self.ratio, 0.5)
         for name, allowed in _NAMES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; it is one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; it is one of {', '.join(allowed)}"
+                )
         for ratio in self.evaluate_at:
             check_ratio(ratio)
         check_seed(self.seed)
         if self.entropy and self.subset == "fixed":
-            raise ValueError("an entropy bonus needs subset 'bernoulli': the entropy of fixed-width masks is approximate")
-        for name in ("updates", "masks", "epochs", "evaluate_every", "round_to", "blocks", "tokens"):
+            raise ValueError(
+                "an entropy bonus needs subset 'bernoulli': the entropy of fixed-width masks is"
+                " approximate"
+            )
+        for name in (
+            "updates",
+            "masks",
+            "epochs",
+            "evaluate_every",
+            "round_to",
+            "blocks",
+            "tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.baseline == "group" and self.masks < 2:
-            raise ValueError("the group baseline compares masks of one layer: take 2 masks or more, or baseline 'none'")
+            raise ValueError(
+                "the group baseline compares masks of one layer: take 2 masks or more, or baseline"
+                " 'none'"
+            )
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
         if not self.learning_rate > 0:
@@ -115,7 +141,8 @@ _NAMES = {
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON holds it: what a saved policy's configuration says.
 
-    `spectrum` is left out where nobody chose: so are the records of before it existed, and their runs can be resumed.
+    `spectrum` is left out where nobody chose: so are the records of before it existed, and their
+    runs can be resumed.
     """
     fields: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     if recipe.spectrum == "auto":
@@ -124,10 +151,11 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 
 
 PRESETS: dict[str, Recipe] = {
-    # Rewards what survives of each layer's output on text that the model wrote itself; applied from weights alone.
+    # Rewards what survives of each layer's output on text that the model wrote itself; applied from
+    # weights alone.
     "default": Recipe(),
-    # Where to cut: the second half of a training, after the channels' scores. Layers depend on each other here, so the whole
-    # sweep's reward is every layer's return (gamma 1).
+    # Where to cut: the second half of a training, after the channels' scores. Layers depend on each
+    # other here, so the whole sweep's reward is every layer's return (gamma 1).
     "widths": Recipe(
         reward="divergence",
         subset="widths",
@@ -140,10 +168,12 @@ PRESETS: dict[str, Recipe] = {
         evaluate_every=2,
         evaluate_at=(0.3,),
     ),
-    # Weights only, in training too. Its reward does not track quality (benchmarks/README.md): for comparison.
+    # Weights only, in training too. Its reward does not track quality (benchmarks/README.md): for
+    # comparison.
     "spectral": Recipe(reward="spectral", updates=20, masks=8),
-    # arXiv 2501.15296, section 3 and appendix. Differs from the published code where that is wrong (METHODS.md 1.2): exact
-    # log-probability, a return that is reward-to-go, gradients clipped before the step, a width-free scorer.
+    # arXiv 2501.15296, section 3 and appendix. Differs from the published code where that is wrong
+    # (METHODS.md 1.2): exact log-probability, a return that is reward-to-go, gradients clipped
+    # before the step, a width-free scorer.
     "paper": Recipe(
         reward="spectral",
         distance="ks",

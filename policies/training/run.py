@@ -1,7 +1,8 @@
-"""One stage of a training: a stable-baselines3 algorithm, its checkpoints, and the best policy seen.
+"""One stage of a training: a stable-baselines3 algorithm, its checkpoints, and the best policy
+seen.
 
-Every random draw depends on the seed and on the number of the update alone, so that a run killed at any moment and resumed
-ends with the same policy, bit for bit.
+Every random draw depends on the seed and on the number of the update alone, so that a run killed at
+any moment and resumed ends with the same policy, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.policies.training.vec_env import SweepVecEnv
 
 
-def _algorithm(env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None) -> OnPolicyAlgorithm:
+def _algorithm(
+    env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
+) -> OnPolicyAlgorithm:
     """Both algorithms with the same policy, buffer and optimiser."""
     shared: dict[str, Any] = {
         "learning_rate": lambda remaining: recipe.learning_rate * remaining,
@@ -55,7 +58,9 @@ def _algorithm(env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Reci
     }
     if recipe.algorithm == "a2c":
         return A2C(KeepMaskPolicy, env, use_rms_prop=False, **shared)
-    return PPO(KeepMaskPolicy, env, n_epochs=recipe.epochs, batch_size=view.layers * recipe.masks, **shared)
+    return PPO(
+        KeepMaskPolicy, env, n_epochs=recipe.epochs, batch_size=view.layers * recipe.masks, **shared
+    )
 
 
 class Run(BaseCallback):
@@ -66,7 +71,8 @@ class Run(BaseCallback):
         scorer: trained in place; afterwards it is the best that was seen.
         reward: see `prunenet.envs.rewards`.
         recipe: of this stage.
-        state: file of the run's state, in a folder of its own beside the TensorBoard log; None keeps all in memory.
+        state: file of the run's state, in a folder of its own beside the TensorBoard log; None
+            keeps all in memory.
         progress: called with (updates done, updates in all, best reward so far).
         identity: what a resumed run must say alike.
     """
@@ -94,10 +100,19 @@ class Run(BaseCallback):
         self.state = Progress(0, -float("inf"), {}, [])
 
     def learn(self, model: Weights, resume: bool) -> list[tuple[int, float]]:
-        """The whole run, or what is left of it. Returns the rewards at each evaluation, the first before any update."""
+        """The whole run, or what is left of it. Returns the rewards at each evaluation, the first
+        before any update.
+        """
         view, recipe = self.view, self.recipe
         env = SweepVecEnv(
-            LayerwisePruningVectorEnv(model, recipe.masks, reward=self.reward, ratio=recipe.ratio, view=view, channels=False)
+            LayerwisePruningVectorEnv(
+                model,
+                recipe.masks,
+                reward=self.reward,
+                ratio=recipe.ratio,
+                view=view,
+                channels=False,
+            )
         )
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +122,9 @@ class Run(BaseCallback):
             self.restore(algorithm, self.file)
             env.set_options({"sweep": self.state.updates})
         left = (recipe.updates - self.state.updates) * view.layers * recipe.masks
-        algorithm.learn(left, callback=self, log_interval=1, tb_log_name="run", reset_num_timesteps=not resume)
+        algorithm.learn(
+            left, callback=self, log_interval=1, tb_log_name="run", reset_num_timesteps=not resume
+        )
         env.close()
         self.scorer.load_state_dict(self.state.best)
         return self.state.history
@@ -121,7 +138,8 @@ class Run(BaseCallback):
         self._after_update()
         seed = np.random.SeedSequence([self.recipe.seed, self.state.updates]).generate_state(2)
         self._policy.generator.manual_seed(int(seed[0]))
-        np.random.seed(int(seed[1]))  # stable-baselines3 shuffles its buffer with numpy's global generator.
+        # stable-baselines3 shuffles its buffer with numpy's global generator.
+        np.random.seed(int(seed[1]))
 
     def _on_training_end(self) -> None:
         self._after_update()
@@ -155,17 +173,26 @@ class Run(BaseCallback):
         self.logger.record("prunenet/reward_of_mode", value)
         if value > self.state.best_reward:
             self.state.best_reward = value
-            self.state.best = {name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()}
+            self.state.best = {
+                name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()
+            }
 
 
 @torch.no_grad()
 def mode_reward(scorer: ChannelScorer, view: View, reward: Reward, recipe: Recipe) -> float:
-    """What the masks that `apply` would play are paid: mean over the layers, plus the sweep's; over `recipe.evaluate_at`."""
+    """What the masks that `apply` would play are paid: mean over the layers, plus the sweep's; over
+    `recipe.evaluate_at`.
+    """
     scores = scorer(torch.stack(list(view.statistics)), view.context)
     offsets = scorer.offsets(view.context).tolist()
     widths = [_widths(view, offsets, ratio, recipe) for ratio in recipe.evaluate_at]
-    keep = [torch.stack([top_channels(row, at[layer]) for at in widths]) for layer, row in enumerate(scores)]
-    layers: list[Tensor] = [term for layer, masks in enumerate(keep) for term in reward.layer(layer, masks).values()]
+    keep = [
+        torch.stack([top_channels(row, at[layer]) for at in widths])
+        for layer, row in enumerate(scores)
+    ]
+    layers: list[Tensor] = [
+        term for layer, masks in enumerate(keep) for term in reward.layer(layer, masks).values()
+    ]
     layers = [term / view.layers for term in layers]
     return float(torch.stack([*layers, *reward.sweep(keep).values()]).sum(0).mean())
 

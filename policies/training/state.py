@@ -1,4 +1,6 @@
-"""The state of an unfinished training run: one safetensors file, replaced in one step, read without executing code."""
+"""The state of an unfinished training run: one safetensors file, replaced in one step, read without
+executing code.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,15 @@ class Progress:
 
 
 def save_state(
-    path: Path, progress: Progress, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
+    path: Path,
+    progress: Progress,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Mapping[str, Any],
 ) -> None:
-    """Writes the run's state. `run` says which run this is (recipe, model); a resumed run must say the same."""
+    """Writes the run's state. `run` says which run this is (recipe, model); a resumed run must say
+    the same.
+    """
     tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -52,7 +60,9 @@ def save_state(
     write_atomic(path, save(content, metadata={"prunenet": json.dumps(facts)}))
 
 
-def load_state(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]) -> Progress:
+def load_state(
+    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
+) -> Progress:
     """Puts the saved state into policy and optimizer.
 
     Raises:
@@ -65,8 +75,8 @@ def load_state(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, 
     if changed:
         key = changed[0]
         raise PolicyError(
-            f"the run in {path.parent} was started with {key} {saved.get(key)!r}, not {asked.get(key)!r}; "
-            "resume it with the same settings, or give another --out"
+            f"the run in {path.parent} was started with {key} {saved.get(key)!r}, not"
+            f" {asked.get(key)!r}; resume it with the same settings, or give another --out"
         )
     policy.load_state_dict(_under("policy.", tensors))
     template = optimizer.state_dict()
@@ -85,11 +95,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             facts = json.loads(file.metadata()["prunenet"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
-        raise PolicyError(f"nothing to resume: {path} does not exist; start the run without --resume") from None
+        raise PolicyError(
+            f"nothing to resume: {path} does not exist; start the run without --resume"
+        ) from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise PolicyError(f"{path} is damaged ({error}); start the run anew with another --out") from None
+        raise PolicyError(
+            f"{path} is damaged ({error}); start the run anew with another --out"
+        ) from None
     return facts, tensors
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

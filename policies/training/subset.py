@@ -1,13 +1,15 @@
-"""Distributions over the keep masks of one layer, with the exact log-probability of the mask that was played.
+"""Distributions over the keep masks of one layer, with the exact log-probability of the mask that
+was played.
 
-METHODS.md 1.2, item 2: the published PruneNet (arXiv 2501.15296) sums marginals with fresh noise, which is not the probability
-of any action. Here every channel keeps with probability sigmoid(logit + offset); one offset per layer is solved so that the
-expected width is the target. Two distributions:
+METHODS.md 1.2, item 2: the published PruneNet (arXiv 2501.15296) sums marginals with fresh noise,
+which is not the probability of any action. Here every channel keeps with probability sigmoid(logit
++ offset); one offset per layer is solved so that the expected width is the target. Two
+distributions:
 
 - `Bernoulli`: the keeps are independent; the width varies around the target.
-- `FixedWidth`: the same keeps, given that exactly `width` of them stay (the conditional Bernoulli distribution; Chen, Dempster
-  and Liu, "Weighted finite population sampling to maximize entropy", Biometrika 1994). No reward is spent on differences in
-  size.
+- `FixedWidth`: the same keeps, given that exactly `width` of them stay (the conditional Bernoulli
+  distribution; Chen, Dempster and Liu, "Weighted finite population sampling to maximize entropy",
+  Biometrika 1994). No reward is spent on differences in size.
 """
 
 from __future__ import annotations
@@ -22,19 +24,24 @@ from torch.nn.functional import logsigmoid, softplus
 
 from prunenet.models.masks import top_channels
 
-# Halvings of a bracket some 80 wide, to where two Newton steps, which square the error, end at rounding.
+# Halvings of a bracket some 80 wide, to where two Newton steps, which square the error, end at
+# rounding.
 _BISECTIONS = 26
 
 
-def solve_offset(logits: Float[Tensor, "masks d_ff"], width: Int[Tensor, " masks"]) -> Float[Tensor, "masks 1"]:
-    """The offset b with sum_j sigmoid(logit_j + b) = width, for each mask; differentiable in the logits.
+def solve_offset(
+    logits: Float[Tensor, "masks d_ff"], width: Int[Tensor, " masks"]
+) -> Float[Tensor, "masks 1"]:
+    """The offset b with sum_j sigmoid(logit_j + b) = width, for each mask; differentiable in the
+    logits.
 
-    Found by bisection to 1e-6 and two Newton steps, without gradient; another one then carries the exact implicit derivative,
-    db / dlogit_j = -p_j (1 - p_j) / sum_i p_i (1 - p_i).
+    Found by bisection to 1e-6 and two Newton steps, without gradient; another one then carries the
+    exact implicit derivative, db / dlogit_j = -p_j (1 - p_j) / sum_i p_i (1 - p_i).
 
     Args:
         logits: any finite values.
-        width: in [1, d_ff]; at d_ff the offset is a finite number that makes every keep practically certain.
+        width: in [1, d_ff]; at d_ff the offset is a finite number that makes every keep practically
+            certain.
     """
     # Keeps p (1 - p) away from 0 when everything is kept, where the offset would be infinite.
     target = width.clamp(max=logits.shape[1] - 1e-4).unsqueeze(1).to(torch.float64)
@@ -62,8 +69,8 @@ class Bernoulli:
     Args:
         logits: (cases, d_ff); only differences within a row matter.
         width: (cases,) target widths, in [1, d_ff].
-        rows: (masks,) which case each mask belongs to; by default one mask per case. Many masks of one layer share a case,
-            and everything costly is computed per case.
+        rows: (masks,) which case each mask belongs to; by default one mask per case. Many masks of
+            one layer share a case, and everything costly is computed per case.
     """
 
     def __init__(
@@ -84,7 +91,9 @@ class Bernoulli:
         return torch.sigmoid(self.shifted)
 
     def sample(self, generator: torch.Generator) -> Bool[Tensor, "masks d_ff"]:
-        """The masks. One that would keep nothing is drawn again, which at widths of practice never happens (exp(-width))."""
+        """The masks. One that would keep nothing is drawn again, which at widths of practice never
+        happens (exp(-width)).
+        """
         probability = self._probability.detach()[self.rows]
         keep = _coins(probability, generator)
         while bool((empty := ~keep.any(1)).any()):
@@ -94,7 +103,9 @@ class Bernoulli:
     def mode(self) -> Bool[Tensor, "masks d_ff"]:
         """The `width` likeliest channels, for each mask."""
         logits = self.shifted.detach()
-        cases = [top_channels(row, int(width)) for row, width in zip(logits, self.width, strict=True)]
+        cases = [
+            top_channels(row, int(width)) for row, width in zip(logits, self.width, strict=True)
+        ]
         return torch.stack(cases)[self.rows]
 
     def log_prob(self, keep: Bool[Tensor, "masks d_ff"]) -> Float[Tensor, " masks"]:
@@ -110,15 +121,17 @@ class Bernoulli:
 class FixedWidth(Bernoulli):
     """The keeps of `Bernoulli` given that their number is exactly the target width.
 
-    log P(mask) = sum of the independent log-probabilities - log P(number of keeps = width). Invariant to the offset, which
-    only makes the second term well conditioned.
+    log P(mask) = sum of the independent log-probabilities - log P(number of keeps = width).
+    Invariant to the offset, which only makes the second term well conditioned.
     """
 
     def _offset(self, logits: Float[Tensor, "cases d_ff"]) -> Float[Tensor, "cases 1"]:
         return solve_offset(logits.detach(), self.width)
 
     def sample(self, generator: torch.Generator) -> Bool[Tensor, "masks d_ff"]:
-        """The masks, by rejection: the target is the mean width, so one draw in about 2.5 standard deviations is right."""
+        """The masks, by rejection: the target is the mean width, so one draw in about 2.5 standard
+        deviations is right.
+        """
         keep = self.mode()
         width = self.width[self.rows]
         missing = width < keep.shape[1]
@@ -126,7 +139,9 @@ class FixedWidth(Bernoulli):
         tries = 2 + math.ceil(2.5 * _spread(probability))
         while bool(missing.any()):
             masks = missing.nonzero().squeeze(1)
-            draws = _coins(probability[self.rows[masks]].unsqueeze(1).expand(-1, tries, -1), generator)
+            draws = _coins(
+                probability[self.rows[masks]].unsqueeze(1).expand(-1, tries, -1), generator
+            )
             right = draws.sum(2) == width[masks].unsqueeze(1)
             hit = right.any(1)
             keep[masks[hit]] = draws[hit, right[hit].int().argmax(1)]
@@ -141,8 +156,8 @@ class FixedWidth(Bernoulli):
     def entropy(self) -> Float[Tensor, " masks"]:
         """Entropy of the independent keeps plus the log-mass of their number, in nats.
 
-        An overestimate, by under 0.3 nats where logits are moderate and more where they are spread out; its gradient leaves
-        the offset out. A figure for logs, not for training.
+        An overestimate, by under 0.3 nats where logits are moderate and more where they are spread
+        out; its gradient leaves the offset out. A figure for logs, not for training.
         """
         return super().entropy() + self._log_mass[self.rows]
 
@@ -155,10 +170,12 @@ class FixedWidth(Bernoulli):
 
 
 class _LogMass(torch.autograd.Function):
-    """log P(sum of independent keeps = width), from the characteristic function of the sum at M equally spaced frequencies.
+    """log P(sum of independent keeps = width), from the characteristic function of the sum at M
+    equally spaced frequencies.
 
-    Exact for M > d_ff. Wide layers use fewer: with the width at the mean, masses that alias onto it lie 8 standard deviations
-    away and more, under 1e-13 of it. M is odd, so that no factor 1 + p (e^iw - 1) vanishes.
+    Exact for M > d_ff. Wide layers use fewer: with the width at the mean, masses that alias onto it
+    lie 8 standard deviations away and more, under 1e-13 of it. M is odd, so that no factor 1 + p
+    (e^iw - 1) vanishes.
     """
 
     @staticmethod
@@ -173,7 +190,9 @@ class _LogMass(torch.autograd.Function):
         log_mass, slope = p.new_empty(p.shape[0]), torch.zeros_like(p)
         for row in range(p.shape[0]):
             factor = 1 + p[row] * shift[:, None]
-            term = weight * factor.prod(1) * torch.polar(torch.ones_like(angle), -angle * width[row])
+            term = (
+                weight * factor.prod(1) * torch.polar(torch.ones_like(angle), -angle * width[row])
+            )
             mass = term.real.sum()
             log_mass[row] = torch.log(mass)
             if ctx.needs_input_grad[0]:
@@ -187,8 +206,12 @@ class _LogMass(torch.autograd.Function):
         return grad.unsqueeze(1) * slope, None
 
 
-def _coins(probability: Float[Tensor, "*rows d_ff"], generator: torch.Generator) -> Bool[Tensor, "*rows d_ff"]:
-    draws = torch.rand(probability.shape, generator=generator, device=generator.device, dtype=torch.float32)
+def _coins(
+    probability: Float[Tensor, "*rows d_ff"], generator: torch.Generator
+) -> Bool[Tensor, "*rows d_ff"]:
+    draws = torch.rand(
+        probability.shape, generator=generator, device=generator.device, dtype=torch.float32
+    )
     return draws.to(probability.device) < probability
 
 

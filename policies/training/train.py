@@ -1,8 +1,9 @@
 """Trains a policy on one model: first which channels to keep, then where to cut.
 
-After Sengupta et al. (PruneNet), ICLR 2025, arXiv 2501.15296, section 3. What differs, and why, is METHODS.md 1.2:
-deterministic application, the exact log-probability of the mask played, bounded rewards against a baseline, reward-to-go, many
-masks of a layer per step, a scorer without widths, and a result that is never worse than its start on its own reward.
+After Sengupta et al. (PruneNet), ICLR 2025, arXiv 2501.15296, section 3. What differs, and why, is
+METHODS.md 1.2: deterministic application, the exact log-probability of the mask played, bounded
+rewards against a baseline, reward-to-go, many masks of a layer per step, a scorer without widths,
+and a result that is never worse than its start on its own reward.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Training:
 
     Attributes:
         policy: the best seen.
-        history: (updates, reward of the deterministic masks) at each evaluation, the first before any update.
+        history: (updates, reward of the deterministic masks) at each evaluation, the first before
+            any update.
         widths_history: the same of the second stage; empty without one.
     """
 
@@ -67,33 +69,41 @@ def train(
 ) -> Training:
     """Trains a policy.
 
-    Of several processes (`prunenet.runtime.parallel`) the first plays, learns and writes, and all of them judge masks and describe
-    layers for it (`prunenet.envs.split`): the same policy, bit for bit, with the same number of threads each.
+    Of several processes (`prunenet.runtime.parallel`) the first plays, learns and writes, and all
+    of them judge masks and describe layers for it (`prunenet.envs.split`): the same policy, bit for
+    bit, with the same number of threads each.
 
     Args:
-        model: stays on its device; read, never changed. One that is streamed is trained on from its weights alone: with the
-            spectral reward, whose every step reads a layer from disk.
+        model: stays on its device; read, never changed. One that is streamed is trained on from its
+            weights alone: with the spectral reward, whose every step reads a layer from disk.
         recipe: of the channels' scores; default `PRESETS["default"]`.
-        where: of the stage that learns the layers' widths, such as `PRESETS["widths"]`, with the scores as they are by then.
-            None leaves widths uniform.
-        out: folder for the policy; `out/training` holds the run's state and its TensorBoard log. None keeps all in memory.
+        where: of the stage that learns the layers' widths, such as `PRESETS["widths"]`, with the
+            scores as they are by then. None leaves widths uniform.
+        out: folder for the policy; `out/training` holds the run's state and its TensorBoard log.
+            None keeps all in memory.
         resume: go on with the run in `out`.
-        blocks: token blocks on which the reconstruction reward measures activations; see `prunenet.text.calibration`. With
-            `recipe.features` "moments" the scorer reads statistics of the first half of them, and every reward is measured on
-            the second: what is true of one text alone does not pay.
+        blocks: token blocks on which the reconstruction reward measures activations; see
+            `prunenet.text.calibration`. With `recipe.features` "moments" the scorer reads
+            statistics of the first half of them, and every reward is measured on the second: what
+            is true of one text alone does not pay.
         reward: replaces the recipe's reward.
         regime: what a reward of your own looks at; needed with `reward` unless `blocks` say it.
         progress: called with (updates done, updates in all, best reward so far).
 
     Raises:
-        PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and `resume` is not set.
-        ValueError: the recipe's reward or its features need blocks, and none (or too few) are given; or a reward of your own
-            comes without its regime.
+        PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and
+            `resume` is not set.
+        ValueError: the recipe's reward or its features need blocks, and none (or too few) are
+            given; or a reward of your own comes without its regime.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
     recipe = recipe or Recipe()
     read = recipe.features == "moments"
-    if not read and reward is None and {recipe.reward, "spectral" if where is None else where.reward} == {"spectral"}:
+    if (
+        not read
+        and reward is None
+        and {recipe.reward, "spectral" if where is None else where.reward} == {"spectral"}
+    ):
         blocks = None  # it reads weights alone, and the record must say so
     _check_asked(model, recipe if reward is None else None, where, blocks, regime)
     measured, paid = _halves(blocks) if read else (None, blocks)
@@ -103,8 +113,13 @@ def train(
         prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
         regime=_regime(regime, where, blocks, read),
         text=None if blocks is None else dict(blocks.source),
-        trained_on={"model": _name(model), "model_type": structure(model).config.model_type, "weights": weights_sha256(model)},
-        recipe=recorded(recipe, where) | {"reward": recipe.reward if reward is None else type(reward).__name__},
+        trained_on={
+            "model": _name(model),
+            "model_type": structure(model).config.model_type,
+            "weights": weights_sha256(model),
+        },
+        recipe=recorded(recipe, where)
+        | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
     folder = None if out is None else check_run(Path(out), resume)
     view = View.of(model, measured)
@@ -115,7 +130,15 @@ def train(
         for name, of, judge in _stages(model, recipe, where, reward, paid):
 
             def play(judge: Reward, name: str = name, of: Recipe = of) -> list[tuple[int, float]]:
-                run = Run(view, policy.scorer, judge, of, folder and _state(folder, name), progress, identity)
+                run = Run(
+                    view,
+                    policy.scorer,
+                    judge,
+                    of,
+                    folder and _state(folder, name),
+                    progress,
+                    identity,
+                )
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = led(judge, play) or []
@@ -133,17 +156,23 @@ def _check_asked(
     blocks: Blocks | None,
     regime: str | None,
 ) -> None:
-    """Raises ValueError where blocks or the regime are missing, or blocks cannot be read; no recipe: a reward of one's own."""
+    """Raises ValueError where blocks or the regime are missing, or blocks cannot be read; no
+    recipe: a reward of one's own.
+    """
     if blocks is not None and not isinstance(model, PreTrainedModel):
         raise ValueError(
-            "activations need the model in memory, and this one is read layer by layer: leave the blocks out, or load it"
+            "activations need the model in memory, and this one is read layer by layer: leave the"
+            " blocks out, or load it"
         )
     if regime is None and recipe is None and blocks is None:
-        raise ValueError("say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'")
+        raise ValueError(
+            "say which regime a reward of your own belongs to: regime='weights', 'self' or 'data'"
+        )
     for wanted in (recipe, where):
         if wanted is not None and wanted.reward != "spectral" and blocks is None:
             raise ValueError(
-                f"the {wanted.reward} reward is measured on text: give token blocks (see prunenet.text.calibration)"
+                f"the {wanted.reward} reward is measured on text: give token blocks (see"
+                " prunenet.text.calibration)"
             )
 
 
@@ -152,8 +181,8 @@ def _halves(blocks: Blocks | None) -> tuple[Int[Tensor, "n tokens"], Blocks]:
     if blocks is None or len(blocks.ids) < 2:
         given = "none" if blocks is None else str(len(blocks.ids))
         raise ValueError(
-            "a policy that reads moments measures them on text, and its rewards on other text: give 2 token blocks or more "
-            f"(see prunenet.text.calibration), got {given}"
+            "a policy that reads moments measures them on text, and its rewards on other text:"
+            f" give 2 token blocks or more (see prunenet.text.calibration), got {given}"
         )
     half = len(blocks.ids) // 2
     return blocks.ids[:half], replace(blocks, ids=blocks.ids[half:])
@@ -175,18 +204,26 @@ def _stages(
     reward: Reward | None,
     blocks: Blocks | None,
 ) -> Iterator[tuple[str, Recipe, Reward]]:
-    """Name, recipe and reward of each stage; a later one's reward is measured once the earlier ones are done."""
+    """Name, recipe and reward of each stage; a later one's reward is measured once the earlier ones
+    are done.
+    """
     yield "channels", recipe, reward or _reward(model, recipe, blocks)
     if where is not None:
         yield "widths", where, _reward(model, where, blocks)
 
 
-def _told(scorer: nn.Module, histories: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+def _told(
+    scorer: nn.Module, histories: dict[str, list[tuple[int, float]]]
+) -> dict[str, list[tuple[int, float]]]:
     """The first process's histories; the scorer becomes that process's too."""
     weights = scorer.state_dict()
-    scorer.load_state_dict({name: parallel.from_rank(0, partial(weights.__getitem__, name)) for name in weights})
+    scorer.load_state_dict(
+        {name: parallel.from_rank(0, partial(weights.__getitem__, name)) for name in weights}
+    )
     told = parallel.told_by(0, lambda: histories)
-    return {name: [(updates, reward) for updates, reward in history] for name, history in told.items()}
+    return {
+        name: [(updates, reward) for updates, reward in history] for name, history in told.items()
+    }
 
 
 def _gain(where: Recipe | None, history: list[tuple[int, float]] | None) -> float | None:
@@ -214,9 +251,13 @@ def _random_state_kept() -> Iterator[None]:
         torch.set_rng_state(state[2])
 
 
-def _reward(model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks: Blocks | None) -> Reward:
+def _reward(
+    model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks: Blocks | None
+) -> Reward:
     if recipe.reward == "spectral":
-        chosen = {name: getattr(recipe, name) for name in ("distance", "matrices", "form", "spectrum")}
+        chosen = {
+            name: getattr(recipe, name) for name in ("distance", "matrices", "form", "spectrum")
+        }
         return SpectralReward(model, **chosen)
     assert blocks is not None, "checked before"
     assert isinstance(model, PreTrainedModel), "checked before"
@@ -226,7 +267,9 @@ def _reward(model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks:
 
 
 def _name(model: PreTrainedModel | StreamedCheckpoint) -> str:
-    """The hub id, or the last part of a local path: where a folder lies is nobody else's business."""
+    """The hub id, or the last part of a local path: where a folder lies is nobody else's
+    business.
+    """
     config, fallback = structure(model).config, type(structure(model)).__name__
     source = config._name_or_path or fallback
     return Path(source).resolve().name if Path(source).is_dir() else source
@@ -242,10 +285,12 @@ def _state(folder: Path, stage: str) -> Path:
 
 
 def check_run(folder: Path, resume: bool) -> Path:
-    """The folder, if a run can start there, or go on where `resume` asks for that. Creates nothing. The first process looks.
+    """The folder, if a run can start there, or go on where `resume` asks for that. Creates nothing.
+    The first process looks.
 
     Raises:
-        PolicyError: the folder holds a policy or a run and `resume` is not set, or nothing to resume.
+        PolicyError: the folder holds a policy or a run and `resume` is not set, or nothing to
+            resume.
         CheckpointError: the folder cannot be made or written in.
     """
     if not parallel.is_first():  # whose disk it may not be
@@ -253,6 +298,8 @@ def check_run(folder: Path, resume: bool) -> Path:
     if resume and not unfinished(folder):
         raise PolicyError(f"nothing to resume in {folder}; start the run without --resume")
     if not resume and ((folder / "config.json").exists() or unfinished(folder)):
-        raise PolicyError(f"{folder} holds a policy or an unfinished run; say --resume, or give another folder")
+        raise PolicyError(
+            f"{folder} holds a policy or an unfinished run; say --resume, or give another folder"
+        )
     check_home(folder)
     return folder

@@ -13,7 +13,9 @@ from prunenet.envs.vector import LayerwisePruningVectorEnv
 
 
 class SweepVecEnv(VecEnv):
-    """A stable-baselines3 `VecEnv` over one `LayerwisePruningVectorEnv`: no copies, no processes."""
+    """A stable-baselines3 `VecEnv` over one `LayerwisePruningVectorEnv`: no copies, no
+    processes.
+    """
 
     def __init__(self, env: LayerwisePruningVectorEnv) -> None:
         self.env = env
@@ -59,7 +61,9 @@ class SweepVecEnv(VecEnv):
         """Sets it on the one environment."""
         setattr(self.env, attr_name, value)
 
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
+    ) -> list[Any]:
         """Calls it once; the answer counts for every mask."""
         return [getattr(self.env, method_name)(*args, **kwargs)] * self._count(indices)
 

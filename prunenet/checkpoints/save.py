@@ -1,4 +1,5 @@
-"""Checkpoints on disk (DESIGN section 5): load with one clear error, save beside and rename, verify by reload, provenance.
+"""Checkpoints on disk (DESIGN section 5): load with one clear error, save beside and rename, verify
+by reload, provenance.
 
 Only safetensors and JSON are read; no code of a checkpoint's folder is ever run.
 """
@@ -43,10 +44,12 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card_text: str | None = None,
 ) -> Path:
-    """Writes a pruned model as a Hugging Face checkpoint; the folder appears complete and verified, or not at all.
+    """Writes a pruned model as a Hugging Face checkpoint; the folder appears complete and verified,
+    or not at all.
 
-    Before the folder is moved into place it is loaded afresh; every tensor and the logits on fixed token ids must equal those
-    of `model` exactly (on the model's device, in its dtype). The same call writes the same bytes.
+    Before the folder is moved into place it is loaded afresh; every tensor and the logits on fixed
+    token ids must equal those of `model` exactly (on the model's device, in its dtype). The same
+    call writes the same bytes.
 
     Args:
         model: the narrow model, of `surgery.narrowed`.
@@ -87,13 +90,19 @@ def write_story(
     groups: Sequence[Bool[Tensor, " _"]] | None = None,
     card_text: str | None = None,
 ) -> None:
-    """Writes what stands beside the model and its code: `prunenet.json`, `prunenet_masks.safetensors` and the model card."""
+    """Writes what stands beside the model and its code: `prunenet.json`,
+    `prunenet_masks.safetensors` and the model card.
+    """
     masks = {f"layers.{i}.keep": mask for i, mask in enumerate(keep)}
     masks |= {f"layers.{i}.groups": mask for i, mask in enumerate(groups or ())}
-    indices = {name: mask.nonzero().flatten().to("cpu", torch.int32) for name, mask in masks.items()}
+    indices = {
+        name: mask.nonzero().flatten().to("cpu", torch.int32) for name, mask in masks.items()
+    }
     (folder / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
     save_file(indices, folder / _MASKS)
-    (folder / "README.md").write_text(provenance.card(card_text, code=any(folder.glob("*.py"))), encoding="utf-8")
+    (folder / "README.md").write_text(
+        provenance.card(card_text, code=any(folder.glob("*.py"))), encoding="utf-8"
+    )
 
 
 def load_provenance(folder: str | Path) -> Provenance:
@@ -106,35 +115,47 @@ def load_provenance(folder: str | Path) -> Provenance:
     try:
         return Provenance.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint of prunenet: it has no {_PROVENANCE}") from None
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of prunenet: it has no {_PROVENANCE}"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {in_short(error)}") from error
 
 
 def load_masks(folder: str | Path) -> list[Bool[Tensor, " _"]]:
-    """The keep mask of each layer, over the channels of the base model. Raises CheckpointError as `load_provenance`."""
+    """The keep mask of each layer, over the channels of the base model. Raises CheckpointError as
+    `load_provenance`.
+    """
     return _masks(Path(folder) / _MASKS, load_provenance(folder).dense_widths, "keep")
 
 
 def load_head_masks(folder: str | Path) -> list[Bool[Tensor, " _"]] | None:
-    """The mask of each layer over the base model's groups of heads; None where heads are whole. Raises as `load_masks`."""
+    """The mask of each layer over the base model's groups of heads; None where heads are whole.
+    Raises as `load_masks`.
+    """
     counts = load_provenance(folder).dense_groups
     return None if counts is None else _masks(Path(folder) / _MASKS, counts, "groups")
 
 
 def export_padded(folder: str | Path, out: str | Path) -> Path:
-    """Turns a checkpoint with per-layer widths into a stock one: every layer filled with zero channels to the widest.
+    """Turns a checkpoint with per-layer widths into a stock one: every layer filled with zero
+    channels to the widest.
 
-    Groups of attention heads that differ between layers are filled up too, see `surgery.zero_padded`. Computes the same
-    function, needs no code beside it, and is larger. Raises as `load_model` and `save_pruned`, and CheckpointError where the
-    widths are the same in all layers already.
+    Groups of attention heads that differ between layers are filled up too, see
+    `surgery.zero_padded`. Computes the same function, needs no code beside it, and is larger.
+    Raises as `load_model` and `save_pruned`, and CheckpointError where the widths are the same in
+    all layers already.
     """
     provenance = load_provenance(folder)
     if provenance.residual_widths is not None:
-        raise CheckpointError(f"{folder} has a sliced residual stream, which stock loaders cannot read, padded or not")
+        raise CheckpointError(
+            f"{folder} has a sliced residual stream, which stock loaders cannot read, padded or not"
+        )
     model, groups = load_model(folder), load_head_masks(folder)
     if not modeling.is_per_layer(model):
-        raise CheckpointError(f"{folder} has one width for all layers already; stock loaders read it as it is")
+        raise CheckpointError(
+            f"{folder} has one width for all layers already; stock loaders read it as it is"
+        )
     model = zero_padded(model)
     total, body = count_parameters(model)
     provenance = dataclasses.replace(
@@ -144,30 +165,52 @@ def export_padded(folder: str | Path, out: str | Path) -> Path:
         parameters_after=total,
         non_embedding_after=body,
     )
-    tokenizer = load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").exists() else None
-    return save_pruned(model, out, load_masks(folder), provenance, groups=groups, tokenizer=tokenizer)
+    tokenizer = (
+        load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").exists() else None
+    )
+    return save_pruned(
+        model, out, load_masks(folder), provenance, groups=groups, tokenizer=tokenizer
+    )
 
 
 def _check_story(model: PreTrainedModel, keep: Sequence[Tensor], provenance: Provenance) -> None:
     kept, widths = [int(mask.sum()) for mask in keep], ffn_widths(model)
     expected = [provenance.padded_to] * len(kept) if provenance.padded_to else kept
     if list(provenance.widths) != kept or widths != expected:
-        raise ValueError(f"masks keep {kept} channels, provenance says {list(provenance.widths)}, the model has {widths}")
+        raise ValueError(
+            f"masks keep {kept} channels, provenance says {list(provenance.widths)}, the model has"
+            f" {widths}"
+        )
     dense = [mask.numel() for mask in keep]
     if list(provenance.dense_widths) != dense:
-        raise ValueError(f"masks are for layers of {dense} channels, provenance says {list(provenance.dense_widths)}")
+        raise ValueError(
+            f"masks are for layers of {dense} channels, provenance says"
+            f" {list(provenance.dense_widths)}"
+        )
 
 
-def _check_heads(model: PreTrainedModel, groups: Sequence[Tensor] | None, provenance: Provenance) -> None:
-    said = [None if counts is None else list(counts) for counts in (provenance.dense_groups, provenance.groups)]
-    given = [None, None] if groups is None else [[m.numel() for m in groups], [int(m.sum()) for m in groups]]
+def _check_heads(
+    model: PreTrainedModel, groups: Sequence[Tensor] | None, provenance: Provenance
+) -> None:
+    said = [
+        None if counts is None else list(counts)
+        for counts in (provenance.dense_groups, provenance.groups)
+    ]
+    given = (
+        [None, None]
+        if groups is None
+        else [[m.numel() for m in groups], [int(m.sum()) for m in groups]]
+    )
     if said != given:
         raise ValueError(
-            f"masks are for {given[0]} groups of heads and keep {given[1]}, provenance says {said[0]} and {said[1]}; "
-            "give the masks of heads that were applied, or None where heads were left whole"
+            f"masks are for {given[0]} groups of heads and keep {given[1]}, provenance says"
+            f" {said[0]} and {said[1]}; give the masks of heads that were applied, or None where"
+            " heads were left whole"
         )
     if groups is not None:
-        expected = [provenance.padded_groups] * len(groups) if provenance.padded_groups else given[1]
+        expected = (
+            [provenance.padded_groups] * len(groups) if provenance.padded_groups else given[1]
+        )
         if (counts := group_counts(model)) != expected:
             raise ValueError(f"masks keep {expected} groups of heads, the model has {counts}")
 
@@ -185,7 +228,9 @@ def _masks(path: Path, lengths: Sequence[int], what: str) -> list[Bool[Tensor, "
 
 @torch.no_grad()
 def _verify(model: PreTrainedModel, folder: Path) -> None:
-    """Raises CheckpointError unless the folder, loaded afresh, holds the tensors and computes the logits of the model."""
+    """Raises CheckpointError unless the folder, loaded afresh, holds the tensors and computes the
+    logits of the model.
+    """
     read = partial(read_model, folder, "auto", model.config._attn_implementation)
     if is_placed(model):
         return check_reread(model, read)
@@ -193,11 +238,18 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     stored = fresh.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in stored or not torch.equal(stored[name], tensor):
-            raise CheckpointError(f"{folder.name} was not saved: tensor {name} differs after a reload")
-    # A cast such as model.half() also rounds rotary frequencies, which are not stored: a reload computes them in float32.
+            raise CheckpointError(
+                f"{folder.name} was not saved: tensor {name} differs after a reload"
+            )
+    # A cast such as model.half() also rounds rotary frequencies, which are not stored: a reload
+    # computes them in float32.
     mine = dict(model.named_buffers())
-    cast = {n: b for n, b in fresh.named_buffers() if n in mine and b.to(mine[n].dtype).equal(mine[n])}
-    ids = ((torch.arange(24, device=model.device) * 7919 + 11) % model.config.vocab_size).view(2, 12)
+    cast = {
+        n: b for n, b in fresh.named_buffers() if n in mine and b.to(mine[n].dtype).equal(mine[n])
+    }
+    ids = ((torch.arange(24, device=model.device) * 7919 + 11) % model.config.vocab_size).view(
+        2, 12
+    )
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = model.training
     try:
@@ -206,4 +258,7 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
         model.train(training)
     difference = float((first - fresh(**inputs).logits).abs().max())
     if not difference == 0:
-        raise CheckpointError(f"{folder.name} was not saved: after a reload its logits differ by up to {difference}, not 0")
+        raise CheckpointError(
+            f"{folder.name} was not saved: after a reload its logits differ by up to {difference},"
+            " not 0"
+        )

@@ -1,4 +1,5 @@
-"""Finds a checkpoint, in a folder or on the hub, and says in one sentence what is wrong with it before its weights are read.
+"""Finds a checkpoint, in a folder or on the hub, and says in one sentence what is wrong with it
+before its weights are read.
 
 Only safetensors and JSON are read; no code of a checkpoint's folder is ever run.
 """
@@ -23,19 +24,30 @@ from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What transformers raises when weights and configuration are damaged or do not belong together.
-UNLOADABLE = (OSError, SafetensorError, StrictDataclassError, ValueError, RuntimeError, LookupError, AttributeError, TypeError)
+UNLOADABLE = (
+    OSError,
+    SafetensorError,
+    StrictDataclassError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def open_checkpoint(source: str | Path, dtype: str = "auto") -> Path:
-    """The local folder of a checkpoint, complete and of a supported family; a hub id's files are fetched first.
+    """The local folder of a checkpoint, complete and of a supported family; a hub id's files are
+    fetched first.
 
     Args:
         source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
         dtype: one of `DTYPES`, checked before anything else.
 
     Raises:
-        UnsupportedArchitecture: the model's type has no row in the table; checked before any weight is read or fetched.
+        UnsupportedArchitecture: the model's type has no row in the table; checked before any weight
+            is read or fetched.
         CheckpointError: nothing there, hub unreachable, quantised, or damaged or missing weights.
         ValueError: unknown dtype.
     """
@@ -43,22 +55,30 @@ def open_checkpoint(source: str | Path, dtype: str = "auto") -> Path:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     fields = _read_json(find_folder(source, "config.json") / "config.json")
     if "model_type" not in fields:
-        raise CheckpointError(f"{source} is not a language model: its config.json has no model_type")
+        raise CheckpointError(
+            f"{source} is not a language model: its config.json has no model_type"
+        )
     architecture_for(SimpleNamespace(**fields))  # type: ignore[arg-type]
     if fields.get("quantization_config"):
-        raise CheckpointError(f"{source} is quantised, and channels of quantised layers cannot be cut; give the original model")
+        raise CheckpointError(
+            f"{source} is quantised, and channels of quantised layers cannot be cut; give the"
+            " original model"
+        )
     folder = find_folder(source, "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
     for path in weight_files(folder):
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({in_short(error)}); fetch it again") from error
+            raise CheckpointError(
+                f"{path} is damaged ({in_short(error)}); fetch it again"
+            ) from error
     return folder
 
 
 def find_folder(source: str | Path, *patterns: str) -> Path:
-    """The local folder of a source; files of a hub id that match the patterns are fetched, or found in the cache.
+    """The local folder of a source; files of a hub id that match the patterns are fetched, or found
+    in the cache.
 
     Raises:
         CheckpointError: there is none.
@@ -67,15 +87,20 @@ def find_folder(source: str | Path, *patterns: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{source} is a file; give the folder that holds config.json and model.safetensors")
+        raise CheckpointError(
+            f"{source} is a file; give the folder that holds config.json and model.safetensors"
+        )
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")):
         raise CheckpointError(f"folder {source} does not exist; check the path")
     try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(
-            f"{source!r} is neither a folder here nor available from the Hugging Face hub ({in_short(error)}); "
-            "check the spelling and the connection, or give the path of a downloaded checkpoint"
+            f"{source!r} is neither a folder here nor available from the Hugging Face hub"
+            f" ({in_short(error)}); check the spelling and the connection, or give the path of a"
+            " downloaded checkpoint"
         ) from error
 
 
@@ -90,12 +115,15 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; only complete safetensors checkpoints are read")
+            raise CheckpointError(
+                f"{folder} has no {name}; only complete safetensors checkpoints are read"
+            )
     return [folder / name for name in names]
 
 
 def config_and_class(folder: Path) -> tuple[PretrainedConfig, Any]:
-    """The configuration of a checkpoint and the class of its causal LM, ours where widths differ or the stream is sliced.
+    """The configuration of a checkpoint and the class of its causal LM, ours where widths differ or
+    the stream is sliced.
 
     Raises:
         CheckpointError: the configuration cannot be read.
@@ -117,14 +145,20 @@ def check_device(device: str) -> None:
     try:
         found = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"weights cannot be put on device {device!r}: {in_short(error)}") from error
+        raise CheckpointError(
+            f"weights cannot be put on device {device!r}: {in_short(error)}"
+        ) from error
     if found.is_meta:
-        raise CheckpointError("weights cannot be put on device 'meta', which holds shapes alone: give cpu or cuda")
+        raise CheckpointError(
+            "weights cannot be put on device 'meta', which holds shapes alone: give cpu or cuda"
+        )
 
 
 def in_short(error: BaseException) -> str:
     """The message on one line; libraries write paragraphs."""
-    return textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__
+    return (
+        textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""Checkpoints that are larger than memory: weights are read a layer at a time, a pruned checkpoint is written as it is read.
+"""Checkpoints that are larger than memory: weights are read a layer at a time, a pruned checkpoint
+is written as it is read.
 
-Everything but the weights is the in-memory way's: a model on the meta device says names, shapes, ties and configuration, and
-`surgery.narrowed` cuts it. Then each tensor of the narrow one is written from the rows and columns of the dense one in the
-file, a slab at a time. The bytes are those of `checkpoint.save_pruned`, but that files are at most `SHARD` large.
+Everything but the weights is the in-memory way's: a model on the meta device says names, shapes,
+ties and configuration, and `surgery.narrowed` cuts it. Then each tensor of the narrow one is
+written from the rows and columns of the dense one in the file, a slab at a time. The bytes are
+those of `checkpoint.save_pruned`, but that files are at most `SHARD` large.
 
-What differs: there is no model to compute logits with, so what is verified is that every written file reads back with the hash
-that was taken on its way to the disk, and that the folder opens as a checkpoint with all tensors of the narrow model.
+What differs: there is no model to compute logits with, so what is verified is that every written
+file reads back with the hash that was taken on its way to the disk, and that the folder opens as a
+checkpoint with all tensors of the narrow model.
 """
 
 from __future__ import annotations
@@ -43,12 +46,15 @@ from prunenet.runtime.files import CheckpointError, new_folder
 
 @dataclass(frozen=True, slots=True)
 class StreamedCheckpoint:
-    """A checkpoint on disk, of which one layer's weights at a time are held in memory; `prunenet.models.layers.Streamed`.
+    """A checkpoint on disk, of which one layer's weights at a time are held in memory;
+    `prunenet.models.layers.Streamed`.
 
     Attributes:
         source: folder or hub id, as it was given.
-        skeleton: the model on the meta device, in eval mode, with the configuration of the checkpoint.
-        stored: where each tensor of the skeleton's state lies, by its name there; tied tensors by every name.
+        skeleton: the model on the meta device, in eval mode, with the configuration of the
+            checkpoint.
+        stored: where each tensor of the skeleton's state lies, by its name there; tied tensors by
+            every name.
     """
 
     source: str
@@ -56,12 +62,15 @@ class StreamedCheckpoint:
     stored: dict[str, StoredTensor]
 
     @classmethod
-    def open(cls, source: str | Path, *, dtype: str = "auto", device: str = "cpu") -> StreamedCheckpoint:
+    def open(
+        cls, source: str | Path, *, dtype: str = "auto", device: str = "cpu"
+    ) -> StreamedCheckpoint:
         """Reads the configuration and the files' headers, no weights.
 
         Args:
             source: local folder (symbolic links, as in the hub's cache, are followed) or hub id.
-            dtype: what weights are rounded to, as for `checkpoint.load_model`; `auto` is the stored one.
+            dtype: what weights are rounded to, as for `checkpoint.load_model`; `auto` is the stored
+                one.
             device: where one layer's weights are put.
 
         Raises:
@@ -69,13 +78,21 @@ class StreamedCheckpoint:
         """
         folder = open_checkpoint(source, dtype)
         check_device(device)
-        stored = {name: tensor for path in weight_files(folder) for name, tensor in read_header(path).items()}
+        stored = {
+            name: tensor
+            for path in weight_files(folder)
+            for name, tensor in read_header(path).items()
+        }
         skeleton = _skeleton(folder, dtype, stored)
         if not Path(source).is_dir():  # what provenance records
             skeleton.config._name_or_path, skeleton.config._commit_hash = str(source), folder.name
         placed = _located(skeleton, stored, folder)
         where = torch.device(device)
-        return cls(str(source), skeleton, {name: replace(tensor, device=where) for name, tensor in placed.items()})
+        return cls(
+            str(source),
+            skeleton,
+            {name: replace(tensor, device=where) for name, tensor in placed.items()},
+        )
 
     def ffn(self, index: int) -> FFN:
         """The FFN of one layer, a copy on the checkpoint's device.
@@ -86,7 +103,12 @@ class StreamedCheckpoint:
         """
         architecture = architecture_for(self.skeleton.config)
         layer = decoder_layers(self.skeleton, architecture)[index]
-        wanted = (*architecture.input_linears, architecture.down, architecture.attention_out, *architecture.norms)
+        wanted = (
+            *architecture.input_linears,
+            architecture.down,
+            architecture.attention_out,
+            *architecture.norms,
+        )
         empty: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
             for path in wanted:
@@ -105,7 +127,9 @@ class StreamedCheckpoint:
         table, head = self.skeleton.get_input_embeddings(), self.skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
         rows = table.get_parameter("weight")
         columns = None if head is None else head.get_parameter("weight")
-        return self.stored[names[id(rows)]], None if columns is None or columns is rows else self.stored[names[id(columns)]]
+        return self.stored[names[id(rows)]], (
+            None if columns is None or columns is rows else self.stored[names[id(columns)]]
+        )
 
 
 def save_streamed(
@@ -118,7 +142,8 @@ def save_streamed(
     shard: int | str = SHARD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Provenance:
-    """Writes the pruned checkpoint from the dense one on disk; the folder appears complete and verified, or not at all.
+    """Writes the pruned checkpoint from the dense one on disk; the folder appears complete and
+    verified, or not at all.
 
     Memory holds one slab of a tensor. See the module for how the result is verified.
 
@@ -126,7 +151,8 @@ def save_streamed(
         source: the dense checkpoint.
         out: folder to create; it may exist if it is empty.
         keep: for each layer, first to last, a mask of length d_ff with at least one channel kept.
-        describe: given the narrow model on the meta device, what is to be written to `prunenet.json`.
+        describe: given the narrow model on the meta device, what is to be written to
+            `prunenet.json`.
         tokenizer: saved beside the model.
         shard: largest file, in bytes or as "5GB".
         progress: called with (bytes written, bytes in all).
@@ -135,8 +161,8 @@ def save_streamed(
         What was written to `prunenet.json`.
 
     Raises:
-        CheckpointError: `out` exists, the disk is full or refuses, the source is damaged, or what was written reads back
-            otherwise.
+        CheckpointError: `out` exists, the disk is full or refuses, the source is damaged, or what
+            was written reads back otherwise.
         ValueError: masks that do not fit the model.
     """
     keep = [mask.cpu() for mask in keep]
@@ -167,7 +193,10 @@ def save_streamed(
 def _skeleton(folder: Path, dtype: str, stored: dict[str, StoredTensor]) -> PreTrainedModel:
     """What `from_pretrained` would build, on the meta device."""
     config, kind = config_and_class(folder)
-    found = next((tensor.stored for tensor in stored.values() if tensor.stored.is_floating_point), torch.float32)
+    found = next(
+        (tensor.stored for tensor in stored.values() if tensor.stored.is_floating_point),
+        torch.float32,
+    )
     chosen = dtype if dtype != "auto" else config.dtype or found
     config.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
     try:
@@ -175,9 +204,22 @@ def _skeleton(folder: Path, dtype: str, stored: dict[str, StoredTensor]) -> PreT
             model = kind(config)
         model.to(config.dtype).eval().tie_weights()
         if model.can_generate():
-            fetching = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": True, "token": None}
+            fetching = {
+                "cache_dir": None,
+                "force_download": False,
+                "proxies": None,
+                "local_files_only": True,
+                "token": None,
+            }
             model.adjust_generation_fn(
-                None, False, False, folder, revision="main", subfolder="", trust_remote_code=False, **fetching
+                None,
+                False,
+                False,
+                folder,
+                revision="main",
+                subfolder="",
+                trust_remote_code=False,
+                **fetching,
             )
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
@@ -185,8 +227,12 @@ def _skeleton(folder: Path, dtype: str, stored: dict[str, StoredTensor]) -> PreT
     return model
 
 
-def _located(skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of the skeleton lies, under any name that `from_pretrained` knows; one of several tied is enough."""
+def _located(
+    skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path
+) -> dict[str, StoredTensor]:
+    """Where each tensor of the skeleton lies, under any name that `from_pretrained` knows; one of
+    several tied is enough.
+    """
     state = skeleton.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -194,10 +240,13 @@ def _located(skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder:
     here: dict[str, StoredTensor] = {}
     tied: dict[int, list[str]] = {}
     for name, tensor in stored.items():
-        renamed, converted = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
+        renamed, converted = rename_source_key(
+            name, renamings, converters, skeleton.base_model_prefix, state
+        )
         if converted is not None:
             raise CheckpointError(
-                f"{folder} stores {name} in a form that is converted when it is loaded, and cannot be streamed"
+                f"{folder} stores {name} in a form that is converted when it is loaded, and cannot"
+                " be streamed"
             )
         here[renamed] = tensor
     for name, tensor in state.items():
@@ -212,11 +261,15 @@ def _located(skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder:
         expected = state[names[0]]
         if entry.shape != tuple(expected.shape):
             raise CheckpointError(
-                f"{folder} cannot be loaded: {entry.name} is {list(entry.shape)}, config.json says {list(expected.shape)}"
+                f"{folder} cannot be loaded: {entry.name} is {list(entry.shape)}, config.json says"
+                f" {list(expected.shape)}"
             )
         found |= dict.fromkeys(names, replace(entry, dtype=expected.dtype))
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of the model's tensors, e.g. {min(missing)}; fetch it again")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the model's tensors, e.g. {min(missing)}; fetch it"
+            " again"
+        )
     return found
 
 
@@ -229,20 +282,28 @@ def _parameters(layer: nn.Module, path: str) -> list[tuple[nn.Module, str, nn.Pa
     return [(module, name, parameter) for name, parameter in module.named_parameters(recurse=False)]
 
 
-def _cuts(skeleton: PreTrainedModel, keep: Sequence[Tensor]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+def _cuts(
+    skeleton: PreTrainedModel, keep: Sequence[Tensor]
+) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """(mask of rows, numbers of columns) that stay of each tensor that is not copied whole."""
     architecture = architecture_for(skeleton.config)
     cuts: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for index, (layer, mask) in enumerate(zip(decoder_layers(skeleton, architecture), keep, strict=True)):
+    for index, (layer, mask) in enumerate(
+        zip(decoder_layers(skeleton, architecture), keep, strict=True)
+    ):
         prefix = f"{architecture.layers}.{index}."
         rows = mask.repeat(2) if architecture.fused else mask
         for path in architecture.input_linears:
-            cuts |= {f"{prefix}{path}.{name}": (rows, None) for _, name, _ in _parameters(layer, path)}
+            cuts |= {
+                f"{prefix}{path}.{name}": (rows, None) for _, name, _ in _parameters(layer, path)
+            }
         cuts[f"{prefix}{architecture.down}.weight"] = (None, mask.nonzero().flatten())
     return cuts
 
 
-def _cut_rows(tensor: StoredTensor, rows: Bool[Tensor, " n"] | None, columns: Int[Tensor, " width"] | None) -> Iterator[Tensor]:
+def _cut_rows(
+    tensor: StoredTensor, rows: Bool[Tensor, " n"] | None, columns: Int[Tensor, " width"] | None
+) -> Iterator[Tensor]:
     """What stays of a tensor, a slab at a time, on the CPU."""
     for start, slab in replace(tensor, device=torch.device("cpu")).slabs():
         if rows is not None:
@@ -251,14 +312,20 @@ def _cut_rows(tensor: StoredTensor, rows: Bool[Tensor, " n"] | None, columns: In
 
 
 def _verify(folder: Path, hashes: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Raises CheckpointError unless every file reads back as it was written and the folder opens as the narrow model."""
+    """Raises CheckpointError unless every file reads back as it was written and the folder opens as
+    the narrow model.
+    """
     for name, expected in hashes.items():
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise CheckpointError(
-                    f"{folder.name} was not saved: {name} does not read back as it was written; check the disk"
+                    f"{folder.name} was not saved: {name} does not read back as it was written;"
+                    " check the disk"
                 )
     stored = StreamedCheckpoint.open(folder).stored
     for name, tensor in tensors.items():
         if (stored[name].shape, stored[name].stored) != (tuple(tensor.shape), tensor.dtype):
-            raise CheckpointError(f"{folder.name} was not saved: tensor {name} has another shape or dtype after a reload")
+            raise CheckpointError(
+                f"{folder.name} was not saved: tensor {name} has another shape or dtype after a"
+                " reload"
+            )

@@ -26,22 +26,44 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Specs = Annotated[
-    list[str], typer.Argument(metavar="METHOD", help="method[:allocation][@moments][+heads][+refit], or all; see above.")
+    list[str],
+    typer.Argument(
+        metavar="METHOD", help="method[:allocation][@moments][+heads][+refit], or all; see above."
+    ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="JSON lines; what is in it is not done again.")]
-RatioList = Annotated[str, typer.Option(metavar="SHARES", help="Shares of FFN channels to remove, as in 0.2,0.3.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="JSON lines; what is in it is not done again.")
+]
+RatioList = Annotated[
+    str, typer.Option(metavar="SHARES", help="Shares of FFN channels to remove, as in 0.2,0.3.")
+]
 SeedList = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 0,1,2.")]
-TaskList = Annotated[str, typer.Option(metavar="TASKS", help="Zero-shot tasks, as in arc_easy,piqa, or all in the folder.")]
+TaskList = Annotated[
+    str,
+    typer.Option(
+        metavar="TASKS", help="Zero-shot tasks, as in arc_easy,piqa, or all in the folder."
+    ),
+]
 Texts = Annotated[
-    list[str], typer.Option("--text", help="Text to score, repeatable: builtin, a file, or a dataset as id[:config[:split]].")
+    list[str],
+    typer.Option(
+        "--text",
+        help="Text to score, repeatable: builtin, a file, or a dataset as id[:config[:split]].",
+    ),
 ]
 Calibration = Annotated[
     list[str],
-    typer.Option(metavar="NAME=TEXT", help="A short name for a calibration text, repeatable, as in ptb=ptb.valid.txt."),
+    typer.Option(
+        metavar="NAME=TEXT",
+        help="A short name for a calibration text, repeatable, as in ptb=ptb.valid.txt.",
+    ),
 ]
 Tokens = Annotated[int, typer.Option(help="Tokens of calibration text.")]
 CalibrationWindow = Annotated[
-    int | None, typer.Option(help="Tokens of a block of calibration text; default 256, or what the model reads.")
+    int | None,
+    typer.Option(
+        help="Tokens of a block of calibration text; default 256, or what the model reads."
+    ),
 ]
 
 
@@ -53,31 +75,44 @@ def compare(
     seeds: SeedList = "0",
     text: Texts = ["builtin"],  # noqa: B006
     window: Window = 1024,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: no overlap.")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows of each text.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows; default: no overlap.")
+    ] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Score only the first windows of each text.")
+    ] = None,
     tasks: TaskList = "",
-    task_data: Annotated[Path | None, typer.Option(help="Folder of their <task>.jsonl files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of their <task>.jsonl files.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first questions of each task.")
+    ] = None,
     calibration: Calibration = [],  # noqa: B006
     calibration_tokens: Tokens = 16384,
     calibration_window: CalibrationWindow = None,
     policy: PolicyName = None,
     round_to: Annotated[int, typer.Option("--round", help="Widths are multiples of this.")] = 8,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Draw into this folder (needs matplotlib).")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Draw into this folder (needs matplotlib).")
+    ] = None,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compare ways to prune at equal size: METHODs x --ratios x --seeds, one JSON line each; a killed run goes on.
+    """Compare ways to prune at equal size: METHODs x --ratios x --seeds, one JSON line each; a
+    killed run goes on.
 
-    A METHOD is method[:allocation][@moments][+heads][+refit], as in wanda_sp, flap:uniform, llm_pruner_element1:owl@ptb,
-    wanda_sp:learned@seed:ptb+layerwise. What is left out is the method's own. Moments: self (the model writes the text; the
-    default), random (tokens), TEXT or seed:TEXT (the model goes on from the first tokens of its documents), with TEXT builtin,
-    a file, a dataset, or a name given with --calibration. Heads: cut attention heads too, at the same size, where the method
-    does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias, layerwise or sequential. Methods and
-    allocations: a wrong name lists them. Ours: prunenet (what 'prunenet prune' does), prunenet-weights, elimination.
+    A METHOD is method[:allocation][@moments][+heads][+refit], as in wanda_sp, flap:uniform,
+    llm_pruner_element1:owl@ptb, wanda_sp:learned@seed:ptb+layerwise. What is left out is the
+    method's own. Moments: self (the model writes the text; the default), random (tokens), TEXT or
+    seed:TEXT (the model goes on from the first tokens of its documents), with TEXT builtin, a file,
+    a dataset, or a name given with --calibration. Heads: cut attention heads too, at the same size,
+    where the method does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias,
+    layerwise or sequential. Methods and allocations: a wrong name lists them. Ours: prunenet (what
+    'prunenet prune' does), prunenet-weights, elimination.
     """
     with one_job(device) as place:
         from prunenet.checkpoints.load import load_model, load_tokenizer
@@ -92,16 +127,32 @@ def compare(
         shares, numbers = _listed("ratios", ratios, float), _listed("seeds", seeds, int)
         _check_presentation(markdown, figures)
         results = Results(out)
-        scored = _evaluation(text, window, stride, max_windows, _task_files(tasks, task_data), limit)
-        texts = _calibration_texts({spec.text for spec in parsed if spec.text is not None}, named, scored)
+        scored = _evaluation(
+            text, window, stride, max_windows, _task_files(tasks, task_data), limit
+        )
+        texts = _calibration_texts(
+            {spec.text for spec in parsed if spec.text is not None}, named, scored
+        )
         dense = load_model(model, dtype=dtype, device=place, max_memory=max_memory)
         tokenizer = load_tokenizer(model)
         trained, name = policy_for(policy, dense.config.model_type)
         amount = _amount(calibration_tokens, calibration_window, dense.config)
         # "all" means what can be done; what was asked for by name is refused by `check`.
-        parsed = [spec for spec in parsed if spec.name in specs or _possible(spec, dense, trained is not None)]
+        parsed = [
+            spec
+            for spec in parsed
+            if spec.name in specs or _possible(spec, dense, trained is not None)
+        ]
         plan = Plan(model, parsed, shares, numbers, scored, amount, round_to)
-        workshop = Workshop(dense, tokenizer, policy=trained, policy_name=name, texts=texts, amount=amount, round_to=round_to)
+        workshop = Workshop(
+            dense,
+            tokenizer,
+            policy=trained,
+            policy_name=name,
+            texts=texts,
+            amount=amount,
+            round_to=round_to,
+        )
         lines = _presented(_done(plan, workshop, results), markdown, figures, as_json)
     _end(lines)
 
@@ -143,7 +194,9 @@ def _done(plan: Plan, workshop: Workshop, results: Results) -> list[Line]:
         return run(plan, workshop, results, report=_report, progress=advance)
 
 
-def _presented(lines: list[Line], markdown: Path | None, figures: Path | None, as_json: bool) -> list[Line]:
+def _presented(
+    lines: list[Line], markdown: Path | None, figures: Path | None, as_json: bool
+) -> list[Line]:
     """The lines; the first process has shown and drawn them."""
     if not parallel.is_first():
         return lines
@@ -158,10 +211,16 @@ def _presented(lines: list[Line], markdown: Path | None, figures: Path | None, a
         from prunenet.compare.figures import draw_comparison
 
         draw_comparison(rows, figures, lines[0]["model"])
-    show({"cells": lines}, as_json, lambda: tables.grid(summary.headings(rows), summary.cells_of(rows), summary.caption(lines)))
+    show(
+        {"cells": lines},
+        as_json,
+        lambda: tables.grid(summary.headings(rows), summary.cells_of(rows), summary.caption(lines)),
+    )
     failed = sum(line["error"] is not None for line in lines)
     if failed:
-        errors.print(f"[red]{failed} of {len(lines)} cells failed[/red]; the same command tries them again")
+        errors.print(
+            f"[red]{failed} of {len(lines)} cells failed[/red]; the same command tries them again"
+        )
     return lines
 
 
@@ -172,11 +231,18 @@ def _end(lines: list[Line]) -> None:
 
 
 def _report(line: Line) -> None:
-    name = line["method"] if line["method"] == "dense" else f"{line['method']} {line['ratio']:g} seed {line['seed']}"
+    name = (
+        line["method"]
+        if line["method"] == "dense"
+        else f"{line['method']} {line['ratio']:g} seed {line['seed']}"
+    )
     if line["error"] is not None:
         errors.print(f"[red]failed:[/red] {escape(name)}: {escape(line['error'])}")
         return
-    found = ", ".join("infinite" if text["value"] is None else f"{text['value']:,.2f}" for text in line["perplexity"])
+    found = ", ".join(
+        "infinite" if text["value"] is None else f"{text['value']:,.2f}"
+        for text in line["perplexity"]
+    )
     seconds = line["seconds_pruning"] - line["seconds_shared"] + line["seconds_evaluation"]
     errors.print(f"{escape(name)}: perplexity {found} ({seconds:,.0f} s)")
 
@@ -202,20 +268,30 @@ def _task_files(tasks: str, folder: Path | None) -> dict[str, Path]:
     if not tasks and folder is None:
         return {}
     if folder is None:
-        raise ValueError(f"tasks are read from local files: give the folder of {tasks.split(',')[0]}.jsonl as --task-data")
+        raise ValueError(
+            f"tasks are read from local files: give the folder of {tasks.split(',')[0]}.jsonl as"
+            " --task-data"
+        )
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("zero-shot tasks need lm-eval; pip install 'prunenet[eval]', or leave --tasks out")
+        raise ValueError(
+            "zero-shot tasks need lm-eval; pip install 'prunenet[eval]', or leave --tasks out"
+        )
     names = _listed("tasks", tasks, str) if tasks not in ("", "all") else []
     return task_files({name: folder / f"{name}.jsonl" for name in names} if names else folder)
 
 
-def _calibration_texts(wanted: set[str], named: dict[str, str], scored: Evaluation) -> dict[str, CalibrationText]:
+def _calibration_texts(
+    wanted: set[str], named: dict[str, str], scored: Evaluation
+) -> dict[str, CalibrationText]:
     from prunenet.text.corpora import CalibrationText, load_text
 
     found = {name: load_text(named.get(name, name), CalibrationText) for name in sorted(wanted)}
     for name, text in found.items():
         if any(text.content == test.content for test in scored.texts):
-            raise ValueError(f"{name!r} is a text to be scored, and calibration must not see it; give another split or file")
+            raise ValueError(
+                f"{name!r} is a text to be scored, and calibration must not see it; give another"
+                " split or file"
+            )
     return found
 
 
@@ -227,7 +303,10 @@ def _amount(tokens: int, window: int | None, config: Any) -> Amount:
     if window < 2:
         raise ValueError(f"--calibration-window must be 2 or more, got {window}")
     if tokens < 2 * window:
-        raise ValueError(f"calibration takes two blocks at least, {2 * window} tokens of windows of {window}, got {tokens}")
+        raise ValueError(
+            f"calibration takes two blocks at least, {2 * window} tokens of windows of {window},"
+            f" got {tokens}"
+        )
     return Amount(tokens // window, window)
 
 
@@ -237,7 +316,8 @@ def _named(given: str) -> tuple[str, str]:
     name, equals, source = given.partition("=")
     if not equals or not name or not source or name in RESERVED or set(name) & set("@+:/, "):
         raise ValueError(
-            f"--calibration is NAME=TEXT, as in ptb=ptb.valid.txt, NAME one word and not {', '.join(RESERVED)}; got {given!r}"
+            "--calibration is NAME=TEXT, as in ptb=ptb.valid.txt, NAME one word and not"
+            f" {', '.join(RESERVED)}; got {given!r}"
         )
     return name, source
 

@@ -1,4 +1,6 @@
-"""The terminal: results on standard output, progress and errors on standard error, a user's mistake in one sentence."""
+"""The terminal: results on standard output, progress and errors on standard error, a user's mistake
+in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,21 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turns a user's mistake, a disk's refusal, a missing extra or too little memory into one sentence and exit code 1."""
+    """Turns a user's mistake, a disk's refusal, a missing extra or too little memory into one
+    sentence and exit code 1.
+    """
     try:
         yield
     except Followed:
         raise typer.Exit(1) from None
-    except (ValueError, OSError, ImportError, PeerFailed, MemoryError, torch.OutOfMemoryError) as error:
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        PeerFailed,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ) as error:
         if os.environ.get("PRUNENET_DEBUG"):
             raise
         errors.print(f"[red]error:[/red] {escape(_sentence(error))}")
@@ -39,18 +50,22 @@ def one_sentence() -> Iterator[None]:
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """`one_sentence` for a command that has no use for more processes: each would do all of the work."""
+    """`one_sentence` for a command that has no use for more processes: each would do all of the
+    work.
+    """
     with one_sentence():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
-                "train, prune, compare and recover share work between processes, this command does not: run it alone"
+                "train, prune, compare and recover share work between processes, this command does"
+                " not: run it alone"
             )
         yield
 
 
 @contextmanager
 def one_job(device: str) -> Iterator[str]:
-    """`one_sentence` for all processes that torchrun has started: rank 0 has the screen, and who fails first says why.
+    """`one_sentence` for all processes that torchrun has started: rank 0 has the screen, and who
+    fails first says why.
 
     Yields:
         The device of this process; see `prunenet.runtime.parallel.joined`.
@@ -80,5 +95,8 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         said = str(error).partition(". ")[0] or "out of memory"
-        return f"{said}: take --dtype bfloat16, spread the weights with --device auto, or read them with --stream"
+        return (
+            f"{said}: take --dtype bfloat16, spread the weights with --device auto, or read them"
+            " with --stream"
+        )
     return str(error) or type(error).__name__

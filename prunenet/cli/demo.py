@@ -1,4 +1,6 @@
-"""The demo: from nothing to a real language model, pruned to several sizes and compared with the dense one."""
+"""The demo: from nothing to a real language model, pruned to several sizes and compared with the
+dense one.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,28 @@ from prunenet.text.corpora import TestText, load_text
 
 PROMPT = "The Nile is the longest river in"
 SEQUENCES = 64
-"""Sequences that the model writes: fewer than for `prunenet prune`, which measures more and takes longer for it."""
+"""Sequences that the model writes: fewer than for `prunenet prune`, which measures more and takes
+longer for it.
+"""
 HOW: dict[str, Any] = {"widths": "uniform", "channels": "policy", "refit": "layerwise"}
-"""How the demo prunes: with the channels that its own policy chooses, and no second stage of training for the widths."""
+"""How the demo prunes: with the channels that its own policy chooses, and no second stage of
+training for the widths.
+"""
 
 
 def run_demo(
-    out: Path, ratios: Sequence[float], console: Console, *, windows: int = 6, recipe: Recipe | None = None
+    out: Path,
+    ratios: Sequence[float],
+    console: Console,
+    *,
+    windows: int = 6,
+    recipe: Recipe | None = None,
 ) -> list[dict[str, Any]]:
-    """Fetches SmolLM2-135M, trains a policy, prunes at each ratio, compares. What is in `out` already is used again.
+    """Fetches SmolLM2-135M, trains a policy, prunes at each ratio, compares. What is in `out`
+    already is used again.
 
-    Nothing from outside is looked at: masks are judged and the down matrices refitted on text that the model writes. Widths are
-    uniform; `prunenet train` also learns where to cut.
+    Nothing from outside is looked at: masks are judged and the down matrices refitted on text that
+    the model writes. Widths are uniform; `prunenet train` also learns where to cut.
 
     Args:
         out: folder for the policy, the checkpoints, `results.json` and `report.png`.
@@ -63,19 +75,29 @@ def run_demo(
     console.print("1/4 the model: SmolLM2-135M-Instruct")
     source = str(fetch_demo_model(progress=lambda message: console.print(f"    {message}")))
     dense = load_model(source)
-    console.print("2/4 the policy: learns to tell channels to keep by their weights, judged on text that the model writes")
+    console.print(
+        "2/4 the policy: learns to tell channels to keep by their weights, judged on text that the"
+        " model writes"
+    )
     policy = _policy(dense, out / "policy", recipe or PRESETS["default"], console)
     sizes = ", ".join(f"{ratio:g}" for ratio in ratios)
-    console.print(f"3/4 pruning at {sizes}: the policy's channels, refitted on the same text; saved and verified by reloading")
+    console.print(
+        f"3/4 pruning at {sizes}: the policy's channels, refitted on the same text; saved and"
+        " verified by reloading"
+    )
     folders = _pruned(dense, policy, ratios, out, console)
     del dense
     console.print("4/4 comparing with the dense model")
     text = load_text("builtin", TestText)
     with tables.progress(console, "scoring") as advance:
-        rows = measure([source, *map(str, folders)], text, window=512, max_windows=windows, progress=advance)
+        rows = measure(
+            [source, *map(str, folders)], text, window=512, max_windows=windows, progress=advance
+        )
     rows[0]["name"] = "dense"
     for row in rows:
-        row["sentence"] = generate_sentence(load_model(row["folder"]), load_tokenizer(source), PROMPT, new_tokens=16)
+        row["sentence"] = generate_sentence(
+            load_model(row["folder"]), load_tokenizer(source), PROMPT, new_tokens=16
+        )
         console.print(f"    {row['name']}: {row['sentence']!r}", style="dim", markup=False)
     write_atomic(out / "results.json", (json.dumps({"models": rows}, indent=2) + "\n").encode())
     draw_report(rows, out / "report.png")
@@ -90,35 +112,56 @@ def _policy(dense: PreTrainedModel, folder: Path, recipe: Recipe, console: Conso
     else:
         asked = (recorded(recipe, None), weights_sha256(dense))
         if (policy.config.recipe, policy.config.trained_on.get("weights")) != asked:
-            raise ValueError(f"{folder} holds a policy of another recipe or model; remove it, or give another --out")
+            raise ValueError(
+                f"{folder} holds a policy of another recipe or model; remove it, or give another"
+                " --out"
+            )
         console.print(f"    trained already: {folder}", markup=False)
         return policy
     blocks = _own_text(dense, console)
     with tables.progress(console, "training", "reward") as advance:
-        return train(dense, recipe, out=folder, resume=unfinished(folder), blocks=blocks, progress=advance).policy
+        return train(
+            dense, recipe, out=folder, resume=unfinished(folder), blocks=blocks, progress=advance
+        ).policy
 
 
 def _own_text(dense: PreTrainedModel, console: Console) -> Blocks:
     """Written once, then read from the cache."""
     with tables.progress(console, "writing") as advance:
-        return self_blocks(dense, load_tokenizer(dense.config._name_or_path), sequences=SEQUENCES, progress=advance)
+        return self_blocks(
+            dense, load_tokenizer(dense.config._name_or_path), sequences=SEQUENCES, progress=advance
+        )
 
 
-def _pruned(dense: PreTrainedModel, policy: Policy, ratios: Sequence[float], out: Path, console: Console) -> list[Path]:
-    """The checkpoint of each ratio: what is in `out` already if it is this policy's, else made now, all in one measurement."""
+def _pruned(
+    dense: PreTrainedModel, policy: Policy, ratios: Sequence[float], out: Path, console: Console
+) -> list[Path]:
+    """The checkpoint of each ratio: what is in `out` already if it is this policy's, else made now,
+    all in one measurement.
+    """
     source = dense.config._name_or_path
     folders = {ratio: out / f"ratio-{ratio:g}" for ratio in ratios}
-    missing = [ratio for ratio, folder in folders.items() if not _made(folder, policy, ratio, identify(source)[1])]
+    missing = [
+        ratio
+        for ratio, folder in folders.items()
+        if not _made(folder, policy, ratio, identify(source)[1])
+    ]
     if missing:
         blocks, d_ff = _own_text(dense, console), ffn_widths(dense)
         ways = [[width_at(width, ratio) for width in d_ff] for ratio in missing]
         with tables.progress(console, "cutting") as advance:
-            cuts = cut_layers(dense, blocks.ids, ways, scores=policy.scores(dense), progress=advance)
+            cuts = cut_layers(
+                dense, blocks.ids, ways, scores=policy.scores(dense), progress=advance
+            )
         how = HOW | {"predicted_gain": None, "text": dict(blocks.source)}
         for ratio, cut in zip(missing, cuts, strict=True):
             narrow = cut.model(dense)
-            record = provenance_of(dense, narrow, policy=policy, name="demo", regime="self", ratio=ratio, how=how)
-            Pruned(narrow, cut.keep, record).save_pretrained(folders[ratio], tokenizer=load_tokenizer(source))
+            record = provenance_of(
+                dense, narrow, policy=policy, name="demo", regime="self", ratio=ratio, how=how
+            )
+            Pruned(narrow, cut.keep, record).save_pretrained(
+                folders[ratio], tokenizer=load_tokenizer(source)
+            )
     return list(folders.values())
 
 

@@ -1,4 +1,6 @@
-"""What the commands read: a model in memory or streamed, its tokenizer, the text to measure activations on."""
+"""What the commands read: a model in memory or streamed, its tokenizer, the text to measure
+activations on.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def open_model(
     """
     if stream:
         if device == AUTO or max_memory is not None:
-            raise ValueError("--stream leaves all weights on disk, so there is nothing to place: leave --device auto out")
+            raise ValueError(
+                "--stream leaves all weights on disk, so there is nothing to place: leave --device"
+                " auto out"
+            )
         from prunenet.checkpoints.streaming import StreamedCheckpoint
 
         return StreamedCheckpoint.open(source, dtype=dtype, device=device)
@@ -38,9 +43,14 @@ def open_model(
 
 
 def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:
-    """Raises ValueError where activations would be measured on a model that is not in memory; `remedy`: what to say instead."""
+    """Raises ValueError where activations would be measured on a model that is not in memory;
+    `remedy`: what to say instead.
+    """
     if stream and reads_text:
-        raise ValueError(f"--stream holds one layer of the model at a time, so nothing can be measured on text: {remedy}")
+        raise ValueError(
+            "--stream holds one layer of the model at a time, so nothing can be measured on text:"
+            f" {remedy}"
+        )
 
 
 def blocks_for(
@@ -51,7 +61,9 @@ def blocks_for(
     seed: int,
     total: int | None = None,
 ) -> Blocks:
-    """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises as `calibration_for`."""
+    """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises
+    as `calibration_for`.
+    """
     from transformers import PreTrainedModel
 
     from prunenet.checkpoints.load import load_tokenizer
@@ -59,20 +71,32 @@ def blocks_for(
 
     assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
     with tables.progress(errors, "text") as advance:
-        return calibration_for(dense, load_tokenizer(source), moments, text, seed=seed, total=total, progress=advance)
+        return calibration_for(
+            dense, load_tokenizer(source), moments, text, seed=seed, total=total, progress=advance
+        )
 
 
 def check_reward_inputs(
-    reward: str, features: str, moments: str | None, text: str | None, spectral: Mapping[str, str | None]
+    reward: str,
+    features: str,
+    moments: str | None,
+    text: str | None,
+    spectral: Mapping[str, str | None],
 ) -> None:
-    """Raises ValueError for an option that this training would not read; `spectral`: those of the spectral reward."""
+    """Raises ValueError for an option that this training would not read; `spectral`: those of the
+    spectral reward.
+    """
     if reward == "spectral" and features == "weights" and (moments or text):
         raise ValueError(
-            "the spectral reward reads weights alone: leave --moments and --text out, or say --reward reconstruction"
+            "the spectral reward reads weights alone: leave --moments and --text out, or say"
+            " --reward reconstruction"
         )
     given = [option for option, value in spectral.items() if value]
     if reward == "reconstruction" and given:
-        raise ValueError(f"{given[0]} belongs to the spectral reward: say --preset spectral without --reward, or leave it out")
+        raise ValueError(
+            f"{given[0]} belongs to the spectral reward: say --preset spectral without --reward, or"
+            " leave it out"
+        )
     check_text(moments, text)
 
 
@@ -81,7 +105,9 @@ def check_text(moments: str | None, text: str | None, tokens: int | None = None)
     if text and moments != "data":
         raise ValueError("--text is read with --moments data only: add that, or leave --text out")
     if tokens is not None and moments == "none":
-        raise ValueError(f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self")
+        raise ValueError(
+            f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self"
+        )
 
 
 def tokenizer_of(source: str) -> PreTrainedTokenizerBase | None:

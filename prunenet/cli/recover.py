@@ -22,15 +22,29 @@ if TYPE_CHECKING:
     from prunenet.recover.training import Tuned, Tuning
     from prunenet.text.calibration import Blocks
 
-Pruned = Annotated[str, typer.Argument(help="Folder of a pruned checkpoint, or its id on the Hugging Face hub.")]
+Pruned = Annotated[
+    str, typer.Argument(help="Folder of a pruned checkpoint, or its id on the Hugging Face hub.")
+]
 Teacher = Annotated[
-    str | None, typer.Option(metavar="DENSE", help="The model that was pruned: writes the text, and what is learned from it.")
+    str | None,
+    typer.Option(
+        metavar="DENSE",
+        help="The model that was pruned: writes the text, and what is learned from it.",
+    ),
 ]
 RecoverMoments = Annotated[
     Literal["self", "data"],
-    typer.Option("--moments", help="Text to learn from: self (the dense model writes it) or data (see --text)."),
+    typer.Option(
+        "--moments",
+        help="Text to learn from: self (the dense model writes it) or data (see --text).",
+    ),
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens of text to learn from, in blocks of 256; a fifth is held back to judge by.")]
+Tokens = Annotated[
+    int,
+    typer.Option(
+        help="Tokens of text to learn from, in blocks of 256; a fifth is held back to judge by."
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Blocks of a step.")]
 MicroBatch = Annotated[int, typer.Option(help="Blocks in memory at once.")]
 
@@ -48,12 +62,16 @@ def recover(
     rank: Annotated[int, typer.Option(help="Of the updates.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, at the first step.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of the text and of the training.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run beside --out.")
+    ] = False,
     device: OneDevice = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train a pruned model to do again what the dense one does (LoRA, merged), by default without any data from outside."""
+    """Train a pruned model to do again what the dense one does (LoRA, merged), by default without
+    any data from outside.
+    """
     with one_job(device) as place:
         from prunenet.checkpoints.load import load_model
         from prunenet.checkpoints.save import load_provenance
@@ -61,7 +79,14 @@ def recover(
         from prunenet.recover.lora import load_peft
         from prunenet.recover.training import STATE, Tuning, tuned
 
-        tuning = Tuning(steps=steps, batch=batch, micro_batch=micro_batch, rank=rank, learning_rate=learning_rate, seed=seed)
+        tuning = Tuning(
+            steps=steps,
+            batch=batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
         check_asked(teacher, moments, text, device)
         run = check_places(out, resume)
         load_peft()
@@ -77,20 +102,32 @@ def recover(
         writer, source = (model, pruned) if dense is None else (dense, str(teacher))
         blocks = blocks_for(writer, source, moments, text or "builtin", seed, tokens)
         with tables.progress(errors, "recovering", "loss") as advance:
-            found = tuned(model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance)
+            found = tuned(
+                model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance
+            )
         story = recovered(story, found, tuning, blocks, taught=dense is not None)
         if parallel.is_first():
             save(found, out, folder, story, pruned)
             (run / STATE).unlink()
         if found.best_step == 0:
-            errors.print("note: nothing was better on the text held back; the weights are those of the pruned model")
-        facts = tables.provenance_facts(story, out) | {"loss_before": found.before, "loss_after": found.after}
+            errors.print(
+                "note: nothing was better on the text held back; the weights are those of the"
+                " pruned model"
+            )
+        facts = tables.provenance_facts(story, out) | {
+            "loss_before": found.before,
+            "loss_after": found.after,
+        }
         facts["best_step"] = found.best_step
         show(facts, as_json, lambda: tables.facts("recovered model", facts))
 
 
-def recovered(provenance: Provenance, found: Tuned, tuning: Tuning, blocks: Blocks, *, taught: bool) -> Provenance:
-    """The story of a pruned model with its recovery; the regime is the most that any step looked at."""
+def recovered(
+    provenance: Provenance, found: Tuned, tuning: Tuning, blocks: Blocks, *, taught: bool
+) -> Provenance:
+    """The story of a pruned model with its recovery; the regime is the most that any step looked
+    at.
+    """
     from prunenet.checkpoints.regimes import most
 
     step = dataclasses.asdict(tuning) | {
@@ -118,11 +155,15 @@ def check_asked(teacher: str | None, moments: str, text: str | None, device: str
     check_text(moments, text)
     if teacher is None and moments == "self":
         raise ValueError(
-            "a pruned model learns nothing from text of its own: give the dense model, which writes the text and teaches "
-            "(--teacher DENSE), or text from outside (--moments data --text FILE)"
+            "a pruned model learns nothing from text of its own: give the dense model, which writes"
+            " the text and teaches (--teacher DENSE), or text from outside (--moments data --text"
+            " FILE)"
         )
     if device == AUTO:
-        raise ValueError("recovery trains a model that is on one device: give that, such as --device cuda, in place of auto")
+        raise ValueError(
+            "recovery trains a model that is on one device: give that, such as --device cuda, in"
+            " place of auto"
+        )
 
 
 def check_places(out: Path, resume: bool) -> Path:
@@ -139,7 +180,9 @@ def check_places(out: Path, resume: bool) -> Path:
     run = out.absolute().with_name(f"{out.absolute().name}.recovery")
     unfinished = (run / STATE).exists()
     if unfinished and not resume:
-        raise ValueError(f"{run} holds an unfinished run; say --resume, remove it, or give another --out")
+        raise ValueError(
+            f"{run} holds an unfinished run; say --resume, remove it, or give another --out"
+        )
     if resume and not unfinished:
         raise ValueError(f"nothing to resume in {run}; start the run without --resume")
     return run
@@ -149,32 +192,39 @@ def check_recoverable(source: str, provenance: Provenance) -> None:
     """Raises ValueError where training would undo what the story says of the checkpoint."""
     if provenance.padded_to is not None or provenance.padded_groups is not None:
         raise ValueError(
-            f"{source} is filled up with zeros, which training would not keep; recover the checkpoint that it was exported "
-            "from, and export that"
+            f"{source} is filled up with zeros, which training would not keep; recover the"
+            " checkpoint that it was exported from, and export that"
         )
 
 
 def check_base(teacher: str, provenance: Provenance) -> None:
-    """Raises ValueError where the teacher is known not to be the base model: before any weight is loaded."""
+    """Raises ValueError where the teacher is known not to be the base model: before any weight is
+    loaded.
+    """
     from prunenet.checkpoints.identity import identify
 
     name, revision = identify(teacher)
     known = provenance.revision
-    comparable = known != "unknown" and known.startswith("sha256:") == revision.startswith("sha256:")
+    comparable = known != "unknown" and known.startswith("sha256:") == revision.startswith(
+        "sha256:"
+    )
     if comparable and known != revision:
         raise ValueError(
-            f"the teacher {name} ({revision[:19]}) is not the model that was pruned, {provenance.base_model} ({known[:19]}); "
-            "give that one"
+            f"the teacher {name} ({revision[:19]}) is not the model that was pruned,"
+            f" {provenance.base_model} ({known[:19]}); give that one"
         )
 
 
 def check_shapes(teacher: str, dense: PreTrainedModel, provenance: Provenance) -> None:
-    """Raises ValueError where the teacher has other sizes than the base model: a hub's revision says nothing of a folder's."""
+    """Raises ValueError where the teacher has other sizes than the base model: a hub's revision
+    says nothing of a folder's.
+    """
     from prunenet.models.layers import count_parameters, ffn_widths
 
     said: tuple[Any, ...] = (list(provenance.dense_widths), provenance.parameters_before)
     if (ffn_widths(dense), count_parameters(dense)[0]) != said:
         raise ValueError(
-            f"the teacher {teacher} has other sizes than the model that was pruned, {provenance.base_model}: "
-            f"{count_parameters(dense)[0]:,} parameters and not {provenance.parameters_before:,}; give that one"
+            f"the teacher {teacher} has other sizes than the model that was pruned,"
+            f" {provenance.base_model}: {count_parameters(dense)[0]:,} parameters and not"
+            f" {provenance.parameters_before:,}; give that one"
         )

@@ -10,7 +10,14 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from prunenet.checkpoints.provenance import Provenance
@@ -63,7 +70,11 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
         "base_model": provenance.base_model,
         "policy": provenance.policy,
         "regime": provenance.regime,
-        **{name: value for name, value in provenance.how.items() if name != "text" and value is not None},
+        **{
+            name: value
+            for name, value in provenance.how.items()
+            if name != "text" and value is not None
+        },
         "ratio": provenance.ratio,
         "width": widths[0] if len(widths) == 1 else list(provenance.widths),
         **({"padded_to": provenance.padded_to} if provenance.padded_to else {}),
@@ -93,7 +104,9 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     note = ""
     if rows[0].get("perplexity") is not None:
         first = rows[0]
-        note = f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
+        note = (
+            f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
+        )
     table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:
         table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)

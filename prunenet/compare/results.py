@@ -1,4 +1,6 @@
-"""The file of a comparison: one JSON object a line, one line a cell. What is in it is not done again."""
+"""The file of a comparison: one JSON object a line, one line a cell. What is in it is not done
+again.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ _START = b'{"cell": "'
 class Results:
     """Lines by cell, in the order of the file.
 
-    A line that a kill has cut short is dropped. A cell's line is appended; one that is there already, of a failure that was
-    tried again, is replaced. One process writes at a time.
+    A line that a kill has cut short is dropped. A cell's line is appended; one that is there
+    already, of a failure that was tried again, is replaced. One process writes at a time.
 
     Args:
         path: of the file, which need not be there.
@@ -35,7 +37,8 @@ class Results:
         content = self.path.read_bytes() if self.path.exists() else b""
         whole, _, rest = content.rpartition(b"\n")
         self._torn = bool(rest)
-        if self._torn and not rest.startswith(_START[: len(rest)]):  # it is going to be dropped: only if it is ours
+        # it is going to be dropped: only if it is ours
+        if self._torn and not rest.startswith(_START[: len(rest)]):
             raise self._foreign(content.count(b"\n") + 1)
         for number, text in enumerate(whole.splitlines(), start=1):
             line = self._read(number, text)
@@ -84,7 +87,10 @@ class Results:
         return line
 
     def _foreign(self, number: int) -> ValueError:
-        return ValueError(f"line {number} of {self.path} is not one of 'prunenet compare'; mend it, or give another --out")
+        return ValueError(
+            f"line {number} of {self.path} is not one of 'prunenet compare'; mend it, or give"
+            " another --out"
+        )
 
 
 def _bytes(line: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,6 @@
-"""The cells of a comparison: methods x ratios x seeds on one model, one after the other, each into one JSON line."""
+"""The cells of a comparison: methods x ratios x seeds on one model, one after the other, each into
+one JSON line.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ _MEASURED = (
 
 
 def check(plan: Plan, workshop: Workshop) -> None:
-    """Raises ValueError (or a kind of it) for what no cell of the plan could do, before any work."""
+    """Raises ValueError (or a kind of it) for what no cell of the plan could do, before any
+    work.
+    """
     model, scored = workshop.model, plan.evaluation
     if not plan.ratios or not plan.seeds or not scored.texts:
         raise ValueError("a comparison has a ratio, a seed and a text to score at least")
@@ -56,8 +60,9 @@ def check(plan: Plan, workshop: Workshop) -> None:
     for spec in plan.specs:
         if spec.needs_policy and workshop.policy is None:
             raise ValueError(
-                f"{spec.name!r} asks a policy, and none ships for model type {model.config.model_type!r}; train one "
-                "(prunenet train) and give its folder as --policy"
+                f"{spec.name!r} asks a policy, and none ships for model type"
+                f" {model.config.model_type!r}; train one (prunenet train) and give its folder as"
+                " --policy"
             )
         if spec.heads:
             attentions(model)
@@ -82,10 +87,12 @@ def compare(
     report: Callable[[Line], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Line]:
-    """Does what is not in the results yet, and what failed before. A cell that fails is one line with its error.
+    """Does what is not in the results yet, and what failed before. A cell that fails is one line
+    with its error.
 
-    Of several processes (`prunenet.runtime.parallel`) each takes the next cell when it is free; the first writes the lines of all.
-    Each measures what its own cells read: shared measurements are made once a process, texts are written once.
+    Of several processes (`prunenet.runtime.parallel`) each takes the next cell when it is free; the
+    first writes the lines of all. Each measures what its own cells read: shared measurements are
+    made once a process, texts are written once.
 
     Args:
         plan: see `check`.
@@ -100,7 +107,11 @@ def compare(
     if parallel.is_first():
         results.prepare()
     name, revision = identify(plan.source)
-    shared = {"model": name, "revision": revision, "dtype": str(workshop.model.dtype).removeprefix("torch.")}
+    shared = {
+        "model": name,
+        "revision": revision,
+        "dtype": str(workshop.model.dtype).removeprefix("torch."),
+    }
     questions = {cell: asked(plan, cell, workshop) | shared for cell in cells(plan)}
     keys = {cell: key_of(question) for cell, question in questions.items()}
     left = parallel.told_by(0, lambda: [key for key in keys.values() if not results.done(key)])
@@ -126,7 +137,13 @@ def compare(
             last = cell
             if progress is not None:
                 progress(cell.name, number, len(todo))
-            line = {"cell": keys[cell], "error": None, **questions[cell], **dict.fromkeys(_MEASURED), **about}
+            line = {
+                "cell": keys[cell],
+                "error": None,
+                **questions[cell],
+                **dict.fromkeys(_MEASURED),
+                **about,
+            }
             with parallel.apart():
                 _measure(cell, plan.evaluation, workshop, line)
             add(line)
@@ -169,9 +186,18 @@ def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
             made = workshop.make(spec, cell.ratio, cell.seed)
             synchronise(device)
             seconds = time.perf_counter() - start
-        line |= {"seconds_pruning": seconds + use.shared, "seconds_shared": use.shared, "peak_memory_pruning": peak}
+        line |= {
+            "seconds_pruning": seconds + use.shared,
+            "seconds_shared": use.shared,
+            "peak_memory_pruning": peak,
+        }
     total, inner = count_parameters(made.model)
-    line |= {"regime": made.regime, "applied_regime": made.applied_regime, "policy": made.policy, "widths": made.widths}
+    line |= {
+        "regime": made.regime,
+        "applied_regime": made.applied_regime,
+        "policy": made.policy,
+        "widths": made.widths,
+    }
     line |= {} if made.groups is None else {"head_groups": made.groups}
     line |= {"calibration": None if made.calibration is None else dict(made.calibration)}
     line["residual_widths"] = getattr(made.model.config, "residual_widths", None)
@@ -180,26 +206,40 @@ def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
 
 
 def _score(narrow: PreTrainedModel, scored: Evaluation, workshop: Workshop, line: Line) -> None:
-    limits: dict[str, Any] = {"window": scored.window, "stride": scored.stride, "max_windows": scored.max_windows}
+    limits: dict[str, Any] = {
+        "window": scored.window,
+        "stride": scored.stride,
+        "max_windows": scored.max_windows,
+    }
     with peak_memory(home(narrow)) as peak:
         start = time.perf_counter()
         line["perplexity"] = []
         for label, text in zip(scored.labels, scored.texts, strict=True):
             found = asdict(perplexity(narrow, workshop.tokenizer, text, **limits))
-            value = found["value"] if math.isfinite(found["value"]) else None  # JSON knows no infinity; the loss says it
+            # JSON knows no infinity; the loss says it
+            value = found["value"] if math.isfinite(found["value"]) else None
             line["perplexity"].append(found | {"text": label, "value": value})
         if scored.tasks:
             answers = zero_shot(narrow, workshop.tokenizer, scored.tasks, limit=scored.limit)
-            line |= {"tasks": [asdict(answer) for answer in answers], "accuracy": _mean_accuracy(answers)}
+            line |= {
+                "tasks": [asdict(answer) for answer in answers],
+                "accuracy": _mean_accuracy(answers),
+            }
         line["seconds_evaluation"] = time.perf_counter() - start
     line["peak_memory_evaluation"] = peak
 
 
 def _mean_accuracy(answers: Sequence[TaskResult]) -> float:
     """Over tasks; of each, per character where lm-eval defines that."""
-    return sum(a.accuracy if a.accuracy_norm is None else a.accuracy_norm for a in answers) / len(answers)
+    return sum(a.accuracy if a.accuracy_norm is None else a.accuracy_norm for a in answers) / len(
+        answers
+    )
 
 
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    return (
+        text
+        if text and isinstance(error, ValueError)
+        else f"{type(error).__name__}: {text}".rstrip(": ")
+    )

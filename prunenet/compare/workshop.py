@@ -1,4 +1,6 @@
-"""One model: a spec, a ratio and a seed -> a narrow model. What several cells measure is measured once."""
+"""One model: a spec, a ratio and a seed -> a narrow model. What several cells measure is measured
+once.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ class Made:
 class Workshop:
     """Makes narrow models of one dense model.
 
-    Holds the measurements of each text (moments: 3 d_ff^2 float32 a layer at most, for refits) until `forget`.
+    Holds the measurements of each text (moments: 3 d_ff^2 float32 a layer at most, for refits)
+    until `forget`.
 
     Args:
         model, tokenizer: the dense model, which must not change.
@@ -103,7 +106,12 @@ class Workshop:
         amount: Amount | None = None,
         round_to: int = 8,
     ) -> None:
-        self.model, self.tokenizer, self.policy, self.policy_name = model, tokenizer, policy, policy_name
+        self.model, self.tokenizer, self.policy, self.policy_name = (
+            model,
+            tokenizer,
+            policy,
+            policy_name,
+        )
         self.ledger, self.round_to = Ledger(), round_to
         self.progress: Callable[[int, int], None] | None = None
         self._texts, self._amount = texts or {}, amount or Amount()
@@ -112,7 +120,8 @@ class Workshop:
         self._scores: dict[tuple[str, int, str], Any] = {}
 
     def blocks(self, moments: str, seed: int) -> tuple[Blocks, float | None]:
-        """Text to measure on, and how many seconds it took to have it; None where the model had written it before.
+        """Text to measure on, and how many seconds it took to have it; None where the model had
+        written it before.
 
         Raises:
             TextError, ValueError: see `prunenet.text.calibration`.
@@ -129,27 +138,42 @@ class Workshop:
             start = time.perf_counter()
             found = self._written(moments, seed, progress)
             writes = moments == "self" or moments.startswith("seed:")
-            self._blocks[moments, seed] = found, None if writes and not wrote else time.perf_counter() - start
+            self._blocks[moments, seed] = (
+                found,
+                None if writes and not wrote else time.perf_counter() - start,
+            )
         return self._blocks[moments, seed]
 
     def check_texts(self, specs: Sequence[Spec]) -> None:
-        """Raises ValueError for calibration text that is too short, or windows that the model cannot read."""
+        """Raises ValueError for calibration text that is too short, or windows that the model
+        cannot read.
+        """
         check_positions(self.model, self._amount.window, "calibration window")
-        for moments, name in sorted({(spec.moments, spec.text) for spec in specs if spec.moments and spec.text}):
+        for moments, name in sorted(
+            {(spec.moments, spec.text) for spec in specs if spec.moments and spec.text}
+        ):
             try:
                 if moments == name:
                     self._written(name, 0, lambda done, of: None)
                 else:
                     openings(self.tokenizer, self._texts[name], 1)
             except ValueError as error:
-                raise ValueError(f"calibration text {name!r}: {error} (--calibration-tokens, --calibration-window)") from None
+                raise ValueError(
+                    f"calibration text {name!r}: {error} (--calibration-tokens,"
+                    " --calibration-window)"
+                ) from None
 
     def share_texts(self, wanted: Sequence[tuple[str | None, int]]) -> None:
-        """Of several processes, each has the model write some of the texts (moments, seed), for all; one alone waits until a
-        text is needed. What cannot be written fails the cells that read it, in each process anew."""
+        """Of several processes, each has the model write some of the texts (moments, seed), for
+        all; one alone waits until a text is needed. What cannot be written fails the cells that
+        read it, in each process anew."""
         if parallel.size() == 1:
             return
-        writing = [pair for pair in dict.fromkeys(wanted) if pair[0] == "self" or str(pair[0]).startswith("seed:")]
+        writing = [
+            pair
+            for pair in dict.fromkeys(wanted)
+            if pair[0] == "self" or str(pair[0]).startswith("seed:")
+        ]
         places = [(str(moments), seed) for moments, seed in writing]
         for number, place in enumerate(places):
             if parallel.mine(number):
@@ -157,9 +181,13 @@ class Workshop:
                     self.blocks(*place)
         for number, place in enumerate(places):
             found = [self._blocks[place]] if place in self._blocks else []
-            told = parallel.told_by(number % parallel.size(), partial(list, (seconds for _, seconds in found)))
+            told = parallel.told_by(
+                number % parallel.size(), partial(list, (seconds for _, seconds in found))
+            )
             if told:
-                ids = blocks_from(number % parallel.size(), partial(next, (blocks for blocks, _ in found)))
+                ids = blocks_from(
+                    number % parallel.size(), partial(next, (blocks for blocks, _ in found))
+                )
                 self._blocks[place] = ids, told[0]
 
     def sha256(self, spec: Spec) -> str | None:
@@ -170,7 +198,8 @@ class Workshop:
         """The narrow model of a spec.
 
         Raises:
-            ValueError: the method, its allocation or its refit cannot do this; the sentence says why.
+            ValueError: the method, its allocation or its refit cannot do this; the sentence says
+                why.
         """
         blocks = None if spec.moments is None else self.blocks(spec.moments, seed)[0]
         evidence = self._evidence_of(spec.moments, blocks, seed)
@@ -191,7 +220,11 @@ class Workshop:
             regime=most(regimes),
             applied_regime=seen[0],
             policy=None if asked is None else self.policy_name,
-            calibration=None if blocks is None else dict(blocks.source) | {"tokens_read": blocks.ids.numel()},
+            calibration=(
+                None
+                if blocks is None
+                else dict(blocks.source) | {"tokens_read": blocks.ids.numel()}
+            ),
             groups=group_counts(narrow) if spec.heads else None,
         )
 
@@ -208,29 +241,54 @@ class Workshop:
         count, window = self._amount.count, self._amount.window
         sequences = 2 * round(count / KEPT / 2)
         if moments == "self":
-            return self_blocks(self.model, self.tokenizer, sequences=sequences, tokens=window, seed=seed, progress=progress)
+            return self_blocks(
+                self.model,
+                self.tokenizer,
+                sequences=sequences,
+                tokens=window,
+                seed=seed,
+                progress=progress,
+            )
         if moments == "random":
             return token_blocks(self.model, count=count, window=window, seed=seed)
         if moments.startswith("seed:"):
             text = self._texts[moments.removeprefix("seed:")]
-            asked: dict[str, Any] = {"sequences": sequences, "tokens": window, "seed": seed, "progress": progress}
+            asked: dict[str, Any] = {
+                "sequences": sequences,
+                "tokens": window,
+                "seed": seed,
+                "progress": progress,
+            }
             return prefix_blocks(self.model, self.tokenizer, text, **asked)
-        return data_blocks(self.tokenizer, self._texts[moments], count=count, window=window, seed=seed)
+        return data_blocks(
+            self.tokenizer, self._texts[moments], count=count, window=window, seed=seed
+        )
 
     def _evidence_of(self, moments: str | None, blocks: Blocks | None, seed: int) -> SharedEvidence:
         label = moments or ""
         if (label, seed) not in self._evidence:
-            self._evidence[label, seed] = SharedEvidence(self.model, blocks, seed, self.ledger, label)
+            self._evidence[label, seed] = SharedEvidence(
+                self.model, blocks, seed, self.ledger, label
+            )
         return self._evidence[label, seed]
 
     def _product(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> PreTrainedModel:
         widths = "per-layer" if spec.allocation == "learned" else spec.allocation
         scores = None if self.policy is None else self._policy_scores(evidence)
-        options: dict[str, Any] = {"blocks": evidence.blocks, "widths": widths, "refit": spec.refit, "scores": scores}
+        options: dict[str, Any] = {
+            "blocks": evidence.blocks,
+            "widths": widths,
+            "refit": spec.refit,
+            "scores": scores,
+        }
         with torch.no_grad():
-            return prune(self.model, self.policy, ratio=ratio, round_to=self.round_to, **options).model
+            return prune(
+                self.model, self.policy, ratio=ratio, round_to=self.round_to, **options
+            ).model
 
-    def _assembled(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> tuple[PreTrainedModel, int]:
+    def _assembled(
+        self, spec: Spec, ratio: float, evidence: SharedEvidence
+    ) -> tuple[PreTrainedModel, int]:
         """Scores, then widths, then refit; and how many parameters a bias adds."""
         allocation: Any = spec.allocation
         if allocation == "learned":
@@ -248,11 +306,15 @@ class Workshop:
         )
         if spec.refit not in ("layerwise", "sequential"):
             pairs = ((found.biases, down_linears), (found.group_biases, out_linears))
-            biases = sum(_new_biases(linears(self.model)) for added, linears in pairs if added is not None)
+            biases = sum(
+                _new_biases(linears(self.model)) for added, linears in pairs if added is not None
+            )
             return found.applied(self.model), biases
         return self._refitted(spec, found.keep, evidence).model(self.model), 0
 
-    def _refitted(self, spec: Spec, keep: list[Bool[Tensor, " _"]], evidence: SharedEvidence) -> Cut:
+    def _refitted(
+        self, spec: Spec, keep: list[Bool[Tensor, " _"]], evidence: SharedEvidence
+    ) -> Cut:
         if spec.refit == "layerwise":
             return refit_kept(self.model, keep, evidence.folds)
         return refit_sequentially(self.model, Cut(keep, None), evidence.ids, dense_targets=False)
@@ -260,22 +322,36 @@ class Workshop:
     def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
         """The method's row, its scores shared between cells."""
         if spec.method == "elimination":
-            return Method("elimination", "text", "greedy elimination, prunenet.refit.eliminate", lambda _: evidence.elimination)
+            return Method(
+                "elimination",
+                "text",
+                "greedy elimination, prunenet.refit.eliminate",
+                lambda _: evidence.elimination,
+            )
         if spec.method in ("prunenet", "prunenet-weights"):
-            return Method(spec.method, "weights", "the policy", lambda _: self._policy_scores(evidence))
+            return Method(
+                spec.method, "weights", "the policy", lambda _: self._policy_scores(evidence)
+            )
         row = METHODS[spec.method]
         if spec.allocation == "protected" and row.protects == (0, 0):
             row = replace(row, protects=_PROTECTS)
         if row.score is None:
             return row
         if spec.heads:
-            return replace(row, with_heads=self._shared_scores(f"joint scores of {row.name}", row.with_heads, row, evidence))
+            return replace(
+                row,
+                with_heads=self._shared_scores(
+                    f"joint scores of {row.name}", row.with_heads, row, evidence
+                ),
+            )
         given: Callable[..., list[_Scores]] = row.score
         score = partial(given, ratio=ratio) if row.searches else given
         name = f"scores of {row.name}" + (f" at {ratio:g}" if row.searches else "")
         return replace(row, score=self._shared_scores(name, score, row, evidence))
 
-    def _shared_scores(self, name: str, score: Any, row: Method, evidence: SharedEvidence) -> Callable[[Evidence], Any]:
+    def _shared_scores(
+        self, name: str, score: Any, row: Method, evidence: SharedEvidence
+    ) -> Callable[[Evidence], Any]:
         """The scores of a method's row, computed once."""
         # Scores of the weights are the same whatever text the allocation reads.
         home = self._evidence_of(None, None, evidence.seed) if row.needs == "weights" else evidence

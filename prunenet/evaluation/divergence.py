@@ -1,4 +1,6 @@
-"""KL(dense || pruned) of next-token distributions: what a cut costs, measured against the model itself (METHODS.md 2)."""
+"""KL(dense || pruned) of next-token distributions: what a cut costs, measured against the model
+itself (METHODS.md 2).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from prunenet.models.layers import check_tokens, down_linears
 from prunenet.runtime.placement import home, present
 
 Downs = Callable[[int, Tensor], Tensor]
-"""(layer, its dense down matrix (d_model, d_ff)) -> that of the cut layer, with zeros in the columns of dropped channels."""
+"""(layer, its dense down matrix (d_model, d_ff)) -> that of the cut layer, with zeros in the
+columns of dropped channels.
+"""
 
 _BLOCKS = 4  # per forward pass
 
@@ -26,10 +30,14 @@ def divergence(model: PreTrainedModel, downs: Downs, blocks: Int[Tensor, "n toke
 
 
 @torch.no_grad()
-def divergences(model: PreTrainedModel, ways: Sequence[Downs], blocks: Int[Tensor, "n tokens"]) -> Float[Tensor, " ways"]:
-    """KL(dense || cut), in nats per token, of several ways to cut a model. The model is never changed.
+def divergences(
+    model: PreTrainedModel, ways: Sequence[Downs], blocks: Int[Tensor, "n tokens"]
+) -> Float[Tensor, " ways"]:
+    """KL(dense || cut), in nats per token, of several ways to cut a model. The model is never
+    changed.
 
-    A channel is gone once its column of the down matrix is zero, so a cut is stated by down matrices alone.
+    A channel is gone once its column of the down matrix is zero, so a cut is stated by down
+    matrices alone.
 
     Args:
         model: the dense model.
@@ -45,9 +53,13 @@ def divergences(model: PreTrainedModel, ways: Sequence[Downs], blocks: Int[Tenso
     for part in torch.split(blocks.to(total.device), _BLOCKS):
         expected = model(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
         if not bool(torch.isfinite(expected).all()):
-            raise ValueError(f"the model's logits are not finite: damaged weights, or {model.dtype} overflows")
+            raise ValueError(
+                f"the model's logits are not finite: damaged weights, or {model.dtype} overflows"
+            )
         for number, way in enumerate(ways):
-            with calling({linear: _cut(linear, layer, way) for layer, linear in enumerate(linears)}):
+            with calling(
+                {linear: _cut(linear, layer, way) for layer, linear in enumerate(linears)}
+            ):
                 logits = model(input_ids=part, use_cache=False).logits
             total[number] += (expected.exp() * (expected - logits.float().log_softmax(-1))).sum()
     return total / blocks.numel()

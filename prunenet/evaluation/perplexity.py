@@ -1,7 +1,8 @@
-"""What a model is worth and what it costs: perplexity, parameters, bytes, tokens per second -> one frozen `Result`.
+"""What a model is worth and what it costs: perplexity, parameters, bytes, tokens per second -> one
+frozen `Result`.
 
-Perplexity follows the WikiText protocol (METHODS.md section 10). It depends on the window, so the window goes with it.
-Speed and greedy continuations live in `latency` and are offered here too.
+Perplexity follows the WikiText protocol (METHODS.md section 10). It depends on the window, so the
+window goes with it. Speed and greedy continuations live in `latency` and are offered here too.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ __all__ = [
     "summarise",
 ]
 
-# Rows of logits whose loss is computed at once: 256 x 256 000 (Gemma's vocabulary) x 4 bytes = 262 MB.
+# Rows of logits whose loss is computed at once: 256 x 256 000 (Gemma's vocabulary) x 4 bytes = 262
+# MB.
 _LOSS_ROWS = 256
 
 
@@ -58,7 +60,8 @@ class Perplexity:
         window, stride: tokens.
         text: name of the text.
         text_sha256: hexadecimal, of its UTF-8 bytes.
-        starts_with_bos: whether the tokenizer put a BOS token in front of the whole text (windows never get their own).
+        starts_with_bos: whether the tokenizer put a BOS token in front of the whole text (windows
+            never get their own).
     """
 
     value: float
@@ -78,11 +81,13 @@ class Result:
     Attributes:
         parameters: all of them, tied tensors once.
         non_embedding_parameters: without token embedding and LM head.
-        bytes: of the safetensors files on disk when a folder was given, else of the parameters in memory.
+        bytes: of the safetensors files on disk when a folder was given, else of the parameters in
+            memory.
         dtype, device: of the parameters; several devices as in `cuda:0+cpu+disk`.
         threads: CPU threads that torch uses.
-        perplexity, loss, tokens, window, stride, text, text_sha256, starts_with_bos: see `Perplexity`.
-        prefill_tokens_per_second, decode_tokens_per_second, prefill_spread, decode_spread, prompt, new_tokens, batch, repeats,
+        perplexity, loss, tokens, window, stride, text, text_sha256, starts_with_bos: see
+        `Perplexity`. prefill_tokens_per_second, decode_tokens_per_second, prefill_spread,
+        decode_spread, prompt, new_tokens, batch, repeats,
             compiled: see `Speed`.
     """
 
@@ -111,8 +116,13 @@ class Result:
     compiled: bool | None = None
 
     def as_dict(self) -> dict[str, float | int | str | bool | None]:
-        """Flat, for one JSON line; a value that JSON cannot hold (an infinite perplexity) becomes None."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        """Flat, for one JSON line; a value that JSON cannot hold (an infinite perplexity) becomes
+        None.
+        """
+        return {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in asdict(self).items()
+        }
 
 
 def summarise(
@@ -160,9 +170,15 @@ def bytes_on_disk(folder: str | Path) -> int:
     Raises:
         ValueError: there is none.
     """
-    files = [file for file in Path(folder).glob("*.safetensors") if file.name != "prunenet_masks.safetensors"]
+    files = [
+        file
+        for file in Path(folder).glob("*.safetensors")
+        if file.name != "prunenet_masks.safetensors"
+    ]
     if not files:
-        raise ValueError(f"{str(folder)!r} holds no .safetensors file; give the folder of a saved model")
+        raise ValueError(
+            f"{str(folder)!r} holds no .safetensors file; give the folder of a saved model"
+        )
     return sum(file.stat().st_size for file in files)
 
 
@@ -178,7 +194,8 @@ def perplexity(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity: exp of the mean negative log-likelihood of the scored tokens, all of equal weight.
+    """Perplexity: exp of the mean negative log-likelihood of the scored tokens, all of equal
+    weight.
 
     Args:
         model: causal LM; left as it was (mode, device).
@@ -193,12 +210,18 @@ def perplexity(
     Raises:
         TypeError: the text is not a `TestText`.
         TextError: the text is shorter than one window.
-        ValueError: an argument is out of range, the window is longer than the model's positions, or the loss is not finite.
+        ValueError: an argument is out of range, the window is longer than the model's positions, or
+            the loss is not finite.
     """
     if not isinstance(text, TestText):
-        raise TypeError(f"perplexity is measured on a TestText, got a {type(text).__name__}; load the text as a TestText")
+        raise TypeError(
+            f"perplexity is measured on a TestText, got a {type(text).__name__}; load the text as a"
+            " TestText"
+        )
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
-        raise ValueError(f"batch_size and max_windows must be 1 or more, got {batch_size} and {max_windows}")
+        raise ValueError(
+            f"batch_size and max_windows must be 1 or more, got {batch_size} and {max_windows}"
+        )
     check_positions(model, window, "window")
     ids = tokenise(tokenizer, text)
     try:
@@ -210,13 +233,18 @@ def perplexity(
     with evaluating(model):
         for done in range(0, len(windows), batch_size):
             batch = windows[done : done + batch_size]
-            loss += _loss_sum(model, torch.stack([part for part, _ in batch]), [scored for _, scored in batch])
+            loss += _loss_sum(
+                model, torch.stack([part for part, _ in batch]), [scored for _, scored in batch]
+            )
             tokens += sum(scored for _, scored in batch)
             if progress is not None:
                 progress(done + len(batch), len(windows))
     mean = loss / tokens
     if not math.isfinite(mean):
-        raise ValueError(f"the loss is {mean}: the model's weights are damaged, or {model.dtype} overflows; load it in float32")
+        raise ValueError(
+            f"the loss is {mean}: the model's weights are damaged, or {model.dtype} overflows; load"
+            " it in float32"
+        )
     return Perplexity(
         value=math.exp(mean) if mean < 700 else math.inf,
         loss=mean,
@@ -225,7 +253,8 @@ def perplexity(
         stride=window if stride is None else stride,
         text=text.name,
         text_sha256=content_sha256(text),
-        starts_with_bos=tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id,
+        starts_with_bos=tokenizer.bos_token_id is not None
+        and int(ids[0]) == tokenizer.bos_token_id,
     )
 
 
@@ -240,12 +269,20 @@ def _loss_sum(model: PreTrainedModel, ids: Int[Tensor, "batch window"], scored: 
     return float(total)
 
 
-def _cross_entropy(logits: Float[Tensor, "scored vocabulary"], targets: Int[Tensor, " scored"]) -> Float[Tensor, ""]:
-    """Sum in float64 of float32 losses, a block of rows at a time: float32 logits of all rows need not exist at once."""
+def _cross_entropy(
+    logits: Float[Tensor, "scored vocabulary"], targets: Int[Tensor, " scored"]
+) -> Float[Tensor, ""]:
+    """Sum in float64 of float32 losses, a block of rows at a time: float32 logits of all rows need
+    not exist at once.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for row in range(0, len(targets), _LOSS_ROWS):
         block = slice(row, row + _LOSS_ROWS)
-        total += F.cross_entropy(logits[block].float(), targets[block], reduction="none").sum(dtype=torch.float64).cpu()
+        total += (
+            F.cross_entropy(logits[block].float(), targets[block], reduction="none")
+            .sum(dtype=torch.float64)
+            .cpu()
+        )
     return total
 
 

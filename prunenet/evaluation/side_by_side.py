@@ -33,14 +33,18 @@ def measure(
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per checkpoint: `Result.as_dict()` with its `name`, its `folder` and the `ratio` it was pruned at (0: dense).
+    """One row per checkpoint: `Result.as_dict()` with its `name`, its `folder` and the `ratio` it
+    was pruned at (0: dense).
 
     Args:
-        sources: folders or hub ids; all are held in memory at once, but with device "auto": then one after the other.
+        sources: folders or hub ids; all are held in memory at once, but with device "auto": then
+            one after the other.
         text, window, stride, max_windows: see `prunenet.evaluation.perplexity.perplexity`.
-        speed: also measure tokens per second, repeat by repeat over all models, so that noise hits them alike.
+        speed: also measure tokens per second, repeat by repeat over all models, so that noise hits
+            them alike.
         batch: sequences at once when measuring speed.
-        compiled: measure the speed of compiled code, see `prunenet.evaluation.speed.speed_side_by_side`.
+        compiled: measure the speed of compiled code, see
+            `prunenet.evaluation.speed.speed_side_by_side`.
         device, max_memory, dtype: see `prunenet.checkpoints.load.load_model`.
         progress: called with (windows scored, windows in all), over all models.
 
@@ -53,12 +57,19 @@ def measure(
         raise ValueError(f"batch must be 1 or more, got {batch}")
     loading: dict[str, Any] = {"device": device, "max_memory": max_memory, "dtype": dtype}
     windows: dict[str, Any] = {"window": window, "stride": stride, "max_windows": max_windows}
-    pace: dict[str, Any] = {"prompt": _PROMPT, "new_tokens": _NEW_TOKENS, "batch": batch, "compiled": compiled}
+    pace: dict[str, Any] = {
+        "prompt": _PROMPT,
+        "new_tokens": _NEW_TOKENS,
+        "batch": batch,
+        "compiled": compiled,
+    }
     rows: list[dict[str, Any]] = []
     for group in [[source] for source in sources] if device == AUTO else [list(sources)]:
         report = None if progress is None else partial(_report, progress, len(sources), len(rows))
         rows += _together(group, text, loading, windows, pace if speed else None, report)
-        gc.collect()  # accelerate's hooks and the modules know each other: the weights would wait for the next one's
+        # accelerate's hooks and the modules know each other: the weights would wait for the next
+        # one's
+        gc.collect()
     return rows
 
 
@@ -70,13 +81,17 @@ def _together(
     pace: dict[str, Any] | None,
     report: Callable[[int, int, int], None] | None,
 ) -> list[dict[str, Any]]:
-    """The rows of models that are in memory at the same time; no pace: their speed is not measured."""
+    """The rows of models that are in memory at the same time; no pace: their speed is not
+    measured.
+    """
     models = {source: load_model(source, **loading) for source in sources}
     tokenizers = {source: load_tokenizer(source) for source in sources}
     for model in models.values():
         check_positions(model, windows["window"], "window")
         if pace is not None:
-            check_positions(model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)")
+            check_positions(
+                model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)"
+            )
     qualities = {}
     for done, (source, model) in enumerate(models.items()):
         advance = None if report is None else partial(report, done)
@@ -86,8 +101,12 @@ def _together(
     for source, model in models.items():
         folder = source if Path(source).is_dir() else None
         ratio = 0.0 if folder is None else _ratio(folder)
-        result = summarise(model, perplexity=qualities[source], speed=speeds.get(source), folder=folder)
-        rows.append({"name": Path(source).name, "folder": source, "ratio": ratio, **result.as_dict()})
+        result = summarise(
+            model, perplexity=qualities[source], speed=speeds.get(source), folder=folder
+        )
+        rows.append(
+            {"name": Path(source).name, "folder": source, "ratio": ratio, **result.as_dict()}
+        )
     return rows
 
 
@@ -95,6 +114,10 @@ def _ratio(folder: str) -> float:
     return load_provenance(folder).ratio if (Path(folder) / "prunenet.json").exists() else 0.0
 
 
-def _report(progress: Callable[[int, int], None], models: int, before: int, now: int, done: int, total: int) -> None:
-    """`progress` over all models, from the windows of one: `before` are of earlier groups, `now` of its own."""
+def _report(
+    progress: Callable[[int, int], None], models: int, before: int, now: int, done: int, total: int
+) -> None:
+    """`progress` over all models, from the windows of one: `before` are of earlier groups, `now` of
+    its own.
+    """
     progress((before + now) * total + done, models * total)

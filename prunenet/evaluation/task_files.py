@@ -1,9 +1,11 @@
-"""Questions of zero-shot tasks from local JSON lines, checked: a row is a row of the task's Hugging Face dataset.
+"""Questions of zero-shot tasks from local JSON lines, checked: a row is a row of the task's Hugging
+Face dataset.
 
-Names and columns are those of lm-eval's tasks. `arc_easy`, `arc_challenge`: allenai/ai2_arc; `piqa`: baber/piqa; `winogrande`:
-allenai/winogrande, winogrande_xl; `copa`, `boolq`: aps/super_glue; `openbookqa`: allenai/openbookqa; `sciq`: allenai/sciq;
-`hellaswag`: Rowan/hellaswag; `mmlu`: cais/mmlu, all subjects or some. The split is what lm-eval scores: validation, and test
-for ARC, OpenBookQA, SciQ and MMLU.
+Names and columns are those of lm-eval's tasks. `arc_easy`, `arc_challenge`: allenai/ai2_arc;
+`piqa`: baber/piqa; `winogrande`: allenai/winogrande, winogrande_xl; `copa`, `boolq`:
+aps/super_glue; `openbookqa`: allenai/openbookqa; `sciq`: allenai/sciq; `hellaswag`:
+Rowan/hellaswag; `mmlu`: cais/mmlu, all subjects or some. The split is what lm-eval scores:
+validation, and test for ARC, OpenBookQA, SciQ and MMLU.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class TaskError(ValueError):
 
 
 def task_files(tasks: Mapping[str, str | Path] | str | Path) -> dict[str, Path]:
-    """Task -> file. Of a folder, the files `<task>.jsonl` of known tasks in name order; its other files are left alone.
+    """Task -> file. Of a folder, the files `<task>.jsonl` of known tasks in name order; its other
+    files are left alone.
 
     Raises:
         TaskError: unknown task, or a folder that is missing or holds no file of a known task.
@@ -56,10 +59,15 @@ def task_files(tasks: Mapping[str, str | Path] | str | Path) -> dict[str, Path]:
         return {task: Path(file) for task, file in tasks.items()}
     folder = Path(tasks)
     if not folder.is_dir():
-        raise TaskError(f"task folder {str(folder)!r} does not exist; give a folder with <task>.jsonl files")
+        raise TaskError(
+            f"task folder {str(folder)!r} does not exist; give a folder with <task>.jsonl files"
+        )
     found = {file.stem: file for file in sorted(folder.glob("*.jsonl")) if file.stem in COLUMNS}
     if not found:
-        raise TaskError(f"task folder {str(folder)!r} holds no <task>.jsonl file of a known task ({', '.join(COLUMNS)})")
+        raise TaskError(
+            f"task folder {str(folder)!r} holds no <task>.jsonl file of a known task"
+            f" ({', '.join(COLUMNS)})"
+        )
     return found
 
 
@@ -71,13 +79,15 @@ def read_task(task: str, file: str | Path) -> tuple[list[Row], str]:
         file: one JSON object per line; blank lines are skipped.
 
     Raises:
-        TaskError: unknown task; file missing, empty, or a row that is not readable, lacks a column or has no right answer.
+        TaskError: unknown task; file missing, empty, or a row that is not readable, lacks a column
+            or has no right answer.
     """
     _check_known(task)
     file = Path(file)
     if not file.is_file():
         raise TaskError(
-            f"task file {str(file)!r} does not exist; {task} needs the rows of its Hugging Face dataset as JSON lines"
+            f"task file {str(file)!r} does not exist; {task} needs the rows of its Hugging Face"
+            " dataset as JSON lines"
         )
     content = file.read_bytes()
     rows: list[Row] = []
@@ -87,10 +97,19 @@ def read_task(task: str, file: str | Path) -> tuple[list[Row], str]:
         try:
             row = json.loads(line)
         except ValueError as error:  # JSON, or not UTF-8
-            raise TaskError(f"{file.name} row {number} is not JSON ({error}); {task} needs one object per line") from None
+            raise TaskError(
+                f"{file.name} row {number} is not JSON ({error}); {task} needs one object per line"
+            ) from None
         if fault := _fault(task, row):
-            raise TaskError(f"{file.name} row {number} {fault}; {task} needs the columns {', '.join(COLUMNS[task])}")
-        rows.append(_hellaswag(row) if task == "hellaswag" else {column: row[column] for column in COLUMNS[task]})
+            raise TaskError(
+                f"{file.name} row {number} {fault}; {task} needs the columns"
+                f" {', '.join(COLUMNS[task])}"
+            )
+        rows.append(
+            _hellaswag(row)
+            if task == "hellaswag"
+            else {column: row[column] for column in COLUMNS[task]}
+        )
     if not rows:
         raise TaskError(f"task file {str(file)!r} is empty; {task} needs at least one row")
     return rows, hashlib.sha256(content).hexdigest()
@@ -102,13 +121,19 @@ def _check_known(task: str) -> None:
 
 
 def _hellaswag(row: Row) -> Row:
-    """What lm-eval's `process_docs` makes of a HellaSwag row: one context, without the marks of WikiHow."""
+    """What lm-eval's `process_docs` makes of a HellaSwag row: one context, without the marks of
+    WikiHow.
+    """
 
     def clean(text: str) -> str:
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return {"query": clean(query), "choices": [clean(ending) for ending in row["endings"]], "label": row["label"]}
+    return {
+        "query": clean(query),
+        "choices": [clean(ending) for ending in row["endings"]],
+        "label": row["label"],
+    }
 
 
 def _fault(task: str, row: object) -> str | None:
@@ -139,5 +164,8 @@ def _fault(task: str, row: object) -> str | None:
     for column in COLUMNS[task].keys() & allowed.keys():
         value = row[column].strip() if column == "answerKey" else row[column]
         if value not in allowed[column]:
-            return f"has {value!r} in column {column!r}, not one of {list(allowed[column])} (test splits have no answers)"
+            return (
+                f"has {value!r} in column {column!r}, not one of {list(allowed[column])} (test"
+                " splits have no answers)"
+            )
     return None

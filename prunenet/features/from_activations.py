@@ -1,15 +1,18 @@
-"""What token blocks say about each FFN channel, beside its weights: more that a policy may read (METHODS.md 3, 5 and 6).
+"""What token blocks say about each FFN channel, beside its weights: more that a policy may read
+(METHODS.md 3, 5 and 6).
 
-From a layer's moments (H = E[h h^T], mu = E[h]) and its down matrix W, in units in which every column of W has norm 1: what
-channel j writes is then |W_:j| h_j, and no statistic but `moment_energy` changes where h_j is multiplied and W_:j divided by
-the same number. Standardised inside the layer as in `prunenet.features.from_weights`; nothing depends on a width.
+From a layer's moments (H = E[h h^T], mu = E[h]) and its down matrix W, in units in which every
+column of W has norm 1: what channel j writes is then |W_:j| h_j, and no statistic but
+`moment_energy` changes where h_j is multiplied and W_:j divided by the same number. Standardised
+inside the layer as in `prunenet.features.from_weights`; nothing depends on a width.
 
-`moment_write` ranks channels as Wanda-sp does (with the norm of a column in place of its mean), `moment_fluctuation` as FLAP
-(arXiv 2312.11983), `moment_unique` by Optimal Brain Surgeon's loss of one channel, |W_:j|^2 / [(H + lam I)^-1]_jj (Hassibi and
-Stork, NIPS 1992; `prunenet.refit.eliminate` drops one after the other by it). What differs: lam, 1 % of the mean energy as there, is
-taken in the units above, where it does not depend on how a channel splits its size between h and W; and it is taken off the
-loss again, so that a channel that writes nothing loses nothing. What is left is min_x E|h_j - x h_K|^2 + lam |x|^2 over the
-other channels K.
+`moment_write` ranks channels as Wanda-sp does (with the norm of a column in place of its mean),
+`moment_fluctuation` as FLAP (arXiv 2312.11983), `moment_unique` by Optimal Brain Surgeon's loss of
+one channel, |W_:j|^2 / [(H + lam I)^-1]_jj (Hassibi and Stork, NIPS 1992;
+`prunenet.refit.eliminate` drops one after the other by it). What differs: lam, 1 % of the mean
+energy as there, is taken in the units above, where it does not depend on how a channel splits its
+size between h and W; and it is taken off the loss again, so that a channel that writes nothing
+loses nothing. What is left is min_x E|h_j - x h_K|^2 + lam |x|^2 over the other channels K.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from prunenet.refit.cholesky import damped_cholesky
 from prunenet.refit.moments import LayerWalk, Moments
 from prunenet.runtime import parallel
 
-# A policy that reads them stores both and refuses other values. Raise the version when a statistic changes its meaning.
+# A policy that reads them stores both and refuses other values. Raise the version when a statistic
+# changes its meaning.
 MOMENT_STATISTICS_VERSION = 1
 MOMENT_STATISTICS: tuple[str, ...] = (
     "moment_energy",  # log E[h^2]
@@ -46,7 +50,8 @@ def channel_features(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Float32[Tensor, "_ n_stats"]]:
-    """What a policy reads of each layer's channels: `channel_statistics` and, given blocks, `moment_statistics` behind them.
+    """What a policy reads of each layer's channels: `channel_statistics` and, given blocks,
+    `moment_statistics` behind them.
 
     Arguments and errors: as of those.
     """
@@ -59,13 +64,18 @@ def channel_features(
 
 @torch.no_grad()
 def moment_statistics(
-    model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "n tokens"],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Float32[Tensor, "_ n_stats"]]:
-    """Standardised statistics of every FFN channel's activations: (d_ff, len(MOMENT_STATISTICS)) for each layer.
+    """Standardised statistics of every FFN channel's activations: (d_ff, len(MOMENT_STATISTICS))
+    for each layer.
 
-    Values lie in [-4, 4] and are never NaN; a statistic that is constant in a layer is 0. Memory holds the moments of one
-    layer, in float64 while they are inverted. Of several processes (`prunenet.runtime.parallel`) each measures its own layers; the way
-    through the layers is walked by all.
+    Values lie in [-4, 4] and are never NaN; a statistic that is constant in a layer is 0. Memory
+    holds the moments of one layer, in float64 while they are inverted. Of several processes
+    (`prunenet.runtime.parallel`) each measures its own layers; the way through the layers is walked
+    by all.
 
     Args:
         model: in eval mode; read, never changed.
@@ -84,7 +94,8 @@ def moment_statistics(
         moments = walk.moments(index)
         if not bool(torch.isfinite(moments.second).all()):
             raise ValueError(
-                f"the activations of layer {index} are not finite: the weights are damaged, or {model.dtype} overflows"
+                f"the activations of layer {index} are not finite: the weights are damaged, or"
+                f" {model.dtype} overflows"
             )
         found[index] = (layer_moment_statistics(downs[index].weight.detach(), moments),)
         if progress is not None:
@@ -92,14 +103,17 @@ def moment_statistics(
     return [statistics for (statistics,) in parallel.from_owners(found, len(downs))]
 
 
-def layer_moment_statistics(weight: Float[Tensor, "d_model d_ff"], moments: Moments) -> Float32[Tensor, "d_ff n_stats"]:
+def layer_moment_statistics(
+    weight: Float[Tensor, "d_model d_ff"], moments: Moments
+) -> Float32[Tensor, "d_ff n_stats"]:
     """The same of one layer.
 
     Args:
         weight: the down matrix W, any float dtype.
         moments: of the activations in front of it, finite.
     """
-    device = weight.device if weight.device.type != "mps" else torch.device("cpu")  # which has no float64
+    # which has no float64
+    device = weight.device if weight.device.type != "mps" else torch.device("cpu")
     norms = weight.to(device, torch.float64).norm(dim=0)
     energy, mean = moments.second.diagonal().to(norms), moments.mean.to(norms)
     mean_share = (mean.square() / energy.clamp_min(_TINY)).clamp(max=1)
@@ -108,12 +122,15 @@ def layer_moment_statistics(weight: Float[Tensor, "d_model d_ff"], moments: Mome
     raw = {
         "moment_energy": _log(energy),
         "moment_write": _log(written),
-        "moment_fluctuation": _log(written * (1 - mean_share).clamp_min(1e-6)),  # the moments' own precision
+        # the moments' own precision
+        "moment_fluctuation": _log(written * (1 - mean_share).clamp_min(1e-6)),
         "moment_mean_share": mean_share,
         "moment_unique": _log(unique),
         "moment_unique_share": _log(unique / written.clamp_min(_TINY)),
     }
-    return standardised(torch.stack([raw[name] for name in MOMENT_STATISTICS], dim=-1).float()).to(weight.device)
+    return standardised(torch.stack([raw[name] for name in MOMENT_STATISTICS], dim=-1).float()).to(
+        weight.device
+    )
 
 
 def _unique(written: Float[Tensor, "d_ff d_ff"]) -> Float[Tensor, " d_ff"]:

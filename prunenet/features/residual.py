@@ -1,4 +1,6 @@
-"""What the weights alone say about the residual stream in front of each layer (see `prunenet.features.from_weights`)."""
+"""What the weights alone say about the residual stream in front of each layer (see
+`prunenet.features.from_weights`).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from torch import Tensor
 from prunenet.models.layers import FFN, Table
 
 _TINY, _ROWS = 1e-30, 8192
-_BLOCK = 768  # columns of a symmetric product that are computed at once; a narrower one is a plain product
+# columns of a symmetric product that are computed at once; a narrower one is a plain product
+_BLOCK = 768
 _Square = Float32[Tensor, "d_model d_model"]
 
 
 class ResidualStream:
-    """Second moments of the residual stream in front of one layer after the other; d_model x d_model matrices only.
+    """Second moments of the residual stream in front of one layer after the other; d_model x
+    d_model matrices only.
 
     Args:
         table: input embeddings.
@@ -24,7 +28,8 @@ class ResidualStream:
         moment: of the embeddings and of what the FFNs read so far write.
         mean: of the embeddings, of norm 1.
         energy: mean squared norm of the embeddings.
-        embedding, unembedding: second moments, with trace d_model; one and the same where the tables are.
+        embedding, unembedding: second moments, with trace d_model; one and the same where the
+            tables are.
         attention: sum of W_o W_o^T over the layers read so far.
     """
 
@@ -39,7 +44,8 @@ class ResidualStream:
 
     def read_attention(self, ffn: FFN) -> None:
         """Moves to the layer's device and adds what its attention writes."""
-        if len(self.moment) != ffn.d_model:  # embeddings of another width (opt-350m): what they add is unknown
+        # embeddings of another width (opt-350m): what they add is unknown
+        if len(self.moment) != ffn.d_model:
             self.moment = self.embedding = self.unembedding = torch.eye(ffn.d_model)
             self.mean, self.attention = torch.zeros(ffn.d_model), torch.zeros_like(self.moment)
         for name in ("moment", "mean", "embedding", "unembedding", "attention"):
@@ -55,7 +61,9 @@ class ResidualStream:
 
 
 def moments(table: Table) -> tuple[Float32[Tensor, "width width"], Float32[Tensor, " width"]]:
-    """Mean outer product and mean of the rows, a slab at a time: a table is never held whole in float32."""
+    """Mean outer product and mean of the rows, a slab at a time: a table is never held whole in
+    float32.
+    """
     moment = torch.zeros(table.shape[1], table.shape[1], device=table.device)
     mean = torch.zeros(table.shape[1], device=table.device)
     for start in range(0, len(table), _ROWS):
@@ -71,7 +79,9 @@ def normalised(moment: _Square) -> _Square:
 
 
 def self_product(rows: Float32[Tensor, "n width"]) -> Float32[Tensor, "width width"]:
-    """R^T R: what lies above the diagonal is computed and mirrored, 0.6 of a full product's time at a width of 4096."""
+    """R^T R: what lies above the diagonal is computed and mirrored, 0.6 of a full product's time at
+    a width of 4096.
+    """
     width = rows.shape[1]
     if width <= _BLOCK:
         return rows.T @ rows
@@ -84,8 +94,12 @@ def self_product(rows: Float32[Tensor, "n width"]) -> Float32[Tensor, "width wid
     return result
 
 
-def quadratic(rows: Float32[Tensor, "n width"], matrix: Float32[Tensor, "width width"]) -> Float32[Tensor, " n"]:
-    """r^T M r of each row, M symmetric: its part above the diagonal counts twice, at 0.6 of a full product's time."""
+def quadratic(
+    rows: Float32[Tensor, "n width"], matrix: Float32[Tensor, "width width"]
+) -> Float32[Tensor, " n"]:
+    """r^T M r of each row, M symmetric: its part above the diagonal counts twice, at 0.6 of a full
+    product's time.
+    """
     width = rows.shape[1]
     if width <= _BLOCK:
         return ((rows @ matrix) * rows).sum(-1)

@@ -1,7 +1,8 @@
-"""Where the feed-forward network (FFN) of each supported model family lives: one frozen row per `config.model_type`.
+"""Where the feed-forward network (FFN) of each supported model family lives: one frozen row per
+`config.model_type`.
 
-To add a family, add one row to `ARCHITECTURES` and its tiny configuration to `tests/families.py`. Dispatch is on
-`config.model_type` alone: the name of a folder or of a hub repository never matters.
+To add a family, add one row to `ARCHITECTURES` and its tiny configuration to `tests/families.py`.
+Dispatch is on `config.model_type` alone: the name of a folder or of a hub repository never matters.
 """
 
 from __future__ import annotations
@@ -24,20 +25,24 @@ class Architecture:
     Attributes:
         model_type: `config.model_type`.
         layers: dotted path of the decoder layers' `ModuleList`, from the causal LM.
-        up: path in a layer of the linear d_model -> d_ff (of the fused gate and up linear if `fused`).
+        up: path in a layer of the linear d_model -> d_ff (of the fused gate and up linear if
+            `fused`).
         down: path in a layer of the linear d_ff -> d_model.
         gate: path in a layer of the gate linear; None when the FFN has no gate or `fused` holds it.
         fused: `up` holds the gate's rows first, then the up rows: (2 d_ff, d_model).
         width: config field that holds d_ff.
-        norms: candidate paths in a layer of the norm in front of the FFN, first match wins; () when the residual
-            stream enters the FFN as it is.
-        attention_out: path in a layer of the linear by which attention writes to the residual stream.
+        norms: candidate paths in a layer of the norm in front of the FFN, first match wins; () when
+            the residual stream enters the FFN as it is.
+        attention_out: path in a layer of the linear by which attention writes to the residual
+            stream.
         norm_offset: what the norm adds to its weight before scaling (1 for Gemma's RMSNorm).
-        rotates: whether rotating the residual stream leaves the model's function as it is: RMSNorms in front of attention,
-            FFN and LM head and none behind them, attention and FFN one after the other, modules named as in Llama.
-        attention_in: paths in a layer of the query, key and value linears, where heads can be cut: plain linears whose
-            rows are head after head, read by code that asks them and not the configuration how many there are, with no norm
-            over all heads together. () where that is not so.
+        rotates: whether rotating the residual stream leaves the model's function as it is: RMSNorms
+            in front of attention, FFN and LM head and none behind them, attention and FFN one after
+            the other, modules named as in Llama.
+        attention_in: paths in a layer of the query, key and value linears, where heads can be cut:
+            plain linears whose rows are head after head, read by code that asks them and not the
+            configuration how many there are, with no norm over all heads together. () where that is
+            not so.
     """
 
     model_type: str
@@ -74,7 +79,14 @@ _ROWS = (
     Architecture("gemma2", norms=_BEFORE_FFN, norm_offset=1.0, attention_in=_QKV),
     Architecture("gemma3_text", norms=_BEFORE_FFN, norm_offset=1.0, attention_in=_QKV),
     Architecture("phi3", up="mlp.gate_up_proj", gate=None, fused=True, rotates=True),
-    Architecture("phi", up="mlp.fc1", down="mlp.fc2", gate=None, norms=("input_layernorm",), attention_out="self_attn.dense"),
+    Architecture(
+        "phi",
+        up="mlp.fc1",
+        down="mlp.fc2",
+        gate=None,
+        norms=("input_layernorm",),
+        attention_out="self_attn.dense",
+    ),
     Architecture(
         "opt",
         layers="model.decoder.layers",
@@ -106,17 +118,25 @@ _ROWS = (
 )
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
 
-_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_EXPERT_FIELDS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_experts_per_tok",
+)
 
 
 def architecture_for(config: PretrainedConfig) -> Architecture:
     """The row for a model's configuration.
 
     Args:
-        config: any transformers configuration; only `model_type` and the expert-count fields are read.
+        config: any transformers configuration; only `model_type` and the expert-count fields are
+            read.
 
     Raises:
-        UnsupportedArchitecture: no row for `config.model_type`, or the model is a mixture of experts.
+        UnsupportedArchitecture: no row for `config.model_type`, or the model is a mixture of
+            experts.
     """
     model_type = getattr(config, "model_type", None)
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
@@ -128,7 +148,8 @@ def architecture_for(config: PretrainedConfig) -> Architecture:
             f"supported types: {', '.join(sorted(ARCHITECTURES))}"
         )
     raise UnsupportedArchitecture(
-        f"model type {model_type!r} is not supported; supported types: {', '.join(sorted(ARCHITECTURES))}"
+        f"model type {model_type!r} is not supported; supported types:"
+        f" {', '.join(sorted(ARCHITECTURES))}"
     )
 
 
@@ -137,6 +158,6 @@ def check_heads(architecture: Architecture) -> None:
     if not architecture.attention_in:
         known = ", ".join(sorted(row.model_type for row in _ROWS if row.attention_in))
         raise UnsupportedArchitecture(
-            f"attention heads of model type {architecture.model_type!r} cannot be cut, only those of {known}; "
-            "cut FFN channels alone"
+            f"attention heads of model type {architecture.model_type!r} cannot be cut, only those"
+            f" of {known}; cut FFN channels alone"
         )

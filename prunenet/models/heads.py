@@ -1,9 +1,11 @@
-"""Attention heads as a second structure: where they are, what they cost, and how a configuration states their number.
+"""Attention heads as a second structure: where they are, what they cost, and how a configuration
+states their number.
 
-A *group* is what can be cut from an attention layer as one piece: a key-value head with the query heads that read it, under
-multi-head attention one head. Group i is the i-th part of the rows of the query, key and value linears and of the columns of
-the output linear: heads lie one after the other, and a key-value head's query heads together. All groups have the same number
-of query heads, and keep it.
+A *group* is what can be cut from an attention layer as one piece: a key-value head with the query
+heads that read it, under multi-head attention one head. Group i is the i-th part of the rows of the
+query, key and value linears and of the columns of the output linear: heads lie one after the other,
+and a key-value head's query heads together. All groups have the same number of query heads, and
+keep it.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
     for index, layer in enumerate(decoder_layers(model, architecture)):
         linears = [plain_linear(layer, path) for path in architecture.attention_in]
         query, key, value = (linear.weight.detach() for linear in linears)
-        biases = tuple(linear.bias.detach() for linear in linears if isinstance(linear.bias, nn.Parameter))
+        biases = tuple(
+            linear.bias.detach() for linear in linears if isinstance(linear.bias, nn.Parameter)
+        )
         out = plain_linear(layer, architecture.attention_out).weight.detach()
         found.append(Attention(index, query, key, value, out, biases, len(key) // head_dim))
     return found
@@ -86,7 +90,10 @@ def out_linears(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear of each layer whose input is the heads' outputs; raises as `attentions`."""
     architecture = architecture_for(model.config)
     check_heads(architecture)
-    return [plain_linear(layer, architecture.attention_out) for layer in decoder_layers(model, architecture)]
+    return [
+        plain_linear(layer, architecture.attention_out)
+        for layer in decoder_layers(model, architecture)
+    ]
 
 
 def spread(groups: Int[Tensor, " kept"], size: int) -> Int[Tensor, " entries"]:
@@ -96,10 +103,12 @@ def spread(groups: Int[Tensor, " kept"], size: int) -> Int[Tensor, " entries"]:
 
 
 def state_counts(config: Any, counts: Sequence[int]) -> bool:
-    """Makes a configuration without per-layer fields state the groups of a model, as far as stock fields can.
+    """Makes a configuration without per-layer fields state the groups of a model, as far as stock
+    fields can.
 
-    Where every layer has as many, and the family's own check accepts the number (Llama's wants query heads that divide
-    hidden_size), stock fields say it. Otherwise they get the least number that is accepted and serves every layer.
+    Where every layer has as many, and the family's own check accepts the number (Llama's wants
+    query heads that divide hidden_size), stock fields say it. Otherwise they get the least number
+    that is accepted and serves every layer.
 
     Args:
         config: changed in place, unless it says the right thing already.
@@ -119,7 +128,9 @@ def state_counts(config: Any, counts: Sequence[int]) -> bool:
 
 
 def stock_count(config: Any, least: int) -> int:
-    """The smallest number of groups from `least` up to the present one that the family's configuration accepts."""
+    """The smallest number of groups from `least` up to the present one that the family's
+    configuration accepts.
+    """
     stated = int(getattr(config, GROUPS))
     for number in range(least, stated):
         probe = copy.copy(config)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def calling(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each of these modules computes what the given function does. Its hooks are called as ever."""
-    # Most modules have the forward of their class; accelerate gives them one of their own, which must come back.
+    """Inside, each of these modules computes what the given function does. Its hooks are called as
+    ever.
+    """
+    # Most modules have the forward of their class; accelerate gives them one of their own, which
+    # must come back.
     own = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -26,7 +29,9 @@ def calling(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 def zeroing(dropped: Tensor) -> Any:
-    """A forward pre-hook that zeroes the dropped columns of a module's input; `dropped`: (in_features,) bool."""
+    """A forward pre-hook that zeroes the dropped columns of a module's input; `dropped`:
+    (in_features,) bool.
+    """
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # masked_fill and not a product: a dropped channel that overflows must not become inf * 0.

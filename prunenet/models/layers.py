@@ -1,4 +1,6 @@
-"""Walks a model and yields the FFN of one decoder layer at a time: views on weights in memory, or copies read from disk."""
+"""Walks a model and yields the FFN of one decoder layer at a time: views on weights in memory, or
+copies read from disk.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ from prunenet.runtime.placement import parameters, present, ties
 
 @dataclass(frozen=True, slots=True)
 class FFN:
-    """The weights of one layer's FFN. Tensors are views: nothing is copied, dtype and device are the model's.
+    """The weights of one layer's FFN. Tensors are views: nothing is copied, dtype and device are
+    the model's.
 
-    Of a placed model (`prunenet.runtime.placement`) they may be the only copy on the layer's device, and go with it.
+    Of a placed model (`prunenet.runtime.placement`) they may be the only copy on the layer's
+    device, and go with it.
 
     Channel j is row j of `gate` and `up` (and of their biases) plus column j of `down`.
 
@@ -31,8 +35,10 @@ class FFN:
         down: (d_model, d_ff).
         gate_bias, up_bias: (d_ff,) or None.
         down_bias: (d_model,) or None.
-        norm_scale: (d_model,) scale of the norm in front of the FFN; None when there is none (or it has no scale).
-        attention_out: (d_model, heads * head_dim), what attention writes to the residual stream with; None if unknown.
+        norm_scale: (d_model,) scale of the norm in front of the FFN; None when there is none (or it
+            has no scale).
+        attention_out: (d_model, heads * head_dim), what attention writes to the residual stream
+            with; None if unknown.
     """
 
     index: int
@@ -63,7 +69,9 @@ class FFN:
 
 @runtime_checkable
 class Table(Protocol):
-    """Rows of an embedding matrix, (vocabulary, width): a tensor, or a `prunenet.checkpoints.shards.StoredTensor`."""
+    """Rows of an embedding matrix, (vocabulary, width): a tensor, or a
+    `prunenet.checkpoints.shards.StoredTensor`.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -78,7 +86,9 @@ class Table(Protocol):
 
 @runtime_checkable
 class Streamed(Protocol):
-    """A model whose weights stay on disk and are read one layer at a time; see `prunenet.checkpoints.streaming.StreamedCheckpoint`."""
+    """A model whose weights stay on disk and are read one layer at a time; see
+    `prunenet.checkpoints.streaming.StreamedCheckpoint`.
+    """
 
     @property
     def skeleton(self) -> PreTrainedModel:
@@ -98,7 +108,9 @@ Weights = PreTrainedModel | Streamed
 
 
 def structure(model: Weights) -> PreTrainedModel:
-    """The model, or what stands for it where its weights are on disk: shapes and configuration, to read no weight from."""
+    """The model, or what stands for it where its weights are on disk: shapes and configuration, to
+    read no weight from.
+    """
     return model if isinstance(model, PreTrainedModel) else model.skeleton
 
 
@@ -106,7 +118,8 @@ def ffn_at(model: Weights, index: int) -> FFN:
     """The FFN of one layer.
 
     Raises:
-        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced (`prunenet.models.sliced_modeling`).
+        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced
+            (`prunenet.models.sliced_modeling`).
     """
     check_whole(structure(model))
     if not isinstance(model, PreTrainedModel):
@@ -118,7 +131,9 @@ def ffn_at(model: Weights, index: int) -> FFN:
 
 
 def tables(model: Weights) -> tuple[Table, Table | None]:
-    """(input embeddings, output embeddings); the second is None where it is the first, or where there is none."""
+    """(input embeddings, output embeddings); the second is None where it is the first, or where
+    there is none.
+    """
     if not isinstance(model, PreTrainedModel):
         return model.tables()
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -130,18 +145,22 @@ def tables(model: Weights) -> tuple[Table, Table | None]:
     return rows, None if columns is None or columns.data_ptr() == rows.data_ptr() else columns
 
 
-def decoder_layers(model: PreTrainedModel, architecture: Architecture | None = None) -> nn.ModuleList:
+def decoder_layers(
+    model: PreTrainedModel, architecture: Architecture | None = None
+) -> nn.ModuleList:
     """The decoder layers of a causal LM.
 
     Raises:
-        UnsupportedArchitecture: the model type has no row, or the model is not the family's causal LM.
+        UnsupportedArchitecture: the model type has no row, or the model is not the family's causal
+            LM.
     """
     architecture = architecture or architecture_for(model.config)
     try:
         layers = model.get_submodule(architecture.layers)
     except AttributeError:
         raise UnsupportedArchitecture(
-            f"a {type(model).__name__} has no {architecture.layers!r}; load it with AutoModelForCausalLM"
+            f"a {type(model).__name__} has no {architecture.layers!r}; load it with"
+            " AutoModelForCausalLM"
         ) from None
     assert isinstance(layers, nn.ModuleList)
     return layers
@@ -162,7 +181,9 @@ def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
         gate_bias, up_bias = (None, None) if up.bias is None else up.bias.detach().chunk(2)
     else:
         gate = None if architecture.gate is None else plain_linear(layer, architecture.gate)
-        gate_weight, gate_bias = (None, None) if gate is None else (gate.weight.detach(), _detached(gate.bias))
+        gate_weight, gate_bias = (
+            (None, None) if gate is None else (gate.weight.detach(), _detached(gate.bias))
+        )
         up_weight, up_bias = up.weight.detach(), _detached(up.bias)
     return FFN(
         index=index,
@@ -188,10 +209,13 @@ def iter_ffns(model: Weights) -> Iterator[FFN]:
 
 
 def check_whole(model: PreTrainedModel) -> None:
-    """Raises UnsupportedArchitecture where the residual stream is sliced: FFNs then read and write different directions."""
+    """Raises UnsupportedArchitecture where the residual stream is sliced: FFNs then read and write
+    different directions.
+    """
     if hasattr(model.config, "residual_widths"):
         raise UnsupportedArchitecture(
-            f"a {type(model).__name__} has a sliced residual stream and is not cut any further; give the dense model"
+            f"a {type(model).__name__} has a sliced residual stream and is not cut any further;"
+            " give the dense model"
         )
 
 
@@ -207,7 +231,9 @@ def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def activation(model: Weights) -> Callable[[Tensor], Tensor]:
-    """The function act, element by element, of the model's FFNs: h = act(gate) * up, or act(up) where there is no gate."""
+    """The function act, element by element, of the model's FFNs: h = act(gate) * up, or act(up)
+    where there is no gate.
+    """
     fields = ("hidden_activation", "hidden_act", "activation_function", "activation")
     config = structure(model).config
     found = next((name for field in fields if (name := getattr(config, field, None))), "silu")
@@ -216,18 +242,28 @@ def activation(model: Weights) -> Callable[[Tensor], Tensor]:
 
 
 def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
-    """Raises ValueError where the model has no embedding for a token id, or no position for a token."""
+    """Raises ValueError where the model has no embedding for a token id, or no position for a
+    token.
+    """
     table: Any = model.get_input_embeddings()
     rows = table.weight.shape[0]
     if int(ids.max()) >= rows:
-        raise ValueError(f"token id {int(ids.max())} is beyond the model's {rows} embeddings; give the model its own tokenizer")
+        raise ValueError(
+            f"token id {int(ids.max())} is beyond the model's {rows} embeddings; give the model its"
+            " own tokenizer"
+        )
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and ids.shape[1] > positions:
-        raise ValueError(f"blocks of {ids.shape[1]} tokens do not fit the model's {positions} positions; give shorter ones")
+        raise ValueError(
+            f"blocks of {ids.shape[1]} tokens do not fit the model's {positions} positions; give"
+            " shorter ones"
+        )
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(total, non-embedding) parameters; tied tensors count once, and an untied LM head counts as an embedding."""
+    """(total, non-embedding) parameters; tied tensors count once, and an untied LM head counts as
+    an embedding.
+    """
     counts = {id(parameter): parameter.numel() for _, parameter in parameters(model)}
     modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
     tables = {id(module.weight) for module in modules if module is not None}
@@ -236,11 +272,14 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def plain_linear(layer: nn.Module, path: str) -> nn.Linear:
-    """The linear at a path of a layer; raises UnsupportedArchitecture where it is of another kind, as when quantised."""
+    """The linear at a path of a layer; raises UnsupportedArchitecture where it is of another kind,
+    as when quantised.
+    """
     module = layer.get_submodule(path)
     if not isinstance(module, nn.Linear) or not isinstance(module.weight, torch.nn.Parameter):
         raise UnsupportedArchitecture(
-            f"{path} is a {type(module).__name__}, not a plain linear layer; load the model unquantised"
+            f"{path} is a {type(module).__name__}, not a plain linear layer; load the model"
+            " unquantised"
         )
     return module
 

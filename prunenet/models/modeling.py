@@ -1,8 +1,10 @@
-"""Causal language models whose layers differ in FFN width or heads. Travels beside the checkpoint; needs transformers only.
+"""Causal language models whose layers differ in FFN width or heads. Travels beside the checkpoint;
+needs transformers only.
 
-`modeling.PerLayerLlamaForCausalLM` is `transformers.LlamaForCausalLM` with the widths of `config.per_layer_config`, and so on
-for any class name. `config.per_layer_ffn` says where the FFN is, as dotted paths, and `config.per_layer_heads` where attention
-is, whose width is its number of key-value heads. A model has either or both.
+`modeling.PerLayerLlamaForCausalLM` is `transformers.LlamaForCausalLM` with the widths of
+`config.per_layer_config`, and so on for any class name. `config.per_layer_ffn` says where the FFN
+is, as dotted paths, and `config.per_layer_heads` where attention is, whose width is its number of
+key-value heads. A model has either or both.
 """
 
 from typing import Any
@@ -15,16 +17,21 @@ FFN, HEADS = "per_layer_ffn", "per_layer_heads"
 
 
 class PerLayerWidths:
-    """Builds the stock model at the widest layer's width, then narrows each layer. The checkpoint's weights come later."""
+    """Builds the stock model at the widest layer's width, then narrows each layer. The checkpoint's
+    weights come later.
+    """
 
-    _auto_class = "AutoModelForCausalLM"  # makes save_pretrained copy this file and write config.auto_map
+    # makes save_pretrained copy this file and write config.auto_map
+    _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         structures = [getattr(config, name) for name in (FFN, HEADS) if hasattr(config, name)]
         fields = [structure["width"] for structure in structures]
-        widths = [{field: getattr(layer, field) for field in fields} for layer in config.per_layer_config]
-        # Stock code cannot read a width that differs between layers. It sees this very object without them, and not a
-        # copy: from_pretrained and every submodule go on using it.
+        widths = [
+            {field: getattr(layer, field) for field in fields} for layer in config.per_layer_config
+        ]
+        # Stock code cannot read a width that differs between layers. It sees this very object
+        # without them, and not a copy: from_pretrained and every submodule go on using it.
         config.per_layer_config = None
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -45,7 +52,8 @@ def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int
     for layer, width in zip(model.get_submodule(structure["layers"]), widths, strict=True):
         for path, dim in paths:
             linear = layer.get_submodule(path)
-            # A fused gate and up linear has two rows per channel, a key-value head has those of its query heads.
+            # A fused gate and up linear has two rows per channel, a key-value head has those of its
+            # query heads.
             kept = linear.weight.shape[dim] // widest * width
             linear.weight = torch.nn.Parameter(linear.weight.detach().narrow(dim, 0, kept).clone())
             if dim == 0 and linear.bias is not None:
@@ -61,5 +69,7 @@ def __getattr__(name: str) -> Any:
     if not name.startswith(PREFIX) or not hasattr(transformers, name.removeprefix(PREFIX)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     stock = getattr(transformers, name.removeprefix(PREFIX))
-    globals()[name] = type(name, (PerLayerWidths, stock), {"__module__": __name__, "stock_class": stock})
+    globals()[name] = type(
+        name, (PerLayerWidths, stock), {"__module__": __name__, "stock_class": stock}
+    )
     return globals()[name]

@@ -1,11 +1,13 @@
-"""Rotating the residual stream of a language model, and slicing off what it hardly uses. Pure linear algebra on weights.
+"""Rotating the residual stream of a language model, and slicing off what it hardly uses. Pure
+linear algebra on weights.
 
-Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", ICLR 2024, arXiv 2401.15024,
-sections 3.1 to 3.3; METHODS.md section 6. An RMSNorm without scale commutes with a rotation Q of its input, norm(x Q) =
-norm(x) Q. So once the scales are folded into the next matrices, the stream may have another orthonormal basis at each of its
-2 L + 1 points (behind the embedding, then behind attention and behind the FFN of each layer): what reads it becomes W Q, what
-writes to it Q^T W, and a residual connection from one point to the next Q_before^T Q_behind. Keeping only the first columns of
-each Q slices the model.
+Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
+ICLR 2024, arXiv 2401.15024, sections 3.1 to 3.3; METHODS.md section 6. An RMSNorm without scale
+commutes with a rotation Q of its input, norm(x Q) = norm(x) Q. So once the scales are folded into
+the next matrices, the stream may have another orthonormal basis at each of its 2 L + 1 points
+(behind the embedding, then behind attention and behind the FFN of each layer): what reads it
+becomes W Q, what writes to it Q^T W, and a residual connection from one point to the next
+Q_before^T Q_behind. Keeping only the first columns of each Q slices the model.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.models.layers import check_whole, decoder_layers
 
 DAMPING = 0.01
-"""Of the mean diagonal, added to a covariance's diagonal. It moves eigenvalues and no eigenvector."""
+"""Of the mean diagonal, added to a covariance's diagonal. It moves eigenvalues and no
+eigenvector.
+"""
 
-# Attention and FFN of a layer: the module, the linear by which it writes, the norm in front, its shortcut in the sliced model.
+# Attention and FFN of a layer: the module, the linear by which it writes, the norm in front, its
+# shortcut in the sliced model.
 _BLOCKS = (
     ("self_attn", "o_proj", "input_layernorm", "attention_shortcut"),
     ("mlp", "down_proj", "post_attention_layernorm", "ffn_shortcut"),
@@ -37,7 +42,8 @@ _BLOCKS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Attention or the FFN of one layer: it reads the residual stream at one point and writes to it at the next.
+    """Attention or the FFN of one layer: it reads the residual stream at one point and writes to it
+    at the next.
 
     Attributes:
         linears: (dense, sliced) pairs of the linears that read the stream.
@@ -59,7 +65,11 @@ class Block:
             sliced.weight = _like((_exact(dense.weight) * _exact(self.scale)) @ basis, dense.weight)
             sliced.in_features = basis.shape[1]
 
-    def write(self, before: Float64[Tensor, "d_model width"], behind: Float64[Tensor, "d_model new"] | None) -> None:
+    def write(
+        self,
+        before: Float64[Tensor, "d_model width"],
+        behind: Float64[Tensor, "d_model new"] | None,
+    ) -> None:
         """Sets the output, Q^T W and Q^T b, and the shortcut, x -> x Q_before^T Q.
 
         Args:
@@ -72,29 +82,38 @@ class Block:
         if behind is not None:
             weight, shortcut = behind.T @ weight, behind.T @ before
             bias = None if bias is None else behind.T @ bias
-        sliced.weight, self.shortcut.weight = _like(weight, dense.weight), _like(shortcut, dense.weight)
+        sliced.weight, self.shortcut.weight = (
+            _like(weight, dense.weight),
+            _like(shortcut, dense.weight),
+        )
         sliced.bias = None if bias is None else _like(bias, dense.weight)
         sliced.out_features, self.shortcut.out_features = len(weight), len(shortcut)
 
 
 def check_rotatable(model: PreTrainedModel) -> None:
-    """Raises UnsupportedArchitecture unless the residual stream of this model can be rotated (`Architecture.rotates`)."""
+    """Raises UnsupportedArchitecture unless the residual stream of this model can be rotated
+    (`Architecture.rotates`).
+    """
     check_whole(model)
     architecture = architecture_for(model.config)
     if not architecture.rotates:
         able = ", ".join(sorted(row.model_type for row in ARCHITECTURES.values() if row.rotates))
         raise UnsupportedArchitecture(
-            f"model type {architecture.model_type!r} cannot be sliced: rotating its residual stream needs RMSNorms in front of "
-            f"attention, FFN and LM head, none behind them, and no parallel layers; types that have them: {able}"
+            f"model type {architecture.model_type!r} cannot be sliced: rotating its residual stream"
+            " needs RMSNorms in front of attention, FFN and LM head, none behind them, and no"
+            f" parallel layers; types that have them: {able}"
         )
     if hasattr(model.config, modeling.FFN) or hasattr(model.config, modeling.HEADS):
         raise UnsupportedArchitecture(
-            f"a {type(model).__name__} has layers of different shapes and cannot be sliced; give a model whose layers are alike"
+            f"a {type(model).__name__} has layers of different shapes and cannot be sliced; give a"
+            " model whose layers are alike"
         )
 
 
 def covariance(parts: Iterable[Float[Tensor, "... d_model"]]) -> Float64[Tensor, "d_model d_model"]:
-    """X^T X + 0.01 mean(diag(X^T X)) I in float64, X all rows of all parts (paper section 3.3; the damping is the code's)."""
+    """X^T X + 0.01 mean(diag(X^T X)) I in float64, X all rows of all parts (paper section 3.3; the
+    damping is the code's).
+    """
     total: Tensor | None = None
     for part in parts:
         rows = _exact(part).flatten(0, -2)
@@ -111,22 +130,36 @@ def eigenbasis(second: Float64[Tensor, "d_model d_model"]) -> Float64[Tensor, "d
         ValueError: the matrix holds numbers that are not finite.
     """
     if not bool(torch.isfinite(second).all()):
-        raise ValueError("hidden states are not finite; the model's weights are damaged, or its dtype overflows: load float32")
+        raise ValueError(
+            "hidden states are not finite; the model's weights are damaged, or its dtype overflows:"
+            " load float32"
+        )
     ascending: Tensor = torch.linalg.eigh(second).eigenvectors
     return ascending.flip(1)
 
 
-def residual_widths(layers: int, d_model: int, width: int, *, slice_head: bool = False) -> list[int]:
-    """`width` at each of the 2 `layers` + 1 points; the last, in front of the LM head, stays whole unless `slice_head`."""
+def residual_widths(
+    layers: int, d_model: int, width: int, *, slice_head: bool = False
+) -> list[int]:
+    """`width` at each of the 2 `layers` + 1 points; the last, in front of the LM head, stays whole
+    unless `slice_head`.
+    """
     return [width] * (2 * layers) + [width if slice_head else d_model]
 
 
 def parameters_at(model: PreTrainedModel, widths: Sequence[int]) -> int:
-    """Parameters that the sliced model has: sum of numel, shortcuts and the LM head included, which is never tied."""
+    """Parameters that the sliced model has: sum of numel, shortcuts and the LM head included, which
+    is never tied.
+    """
     d_model, source = model.config.hidden_size, cast(Any, model)
-    total = len(source.model.embed_tokens.weight) * widths[0] + len(source.lm_head.weight) * widths[-1]
-    for layer, *points in zip(decoder_layers(model), widths[:-1:2], widths[1::2], widths[2::2], strict=True):
-        total += sum(parameter.numel() for parameter in layer.parameters()) - 2 * d_model  # norms lose their scales
+    total = (
+        len(source.model.embed_tokens.weight) * widths[0] + len(source.lm_head.weight) * widths[-1]
+    )
+    for layer, *points in zip(
+        decoder_layers(model), widths[:-1:2], widths[1::2], widths[2::2], strict=True
+    ):
+        # norms lose their scales
+        total += sum(parameter.numel() for parameter in layer.parameters()) - 2 * d_model
         for (name, output, *_), before, behind in zip(_BLOCKS, points, points[1:], strict=False):
             total += before * behind
             for child, linear in _linears(layer.get_submodule(name)).items():
@@ -137,7 +170,9 @@ def parameters_at(model: PreTrainedModel, widths: Sequence[int]) -> int:
     return int(total)
 
 
-def width_for(model: PreTrainedModel, parameters: int, *, round_to: int = 8, slice_head: bool = False) -> int:
+def width_for(
+    model: PreTrainedModel, parameters: int, *, round_to: int = 8, slice_head: bool = False
+) -> int:
     """The widest slice, a multiple of `round_to`, with no more parameters than that.
 
     Raises:
@@ -151,16 +186,21 @@ def width_for(model: PreTrainedModel, parameters: int, *, round_to: int = 8, sli
     choices = range(round_to, d_model + 1, round_to)
     place = bisect_right(choices, parameters, key=parameters_of)
     if place == 0:
-        least = f"{parameters_of(choices[0]):,} at width {round_to}" if choices else f"more than one multiple of {round_to}"
+        least = (
+            f"{parameters_of(choices[0]):,} at width {round_to}"
+            if choices
+            else f"more than one multiple of {round_to}"
+        )
         raise ValueError(
-            f"no slice of a residual stream of {d_model} fits {parameters:,} parameters: the smallest takes {least}, with an "
-            "LM head of its own and shortcuts; remove less"
+            f"no slice of a residual stream of {d_model} fits {parameters:,} parameters: the"
+            f" smallest takes {least}, with an LM head of its own and shortcuts; remove less"
         )
     return choices[place - 1]
 
 
 def unrotated(model: PreTrainedModel, widths: Sequence[int]) -> PreTrainedModel:
-    """A model of the sliced class and of these widths, its weights still to be set; the given model stays as it is.
+    """A model of the sliced class and of these widths, its weights still to be set; the given model
+    stays as it is.
 
     Args:
         model: one that passes `check_rotatable`.
@@ -171,9 +211,12 @@ def unrotated(model: PreTrainedModel, widths: Sequence[int]) -> PreTrainedModel:
     """
     d_model, points = model.config.hidden_size, 2 * len(decoder_layers(model)) + 1
     if len(widths) != points or not all(1 <= width <= d_model for width in widths):
-        raise ValueError(f"a residual stream has {points} widths in [1, {d_model}] here, got {list(widths)}")
+        raise ValueError(
+            f"a residual stream has {points} widths in [1, {d_model}] here, got {list(widths)}"
+        )
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    memo[id(model.config)] = config = _config(model, widths)  # every module of the copy refers to this one
+    # every module of the copy refers to this one
+    memo[id(model.config)] = config = _config(model, widths)
     sliced: Any = copy.deepcopy(model, memo)
     assert sliced.config is config
     sliced_modeling.slice_modules(sliced)
@@ -196,7 +239,9 @@ def rotate_ends(
     first: Float64[Tensor, "d_model width"] | None = None,
     last: Float64[Tensor, "d_model width"] | None = None,
 ) -> None:
-    """Sets the embedding, E Q, and the LM head, W diag(scale) Q, of an `unrotated` copy; None leaves one as it is."""
+    """Sets the embedding, E Q, and the LM head, W diag(scale) Q, of an `unrotated` copy; None
+    leaves one as it is.
+    """
     source: Any = model
     target: Any = sliced
     if first is not None:
@@ -209,18 +254,37 @@ def rotate_ends(
 
 
 def _block(
-    model: PreTrainedModel, dense: nn.Module, copied: nn.Module, name: str, output: str, norm: str, shortcut: str
+    model: PreTrainedModel,
+    dense: nn.Module,
+    copied: nn.Module,
+    name: str,
+    output: str,
+    norm: str,
+    shortcut: str,
 ) -> Block:
     source, target = dense.get_submodule(name), copied.get_submodule(name)
-    pairs: dict[str, Any] = {child: (linear, target.get_submodule(child)) for child, linear in _linears(source).items()}
-    scale = dense.get_submodule(norm).get_parameter("weight").detach() + architecture_for(model.config).norm_offset
+    pairs: dict[str, Any] = {
+        child: (linear, target.get_submodule(child)) for child, linear in _linears(source).items()
+    }
+    scale = (
+        dense.get_submodule(norm).get_parameter("weight").detach()
+        + architecture_for(model.config).norm_offset
+    )
     link: Any = copied.get_submodule(shortcut)
     wrote = pairs.pop(output)
-    return Block(tuple(pairs.values()), wrote, scale, link, float(getattr(model.config, "residual_multiplier", 1.0)))
+    return Block(
+        tuple(pairs.values()),
+        wrote,
+        scale,
+        link,
+        float(getattr(model.config, "residual_multiplier", 1.0)),
+    )
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in block.named_children() if isinstance(module, nn.Linear)}
+    return {
+        name: module for name, module in block.named_children() if isinstance(module, nn.Linear)
+    }
 
 
 def _sliced_class(model: PreTrainedModel) -> Any:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def damped_by_energy(second: Float64[Tensor, "n n"], damping: float) -> Float64[Tensor, " n"]:
-    """damping * diag H; of a channel that is never active, the least that keeps a damped H positive definite."""
+    """damping * diag H; of a channel that is never active, the least that keeps a damped H positive
+    definite.
+    """
     energy = second.diagonal()
     return damping * energy.clamp_min(1e-12 * float(energy.mean()))
 
@@ -25,6 +27,9 @@ def damped_cholesky(
     damped.diagonal().add_(lam)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) or not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"the moments with damping {damping} are not positive definite; raise it, or measure more tokens")
+        raise ValueError(
+            f"the moments with damping {damping} are not positive definite; raise it, or measure"
+            " more tokens"
+        )
     result: Tensor = factor
     return result

@@ -22,13 +22,20 @@ def held_back(
         ValueError: fewer than two blocks.
     """
     if len(blocks) < 2:
-        raise ValueError(f"a refit needs text to fit on and other text to check on: give 2 blocks or more, got {len(blocks)}")
+        raise ValueError(
+            "a refit needs text to fit on and other text to check on: give 2 blocks or more, got"
+            f" {len(blocks)}"
+        )
     held = max(1, round(share * len(blocks)))
     return blocks[:-held], blocks[-held:]
 
 
-def folds_of(blocks: Int[Tensor, "n tokens"]) -> tuple[Int[Tensor, "even tokens"], Int[Tensor, "odd tokens"]]:
-    """Every second block, and the others: of self-written text, where two kinds alternate, the two kinds. As `held_back`."""
+def folds_of(
+    blocks: Int[Tensor, "n tokens"],
+) -> tuple[Int[Tensor, "even tokens"], Int[Tensor, "odd tokens"]]:
+    """Every second block, and the others: of self-written text, where two kinds alternate, the two
+    kinds. As `held_back`.
+    """
     held_back(blocks)
     return blocks[::2], blocks[1::2]
 
@@ -36,7 +43,9 @@ def folds_of(blocks: Int[Tensor, "n tokens"]) -> tuple[Int[Tensor, "even tokens"
 def pooled(
     folds: Sequence[Moments], matrices: Sequence[Float[Tensor, "d_ff d_ff"]] | None = None
 ) -> Float[Tensor, "d_ff d_ff"]:
-    """The second moments of all folds' tokens together; or another mean over tokens, given that of each fold."""
+    """The second moments of all folds' tokens together; or another mean over tokens, given that of
+    each fold.
+    """
     tokens = sum(fold.tokens for fold in folds)
     parts = [fold.second for fold in folds] if matrices is None else matrices
     whole = torch.zeros_like(parts[0])

@@ -1,9 +1,11 @@
-"""Second moments of FFN activations, layer by layer: what refit and the reconstruction reward need (METHODS.md 3).
+"""Second moments of FFN activations, layer by layer: what refit and the reconstruction reward need
+(METHODS.md 3).
 
-One pass over the token blocks carries their hidden states from layer to layer, so that memory holds the moments of one layer
-and the hidden states of all blocks, which may wait on the CPU. A caller may change a layer between measuring and passing it:
-the next layer is then measured behind the changed one (sequential mode, METHODS.md 5); `paired_moments` also relates it to the
-dense model's layer.
+One pass over the token blocks carries their hidden states from layer to layer, so that memory holds
+the moments of one layer and the hidden states of all blocks, which may wait on the CPU. A caller
+may change a layer between measuring and passing it: the next layer is then measured behind the
+changed one (sequential mode, METHODS.md 5); `paired_moments` also relates it to the dense model's
+layer.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Energies:
-    """Of one layer's activations h, each channel alone: what scores need that relate no channel to another.
+    """Of one layer's activations h, each channel alone: what scores need that relate no channel to
+    another.
 
     Attributes:
-        energy: E[h_j^2], (d_ff,), float32: the diagonal of `Moments.second`, at 1 / d_ff of its work and memory.
+        energy: E[h_j^2], (d_ff,), float32: the diagonal of `Moments.second`, at 1 / d_ff of its
+            work and memory.
         mean: E[h], (d_ff,), float32.
         tokens: how many were averaged: those that are not skipped.
     """
@@ -97,15 +101,19 @@ class LayerWalk:
         model: a causal LM in eval mode; not changed by the walk itself.
         blocks: (n, tokens) token ids, without padding.
         batch: blocks per forward pass.
-        changing: whether the caller changes layers on the way. Then leaving the loop body passes the hidden states through the
-            layer as it is by then; otherwise the outputs of the measurement are passed on, at half the cost.
-        skip: positions at the start of each block that no moment counts, in [0, tokens). The first token of a block is often
-            an attention sink, with activations so large that it alone shapes H; later tokens still see it.
-        offload: whether hidden states wait on the CPU, a batch at a time being on the layer's device. Those of a model that
-            accelerate has placed (`prunenet.runtime.placement`) always do.
+        changing: whether the caller changes layers on the way. Then leaving the loop body passes
+            the hidden states through the layer as it is by then; otherwise the outputs of the
+            measurement are passed on, at half the cost.
+        skip: positions at the start of each block that no moment counts, in [0, tokens). The first
+            token of a block is often an attention sink, with activations so large that it alone
+            shapes H; later tokens still see it.
+        offload: whether hidden states wait on the CPU, a batch at a time being on the layer's
+            device. Those of a model that accelerate has placed (`prunenet.runtime.placement`)
+            always do.
 
-    Iterate over it: each layer may be measured (`moments`, `energies`) and, if `changing`, changed before or after. Inside the
-    loop body the weights of that layer are on its device, wherever they are kept.
+    Iterate over it: each layer may be measured (`moments`, `energies`) and, if `changing`, changed
+    before or after. Inside the loop body the weights of that layer are on its device, wherever they
+    are kept.
 
     Raises:
         ValueError: blocks that the model cannot read, or `skip` out of range.
@@ -124,7 +132,8 @@ class LayerWalk:
         check_tokens(model, blocks)
         if not 0 <= skip < blocks.shape[1]:
             raise ValueError(
-                f"blocks of {blocks.shape[1]} tokens cannot skip their first {skip}; give 0 to {blocks.shape[1] - 1}"
+                f"blocks of {blocks.shape[1]} tokens cannot skip their first {skip}; give 0 to"
+                f" {blocks.shape[1] - 1}"
             )
         architecture = architecture_for(model.config)
         self.layers = list(decoder_layers(model, architecture))
@@ -175,7 +184,9 @@ class LayerWalk:
         return Energies(energy.div_(tokens), mean.div_(tokens), tokens)
 
     def _activations(self, index: int) -> Iterator[Float[Tensor, "tokens d_ff"]]:
-        """In front of the layer's down linear, batch by batch; what the layer then puts out is kept."""
+        """In front of the layer's down linear, batch by batch; what the layer then puts out is
+        kept.
+        """
         outputs = []
         for part in range(len(self._calls)):
             output, h, _ = self._measured(index, part)
@@ -184,7 +195,9 @@ class LayerWalk:
         self._outputs = outputs
 
     def _measured(self, index: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden states behind the layer; then, of each token that counts, h and |W h|^2 in float32), of one batch."""
+        """(hidden states behind the layer; then, of each token that counts, h and |W h|^2 in
+        float32), of one batch.
+        """
         seen: list[Tensor] = []
 
         def see(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -198,7 +211,10 @@ class LayerWalk:
         finally:
             hook.remove()
         blocks = len(self._hidden[part])
-        h, energies = (rows.reshape(blocks, -1, *rows.shape[1:])[:, self._skip :].flatten(0, 1).float() for rows in seen)
+        h, energies = (
+            rows.reshape(blocks, -1, *rows.shape[1:])[:, self._skip :].flatten(0, 1).float()
+            for rows in seen
+        )
         return output, h, energies
 
     @torch.no_grad()
@@ -214,8 +230,11 @@ class LayerWalk:
 
 
 @torch.no_grad()
-def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(hidden states, other arguments, keyword arguments) with which each layer is called; hidden states of layer 0 only.
+def layer_calls(
+    model: PreTrainedModel, ids: Int[Tensor, "n tokens"]
+) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(hidden states, other arguments, keyword arguments) with which each layer is called; hidden
+    states of layer 0 only.
 
     The layers themselves are skipped while the calls are recorded: each hands its input on.
 
@@ -236,7 +255,10 @@ def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[tu
 
         return forward
 
-    with suppress(_Captured), calling({layer: recorder(index) for index, layer in enumerate(layers)}):
+    with (
+        suppress(_Captured),
+        calling({layer: recorder(index) for index, layer in enumerate(layers)}),
+    ):
         model(input_ids=ids, use_cache=False)
     return calls
 
@@ -248,7 +270,9 @@ def ffn_moments(
     batch: int = 4,
     skip: int = 0,
 ) -> Iterator[Moments]:
-    """The moments of each layer of a model left as it is, first to last. Arguments: see `LayerWalk`."""
+    """The moments of each layer of a model left as it is, first to last. Arguments: see
+    `LayerWalk`.
+    """
     walk = LayerWalk(model, blocks, batch=batch, skip=skip)
     for index in walk:
         yield walk.moments(index)
@@ -256,29 +280,40 @@ def ffn_moments(
 
 @torch.no_grad()
 def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Moments, Target]:
-    """Of the layer at which both walks stand: the pruned model's moments, and what the dense model has in its place.
+    """Of the layer at which both walks stand: the pruned model's moments, and what the dense model
+    has in its place.
 
-    For sequential refit (METHODS.md 5): walk both at once, `for index, _ in zip(dense, pruned)`, the pruned walk with
-    `changing=True`, and narrow the pruned model's layer after it was measured. Holds two d_ff x d_ff matrices.
+    For sequential refit (METHODS.md 5): walk both at once, `for index, _ in zip(dense, pruned)`,
+    the pruned walk with `changing=True`, and narrow the pruned model's layer after it was measured.
+    Holds two d_ff x d_ff matrices.
 
     Args:
         dense: over the dense model.
-        pruned: over the model being pruned, with the same blocks, batch and `skip`; this layer still has all its channels.
+        pruned: over the model being pruned, with the same blocks, batch and `skip`; this layer
+            still has all its channels.
         index: of the layer.
 
     Raises:
         ValueError: other blocks, another batch, skip or width.
     """
-    if (dense._batch, dense._skip) != (pruned._batch, pruned._skip) or not torch.equal(dense.blocks.cpu(), pruned.blocks.cpu()):
-        raise ValueError("activations are paired token by token: give both walks the same blocks, batch and skip")
+    if (dense._batch, dense._skip) != (pruned._batch, pruned._skip) or not torch.equal(
+        dense.blocks.cpu(), pruned.blocks.cpu()
+    ):
+        raise ValueError(
+            "activations are paired token by token: give both walks the same blocks, batch and skip"
+        )
     d_ff = pruned._downs[index].in_features
     if dense._downs[index].in_features != d_ff:
         raise ValueError(
-            f"layer {index} has {dense._downs[index].in_features} channels in the dense model and {d_ff} in the pruned one; "
-            "measure it before it is cut"
+            f"layer {index} has {dense._downs[index].in_features} channels in the dense model and"
+            f" {d_ff} in the pruned one; measure it before it is cut"
         )
     device = pruned.device(index)
-    sums, cross, mean = _Sums(d_ff, device), torch.zeros(d_ff, d_ff, device=device), torch.zeros(d_ff, device=device)
+    sums, cross, mean = (
+        _Sums(d_ff, device),
+        torch.zeros(d_ff, d_ff, device=device),
+        torch.zeros(d_ff, device=device),
+    )
     energy = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     for part in range(len(pruned._calls)):
@@ -292,4 +327,6 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
         outputs[0].append(dense_output)
         outputs[1].append(pruned_output)
     dense._outputs, pruned._outputs = outputs
-    return sums.moments(), Target(cross.div_(sums.tokens), mean.div_(sums.tokens), float(energy) / sums.tokens)
+    return sums.moments(), Target(
+        cross.div_(sums.tokens), mean.div_(sums.tokens), float(energy) / sums.tokens
+    )

@@ -1,18 +1,22 @@
-"""Closed-form refit of a layer's down matrix after a cut: least squares, with or without a bias (METHODS.md 5).
+"""Closed-form refit of a layer's down matrix after a cut: least squares, with or without a bias
+(METHODS.md 5).
 
-After SlimGPT (arXiv 2412.18110) and FASP (arXiv 2501.09412) (ridge least squares on the kept channels), and FLAP, AAAI 2024,
-arXiv 2312.11983 (the mean bias). What differs:
+After SlimGPT (arXiv 2412.18110) and FASP (arXiv 2501.09412) (ridge least squares on the kept
+channels), and FLAP, AAAI 2024, arXiv 2312.11983 (the mean bias). What differs:
 
-- the ridge shrinks towards the kept columns W_K and not towards zero, so that strong damping is "no refit"; each column is
-  damped by its channel's own energy, so that a rescaling of channels changes nothing;
+- the ridge shrinks towards the kept columns W_K and not towards zero, so that strong damping is "no
+  refit"; each column is damped by its channel's own energy, so that a rescaling of channels changes
+  nothing;
 - one formula for the weights and the bias together, on the covariance of the activations;
-- the target may be what the *dense* model's layer wrote at the same tokens (as GPTAQ does for quantisation, arXiv 2504.02692:
-  asymmetric calibration), so that a layer measured behind pruned ones also makes up for their error;
-- damping and shrinkage are chosen across two texts: fitted on each, judged on the other, and then used on both together.
+- the target may be what the *dense* model's layer wrote at the same tokens (as GPTAQ does for
+  quantisation, arXiv 2504.02692: asymmetric calibration), so that a layer measured behind pruned
+  ones also makes up for their error;
+- damping and shrinkage are chosen across two texts: fitted on each, judged on the other, and then
+  used on both together.
 
-Notation: W the down matrix (d_model, d_ff), h the activations in front of it, H = E[h h^T], mu = E[h], K the kept channels, R
-the removed ones. All is computed in float64 on the weight's device (on the CPU where the device is MPS, which has none) and
-returned in the weight's dtype.
+Notation: W the down matrix (d_model, d_ff), h the activations in front of it, H = E[h h^T], mu =
+E[h], K the kept channels, R the removed ones. All is computed in float64 on the weight's device (on
+the CPU where the device is MPS, which has none) and returned in the weight's dtype.
 """
 
 from __future__ import annotations
@@ -44,25 +48,30 @@ def ridge(
     damping: float = 1e-2,
     cross: Float[Tensor, "d_ff d_ff"] | None = None,
 ) -> Float[Tensor, "d_model kept"]:
-    """W' = W_K + W_R H_RK (H_KK + damping D)^-1, D = diag(H_KK): the kept columns stand in for the removed ones.
+    """W' = W_K + W_R H_RK (H_KK + damping D)^-1, D = diag(H_KK): the kept columns stand in for the
+    removed ones.
 
-    Minimises E|W t - W' h_K|^2 + damping * sum_j D_jj |W'_:j - W_:j|^2, with t = h. Given `cross`, t is what the dense layer
-    had at the same tokens: W' = W_K + (W cross_:K - W_K H_KK)(H_KK + damping D)^-1; then even a layer that keeps everything
-    changes.
+    Minimises E|W t - W' h_K|^2 + damping * sum_j D_jj |W'_:j - W_:j|^2, with t = h. Given `cross`,
+    t is what the dense layer had at the same tokens: W' = W_K + (W cross_:K - W_K H_KK)(H_KK +
+    damping D)^-1; then even a layer that keeps everything changes.
 
     Args:
         weight: W, any float dtype.
         second: H, of the activations that the refitted matrix will read.
         keep: True where the channel stays; at least one.
-        damping: of each column, relative to its channel's energy; at least 0, and more than 0 unless H_KK has full rank.
+        damping: of each column, relative to its channel's energy; at least 0, and more than 0
+            unless H_KK has full rank.
         cross: E[t h^T]; default H.
 
     Raises:
-        ValueError: a wrong mask, negative damping, or the damped H_KK is not positive definite (or not finite).
+        ValueError: a wrong mask, negative damping, or the damped H_KK is not positive definite (or
+            not finite).
     """
     w, h = _working(weight, second)
     check_keep(keep, w.shape[1])
-    return _solved(w, h, None if cross is None else cross.to(w), keep.to(w.device), damping).to(weight)
+    return _solved(w, h, None if cross is None else cross.to(w), keep.to(w.device), damping).to(
+        weight
+    )
 
 
 @torch.no_grad()
@@ -74,7 +83,8 @@ def ridge_with_bias(
     damping: float = 1e-2,
     target: Target | None = None,
 ) -> tuple[Float[Tensor, "d_model kept"], Float[Tensor, " d_model"]]:
-    """(W', b): `ridge` on the covariance C = H - mu mu^T, and the bias that makes the mean output exact.
+    """(W', b): `ridge` on the covariance C = H - mu mu^T, and the bias that makes the mean output
+    exact.
 
     b = W mu - W' mu_K = W_R mu_R + (W_K - W'_K) mu_K, to be *added* to the bias that the layer has.
 
@@ -83,7 +93,8 @@ def ridge_with_bias(
         moments: of the activations that the refitted matrix will read.
         keep: True where the channel stays; at least one.
         damping: of each column, relative to its channel's variance C_jj.
-        target: of the dense layer at the same tokens (`prunenet.refit.moments.paired_moments`); default: the layer itself.
+        target: of the dense layer at the same tokens (`prunenet.refit.moments.paired_moments`);
+            default: the layer itself.
 
     Raises:
         ValueError: as `ridge`.
@@ -101,7 +112,8 @@ def ridge_with_bias(
 def mean_bias(
     weight: Float[Tensor, "d_model d_ff"], mean: Float[Tensor, " d_ff"], keep: Bool[Tensor, " d_ff"]
 ) -> Float[Tensor, " d_model"]:
-    """b = W_R mu_R, which makes the mean output exact where the kept columns stay as they are (FLAP).
+    """b = W_R mu_R, which makes the mean output exact where the kept columns stay as they are
+    (FLAP).
 
     Raises:
         ValueError: a wrong mask.
@@ -143,7 +155,9 @@ def lost(
     w, h = _working(weight, second)
     check_keep(keep, w.shape[1])
     if bias is not None and mean is None:
-        raise ValueError("the energy lost with a bias depends on the mean activations; give mean= as well")
+        raise ValueError(
+            "the energy lost with a bias depends on the mean activations; give mean= as well"
+        )
     keep = keep.to(w.device)
     after = torch.zeros_like(w)
     after[:, keep] = w[:, keep] if refitted is None else refitted.to(w)
@@ -183,12 +197,13 @@ def choose_damping(
     shrinkage: float = 0.0,
     targets: Sequence[Target] | None = None,
 ) -> float:
-    """The damping whose `ridge`, fitted to one set of moments, loses least energy on another, and the other way round.
+    """The damping whose `ridge`, fitted to one set of moments, loses least energy on another, and
+    the other way round.
 
     Args:
         weight: W.
-        folds: two sets of moments. Of two kinds of text they choose what holds on a third; of one kind, too little damping for
-            any other.
+        folds: two sets of moments. Of two kinds of text they choose what holds on a third; of one
+            kind, too little damping for any other.
         keep: True where the channel stays.
         candidates: dampings to try, at least one; of equal ones the first wins.
         shrinkage: of the fitted H, see `shrink`.
@@ -210,8 +225,12 @@ def choose_shrinkage(
     damping: float = 1e-2,
     targets: Sequence[Target] | None = None,
 ) -> float:
-    """The shrinkage of the fitted H whose `ridge` loses least energy on the other fold. As `choose_damping`."""
-    return _best(weight, folds, keep, [(damping, amount) for amount in candidates], targets, "shrinkage")[1]
+    """The shrinkage of the fitted H whose `ridge` loses least energy on the other fold. As
+    `choose_damping`.
+    """
+    return _best(
+        weight, folds, keep, [(damping, amount) for amount in candidates], targets, "shrinkage"
+    )[1]
 
 
 @torch.no_grad()
@@ -227,23 +246,35 @@ def _best(
     if not tried:
         raise ValueError(f"no {what} to choose from; give at least one candidate")
     if len(folds) != 2:
-        raise ValueError(f"{what} is chosen across two folds, fitted on each and judged on the other; got {len(folds)}")
+        raise ValueError(
+            f"{what} is chosen across two folds, fitted on each and judged on the other; got"
+            f" {len(folds)}"
+        )
     check_keep(keep, weight.shape[1])
     (w,) = _working(weight)
     keep = keep.to(w.device)
     seconds = [moments.second.to(w) for moments in folds]
     crosses = seconds if targets is None else [target.cross.to(w) for target in targets]
-    wholes = [float(_energy(w, second)) for second in seconds] if targets is None else [target.energy for target in targets]
-    systems = [_system(w, h, None if t is h else t, keep) for h, t in zip(seconds, crosses, strict=True)]
+    wholes = (
+        [float(_energy(w, second)) for second in seconds]
+        if targets is None
+        else [target.energy for target in targets]
+    )
+    systems = [
+        _system(w, h, None if t is h else t, keep) for h, t in zip(seconds, crosses, strict=True)
+    ]
     losses = dict.fromkeys(tried, 0.0)
     for fitted, judged in ((0, 1), (1, 0)):
         block, right = systems[judged]
         for damping, amount in losses:
             system = systems[fitted]
             if amount:
-                system = _system(w, shrink(seconds[fitted], amount), shrink(crosses[fitted], amount), keep)
+                system = _system(
+                    w, shrink(seconds[fitted], amount), shrink(crosses[fitted], amount), keep
+                )
             change = _solution(*system, damping)
-            added = ((change @ block - 2 * right) * change).sum()  # to the loss without a refit, the same for all
+            # to the loss without a refit, the same for all
+            added = ((change @ block - 2 * right) * change).sum()
             losses[damping, amount] += float(added) / max(wholes[judged], torch.finfo(w.dtype).tiny)
     return min(losses, key=losses.__getitem__)
 
@@ -285,7 +316,9 @@ def _solution(
     return solution
 
 
-def _energy(w: Float64[Tensor, "d_model d_ff"], second: Float64[Tensor, "d_ff d_ff"]) -> Float64[Tensor, ""]:
+def _energy(
+    w: Float64[Tensor, "d_model d_ff"], second: Float64[Tensor, "d_ff d_ff"]
+) -> Float64[Tensor, ""]:
     return ((w @ second) * w).sum()
 
 

@@ -1,4 +1,6 @@
-"""Folders and files that appear complete or not at all: written under a hidden name beside the target, then renamed."""
+"""Folders and files that appear complete or not at all: written under a hidden name beside the
+target, then renamed.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,18 @@ def cache_folder() -> Path:
 
 
 def check_home(out: Path) -> None:
-    """Raises CheckpointError where a folder `out` cannot be, or cannot be written in: said before the work, not after."""
+    """Raises CheckpointError where a folder `out` cannot be, or cannot be written in: said before
+    the work, not after.
+    """
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not place.is_dir():
-        raise CheckpointError(f"{out} cannot be written, because {place} is a file; give another folder")
+        raise CheckpointError(
+            f"{out} cannot be written, because {place} is a file; give another folder"
+        )
     if not os.access(place, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{out} cannot be written, because {place} is closed to you; give another folder")
+        raise CheckpointError(
+            f"{out} cannot be written, because {place} is closed to you; give another folder"
+        )
 
 
 def check_absent(out: Path) -> None:
@@ -38,7 +46,9 @@ def check_absent(out: Path) -> None:
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Raises CheckpointError where the disk that `out` will be on has less than `needed` bytes free."""
+    """Raises CheckpointError where the disk that `out` will be on has less than `needed` bytes
+    free.
+    """
     home = next(parent for parent in out.absolute().parents if parent.exists())
     if shutil.disk_usage(home).free < needed:
         raise _disk_full(out, needed, home)
@@ -46,7 +56,8 @@ def check_room(out: Path, needed: int) -> None:
 
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """Yields a folder that becomes `out` when the block succeeds and is removed, with all in it, when it does not.
+    """Yields a folder that becomes `out` when the block succeeds and is removed, with all in it,
+    when it does not.
 
     Args:
         out: the folder to create, with its parents; it may exist if it is empty.
@@ -68,7 +79,8 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             yield folder
             for path in folder.rglob("*"):
                 if path.is_file():
-                    path.chmod(folder.stat().st_mode & 0o666)  # safetensors closes its files to others
+                    # safetensors closes its files to others
+                    path.chmod(folder.stat().st_mode & 0o666)
                 _sync(path)
             _sync(folder)
             folder.rename(out)
@@ -78,7 +90,9 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             with suppress(OSError):
                 parent.rmdir()
         # safetensors and tokenizers wrap the operating system's error in types of their own.
-        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(
+            error
+        ):
             raise _disk_full(out, needed, home) from error
         if isinstance(error, OSError):
             raise CheckpointError(f"{out} cannot be written: {error}") from error
@@ -109,8 +123,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 def _disk_full(out: Path, needed: int, home: Path) -> CheckpointError:
     free = shutil.disk_usage(home).free
     return CheckpointError(
-        f"no room for {out}: it takes at least {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free; "
-        "make room or give a folder on another disk"
+        f"no room for {out}: it takes at least {needed / 1e6:,.1f} MB and its disk has"
+        f" {free / 1e6:,.1f} MB free; make room or give a folder on another disk"
     )
 
 

@@ -1,9 +1,11 @@
-"""Many processes, one job: the ranks that torchrun starts share layers, masks and cells (torch.distributed).
+"""Many processes, one job: the ranks that torchrun starts share layers, masks and cells
+(torch.distributed).
 
-Nothing here does anything until `joined`: in one process every function is the identity, and a program that uses
-torch.distributed for its own purposes is left alone. Inside, work is split and its results are put together in a fixed order,
-so that every rank has what one process would have. Tensors travel on their device: between CPUs by gloo, between CUDA devices
-by NCCL, byte for byte. How ranks meet, and stop when one of them fails: `prunenet.runtime.team`.
+Nothing here does anything until `joined`: in one process every function is the identity, and a
+program that uses torch.distributed for its own purposes is left alone. Inside, work is split and
+its results are put together in a fixed order, so that every rank has what one process would have.
+Tensors travel on their device: between CPUs by gloo, between CUDA devices by NCCL, byte for byte.
+How ranks meet, and stop when one of them fails: `prunenet.runtime.team`.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def mine(index: int) -> bool:
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Makes the processes that torchrun has started one job; all of them come here. Without torchrun, nothing.
+    """Makes the processes that torchrun has started one job; all of them come here. Without
+    torchrun, nothing.
 
     Args:
         device: as a user gave it; "cuda" is a GPU of its own for each rank.
@@ -61,7 +64,8 @@ def joined(device: str) -> Iterator[str]:
         The device of this rank.
 
     Raises:
-        ValueError: more processes than GPUs, one GPU for all of them, or an environment that is not torchrun's.
+        ValueError: more processes than GPUs, one GPU for all of them, or an environment that is not
+            torchrun's.
         PeerFailed: another process has ended without a word.
         Followed: another process has failed and said why.
     """
@@ -131,14 +135,17 @@ def gathered(part: Tensor, count: int) -> Tensor:
 def from_rank(source: int, make: Callable[[], Tensor]) -> Tensor:
     """What `make` gives on one rank, on all of them; it is not called on the others.
 
-    It lies on the CPU, or on each rank's own GPU where it lay on one; contiguous where there are several ranks.
+    It lies on the CPU, or on each rank's own GPU where it lay on one; contiguous where there are
+    several ranks.
     """
     if size() == 1:
         return make()
     head = torch.full((16,), -1)
     if rank() == source:
         sent = make().detach().contiguous()
-        head[: 3 + sent.dim()] = torch.tensor([_DTYPES.index(sent.dtype), sent.is_cuda, sent.dim(), *sent.shape])
+        head[: 3 + sent.dim()] = torch.tensor(
+            [_DTYPES.index(sent.dtype), sent.is_cuda, sent.dim(), *sent.shape]
+        )
     with peers():
         dist.broadcast(head, source)
         dtype, cuda, dims, *shape = head.tolist()
@@ -153,12 +160,16 @@ def told_by(source: int, make: Callable[[], Any]) -> Any:
     """`from_rank` for what JSON holds. Tuples become lists where there are several ranks."""
     if size() == 1:
         return make()
-    text = from_rank(source, lambda: torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8))
+    text = from_rank(
+        source, lambda: torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8)
+    )
     return json.loads(text.numpy().tobytes())
 
 
 def from_owners(found: Mapping[int, Sequence[Tensor]], count: int) -> list[list[Tensor]]:
-    """The tensors of `count` layers (or texts, ...), on every rank, from the ranks whose they are (`mine`)."""
+    """The tensors of `count` layers (or texts, ...), on every rank, from the ranks whose they are
+    (`mine`).
+    """
     if size() == 1:
         return [list(found[index]) for index in range(count)]
     result = []
@@ -166,7 +177,9 @@ def from_owners(found: Mapping[int, Sequence[Tensor]], count: int) -> list[list[
         source = index % size()
         own = found.get(index, ())
         pieces = int(from_rank(source, partial(torch.tensor, len(own))))
-        result.append([from_rank(source, partial(own.__getitem__, number)) for number in range(pieces)])
+        result.append(
+            [from_rank(source, partial(own.__getitem__, number)) for number in range(pieces)]
+        )
     return result
 
 
@@ -183,9 +196,11 @@ def turns(count: int) -> Iterator[int]:
 
 @contextmanager
 def posted(take: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
-    """Yields what hands an object (as JSON holds it) to `take`, which rank 0 calls, one object at a time, as they come.
+    """Yields what hands an object (as JSON holds it) to `take`, which rank 0 calls, one object at a
+    time, as they come.
 
-    The block is left when all ranks have left it and everything has been taken. What `take` raises is raised by rank 0.
+    The block is left when all ranks have left it and everything has been taken. What `take` raises
+    is raised by rank 0.
     """
     if _team is None or _apart:
         yield take

@@ -1,8 +1,10 @@
-"""Models that no one device holds: accelerate's device map spreads them over accelerators, the CPU and the disk.
+"""Models that no one device holds: accelerate's device map spreads them over accelerators, the CPU
+and the disk.
 
-A weight that has no room on its device is on "meta" between calls, and a hook of accelerate brings it there for the forward
-pass of its own module. What reads weights outside a forward pass asks for them by `present`; what changes weights does so by
-`derive`, and the changed weight, too, is made when it is needed and not kept. All other models pass through untouched.
+A weight that has no room on its device is on "meta" between calls, and a hook of accelerate brings
+it there for the forward pass of its own module. What reads weights outside a forward pass asks for
+them by `present`; what changes weights does so by `derive`, and the changed weight, too, is made
+when it is needed and not kept. All other models pass through untouched.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ AUTO = "auto"
 """The device that stands for all there are."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _LIMIT = re.compile(r"(cpu|mps|[a-z]+:\d+)=(\d+(?:\.\d+)?)([KMG]i?)?B?")
-_HOLDERS = "prunenet_holders"  # on a hook: how many blocks of `present` the weights of its module are held by
+# on a hook: how many blocks of `present` the weights of its module are held by
+_HOLDERS = "prunenet_holders"
 _HOW = "give it as in cuda:0=20GiB,cpu=60GiB"
 
 
@@ -46,12 +49,14 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
 
 
 def device_map(max_memory: str | None, folder: str) -> dict[str, Any]:
-    """What `from_pretrained` is given to place a model: accelerators first, then the CPU, then the disk.
+    """What `from_pretrained` is given to place a model: accelerators first, then the CPU, then the
+    disk.
 
     Args:
-        max_memory: see `parse_max_memory`. Accelerators that it leaves out are not used; a CPU that it leaves out has what it
-            has free.
-        folder: where weights are written that the checkpoint's own files do not hold as they are needed.
+        max_memory: see `parse_max_memory`. Accelerators that it leaves out are not used; a CPU that
+            it leaves out has what it has free.
+        folder: where weights are written that the checkpoint's own files do not hold as they are
+            needed.
 
     Raises:
         ValueError: as `parse_max_memory`; or an accelerator that is not there.
@@ -61,16 +66,23 @@ def device_map(max_memory: str | None, folder: str) -> dict[str, Any]:
     try:
         from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
     except ImportError:
-        raise ImportError("--device auto places weights with accelerate: pip install 'prunenet[large]'") from None
+        raise ImportError(
+            "--device auto places weights with accelerate: pip install 'prunenet[large]'"
+        ) from None
     if limits is not None:
         there: dict[int | str, int] = get_max_memory()
         for device in limits:
             if device not in there:
                 name = f"accelerator {device}" if isinstance(device, int) else device
-                raise ValueError(f"--max-memory names {name}, and here are only {', '.join(map(str, there))}: {_HOW}")
+                raise ValueError(
+                    f"--max-memory names {name}, and here are only {', '.join(map(str, there))}:"
+                    f" {_HOW}"
+                )
         limits.setdefault("cpu", there["cpu"])
-        limits = {name: limits[name] for name in there if name in limits}  # accelerate fills them in this order
-    # "sequential" and not "auto": a GPU is filled before the next one, and the limits are the user's own.
+        # accelerate fills them in this order
+        limits = {name: limits[name] for name in there if name in limits}
+    # "sequential" and not "auto": a GPU is filled before the next one, and the limits are the
+    # user's own.
     return {"device_map": "sequential", "max_memory": limits, "offload_folder": folder}
 
 
@@ -83,14 +95,19 @@ def is_placed(model: nn.Module) -> bool:
 def check_together(model: nn.Module, what: str) -> None:
     """Raises ValueError where `what` needs the weights of a placed model all at once."""
     if is_placed(model):
-        raise ValueError(f"{what} needs all weights on one device, and --device auto has placed them on several")
+        raise ValueError(
+            f"{what} needs all weights on one device, and --device auto has placed them on several"
+        )
 
 
 def where(model: PreTrainedModel) -> str:
     """The device of a model, or all of them, as in "cuda:0+cpu+disk"."""
     if not is_placed(model):
         return str(model.device)
-    names = (str(torch.device(name)) if name != "disk" else "disk" for name in vars(model)["hf_device_map"].values())
+    names = (
+        str(torch.device(name)) if name != "disk" else "disk"
+        for name in vars(model)["hf_device_map"].values()
+    )
     return "+".join(dict.fromkeys(names))
 
 
@@ -108,7 +125,9 @@ def home(model: PreTrainedModel) -> torch.device:
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
-    """{name: that of the parameter that it is}, where a placed model's tied parameters are told by their names alone."""
+    """{name: that of the parameter that it is}, where a placed model's tied parameters are told by
+    their names alone.
+    """
     return dict(model.all_tied_weights_keys or {}) if is_placed(model) else {}
 
 
@@ -129,9 +148,11 @@ def tensor_of(model: PreTrainedModel, name: str) -> Tensor:
 
 @contextmanager
 def present(*modules: nn.Module) -> Iterator[None]:
-    """The weights of modules, all they contain included, are where the modules compute as long as the block lasts.
+    """The weights of modules, all they contain included, are where the modules compute as long as
+    the block lasts.
 
-    A tensor taken inside may be kept, and holds its memory then. Blocks may overlap: weights stay until the last one ends.
+    A tensor taken inside may be kept, and holds its memory then. Blocks may overlap: weights stay
+    until the last one ends.
     """
     held = []
     try:
@@ -139,7 +160,9 @@ def present(*modules: nn.Module) -> Iterator[None]:
             if (hook := _offloading(part)) is not None:
                 if not getattr(hook, _HOLDERS, 0):
                     hook.pre_forward(part)
-                    hook.offload = False  # else the module's own forward pass would read the weights again, and put them away
+                    # else the module's own forward pass would read the weights again, and put them
+                    # away
+                    hook.offload = False
                 setattr(hook, _HOLDERS, getattr(hook, _HOLDERS, 0) + 1)
                 held.append((part, hook))
         yield
@@ -152,7 +175,9 @@ def present(*modules: nn.Module) -> Iterator[None]:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with the *same* parameters, wherever they are; each may be replaced in one of the two."""
+    """A copy with the *same* parameters, wherever they are; each may be replaced in one of the
+    two.
+    """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for hook in (hook for module in model.modules() for hook in _hooks(module)):
         shared = (getattr(hook, name, None) for name in ("weights_map", "tied_params_map"))
@@ -165,20 +190,28 @@ def compute_on(model: PreTrainedModel, device: torch.device) -> None:
     for hook in (hook for module in model.modules() for hook in _hooks(module)):
         hook.execution_device = device
     for module in model.modules():
-        module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
+        module._buffers.update(
+            {name: None if b is None else b.to(device) for name, b in module._buffers.items()}
+        )
 
 
 @torch.no_grad()
 def derive(module: nn.Module, name: str, change: Tensor | Callable[[Tensor], Tensor]) -> None:
-    """Replaces a parameter by a tensor, or by what `change` makes of it: at once, or in a placed model whenever it is needed.
+    """Replaces a parameter by a tensor, or by what `change` makes of it: at once, or in a placed
+    model whenever it is needed.
 
-    `change` must work on the meta device, too. A parameter that the module lacks, such as a bias, is given as a tensor.
+    `change` must work on the meta device, too. A parameter that the module lacks, such as a bias,
+    is given as a tensor.
     """
     parameter = getattr(module, name)
     if parameter is None:
         parameter = next(module.parameters(recurse=False))
     if not _hooks(module):
-        setattr(module, name, nn.Parameter(_changed(change, parameter), requires_grad=parameter.requires_grad))
+        setattr(
+            module,
+            name,
+            nn.Parameter(_changed(change, parameter), requires_grad=parameter.requires_grad),
+        )
         return
     hook = _offloading(module) or _kept_beside(module)
     hook.weights_map = _Changed(hook.weights_map, name, change)
@@ -200,7 +233,9 @@ class _Changed:
         if name != self.name:
             other: Tensor = self.base[name]
             return other
-        tensor: Tensor = self.change if isinstance(self.change, Tensor) else self.change(self.base[name])
+        tensor: Tensor = (
+            self.change if isinstance(self.change, Tensor) else self.change(self.base[name])
+        )
         return tensor
 
 
@@ -216,11 +251,20 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 def _offloading(module: nn.Module) -> Any | None:
     """The hook that brings the module's weights from elsewhere; None where they are here."""
-    return next((hook for hook in _hooks(module) if getattr(hook, "offload", False) or getattr(hook, _HOLDERS, 0)), None)
+    return next(
+        (
+            hook
+            for hook in _hooks(module)
+            if getattr(hook, "offload", False) or getattr(hook, _HOLDERS, 0)
+        ),
+        None,
+    )
 
 
 def _kept_beside(module: nn.Module) -> Any:
-    """Gives a module whose weights are on its device a hook all the same, for one of them to be made when it is needed."""
+    """Gives a module whose weights are on its device a hook all the same, for one of them to be
+    made when it is needed.
+    """
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module  # type: ignore[import-untyped]
 
     here = {name: tensor.detach() for name, tensor in module.named_parameters(recurse=False)}

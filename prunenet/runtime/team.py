@@ -1,7 +1,9 @@
-"""The processes that torchrun has started, as one job: how they meet, how each knows that the others live, how they part.
+"""The processes that torchrun has started, as one job: how they meet, how each knows that the
+others live, how they part.
 
-A rank that fails says why, once for all (a counter in the job's store). A rank that is killed closes its connections, or falls
-silent, which its neighbour notices. Either way the others stop: who waits for it is woken, who works is interrupted.
+A rank that fails says why, once for all (a counter in the job's store). A rank that is killed
+closes its connections, or falls silent, which its neighbour notices. Either way the others stop:
+who waits for it is woken, who works is interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import torch.distributed as dist
 _store: Any = None
 _joins = 0
 _START, _CLIENT = timedelta(minutes=10), timedelta(seconds=30)
-_COLLECTIVE = timedelta(days=7)  # one may wait for another's work for hours; that the other lives is watched
+# one may wait for another's work for hours; that the other lives is watched
+_COLLECTIVE = timedelta(days=7)
 TICK, GRACE, _SILENCE = 0.2, 10.0, 600.0  # seconds
 
 
@@ -61,30 +64,46 @@ class Team:
         """Lets tensors travel between the ranks; gives this rank's device.
 
         Raises:
-            ValueError: more processes than GPUs, one GPU for all of them, or another kind of device.
+            ValueError: more processes than GPUs, one GPU for all of them, or another kind of
+                device.
             PeerFailed: the others do not answer.
         """
         local, backend = int(os.environ["LOCAL_RANK"]), "gloo"
         if device == "auto":
-            raise ValueError("--device auto is for one process, which has all devices: leave torchrun or auto out")
+            raise ValueError(
+                "--device auto is for one process, which has all devices: leave torchrun or"
+                " auto out"
+            )
         if device.split(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"several processes compute on cpu or cuda, got {device}; start one process alone")
+            raise ValueError(
+                f"several processes compute on cpu or cuda, got {device}; start one process alone"
+            )
         if device.startswith("cuda") and (devices := torch.cuda.device_count()):
             if device != "cuda":
-                raise ValueError(f"each process takes a GPU of its own: say --device cuda, got {device}")
+                raise ValueError(
+                    f"each process takes a GPU of its own: say --device cuda, got {device}"
+                )
             if local >= devices:
-                raise ValueError(f"a machine of this job has {devices} GPUs, one a process: give --nproc-per-node {devices}")
+                raise ValueError(
+                    f"a machine of this job has {devices} GPUs, one a process: give"
+                    f" --nproc-per-node {devices}"
+                )
             device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(local)
         with peers():
             own = dist.PrefixStore(self.prefix, store)  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=own, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE)
+            dist.init_process_group(
+                backend, store=own, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE
+            )
         return device
 
     def client(self) -> Any:
         """A connection to the store; threads do not share one, since a call may block."""
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_CLIENT
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=_CLIENT,
         )
         return dist.PrefixStore(self.prefix, store)  # type: ignore[attr-defined]
 
@@ -110,7 +129,9 @@ class Team:
             return True
 
     def watch(self) -> None:
-        """Stops this process when another one has failed, or its neighbour has not been heard of for ten minutes."""
+        """Stops this process when another one has failed, or its neighbour has not been heard of
+        for ten minutes.
+        """
         try:
             self._look()
         except RuntimeError:  # or all is over
@@ -134,7 +155,10 @@ class Team:
             if now != count:
                 count, heard = now, time.monotonic()
             elif time.monotonic() - heard > _SILENCE and store.add("failed", 1) == 1:
-                self.silent = f"process {neighbour} of this job has not been heard of for {_SILENCE / 60:.0f} minutes"
+                self.silent = (
+                    f"process {neighbour} of this job has not been heard of for {_SILENCE / 60:.0f}"
+                    " minutes"
+                )
 
     def leave(self, patience: float = GRACE) -> None:
         """Rank 0, which may hold the store, goes last, if the others go within so many seconds."""
@@ -153,26 +177,32 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:  # gloo's, NCCL's or the store's
         reason = str(error).strip().splitlines()[0][:200]
         raise PeerFailed(
-            f"another process of this job has ended without a word, killed or out of memory ({reason}); the same command goes "
-            "on from what is on the disk (train: with --resume)"
+            "another process of this job has ended without a word, killed or out of memory"
+            f" ({reason}); the same command goes on from what is on the disk (train: with --resume)"
         ) from error
 
 
 def gather_processes() -> tuple[Team, Any]:
-    """The job that torchrun's environment describes, once all its processes are here, and the store for `Team.connect`.
+    """The job that torchrun's environment describes, once all its processes are here, and the store
+    for `Team.connect`.
 
-    Several jobs may follow each other in the same processes. They share one store, which rank 0 may hold and which lives as
-    long as its process: of a new one each time, a quick rank could meet the last one. Keys carry the job's number.
+    Several jobs may follow each other in the same processes. They share one store, which rank 0 may
+    hold and which lives as long as its process: of a new one each time, a quick rank could meet the
+    last one. Keys carry the job's number.
 
     Raises:
         ValueError: an environment that is not torchrun's.
         PeerFailed: the others did not come.
     """
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     if missing:
         raise ValueError(
-            f"WORLD_SIZE says that this is one of {os.environ['WORLD_SIZE']} processes, and {missing[0]} is not set: start "
-            "them with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE says that this is one of {os.environ['WORLD_SIZE']} processes, and"
+            f" {missing[0]} is not set: start them with torchrun, or unset WORLD_SIZE"
         )
     global _store, _joins
     _joins += 1
@@ -180,6 +210,8 @@ def gather_processes() -> tuple[Team, Any]:
         if _store is None:
             _store, *_ = next(dist.rendezvous("env://", timeout=_START))  # type: ignore[attr-defined]
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), f"prunenet {restarts} {_joins}")
+        team = Team(
+            int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), f"prunenet {restarts} {_joins}"
+        )
         team.store = team.client()
     return team, _store

@@ -1,4 +1,6 @@
-"""Distances between one sample and a batch of others: the distributions' largest gap, and the area between them."""
+"""Distances between one sample and a batch of others: the distributions' largest gap, and the area
+between them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,12 @@ _Counts = Int[Tensor, " masks"]
 
 
 def ks_distance(
-    reference: Float[Tensor, " n"], candidates: Float[Tensor, "masks m"], counts: _Counts | None = None
+    reference: Float[Tensor, " n"],
+    candidates: Float[Tensor, "masks m"],
+    counts: _Counts | None = None,
 ) -> _PerMask:
-    """Two-sample Kolmogorov-Smirnov distance, in [0, 1]: the largest gap between two cumulative distributions.
+    """Two-sample Kolmogorov-Smirnov distance, in [0, 1]: the largest gap between two cumulative
+    distributions.
 
     Equals `scipy.stats.ks_2samp(reference, candidate).statistic`.
 
@@ -39,7 +44,8 @@ def wasserstein_distance(
 
     Args:
         reference, candidates, counts: as in `ks_distance`; values are 0 or more.
-        relative: divide by the mean of the reference and clip to [0, 1]; 0 when the reference is zero.
+        relative: divide by the mean of the reference and clip to [0, 1]; 0 when the reference is
+            zero.
     """
     points, gap = _cumulative_gap(reference, candidates, counts)
     top = points.nan_to_num(posinf=0.0).amax(-1, keepdim=True)
@@ -54,7 +60,8 @@ def wasserstein_distance(
 def ks_sides(
     reference: Float[Tensor, " n"], candidates: Float[Tensor, "masks m"], counts: _Counts | None
 ) -> tuple[_PerMask, _PerMask]:
-    """(sup F_candidate - F_reference, sup F_reference - F_candidate), F the cumulative distributions.
+    """(sup F_candidate - F_reference, sup F_reference - F_candidate), F the cumulative
+    distributions.
 
     The first falls and the second rises when candidates rise.
     """
@@ -65,7 +72,9 @@ def ks_sides(
 def _cumulative_gap(
     reference: Float[Tensor, " n"], candidates: Float[Tensor, "masks m"], counts: _Counts | None
 ) -> tuple[Float64[Tensor, "masks points"], Float64[Tensor, "masks points"]]:
-    """(points, F_reference - F_candidate there): every value of either sample, rising; +inf in place of invalid ones."""
+    """(points, F_reference - F_candidate there): every value of either sample, rising; +inf in
+    place of invalid ones.
+    """
     masks, m = candidates.shape
     reference = reference.to(torch.float64).sort().values
     candidates = candidates.to(torch.float64)
@@ -76,4 +85,6 @@ def _cumulative_gap(
     points = torch.cat([reference.expand(masks, -1), candidates], -1).sort(-1).values
     at_most = torch.searchsorted(reference.expand(masks, -1).contiguous(), points, right=True)
     candidates_at_most = torch.searchsorted(candidates, points, right=True).minimum(counts[:, None])
-    return points, at_most.double() / reference.shape[0] - candidates_at_most.double() / counts[:, None].double()
+    return points, at_most.double() / reference.shape[0] - candidates_at_most.double() / counts[
+        :, None
+    ].double()

@@ -1,4 +1,6 @@
-"""Token blocks to measure activations on: written by the model itself (cached on disk), or drawn from external text."""
+"""Token blocks to measure activations on: written by the model itself (cached on disk), or drawn
+from external text.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,18 @@ from prunenet.checkpoints.identity import weights_sha256
 from prunenet.checkpoints.regimes import TextRegime
 from prunenet.runtime import parallel
 from prunenet.runtime.files import cache_folder, write_atomic
-from prunenet.text.corpora import CalibrationText, TextError, calibration_blocks, content_sha256, load_text
+from prunenet.text.corpora import (
+    CalibrationText,
+    TextError,
+    calibration_blocks,
+    content_sha256,
+    load_text,
+)
 from prunenet.text.generate import document_start, generate_blocks
 from prunenet.text.random_tokens import random_blocks
 
-_GENERATOR_VERSION = 2  # raise when generate_blocks samples differently: cached text is then written anew
+# raise when generate_blocks samples differently: cached text is then written anew
+_GENERATOR_VERSION = 2
 PREFIX = 4
 """First tokens of a document that the model goes on from."""
 
@@ -54,11 +63,13 @@ def self_blocks(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
-    """Text that the model writes by itself, half of it from the document start, half from a random token behind it.
+    """Text that the model writes by itself, half of it from the document start, half from a random
+    token behind it.
 
-    The two halves alternate. From the start alone, with a temperature that begins high, the text is nearest to technical
-    prose; opened by uniformly random tokens and sampled as it is (temperature 1, no nucleus), nearest to encyclopedias and news
-    (benchmarks/README.md, "Self-written text"). Of each half a fifth, the least likely, is dropped.
+    The two halves alternate. From the start alone, with a temperature that begins high, the text is
+    nearest to technical prose; opened by uniformly random tokens and sampled as it is (temperature
+    1, no nucleus), nearest to encyclopedias and news (benchmarks/README.md, "Self-written text").
+    Of each half a fifth, the least likely, is dropped.
 
     Args:
         model: a causal LM.
@@ -66,7 +77,8 @@ def self_blocks(
         sequences: how many are sampled, before the filter, at least 2.
         tokens: length of each.
         seed: of the sampling.
-        cache: folder; default `<cache>/self-generated`. The file's name is a hash of the weights and of every setting.
+        cache: folder; default `<cache>/self-generated`. The file's name is a hash of the weights
+            and of every setting.
         progress: called with (tokens sampled, tokens in all) of each sequence.
 
     Raises:
@@ -79,7 +91,9 @@ def self_blocks(
         "start": document_start(tokenizer),
         "version": _GENERATOR_VERSION,
     }
-    ids = _cached(model, source, cache, lambda: _written(model, tokenizer, sequences, tokens, seed, progress))
+    ids = _cached(
+        model, source, cache, lambda: _written(model, tokenizer, sequences, tokens, seed, progress)
+    )
     return Blocks(ids, "self", {"text": "self-generated", **source})
 
 
@@ -95,14 +109,17 @@ def prefix_blocks(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
-    """Text that the model writes behind the first tokens of documents (METHODS.md 4, after arXiv 2410.17711); regime "data".
+    """Text that the model writes behind the first tokens of documents (METHODS.md 4, after arXiv
+    2410.17711); regime "data".
 
-    The nucleus and the filter are those of `generate_blocks`; temperature 0.7 and repetition penalty 1.1 from the start. A
-    document is what stands between blank lines, or a line where a text has too few of those.
+    The nucleus and the filter are those of `generate_blocks`; temperature 0.7 and repetition
+    penalty 1.1 from the start. A document is what stands between blank lines, or a line where a
+    text has too few of those.
 
     Args:
         model, tokenizer: as for `self_blocks`.
-        text: whose documents' openings are taken, drawn without replacement; in turn where there are fewer than sequences.
+        text: whose documents' openings are taken, drawn without replacement; in turn where there
+            are fewer than sequences.
         sequences: how many are sampled, before the filter.
         tokens: length of each.
         prefix: first tokens of a document; shorter documents are left out.
@@ -116,8 +133,19 @@ def prefix_blocks(
     """
     start = document_start(tokenizer)
     opening = openings(tokenizer, text, sequences, prefix=prefix, seed=seed)
-    sampling: dict[str, Any] = {"sequences": sequences, "tokens": tokens, "seed": seed, "temperature": 0.7, "penalty": 1.1}
-    source = {"prefixes": Path(text.name).name, "sha256": content_sha256(text), "prefix": prefix, **sampling}
+    sampling: dict[str, Any] = {
+        "sequences": sequences,
+        "tokens": tokens,
+        "seed": seed,
+        "temperature": 0.7,
+        "penalty": 1.1,
+    }
+    source = {
+        "prefixes": Path(text.name).name,
+        "sha256": content_sha256(text),
+        "prefix": prefix,
+        **sampling,
+    }
     source |= {"start": start, "version": _GENERATOR_VERSION}
     sampling |= {"hot": sampling["temperature"], "prefixes": opening, "progress": progress}
     ids = _cached(model, source, cache, lambda: generate_blocks(model, start, **sampling).cpu())
@@ -125,51 +153,77 @@ def prefix_blocks(
 
 
 def openings(
-    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, count: int, *, prefix: int = PREFIX, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    count: int,
+    *,
+    prefix: int = PREFIX,
+    seed: int = 0,
 ) -> Int[Tensor, "n prefix"]:
-    """The first `prefix` tokens of up to `count` documents, drawn without replacement. Raises as `prefix_blocks`."""
+    """The first `prefix` tokens of up to `count` documents, drawn without replacement. Raises as
+    `prefix_blocks`.
+    """
     if not isinstance(text, CalibrationText):
         raise TypeError(
-            f"prefixes are taken from a CalibrationText, got a {type(text).__name__}: test text is only ever scored"
+            f"prefixes are taken from a CalibrationText, got a {type(text).__name__}: test text is"
+            " only ever scored"
         )
     documents = [part.strip() for part in text.content.split("\n\n") if part.strip()]
     if len(documents) < count:
         documents = [line.strip() for line in text.content.splitlines() if line.strip()]
     found = []
-    for number in torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist():
+    for number in torch.randperm(
+        len(documents), generator=torch.Generator().manual_seed(seed)
+    ).tolist():
         # A token takes no more than 64 characters as a rule: long documents need not be read whole.
-        ids = tokenizer(documents[number][: 64 * prefix], add_special_tokens=False, verbose=False)["input_ids"][:prefix]
+        ids = tokenizer(documents[number][: 64 * prefix], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ][:prefix]
         if len(ids) == prefix:
             found.append(ids)
         if len(found) == count:
             break
     if not found:
         raise TextError(
-            f"text {text.name!r} has no document of {prefix} tokens or more to take the first tokens of; give more text"
+            f"text {text.name!r} has no document of {prefix} tokens or more to take the first"
+            " tokens of; give more text"
         )
     return torch.tensor(found)
 
 
-def token_blocks(model: PreTrainedModel, *, count: int = 64, window: int = 256, seed: int = 0) -> Blocks:
-    """Uniformly drawn token ids (METHODS.md 3, `tokens`). Nothing is external, so the regime is "self".
+def token_blocks(
+    model: PreTrainedModel, *, count: int = 64, window: int = 256, seed: int = 0
+) -> Blocks:
+    """Uniformly drawn token ids (METHODS.md 3, `tokens`). Nothing is external, so the regime is
+    "self".
 
     Raises:
         ValueError: see `prunenet.text.random_tokens.random_blocks`.
     """
     ids = random_blocks(model, count, window, torch.Generator().manual_seed(seed))
-    return Blocks(ids, "self", {"text": "random tokens", "count": count, "window": window, "seed": seed})
+    return Blocks(
+        ids, "self", {"text": "random tokens", "count": count, "window": window, "seed": seed}
+    )
 
 
 def _cached(
-    model: PreTrainedModel, source: Mapping[str, Any], cache: Path | None, write: Callable[[], Int[Tensor, "n tokens"]]
+    model: PreTrainedModel,
+    source: Mapping[str, Any],
+    cache: Path | None,
+    write: Callable[[], Int[Tensor, "n tokens"]],
 ) -> Int[Tensor, "n tokens"]:
-    """What was written before with these settings by a model of the same weights, or else what `write` writes now."""
-    key = hashlib.sha256((json.dumps(source, sort_keys=True) + weights_sha256(model)).encode()).hexdigest()[:24]
+    """What was written before with these settings by a model of the same weights, or else what
+    `write` writes now.
+    """
+    key = hashlib.sha256(
+        (json.dumps(source, sort_keys=True) + weights_sha256(model)).encode()
+    ).hexdigest()[:24]
     path = (cache or cache_folder() / "self-generated") / f"{key}.safetensors"
     try:
         return load_file(path)["ids"]
     except (FileNotFoundError, SafetensorError, KeyError):
-        path.parent.mkdir(parents=True, exist_ok=True)  # a cache that refuses says so before the work, not after
+        # a cache that refuses says so before the work, not after
+        path.parent.mkdir(parents=True, exist_ok=True)
         ids = write()
         write_atomic(path, save({"ids": ids.contiguous()}))
         return ids
@@ -193,25 +247,42 @@ def _written(
     known = min(len(tokenizer), model.config.vocab_size)
     opening = torch.randint(known, (half, 1), generator=torch.Generator().manual_seed(seed))
     plain: dict[str, Any] = {"hot": 1.0, "temperature": 1.0, "top_p": 1.0}
-    opened = generate_blocks(model, start, seed=seed + 1, prefixes=opening, progress=of_half(1), **plain, **shared)
+    opened = generate_blocks(
+        model, start, seed=seed + 1, prefixes=opening, progress=of_half(1), **plain, **shared
+    )
     return torch.stack((from_start, opened), 1).flatten(0, 1).cpu()
 
 
 def data_blocks(
-    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, *, count: int = 32, window: int = 256, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    *,
+    count: int = 32,
+    window: int = 256,
+    seed: int = 0,
 ) -> Blocks:
-    """Windows drawn from external text. Arguments and errors: `prunenet.text.corpora.calibration_blocks`."""
+    """Windows drawn from external text. Arguments and errors:
+    `prunenet.text.corpora.calibration_blocks`.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = calibration_blocks(tokenizer, text, count=count, window=window, generator=generator)
     return Blocks(
         ids,
         "data",
-        {"text": Path(text.name).name, "sha256": content_sha256(text), "count": count, "window": window, "seed": seed},
+        {
+            "text": Path(text.name).name,
+            "sha256": content_sha256(text),
+            "count": count,
+            "window": window,
+            "seed": seed,
+        },
     )
 
 
 def check_seed(seed: int) -> int:
-    """Returns the seed. Raises ValueError where it is not in [0, 2^32), which every generator takes."""
+    """Returns the seed. Raises ValueError where it is not in [0, 2^32), which every generator
+    takes.
+    """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}")
     return seed
@@ -227,30 +298,45 @@ def calibration_for(
     total: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
-    """`self_blocks`, or `data_blocks` of a text by its name; shorter where the model reads no 256 tokens.
+    """`self_blocks`, or `data_blocks` of a text by its name; shorter where the model reads no 256
+    tokens.
 
     `total`: tokens in all, of self-written text before its filter; the default is theirs.
 
-    Of several processes (`prunenet.runtime.parallel`) the first writes or reads, and the others are given the same.
+    Of several processes (`prunenet.runtime.parallel`) the first writes or reads, and the others are
+    given the same.
 
     Raises as those do, and ValueError for a seed out of range or a total of less than 2 blocks.
     """
     check_seed(seed)
     tokens = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
     if total is not None and total < 2 * tokens:
-        raise ValueError(f"--tokens must be at least {2 * tokens}, 2 blocks of {tokens}, got {total}")
+        raise ValueError(
+            f"--tokens must be at least {2 * tokens}, 2 blocks of {tokens}, got {total}"
+        )
     count = None if total is None else total // tokens
 
     def made() -> Blocks:
         if moments == "self":
-            return self_blocks(model, tokenizer, sequences=count or 160, tokens=tokens, seed=seed, progress=progress)
-        return data_blocks(tokenizer, load_text(text, CalibrationText), count=count or 32, window=tokens, seed=seed)
+            return self_blocks(
+                model,
+                tokenizer,
+                sequences=count or 160,
+                tokens=tokens,
+                seed=seed,
+                progress=progress,
+            )
+        return data_blocks(
+            tokenizer, load_text(text, CalibrationText), count=count or 32, window=tokens, seed=seed
+        )
 
     return blocks_from(0, made)
 
 
 def blocks_from(source: int, make: Callable[[], Blocks]) -> Blocks:
-    """What `make` gives on one of several processes, on all of them; it is not called on the others."""
+    """What `make` gives on one of several processes, on all of them; it is not called on the
+    others.
+    """
     made = [make()] if parallel.rank() == source else []
     ids = parallel.from_rank(source, lambda: made[0].ids)
     regime, how = parallel.told_by(source, lambda: (made[0].regime, dict(made[0].source)))

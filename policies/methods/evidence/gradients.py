@@ -1,12 +1,15 @@
-"""Taylor importance of FFN channels and of groups of heads: sums over weights and gradients of the calibration loss.
+"""Taylor importance of FFN channels and of groups of heads: sums over weights and gradients of the
+calibration loss.
 
-Source: Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, arXiv 2305.11627,
-section 3.2; METHODS.md section 6.
+Source: Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS
+2023, arXiv 2305.11627, section 3.2; METHODS.md section 6.
 
 What differs:
 - a channel's bias counts as one more weight of its slice (LLaMA has none);
-- under grouped queries a head is a group: a key-value head with its query heads (authors: multi-head attention);
-- the squared gradients are those of each sequence, as published; the first-order gradient is their mean, in the same passes.
+- under grouped queries a head is a group: a key-value head with its query heads (authors:
+  multi-head attention);
+- the squared gradients are those of each sequence, as published; the first-order gradient is their
+  mean, in the same passes.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from prunenet.runtime.placement import check_together, home
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One slice (gate, up or down) of every channel of a layer, one channel a row, its bias the last entry where it has one.
+    """One slice (gate, up or down) of every channel of a layer, one channel a row, its bias the
+    last entry where it has one.
 
     Attributes:
         weight: w.
@@ -44,10 +48,12 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class TaylorSums:
-    """Of one layer: sums over the weights w of each slice (gate, up, down; ungated: up, down) of each channel.
+    """Of one layer: sums over the weights w of each slice (gate, up, down; ungated: up, down) of
+    each channel.
 
-    The slices of a group of heads are its rows of the query, key and value matrices and its columns of the output matrix.
-    g is the gradient of the mean loss, G the mean over sequences of the squared gradient of each.
+    The slices of a group of heads are its rows of the query, key and value matrices and its columns
+    of the output matrix. g is the gradient of the mean loss, G the mean over sequences of the
+    squared gradient of each.
 
     Attributes:
         vector: sum of w g.
@@ -75,9 +81,13 @@ def draw_windows(
     """
     blocks, tokens = ids.shape
     length = min(length, tokens)
-    rows = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(-(-count // blocks))])[:count]
+    rows = torch.cat(
+        [torch.randperm(blocks, generator=generator) for _ in range(-(-count // blocks))]
+    )[:count]
     starts = torch.randint(tokens - length + 1, (count,), generator=generator)
-    return torch.stack([ids[row, start : start + length] for row, start in zip(rows, starts, strict=True)])
+    return torch.stack(
+        [ids[row, start : start + length] for row, start in zip(rows, starts, strict=True)]
+    )
 
 
 def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:
@@ -86,7 +96,9 @@ def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> lis
 
 
 def group_taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:
-    """Of the groups of heads of each layer. Arguments and errors: `channel_gradients`, and those of `prunenet.models.heads`."""
+    """Of the groups of heads of each layer. Arguments and errors: `channel_gradients`, and those of
+    `prunenet.models.heads`.
+    """
     counts, architecture = group_counts(model), architecture_for(model.config)
     parameters = [
         _parameters(layer, architecture.attention_in, architecture.attention_out)
@@ -97,11 +109,14 @@ def group_taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) 
     return [_sums(slices, count) for slices, count in zip(layers, counts, strict=True)]
 
 
-def channel_gradients(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> Iterator[list[Slice]]:
-    """The slices (gate, up, down; ungated: up, down) of each layer, from one backward pass for each window.
+def channel_gradients(
+    model: PreTrainedModel, windows: Int[Tensor, "n tokens"]
+) -> Iterator[list[Slice]]:
+    """The slices (gate, up, down; ungated: up, down) of each layer, from one backward pass for each
+    window.
 
-    Holds two float copies of the FFN weights until the last layer is read (640 MB for SmolLM2-135M). The model's own gradients
-    and flags stay as they are.
+    Holds two float copies of the FFN weights until the last layer is read (640 MB for
+    SmolLM2-135M). The model's own gradients and flags stay as they are.
 
     Args:
         model: in eval mode.
@@ -112,15 +127,21 @@ def channel_gradients(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) 
     """
     architecture = architecture_for(model.config)
     layers = decoder_layers(model, architecture)
-    parameters = [_parameters(layer, architecture.input_linears, architecture.down) for layer in layers]
+    parameters = [
+        _parameters(layer, architecture.input_linears, architecture.down) for layer in layers
+    ]
     gradients = _gradients(model, windows, parameters)
     return (_slices(layer, architecture.fused, gradients) for layer in parameters)
 
 
 def _gradients(
-    model: PreTrainedModel, windows: Int[Tensor, "n tokens"], parameters: list[list[tuple[bool, list[nn.Parameter]]]]
+    model: PreTrainedModel,
+    windows: Int[Tensor, "n tokens"],
+    parameters: list[list[tuple[bool, list[nn.Parameter]]]],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(gradient of the mean loss, mean of the squared gradients of each window) of each parameter, in order."""
+    """(gradient of the mean loss, mean of the squared gradients of each window) of each parameter,
+    in order.
+    """
     check_together(model, "a method that reads gradients")
     check_tokens(model, windows)
     if windows.shape[1] < 2:
@@ -136,24 +157,38 @@ def _gradients(
     return iter(zip(first, second, strict=True))
 
 
-def _parameters(layer: nn.Module, inputs: Sequence[str], output: str) -> list[tuple[bool, list[nn.Parameter]]]:
-    """(whether channels are columns, [weight, and bias if its channels' own]) of each linear of an FFN, or of attention."""
+def _parameters(
+    layer: nn.Module, inputs: Sequence[str], output: str
+) -> list[tuple[bool, list[nn.Parameter]]]:
+    """(whether channels are columns, [weight, and bias if its channels' own]) of each linear of an
+    FFN, or of attention.
+    """
     linears = [layer.get_submodule(path) for path in inputs]
-    found = [(False, [p for p in (linear.weight, linear.bias) if isinstance(p, nn.Parameter)]) for linear in linears]
+    found = [
+        (False, [p for p in (linear.weight, linear.bias) if isinstance(p, nn.Parameter)])
+        for linear in linears
+    ]
     columns = layer.get_submodule(output).weight
     assert isinstance(columns, nn.Parameter)
     return [*found, (True, [columns])]
 
 
 def _slices(
-    layer: list[tuple[bool, list[nn.Parameter]]], fused: bool, gradients: Iterator[tuple[Tensor, Tensor]]
+    layer: list[tuple[bool, list[nn.Parameter]]],
+    fused: bool,
+    gradients: Iterator[tuple[Tensor, Tensor]],
 ) -> list[Slice]:
     found: list[Slice] = []
     for columns, parameters in layer:
         parts = []
         for parameter in parameters:
             first, second = next(gradients)
-            parts.append([t.T if columns else t.reshape(len(t), -1) for t in (parameter.detach().to(first), first, second)])
+            parts.append(
+                [
+                    t.T if columns else t.reshape(len(t), -1)
+                    for t in (parameter.detach().to(first), first, second)
+                ]
+            )
         whole = [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
         halves = zip(*(t.chunk(2) for t in whole), strict=True)
         found += [Slice(*half) for half in halves] if fused and not columns else [Slice(*whole)]
@@ -165,7 +200,11 @@ def _sums(slices: list[Slice], groups: int | None = None) -> TaylorSums:
     rows = [(part.weight * part.first, part.weight.square() * part.second) for part in slices]
 
     def stacked(sums: list[Tensor]) -> Tensor:
-        return torch.stack(sums) if groups is None else torch.cat([row.view(groups, -1).T for row in sums])
+        return (
+            torch.stack(sums)
+            if groups is None
+            else torch.cat([row.view(groups, -1).T for row in sums])
+        )
 
     return TaylorSums(
         vector=stacked([linear.sum(1) for linear, _ in rows]),

@@ -1,4 +1,6 @@
-"""What pruning methods look at, computed once for all of them: weights, energies, what linears read, Taylor sums."""
+"""What pruning methods look at, computed once for all of them: weights, energies, what linears
+read, Taylor sums.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from transformers import PreTrainedModel
 
 from prunenet.models.heads import Attention, attentions, out_linears
 from prunenet.models.layers import FFN, check_tokens, decoder_layers, ffn_at, iter_ffns
-from prunenet.policies.methods.evidence.gradients import TaylorSums, draw_windows, group_taylor_sums, taylor_sums
+from prunenet.policies.methods.evidence.gradients import (
+    TaylorSums,
+    draw_windows,
+    group_taylor_sums,
+    taylor_sums,
+)
 from prunenet.policies.methods.widths.influence import block_influence
 from prunenet.refit.moments import Energies, LayerWalk
 from prunenet.runtime.placement import check_together, device_of, home, is_placed
@@ -57,8 +64,8 @@ class HeadOutputs:
 class Evidence:
     """A dense model, the text that a method may read, and everything measured on them so far.
 
-    What is measured is kept: a few numbers a channel. The model must not change while its evidence is in use; measuring leaves
-    it as it was.
+    What is measured is kept: a few numbers a channel. The model must not change while its evidence
+    is in use; measuring leaves it as it was.
 
     Attributes:
         model: a causal LM in eval mode.
@@ -83,13 +90,16 @@ class Evidence:
         """
         if self.blocks is None:
             raise ValueError(
-                "this method measures activations and needs text, got blocks=None; give self_blocks or data_blocks"
+                "this method measures activations and needs text, got blocks=None; give self_blocks"
+                " or data_blocks"
             )
         return self.blocks.ids
 
     @cached_property
     def ffns(self) -> Sequence[FFN]:
-        """Of each layer, as views; read anew each time where the model is placed (`prunenet.runtime.placement`)."""
+        """Of each layer, as views; read anew each time where the model is placed
+        (`prunenet.runtime.placement`).
+        """
         return _Read(self.model) if is_placed(self.model) else list(iter_ffns(self.model))
 
     @cached_property
@@ -116,7 +126,9 @@ class Evidence:
 
     @cached_property
     def taylor(self) -> list[TaylorSums]:
-        """Of each layer, from 10 sequences of 64 tokens drawn from the blocks (shorter where the blocks are)."""
+        """Of each layer, from 10 sequences of 64 tokens drawn from the blocks (shorter where the
+        blocks are).
+        """
         return taylor_sums(self.model, self._sequences)
 
     @cached_property
@@ -145,9 +157,18 @@ class Evidence:
 
     @cached_property
     def input_norms(self) -> list[list[tuple[nn.Linear, Float[Tensor, " d_in"]]]]:
-        """Each linear of each decoder layer with the norms of its inputs over all tokens: (d_in,), float32."""
-        linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in decoder_layers(self.model)]
-        squares = {linear: torch.zeros(linear.in_features, device=device_of(linear)) for layer in linears for linear in layer}
+        """Each linear of each decoder layer with the norms of its inputs over all tokens: (d_in,),
+        float32.
+        """
+        linears = [
+            [m for m in layer.modules() if isinstance(m, nn.Linear)]
+            for layer in decoder_layers(self.model)
+        ]
+        squares = {
+            linear: torch.zeros(linear.in_features, device=device_of(linear))
+            for layer in linears
+            for linear in layer
+        }
 
         def add(linear: nn.Module, inputs: tuple[Any, ...]) -> None:
             assert isinstance(linear, nn.Linear)
@@ -161,7 +182,9 @@ class Evidence:
         """Of each layer of the dense model."""
         linears = out_linears(self.model)
         # In float64, on the CPU: the variance is a small difference where the mean is large.
-        sums = {linear: torch.zeros(2, linear.in_features, dtype=torch.float64) for linear in linears}
+        sums = {
+            linear: torch.zeros(2, linear.in_features, dtype=torch.float64) for linear in linears
+        }
 
         def add(linear: nn.Module, inputs: tuple[Any, ...]) -> None:
             assert isinstance(linear, nn.Linear)
@@ -173,10 +196,14 @@ class Evidence:
         for linear in linears:
             mean, second = (sums[linear] / self.ids.numel()).unbind()
             variance = (second - mean.square()).clamp_min(0)
-            found.append(HeadOutputs(*(t.to(device_of(linear), torch.float32) for t in (mean, variance))))
+            found.append(
+                HeadOutputs(*(t.to(device_of(linear), torch.float32) for t in (mean, variance)))
+            )
         return found
 
-    def _watch(self, linears: Iterable[nn.Linear], see: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+    def _watch(
+        self, linears: Iterable[nn.Linear], see: Callable[[nn.Module, tuple[Any, ...]], None]
+    ) -> None:
         """Shows what enters each linear of the dense model, over all tokens."""
         check_tokens(self.model, self.ids)
         with ExitStack() as hooks, torch.no_grad():

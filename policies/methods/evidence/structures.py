@@ -1,8 +1,9 @@
-"""Two kinds of structure under one budget: FFN channels, and groups of attention heads (see `prunenet.models.heads`).
+"""Two kinds of structure under one budget: FFN channels, and groups of attention heads (see
+`prunenet.models.heads`).
 
-The budget is the one of FFN channels alone: what a cut of the same ratio in every FFN would leave of *all* parameters. Groups
-are chosen first; channels then fill the rest of the budget, so that all cuts at one ratio are of equal size, to less than one
-rounding step of channels from below.
+The budget is the one of FFN channels alone: what a cut of the same ratio in every FFN would leave
+of *all* parameters. Groups are chosen first; channels then fill the rest of the budget, so that all
+cuts at one ratio are of equal size, to less than one rounding step of channels from below.
 """
 
 from __future__ import annotations
@@ -63,11 +64,15 @@ class Pool:
 
     def rest(self, counts: Sequence[int]) -> Budget:
         """What so many groups leave to channels: no more than there are."""
-        return replace(self.ffn, parameters=min(self.parameters - self.cost(counts), self.ffn.cost(self.ffn.d_ff)))
+        return replace(
+            self.ffn,
+            parameters=min(self.parameters - self.cost(counts), self.ffn.cost(self.ffn.d_ff)),
+        )
 
 
 def shared(pool: Pool, *, first: int = 0, last: int = 0) -> list[int]:
-    """The same share of groups as of channels, and the same in every layer (LLM-Pruner, arXiv 2305.11627).
+    """The same share of groups as of channels, and the same in every layer (LLM-Pruner, arXiv
+    2305.11627).
 
     Rounded to whole groups, at least one each; what rounding takes or leaves, channels make up for.
 
@@ -87,11 +92,15 @@ def shared(pool: Pool, *, first: int = 0, last: int = 0) -> list[int]:
     def counts(more: int) -> list[int]:
         near = [int(share * count + 0.5 + 1e-9) + more for count in pool.groups]
         return [
-            min(max(n, 1), count) if i in inner else count for i, (n, count) in enumerate(zip(near, pool.groups, strict=True))
+            min(max(n, 1), count) if i in inner else count
+            for i, (n, count) in enumerate(zip(near, pool.groups, strict=True))
         ]
 
     more = 0
-    while counts(more) != list(pool.groups) and pool.cost(pool.groups) - pool.cost(counts(more)) > removed:
+    while (
+        counts(more) != list(pool.groups)
+        and pool.cost(pool.groups) - pool.cost(counts(more)) > removed
+    ):
         more += 1
     while pool.rest(counts(more)).parameters < least and counts(more - 1) != counts(more):
         more -= 1
@@ -99,9 +108,11 @@ def shared(pool: Pool, *, first: int = 0, last: int = 0) -> list[int]:
 
 
 def ranked(pool: Pool, scores: Scores, *, first: int = 0, last: int = 0) -> list[int]:
-    """Groups left in each layer by one ranking of all channels and groups (FLAP, arXiv 2312.11983, section 4.2).
+    """Groups left in each layer by one ranking of all channels and groups (FLAP, arXiv 2312.11983,
+    section 4.2).
 
-    The best stay as long as their parameters fit the budget: a group weighs as much as its parameters do in channels.
+    The best stay as long as their parameters fit the budget: a group weighs as much as its
+        parameters do in channels.
 
     Args:
         pool: its floor of channels, and one group, stay in every layer first.
@@ -109,17 +120,22 @@ def ranked(pool: Pool, scores: Scores, *, first: int = 0, last: int = 0) -> list
         first, last: how many layers at each end are left whole.
 
     Raises:
-        ValueError: not one score a structure, one that is not a number, or floors and whole layers that cannot be paid for.
+        ValueError: not one score a structure, one that is not a number, or floors and whole layers
+            that cannot be paid for.
     """
     found = [[len(row) for row in rows] for rows in (scores.channels, scores.groups)]
     wanted = [list(pool.ffn.d_ff), list(pool.groups)]
     if found != wanted:
-        raise ValueError(f"one ranking needs one score a channel and a group, got {found} of {wanted}")
+        raise ValueError(
+            f"one ranking needs one score a channel and a group, got {found} of {wanted}"
+        )
     inner = range(first, len(pool.groups) - last)
     parts, costs = [], []
     for layer, (channels, groups) in enumerate(zip(scores.channels, scores.groups, strict=True)):
         floors = (pool.ffn.least(layer), 1)
-        for row, floor, cost in zip((channels, groups), floors, (pool.ffn.costs[layer], pool.costs[layer]), strict=True):
+        for row, floor, cost in zip(
+            (channels, groups), floors, (pool.ffn.costs[layer], pool.costs[layer]), strict=True
+        ):
             values = row.detach().double().cpu().clone()
             values[values.topk(floor if layer in inner else len(values)).indices] = torch.inf
             parts.append(values)
@@ -129,8 +145,8 @@ def ranked(pool: Pool, scores: Scores, *, first: int = 0, last: int = 0) -> list
         raise ValueError("scores contain NaN; the model's weights or activations are damaged")
     if int(prices[values.isinf()].sum()) > pool.parameters:
         raise ValueError(
-            f"what every layer must keep, with the first {first} and the last {last} layers whole, is more than the "
-            f"{pool.parameters:,} parameters that may stay; remove less"
+            f"what every layer must keep, with the first {first} and the last {last} layers whole,"
+            f" is more than the {pool.parameters:,} parameters that may stay; remove less"
         )
     order = values.argsort(descending=True, stable=True)
     kept = torch.zeros(len(values), dtype=torch.bool)

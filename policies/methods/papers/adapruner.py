@@ -1,23 +1,29 @@
 """AdaPruner: calibration data and importance metric searched together.
 
-Source: "AdaPruner", AAAI 2025, arXiv 2503.06184; METHODS.md section 7. Documented: Bayesian optimisation (tree-structured
-Parzen estimator) over a calibration-data subspace and an importance-metric subspace; short or uninformative texts are filtered
-out first; a candidate is worth what the pruned model shows on an evaluation set; importance is Taylor-based.
+Source: "AdaPruner", AAAI 2025, arXiv 2503.06184; METHODS.md section 7. Documented: Bayesian
+optimisation (tree-structured Parzen estimator) over a calibration-data subspace and an
+importance-metric subspace; short or uninformative texts are filtered out first; a candidate is
+worth what the pruned model shows on an evaluation set; importance is Taylor-based.
 
-What differs. The two subspaces and the filter are [rec], our reconstruction; nothing measured with them is the paper's number:
-- data: windows of one length (shorter rests of blocks are dropped), less the fifth with the fewest distinct tokens; k-means of
-  their mean last hidden states; variables are the weight of each cluster in [0, 1] and which draw of 10 windows it is, of 16;
-- metric: see `Metric`. Means are over a layer's slices and channels together, so that LLM-Pruner's four metrics and magnitude
-  (L1) are points of the space. They are the first trials, on windows drawn evenly, so that the search cannot end worse than
-  they do on its own objective. Layers are compared by the allocation alone;
-- objective: log-perplexity of the masked model on blocks held back from the pool, nats per token. About 100 trials (a row of
-  `prunenet compare`: 60, as its other searches);
-- FFN channels only; no LoRA afterwards; the first 4 and the last 2 layers are left whole, as LLM-Pruner's.
+What differs. The two subspaces and the filter are [rec], our reconstruction; nothing measured with
+them is the paper's number:
+- data: windows of one length (shorter rests of blocks are dropped), less the fifth with the fewest
+  distinct tokens; k-means of their mean last hidden states; variables are the weight of each
+  cluster in [0, 1] and which draw of 10 windows it is, of 16;
+- metric: see `Metric`. Means are over a layer's slices and channels together, so that LLM-Pruner's
+  four metrics and magnitude (L1) are points of the space. They are the first trials, on windows
+  drawn evenly, so that the search cannot end worse than they do on its own objective. Layers are
+  compared by the allocation alone;
+- objective: log-perplexity of the masked model on blocks held back from the pool, nats per token.
+  About 100 trials (a row of `prunenet compare`: 60, as its other searches);
+- FFN channels only; no LoRA afterwards; the first 4 and the last 2 layers are left whole, as
+  LLM-Pruner's.
 
-Control: `strategy="random"` with `starts={}`, the best of as many independent draws from the same space.
+Control: `strategy="random"` with `starts={}`, the best of as many independent draws from the same
+space.
 
-    method = replace(METHODS["adapruner"], score=partial(adapruner.scores, ratio=0.2, trials=50, log=Path("search.jsonl")))
-    narrow = pruned_model(evidence, method, 0.2)
+    method = replace(METHODS["adapruner"], score=partial(adapruner.scores, ratio=0.2, trials=50,
+    log=Path("search.jsonl"))) narrow = pruned_model(evidence, method, 0.2)
 """
 
 from __future__ import annotations
@@ -40,13 +46,24 @@ from prunenet.models.surgery import masking
 from prunenet.policies.methods.evidence.gradients import Slice, channel_gradients
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.papers.calibration_pool import Pool
-from prunenet.policies.methods.papers.tpe import Choice, Space, Span, Strategy, Trial, Value, best, search
+from prunenet.policies.methods.papers.tpe import (
+    Choice,
+    Space,
+    Span,
+    Strategy,
+    Trial,
+    Value,
+    best,
+    search,
+)
 from prunenet.policies.methods.widths.allocation import Budget, protected
 from prunenet.runtime.placement import home
 
 PROTECTS = (4, 2)
 DRAWS = 16
-"""How many draws of calibration windows the search may choose from, for each mixture of clusters."""
+"""How many draws of calibration windows the search may choose from, for each mixture of
+clusters.
+"""
 
 _BATCH = 4
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -70,10 +87,12 @@ METRICS: Space = {
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """S_j = Reduce over slices of (1 - lam) v_j / mean v + lam e_j / mean e: what channel j is worth.
+    """S_j = Reduce over slices of (1 - lam) v_j / mean v + lam e_j / mean e: what channel j is
+    worth.
 
-    v = |sum(a1 w g - a2 w^2 G / 2)| and e = sum |b1 sgn(w g) |w|^p |g|^q - b2 w^2 G / 2|, each over the weights of a slice;
-    g the gradient, G the mean squared gradient of a sequence (see `gradients.Slice`).
+    v = |sum(a1 w g - a2 w^2 G / 2)| and e = sum |b1 sgn(w g) |w|^p |g|^q - b2 w^2 G / 2|, each over
+    the weights of a slice; g the gradient, G the mean squared gradient of a sequence (see
+    `gradients.Slice`).
 
     Attributes:
         lam, a1, a2, b1, b2: in [0, 1].
@@ -110,8 +129,9 @@ STARTS: Mapping[str, Metric] = {
     "llm_pruner_mix": Metric(lam=1.0, b1=1.0, b2=1.0),
     "magnitude": Metric(lam=1.0, b1=1.0, q=0.0),
 }
-"""Known metrics as points of the space: the same order of the channels of a layer. Magnitude is the L1 norm of a channel's
-weights that have a gradient (all of them, but behind a ReLU that never opens)."""
+"""Known metrics as points of the space: the same order of the channels of a layer. Magnitude is the
+L1 norm of a channel's weights that have a gradient (all of them, but behind a ReLU that never
+opens)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,32 +179,42 @@ def searched(
 ) -> Found:
     """Searches for the calibration windows and the metric whose cut is best on held-back text.
 
-    A trial costs one backward pass for each sequence and one forward pass over the held-back blocks.
+    A trial costs one backward pass for each sequence and one forward pass over the held-back
+    blocks.
 
     Args:
-        evidence: its last blocks are held back, the others are the pool; its seed starts everything.
+        evidence: its last blocks are held back, the others are the pool; its seed starts
+            everything.
         ratio: at which candidates are cut, in [0, 1).
         trials: the budget, starting points among them.
         strategy: "tpe", or "random" for the control.
         starts: metrics that are tried first.
         sequences: calibration windows of a candidate, 1 or more.
         tokens, clusters: see `Pool.of`.
-        held_tokens: held back at most, in whole blocks: one or more, and no more than a fifth of them.
+        held_tokens: held back at most, in whole blocks: one or more, and no more than a fifth of
+            them.
         widths: the allocation of the cut.
         round_to: widths are multiples of this.
         log, progress: see `search.search`.
 
     Raises:
-        ValueError: no text, fewer than two blocks, a number out of range, or widths that do not fit; also `search.search`'s.
+        ValueError: no text, fewer than two blocks, a number out of range, or widths that do not
+            fit; also `search.search`'s.
     """
     if sequences < 1 or len(evidence.ids) < 2:
         raise ValueError(
-            "AdaPruner calibrates on 1 sequence or more and checks on other text: give 2 blocks or more, "
-            f"got {sequences} sequences and {len(evidence.ids)} blocks"
+            "AdaPruner calibrates on 1 sequence or more and checks on other text: give 2 blocks or"
+            f" more, got {sequences} sequences and {len(evidence.ids)} blocks"
         )
     blocks, window = evidence.ids.shape
     held = evidence.ids[-max(1, min(blocks // 5, held_tokens // window)) :]
-    pool = Pool.of(evidence.model, evidence.ids[: -len(held)], evidence.generator(), tokens=tokens, clusters=clusters)
+    pool = Pool.of(
+        evidence.model,
+        evidence.ids[: -len(held)],
+        evidence.generator(),
+        tokens=tokens,
+        clusters=clusters,
+    )
     wanted = list(widths(Budget.of(evidence.model, ratio, round_to=round_to)))
     even = {f"cluster_{i}": float(size / pool.sizes.max()) for i, size in enumerate(pool.sizes)}
 
@@ -197,9 +227,14 @@ def searched(
         trials,
         seed=evidence.seed,
         strategy=strategy,
-        starts=[{name: getattr(metric, name) for name in METRICS} | even | {"draw": 0} for metric in starts.values()],
+        starts=[
+            {name: getattr(metric, name) for name in METRICS} | even | {"draw": 0}
+            for metric in starts.values()
+        ],
         log=log,
-        settings=_settings(evidence, ratio=ratio, sequences=sequences, tokens=tokens, widths=wanted),
+        settings=_settings(
+            evidence, ratio=ratio, sequences=sequences, tokens=tokens, widths=wanted
+        ),
         progress=progress,
     )
     best_scores, keep = made(best(found).params)
@@ -207,7 +242,9 @@ def searched(
 
 
 @torch.no_grad()
-def masked_loss(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " _"]], ids: Int[Tensor, "n tokens"]) -> float:
+def masked_loss(
+    model: PreTrainedModel, keep: Sequence[Bool[Tensor, " _"]], ids: Int[Tensor, "n tokens"]
+) -> float:
     """Log-perplexity, nats per token, of a model without the channels that `keep` drops.
 
     Args:
@@ -221,7 +258,11 @@ def masked_loss(model: PreTrainedModel, keep: Sequence[Bool[Tensor, " _"]], ids:
 
 
 def _candidate(
-    model: PreTrainedModel, pool: Pool, params: Mapping[str, Value], sequences: int, widths: Sequence[int]
+    model: PreTrainedModel,
+    pool: Pool,
+    params: Mapping[str, Value],
+    sequences: int,
+    widths: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(scores, keep masks) of one point of the space."""
     weights = [float(params[f"cluster_{i}"]) for i in range(pool.clusters)]
@@ -237,6 +278,8 @@ def _over_mean(values: Tensor) -> Tensor:
 
 
 def _settings(evidence: Evidence, **settings: Any) -> dict[str, Any]:
-    """What the objective depends on besides the point: a log of another model or text must not be continued."""
+    """What the objective depends on besides the point: a log of another model or text must not be
+    continued.
+    """
     text = hashlib.sha256(evidence.ids.cpu().contiguous().numpy().tobytes()).hexdigest()
     return {"model": weights_sha256(evidence.model), "text": text, **settings}

@@ -1,12 +1,13 @@
 """Model folding: channels are merged, not removed. Needs the weights alone.
 
-Source: Wang, Sikic, Thiele and Saukh, "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025,
-arXiv 2502.10216; METHODS.md section 6. Channels are clustered by their weights (gate row, up row, down column, end to end);
-input rows of a cluster are replaced by their mean, output columns by their sum.
+Source: Wang, Sikic, Thiele and Saukh, "Forget the Data and Fine-Tuning! Just Fold the Network to
+Compress", ICLR 2025, arXiv 2502.10216; METHODS.md section 6. Channels are clustered by their
+weights (gate row, up row, down column, end to end); input rows of a cluster are replaced by their
+mean, output columns by their sum.
 
 What differs:
-- k-means (k-means++ start, one run), every layer to its given width; the authors' language-model code clusters
-  agglomeratively, and folds layers and ratios picked by hand;
+- k-means (k-means++ start, one run), every layer to its given width; the authors' language-model
+  code clusters agglomeratively, and folds layers and ratios picked by hand;
 - no repair of variances: the FFN of a language model has no normalisation behind its channels;
 - biases of channels are averaged, and count in the distance.
 """
@@ -27,14 +28,19 @@ def merge(evidence: Evidence, widths: Sequence[int]) -> list[FFN]:
     """The FFN of each layer, merged to its width.
 
     Args:
-        evidence: its weights are read; its seed starts k-means. Distances of a layer take d_ff^2 float64.
-        widths: clusters of each layer, in [1, d_ff]; at d_ff the layer is the dense one, its channels in another order.
+        evidence: its weights are read; its seed starts k-means. Distances of a layer take d_ff^2
+            float64.
+        widths: clusters of each layer, in [1, d_ff]; at d_ff the layer is the dense one, its
+            channels in another order.
 
     Raises:
         ValueError: not one width a layer, or one out of range.
     """
     generator = evidence.generator()
-    return [folded(ffn, clusters(points(ffn), k, generator), k) for ffn, k in zip(evidence.ffns, widths, strict=True)]
+    return [
+        folded(ffn, clusters(points(ffn), k, generator), k)
+        for ffn, k in zip(evidence.ffns, widths, strict=True)
+    ]
 
 
 def points(ffn: FFN) -> Float[Tensor, "d_ff features"]:
@@ -45,7 +51,8 @@ def points(ffn: FFN) -> Float[Tensor, "d_ff features"]:
 
 
 def folded(ffn: FFN, labels: Int[Tensor, " d_ff"], width: int) -> FFN:
-    """An FFN of `width` channels: means of the input rows and biases of each cluster, sums of its output columns.
+    """An FFN of `width` channels: means of the input rows and biases of each cluster, sums of its
+    output columns.
 
     Args:
         ffn: the dense one.
@@ -58,7 +65,9 @@ def folded(ffn: FFN, labels: Int[Tensor, " d_ff"], width: int) -> FFN:
     def mean(rows: Tensor | None) -> Tensor | None:
         if rows is None:
             return None
-        sums = rows.new_zeros(width, *rows.shape[1:], dtype=torch.float64).index_add_(0, labels, rows.double())
+        sums = rows.new_zeros(width, *rows.shape[1:], dtype=torch.float64).index_add_(
+            0, labels, rows.double()
+        )
         return (sums / sizes.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
 
     up = mean(ffn.up)
@@ -76,7 +85,11 @@ def folded(ffn: FFN, labels: Int[Tensor, " d_ff"], width: int) -> FFN:
 
 
 def clusters(
-    points: Float[Tensor, "n features"], k: int, generator: torch.Generator, *, iterations: int = 100
+    points: Float[Tensor, "n features"],
+    k: int,
+    generator: torch.Generator,
+    *,
+    iterations: int = 100,
 ) -> Int[Tensor, " n"]:
     """k-means: the cluster of each point, in [0, k); none is empty.
 
@@ -97,15 +110,21 @@ def clusters(
     gram = points.double() @ points.double().T
     centres = _plus_plus(gram.cpu(), k, generator).to(gram.device)
     squares = gram.diagonal()
-    labels = _filled((squares[centres] - 2 * gram[:, centres]).argmin(1), -squares + 2 * gram[:, centres].amax(1), k)
+    labels = _filled(
+        (squares[centres] - 2 * gram[:, centres]).argmin(1),
+        -squares + 2 * gram[:, centres].amax(1),
+        k,
+    )
     for _ in range(iterations):
         sizes = torch.bincount(labels, minlength=k).double()
         to_centre = gram.new_zeros(n, k).index_add_(1, labels, gram) / sizes
         own = to_centre.gather(1, labels[:, None]).squeeze(1)
         centre_squares = gram.new_zeros(k).index_add_(0, labels, own) / sizes
-        distances = centre_squares - 2 * to_centre  # less the point's own square, which is the same for all centres
+        # less the point's own square, which is the same for all centres
+        distances = centre_squares - 2 * to_centre
         nearest, following = distances.min(1)
-        # A point stays where it is unless another centre is truly nearer: rounding must not make two centres swap for ever.
+        # A point stays where it is unless another centre is truly nearer: rounding must not make
+        # two centres swap for ever.
         stays = distances.gather(1, labels[:, None]).squeeze(1) <= nearest + 1e-12 * squares
         following = _filled(torch.where(stays, labels, following), nearest + squares, k)
         if following.equal(labels):
@@ -114,8 +133,12 @@ def clusters(
     return labels
 
 
-def _plus_plus(gram: Float64[Tensor, "n n"], k: int, generator: torch.Generator) -> Int[Tensor, " k"]:
-    """k different points, each drawn in proportion to its squared distance from those before (k-means++)."""
+def _plus_plus(
+    gram: Float64[Tensor, "n n"], k: int, generator: torch.Generator
+) -> Int[Tensor, " k"]:
+    """k different points, each drawn in proportion to its squared distance from those before
+    (k-means++).
+    """
     squares, chosen = gram.diagonal(), torch.zeros(len(gram), dtype=torch.bool)
     distances = torch.ones_like(squares)
     found = []
@@ -131,8 +154,12 @@ def _plus_plus(gram: Float64[Tensor, "n n"], k: int, generator: torch.Generator)
     return torch.tensor(found)
 
 
-def _filled(labels: Int[Tensor, " n"], distances: Float64[Tensor, " n"], k: int) -> Int[Tensor, " n"]:
-    """Gives each empty cluster the point farthest from its own centre, out of a cluster of two or more."""
+def _filled(
+    labels: Int[Tensor, " n"], distances: Float64[Tensor, " n"], k: int
+) -> Int[Tensor, " n"]:
+    """Gives each empty cluster the point farthest from its own centre, out of a cluster of two or
+    more.
+    """
     labels, sizes = labels.clone(), torch.bincount(labels, minlength=k)
     order = iter(distances.argsort(descending=True).tolist())
     for empty in (sizes == 0).nonzero().flatten().tolist():

@@ -1,4 +1,6 @@
-"""Norms of the weights (METHODS.md section 6). Known to collapse: on SmolLM2-135M worse than random channels."""
+"""Norms of the weights (METHODS.md section 6). Known to collapse: on SmolLM2-135M worse than random
+channels.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.evidence.structures import Scores
 
 
-def scores(evidence: Evidence, *, matrix: Literal["gate", "up", "down", "product"] = "product") -> list[Float[Tensor, " _"]]:
-    """Norm of each channel's slice of one matrix, or |W_g[j]| |W_u[j]| |W_d[:, j]| (ungated: |W_1[j]| |W_2[:, j]|).
+def scores(
+    evidence: Evidence, *, matrix: Literal["gate", "up", "down", "product"] = "product"
+) -> list[Float[Tensor, " _"]]:
+    """Norm of each channel's slice of one matrix, or |W_g[j]| |W_u[j]| |W_d[:, j]| (ungated:
+    |W_1[j]| |W_2[:, j]|).
 
     Args:
         evidence: its weights are read.
@@ -26,11 +31,15 @@ def scores(evidence: Evidence, *, matrix: Literal["gate", "up", "down", "product
 
 
 def with_heads(evidence: Evidence) -> Scores:
-    """The products for channels, and |W_q| |W_k| |W_v| |W_o| (Frobenius norms) of each group of heads: a control of ours."""
+    """The products for channels, and |W_q| |W_k| |W_v| |W_o| (Frobenius norms) of each group of
+    heads: a control of ours.
+    """
     return Scores(scores(evidence), [group_norms(attention) for attention in evidence.attentions])
 
 
 def group_norms(attention: Attention) -> Float[Tensor, " groups"]:
     """Product of the Frobenius norms of each group's slices of the four matrices."""
     parts = (attention.query, attention.key, attention.value, attention.out.T)
-    return torch.stack([part.float().reshape(attention.groups, -1).norm(dim=1) for part in parts]).prod(0)
+    return torch.stack(
+        [part.float().reshape(attention.groups, -1).norm(dim=1) for part in parts]
+    ).prod(0)

@@ -1,17 +1,18 @@
 """PruneNet as published, for comparison: its own scorer, sampling and training.
 
-Source: Sengupta et al., "You Only Prune Once: Designing Calibration-Free Model Compression With Policy Learning" (PruneNet),
-ICLR 2025, arXiv 2501.15296, section 3, and the authors' package `efficient-pruners` 0.1.0; METHODS.md sections 1.1 and 1.2.
-Kept on purpose: the mask is a draw; the loss sums log keep weights with fresh noise, which is no action's log-probability;
-rewards are 1 / KS, without baseline; layer l's is multiplied by gamma^l; one step an episode; the policy is kept as it is after
-the episode of the highest reward.
+Source: Sengupta et al., "You Only Prune Once: Designing Calibration-Free Model Compression With
+Policy Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3, and the authors' package
+`efficient-pruners` 0.1.0; METHODS.md sections 1.1 and 1.2. Kept on purpose: the mask is a draw; the
+loss sums log keep weights with fresh noise, which is no action's log-probability; rewards are 1 /
+KS, without baseline; layer l's is multiplied by gamma^l; one step an episode; the policy is kept as
+it is after the episode of the highest reward.
 
 What differs:
-- float32: in the package on a CPU, float16 loss scaling overflows and skips every step, so that its policy is its random start
-  (here: without `train`);
+- float32: in the package on a CPU, float16 loss scaling overflows and skips every step, so that its
+  policy is its random start (here: without `train`);
 - W A is never formed: (W A + b) v = W (A v) + b v, with the same gradients;
-- drawing without replacement is done by sorting log p plus Gumbel noise (the same distribution), so that one draw gives nested
-  masks at all ratios;
+- drawing without replacement is done by sorting log p plus Gumbel noise (the same distribution), so
+  that one draw gives nested masks at all ratios;
 - singular values come from Gram matrices (`prunenet.spectra.exact`), exact.
 """
 
@@ -31,7 +32,8 @@ _PERFECT = 99999.0  # the package's reward for a KS distance of 0
 
 
 class PublishedScorer(nn.Module):
-    """alpha = sigmoid((W A + b) v), one for all layers; starts as the package's (A and b as `nn.Linear`, v uniform in [0, 1)).
+    """alpha = sigmoid((W A + b) v), one for all layers; starts as the package's (A and b as
+    `nn.Linear`, v uniform in [0, 1)).
 
     Args:
         d_model, d_ff: of every layer.
@@ -64,11 +66,15 @@ class Training:
     rewards: list[float]
 
 
-def scores(evidence: Evidence, *, train: bool = False, ratio: float = 0.3) -> list[Float[Tensor, " _"]]:
-    """Log keep weights plus Gumbel noise: the top k are a draw of k rows without replacement in proportion to p.
+def scores(
+    evidence: Evidence, *, train: bool = False, ratio: float = 0.3
+) -> list[Float[Tensor, " _"]]:
+    """Log keep weights plus Gumbel noise: the top k are a draw of k rows without replacement in
+    proportion to p.
 
     Args:
-        evidence: its gate matrices are read (fc1 where there is no gate); its seed starts the scorer and draws.
+        evidence: its gate matrices are read (fc1 where there is no gate); its seed starts the
+            scorer and draws.
         train: by the published recipe; otherwise the scorer is at its random start.
         ratio: at which it is trained.
 
@@ -76,20 +82,39 @@ def scores(evidence: Evidence, *, train: bool = False, ratio: float = 0.3) -> li
         ValueError: layers of different widths, which one scorer cannot serve.
     """
     generator = evidence.generator()
-    scorer = trained(evidence, generator, ratio=ratio).scorer if train else started(evidence, generator)
+    scorer = (
+        trained(evidence, generator, ratio=ratio).scorer if train else started(evidence, generator)
+    )
     with torch.no_grad():
-        return [drawing_keys(log_keep_weights(scorer(w), generator), generator).to(w.device) for w in _weights(evidence)]
+        return [
+            drawing_keys(log_keep_weights(scorer(w), generator), generator).to(w.device)
+            for w in _weights(evidence)
+        ]
 
 
-def log_keep_weights(logits: Float[Tensor, " d_ff"], generator: torch.Generator) -> Float[Tensor, " d_ff"]:
-    """log p = log sigmoid(logit(eps) + logit(alpha)), eps uniform in (0, 1): binary concrete at temperature 1."""
-    eps = torch.rand(logits.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny).to(logits.device)
+def log_keep_weights(
+    logits: Float[Tensor, " d_ff"], generator: torch.Generator
+) -> Float[Tensor, " d_ff"]:
+    """log p = log sigmoid(logit(eps) + logit(alpha)), eps uniform in (0, 1): binary concrete at
+    temperature 1.
+    """
+    eps = (
+        torch.rand(logits.shape, generator=generator)
+        .clamp_min(torch.finfo(torch.float32).tiny)
+        .to(logits.device)
+    )
     return nn.functional.logsigmoid(torch.logit(eps) + logits)
 
 
-def drawing_keys(log_weights: Float[Tensor, "*batch d_ff"], generator: torch.Generator) -> Float[Tensor, "*batch d_ff"]:
-    """Keys whose top k are k items drawn one by one without replacement, each in proportion to its weight."""
-    uniform = torch.rand(log_weights.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
+def drawing_keys(
+    log_weights: Float[Tensor, "*batch d_ff"], generator: torch.Generator
+) -> Float[Tensor, "*batch d_ff"]:
+    """Keys whose top k are k items drawn one by one without replacement, each in proportion to its
+    weight.
+    """
+    uniform = torch.rand(log_weights.shape, generator=generator).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
     gumbel = -torch.log(-torch.log(uniform))
     return log_weights + gumbel.to(log_weights.device)
 
@@ -99,7 +124,8 @@ def started(evidence: Evidence, generator: torch.Generator) -> PublishedScorer:
     shapes = {(ffn.d_model, ffn.d_ff) for ffn in evidence.ffns}
     if len(shapes) > 1:
         raise ValueError(
-            f"published PruneNet has weights of shape (d_model, d_ff) and needs equal layers, got {sorted(shapes)}"
+            "published PruneNet has weights of shape (d_model, d_ff) and needs equal layers, got"
+            f" {sorted(shapes)}"
         )
     return PublishedScorer(*shapes.pop(), generator).to(evidence.ffns[0].up.device)
 

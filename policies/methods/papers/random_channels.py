@@ -1,4 +1,6 @@
-"""Uniformly random channels (METHODS.md section 6): the baseline of every method. Report several seeds with their spread."""
+"""Uniformly random channels (METHODS.md section 6): the baseline of every method. Report several
+seeds with their spread.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def with_heads(evidence: Evidence) -> Scores:
     """The same draws for channels, then draws for the groups of heads of each layer."""
     generator = evidence.generator()
     channels = _draws(evidence, generator)
-    groups = [torch.rand(a.groups, generator=generator).to(a.out.device) for a in evidence.attentions]
+    groups = [
+        torch.rand(a.groups, generator=generator).to(a.out.device) for a in evidence.attentions
+    ]
     return Scores(channels, groups)
 
 

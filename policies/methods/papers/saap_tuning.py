@@ -1,16 +1,19 @@
 """Group-wise fine-tuning of a pruned model: what SAAP does after the cut.
 
-Source: Zheng et al. (SAAP), arXiv 2412.15127, which fine-tunes by groups; METHODS.md section 8. [rec], our reconstruction: the
-recipe is that of Xu et al., "QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models", ICLR 2024, arXiv
-2309.14717. Each row of a weight matrix is quantised in groups of 32 inputs, w = offset + step q with q in 0 .. 15, and a
-low-rank update acts on inputs pooled over the same groups, so that after training it is merged into the offsets: the model
-stays 4-bit.
+Source: Zheng et al. (SAAP), arXiv 2412.15127, which fine-tunes by groups; METHODS.md section 8.
+[rec], our reconstruction: the recipe is that of Xu et al., "QA-LoRA: Quantization-Aware Low-Rank
+Adaptation of Large Language Models", ICLR 2024, arXiv 2309.14717. Each row of a weight matrix is
+quantised in groups of 32 inputs, w = offset + step q with q in 0 .. 15, and a low-rank update acts
+on inputs pooled over the same groups, so that after training it is merged into the offsets: the
+model stays 4-bit.
 
 What differs:
-- weights are stored dequantised, in the model's dtype (no packed 4-bit format): the fine-tuned model loads as any other does;
-- pooling is a mean, so that the size of an update does not depend on that of a group; a last, smaller group is pooled alone;
-- a bounded number of AdamW steps with a linearly falling learning rate, on the caller's blocks; `bits=None` skips quantisation,
-  to tell its cost from what the training brings.
+- weights are stored dequantised, in the model's dtype (no packed 4-bit format): the fine-tuned
+  model loads as any other does;
+- pooling is a mean, so that the size of an update does not depend on that of a group; a last,
+  smaller group is pooled alone;
+- a bounded number of AdamW steps with a linearly falling learning rate, on the caller's blocks;
+  `bits=None` skips quantisation, to tell its cost from what the training brings.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Tuned:
     """A fine-tuned model.
 
     Attributes:
-        model: the linears of its decoder layers are its own, everything else is shared with the model given.
+        model: the linears of its decoder layers are its own, everything else is shared with the
+            model given.
         losses: of each step's blocks, before the step; nats per token.
     """
 
@@ -75,8 +79,12 @@ class Adapter:
 
     @torch.no_grad()
     def merged(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        """W with the update added to each group's offset: computes what the linear and the adapter do together."""
-        return (weight.to(self.up) + spread(self.up @ self.down, weight.shape[1], self.group)).to(weight)
+        """W with the update added to each group's offset: computes what the linear and the adapter
+        do together.
+        """
+        return (weight.to(self.up) + spread(self.up @ self.down, weight.shape[1], self.group)).to(
+            weight
+        )
 
 
 def group_tuned(
@@ -92,7 +100,8 @@ def group_tuned(
     learning_rate: float = 1e-3,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
-    """Quantises the linears of all decoder layers, trains group-wise low-rank updates and merges them.
+    """Quantises the linears of all decoder layers, trains group-wise low-rank updates and merges
+    them.
 
     Args:
         model: usually a narrow one; in eval mode, left as it was.
@@ -107,16 +116,20 @@ def group_tuned(
         progress: called with (steps done, steps in all).
 
     Raises:
-        ValueError: a number out of range, blocks that the model cannot read, or a loss that is not finite.
+        ValueError: a number out of range, blocks that the model cannot read, or a loss that is not
+            finite.
     """
     check_tokens(model, blocks)
     if steps < 0 or min(batch, rank, group) < 1 or learning_rate <= 0 or blocks.shape[1] < 2:
         raise ValueError(
-            "group-wise fine-tuning needs steps >= 0, batch, rank and group >= 1, learning_rate > 0 and blocks of 2 tokens or "
-            f"more, got {steps}, {batch}, {rank}, {group}, {learning_rate} and {blocks.shape[1]}"
+            "group-wise fine-tuning needs steps >= 0, batch, rank and group >= 1, learning_rate >"
+            f" 0 and blocks of 2 tokens or more, got {steps}, {batch}, {rank}, {group},"
+            f" {learning_rate} and {blocks.shape[1]}"
         )
     tuned = _with_own_linears(model)
-    linears = [m for layer in decoder_layers(tuned) for m in layer.modules() if isinstance(m, nn.Linear)]
+    linears = [
+        m for layer in decoder_layers(tuned) for m in layer.modules() if isinstance(m, nn.Linear)
+    ]
     if bits is not None:
         for linear in linears:
             linear.weight.data = quantised(linear.weight.detach(), bits=bits, group=group)
@@ -125,7 +138,9 @@ def group_tuned(
     with ExitStack() as hooks:
         for linear, adapter in zip(linears, adapters, strict=True):
             hooks.enter_context(linear.register_forward_hook(_adding(adapter)))
-        for loss in _trained(tuned, adapters, _batches(blocks, batch, generator), steps, learning_rate):
+        for loss in _trained(
+            tuned, adapters, _batches(blocks, batch, generator), steps, learning_rate
+        ):
             losses.append(loss)
             if progress is not None:
                 progress(len(losses), steps)
@@ -134,8 +149,11 @@ def group_tuned(
     return Tuned(tuned, losses)
 
 
-def quantised(weight: Float[Tensor, "d_out d_in"], *, bits: int = 4, group: int = 32) -> Float[Tensor, "d_out d_in"]:
-    """Each weight at the nearest of 2^bits even levels between the least and the largest of its row's group.
+def quantised(
+    weight: Float[Tensor, "d_out d_in"], *, bits: int = 4, group: int = 32
+) -> Float[Tensor, "d_out d_in"]:
+    """Each weight at the nearest of 2^bits even levels between the least and the largest of its
+    row's group.
 
     Args:
         weight: any float dtype, which the result has too.
@@ -150,7 +168,9 @@ def quantised(weight: Float[Tensor, "d_out d_in"], *, bits: int = 4, group: int 
     d_in = weight.shape[1]
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # The last column repeated changes no group's range.
-    padded = torch.cat([wide, wide[:, -1:].expand(-1, -d_in % group)], dim=1).reshape(len(weight), -1, group)
+    padded = torch.cat([wide, wide[:, -1:].expand(-1, -d_in % group)], dim=1).reshape(
+        len(weight), -1, group
+    )
     low, high = padded.amin(2, keepdim=True), padded.amax(2, keepdim=True)
     step = (high - low) / (2**bits - 1)
     levels = torch.where(step > 0, ((padded - low) / step).round(), 0.0)
@@ -165,7 +185,9 @@ def pooled(x: Float[Tensor, "*tokens d_in"], group: int) -> Float[Tensor, "*toke
     return groups.sum(-1) / _sizes(d_in, group).to(x)
 
 
-def spread(update: Float[Tensor, "d_out groups"], d_in: int, group: int) -> Float[Tensor, "d_out d_in"]:
+def spread(
+    update: Float[Tensor, "d_out groups"], d_in: int, group: int
+) -> Float[Tensor, "d_out d_in"]:
     """The matrix M with M x = update pooled(x)."""
     return (update / _sizes(d_in, group).to(update)).repeat_interleave(group, dim=1)[:, :d_in]
 
@@ -175,7 +197,11 @@ def _sizes(d_in: int, group: int) -> Tensor:
 
 
 def _trained(
-    model: PreTrainedModel, adapters: list[Adapter], batches: Iterator[Tensor], steps: int, learning_rate: float
+    model: PreTrainedModel,
+    adapters: list[Adapter],
+    batches: Iterator[Tensor],
+    steps: int,
+    learning_rate: float,
 ) -> Iterator[float]:
     """Trains the adapters, whose hooks are on the model; yields each step's loss."""
     learned = [tensor for adapter in adapters for tensor in (adapter.down, adapter.up)]
@@ -189,7 +215,10 @@ def _trained(
             gradients = torch.autograd.grad(loss, learned)
         reached = float(loss.detach())
         if not math.isfinite(reached):
-            raise ValueError(f"the loss is {reached} at step {step}; give a smaller learning rate than {learning_rate}")
+            raise ValueError(
+                f"the loss is {reached} at step {step}; give a smaller learning rate than"
+                f" {learning_rate}"
+            )
         for tensor, gradient in zip(learned, gradients, strict=True):
             tensor.grad = gradient
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -197,8 +226,12 @@ def _trained(
         yield reached
 
 
-def _batches(blocks: Int[Tensor, "n tokens"], batch: int, generator: torch.Generator) -> Iterator[Int[Tensor, "_ tokens"]]:
-    """All blocks in a drawn order, then again in another one; the last batch of an order may be smaller."""
+def _batches(
+    blocks: Int[Tensor, "n tokens"], batch: int, generator: torch.Generator
+) -> Iterator[Int[Tensor, "_ tokens"]]:
+    """All blocks in a drawn order, then again in another one; the last batch of an order may be
+    smaller.
+    """
     while True:
         for rows in torch.split(torch.randperm(len(blocks), generator=generator), batch):
             yield blocks[rows.to(blocks.device)]
@@ -212,7 +245,16 @@ def _adding(adapter: Adapter) -> Any:
 
 
 def _with_own_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose decoder layers' linears can be changed; everything else is shared with the given model."""
-    own = {id(m.weight) for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)}
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in own}
+    """A copy whose decoder layers' linears can be changed; everything else is shared with the given
+    model.
+    """
+    own = {
+        id(m.weight)
+        for layer in decoder_layers(model)
+        for m in layer.modules()
+        if isinstance(m, nn.Linear)
+    }
+    memo: dict[int, Any] = {
+        id(parameter): parameter for parameter in model.parameters() if id(parameter) not in own
+    }
     return copy.deepcopy(model, memo)

@@ -1,11 +1,12 @@
-"""A small seeded search over named numbers and choices, with a log of JSON lines from which a killed search continues.
+"""A small seeded search over named numbers and choices, with a log of JSON lines from which a
+killed search continues.
 
-Each proposal is a function of the space, the seed and the trials before it (a fresh sampler each time), so that a resumed
-search makes the trials that an unbroken one would have made.
+Each proposal is a function of the space, the seed and the trials before it (a fresh sampler each
+time), so that a resumed search makes the trials that an unbroken one would have made.
 
-Sources: the tree-structured Parzen estimator of Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011,
-as implemented by Optuna (Akiba et al., KDD 2019, arXiv 1907.10902) with its defaults (from version 5 on, all variables
-jointly).
+Sources: the tree-structured Parzen estimator of Bergstra et al., "Algorithms for Hyper-Parameter
+Optimization", NeurIPS 2011, as implemented by Optuna (Akiba et al., KDD 2019, arXiv 1907.10902)
+with its defaults (from version 5 on, all variables jointly).
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def search(
         seed: of every proposal, 0 or more.
         strategy: "tpe" proposes by all trials before, "random" draws each trial by itself.
         starts: points that are tried first.
-        log: file of JSON lines that every trial is added to; a search with the same settings continues from it, at a larger
-            `trials` too. Its first line says which search it is.
+        log: file of JSON lines that every trial is added to; a search with the same settings
+            continues from it, at a larger `trials` too. Its first line says which search it is.
         settings: what else the objective depends on, JSON values.
         progress: called with (trials done, trials in all).
 
@@ -101,9 +102,15 @@ def search(
         ImportError: "tpe" without Optuna.
     """
     if trials < 1 or seed < 0:
-        raise ValueError(f"a search needs 1 trial or more and a seed of 0 or more, got {trials} and {seed}")
+        raise ValueError(
+            f"a search needs 1 trial or more and a seed of 0 or more, got {trials} and {seed}"
+        )
     propose = _tpe() if strategy == "tpe" else _random
-    header = dict(settings or {}) | {"strategy": strategy, "seed": seed, "starts": [dict(start) for start in starts]}
+    header = dict(settings or {}) | {
+        "strategy": strategy,
+        "seed": seed,
+        "starts": [dict(start) for start in starts],
+    }
     header["space"] = {name: asdict(axis) for name, axis in space.items()}
     done = [] if log is None else _opened(log, header)[:trials]
     while len(done) < trials:
@@ -140,11 +147,15 @@ def _tpe() -> Propose:
     try:
         import optuna
     except ImportError as error:
-        raise ImportError(f"a search by TPE needs optuna ({error}); pip install 'prunenet[search]'") from error
+        raise ImportError(
+            f"a search by TPE needs optuna ({error}); pip install 'prunenet[search]'"
+        ) from error
 
     @contextmanager
     def quiet() -> Iterator[None]:
-        """A study announces itself in Optuna's log; a fresh one a trial would fill the caller's screen."""
+        """A study announces itself in Optuna's log; a fresh one a trial would fill the caller's
+        screen.
+        """
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
         try:
@@ -154,15 +165,19 @@ def _tpe() -> Propose:
 
     def propose(space: Space, done: Sequence[Trial], seed: int) -> dict[str, Value]:
         axes: dict[str, optuna.distributions.BaseDistribution] = {
-            name: optuna.distributions.FloatDistribution(axis.low, axis.high)
-            if isinstance(axis, Span)
-            else optuna.distributions.CategoricalDistribution(axis.options)
+            name: (
+                optuna.distributions.FloatDistribution(axis.low, axis.high)
+                if isinstance(axis, Span)
+                else optuna.distributions.CategoricalDistribution(axis.options)
+            )
             for name, axis in space.items()
         }
         with quiet():
             study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
             for trial in done:
-                finished = optuna.trial.create_trial(params=dict(trial.params), distributions=axes, value=trial.value)
+                finished = optuna.trial.create_trial(
+                    params=dict(trial.params), distributions=axes, value=trial.value
+                )
                 study.add_trial(finished)
             params: dict[str, Value] = study.ask(axes).params
             return params
@@ -172,11 +187,18 @@ def _tpe() -> Propose:
 
 def _line(trial: Trial) -> str:
     # JSON has no infinity.
-    return json.dumps({"params": trial.params, "value": trial.value if math.isfinite(trial.value) else None}) + "\n"
+    return (
+        json.dumps(
+            {"params": trial.params, "value": trial.value if math.isfinite(trial.value) else None}
+        )
+        + "\n"
+    )
 
 
 def _opened(log: Path, header: Mapping[str, Any]) -> list[Trial]:
-    """The log's trials; a log that does not exist yet is begun, and a last line cut off by a kill is taken away."""
+    """The log's trials; a log that does not exist yet is begun, and a last line cut off by a kill
+    is taken away.
+    """
     header = json.loads(json.dumps(header))
     log.parent.mkdir(parents=True, exist_ok=True)
     # What was being written when the process was killed has no end of line.
@@ -185,17 +207,24 @@ def _opened(log: Path, header: Mapping[str, Any]) -> list[Trial]:
     try:
         saved = header if not lines and not rest else dict(json.loads(lines[0])["search"])
         rows = [json.loads(line) for line in lines[1:]]
-        trials = [Trial(row["params"], math.inf if row["value"] is None else float(row["value"])) for row in rows]
+        trials = [
+            Trial(row["params"], math.inf if row["value"] is None else float(row["value"]))
+            for row in rows
+        ]
     except (ValueError, KeyError, TypeError, IndexError):
-        raise SearchError(f"{str(log)!r} is no log of a search, or is damaged; remove it or give another file") from None
+        raise SearchError(
+            f"{str(log)!r} is no log of a search, or is damaged; remove it or give another file"
+        ) from None
     # The caller's settings come first: they explain a changed space or start.
     changed = [key for key in {**header, **saved} if saved.get(key) != header.get(key)]
     if changed:
         key = changed[0]
         raise SearchError(
-            f"the search in {str(log)!r} was started with {key} {saved.get(key)!r}, not {header.get(key)!r}; "
-            "resume it with the same settings, or give another file"
+            f"the search in {str(log)!r} was started with {key} {saved.get(key)!r}, not"
+            f" {header.get(key)!r}; resume it with the same settings, or give another file"
         )
     if rest or not lines:
-        write_atomic(log, (json.dumps({"search": header}) + "\n" + "".join(map(_line, trials))).encode())
+        write_atomic(
+            log, (json.dumps({"search": header}) + "\n" + "".join(map(_line, trials))).encode()
+        )
     return trials

@@ -1,4 +1,6 @@
-"""What a search over widths has measured: each architecture once, in a file that a killed search continues from."""
+"""What a search over widths has measured: each architecture once, in a file that a killed search
+continues from.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from prunenet.policies.methods.widths.space import Space
 Evaluator = Callable[[Sequence[int]], float]
 """Widths of all layers -> loss, lower is better, the same at every call.
 
-It may have two attributes: `many(list of widths) -> list of losses`, where several at once are cheaper, and `key`, a string
-that tells its losses from those of other evaluators in one file.
+It may have two attributes: `many(list of widths) -> list of losses`, where several at once are
+cheaper, and `key`, a string that tells its losses from those of other evaluators in one file.
 """
 Widths = tuple[int, ...]
 _TOGETHER = 8  # architectures between two writes, where several at once are cheaper
@@ -44,9 +46,9 @@ class Evaluations:
 
     Args:
         evaluate: see `Evaluator`.
-        path: a JSON-lines file of {"evaluator", "widths", "loss"}. What it holds of this evaluator is not measured again; what
-            is new is added at once, so that a killed search, started again, takes the same way and goes on. Several searches
-            may share a file.
+        path: a JSON-lines file of {"evaluator", "widths", "loss"}. What it holds of this evaluator
+            is not measured again; what is new is added at once, so that a killed search, started
+            again, takes the same way and goes on. Several searches may share a file.
 
     Attributes:
         pairs: what this search has asked for, in order.
@@ -72,21 +74,31 @@ class Evaluations:
         together = _TOGETHER if hasattr(self._evaluate, "many") else 1
         for start in range(0, len(new), together):
             self._measure(new[start : start + together])
-        self.pairs |= {widths: self._known[widths] for widths in candidates if widths not in self.pairs}
+        self.pairs |= {
+            widths: self._known[widths] for widths in candidates if widths not in self.pairs
+        }
         return [self._known[widths] for widths in candidates]
 
     def _measure(self, new: Sequence[Widths]) -> None:
         many = getattr(self._evaluate, "many", None)
-        losses = [float(self._evaluate(widths)) for widths in new] if many is None else [float(loss) for loss in many(new)]
+        losses = (
+            [float(self._evaluate(widths)) for widths in new]
+            if many is None
+            else [float(loss) for loss in many(new)]
+        )
         for widths, loss in zip(new, losses, strict=True):
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss of widths {list(widths)} is {loss}: the cut model overflows; load it as float32 or bfloat16"
+                    f"the loss of widths {list(widths)} is {loss}: the cut model overflows; load it"
+                    " as float32 or bfloat16"
                 )
             self._known[widths] = loss
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            rows = ({"evaluator": self._key, "widths": list(widths), "loss": self._known[widths]} for widths in new)
+            rows = (
+                {"evaluator": self._key, "widths": list(widths), "loss": self._known[widths]}
+                for widths in new
+            )
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -105,7 +117,8 @@ def best_of_random(
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Searched:
-    """The control of every search: the best of the uniform architecture and `count` - 1 different random ones.
+    """The control of every search: the best of the uniform architecture and `count` - 1 different
+    random ones.
 
     Args:
         budget: of all layers.
@@ -122,8 +135,12 @@ def best_of_random(
     return evaluations.best()
 
 
-def fresh(space: Space, count: int, generator: torch.Generator, known: Container[Widths], *, tied: int = 1) -> list[Widths]:
-    """Random architectures that differ from each other and from the known ones; fewer where the space holds fewer."""
+def fresh(
+    space: Space, count: int, generator: torch.Generator, known: Container[Widths], *, tied: int = 1
+) -> list[Widths]:
+    """Random architectures that differ from each other and from the known ones; fewer where the
+    space holds fewer.
+    """
     found: dict[Widths, None] = {}
     for _ in range(10):
         drawn = space.draw(max(count - len(found), 0), generator, tied=tied)
@@ -150,6 +167,7 @@ def _read(path: Path, key: str) -> dict[Widths, float]:
                 known[widths] = loss
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"line {number} of {path} is no evaluated architecture ({error}); remove the line, or give another file"
+                f"line {number} of {path} is no evaluated architecture ({error}); remove the line,"
+                " or give another file"
             ) from None
     return known

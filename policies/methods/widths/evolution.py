@@ -1,17 +1,21 @@
 """Evolutionary search over widths: level switches between two layers at a constant budget.
 
-Source: Sieberling, Kuznedelev, Kurtic and Alistarh, "EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary
-Search", arXiv 2410.14649, and the authors' code; METHODS.md section 5 ("Widths without data"). As there: one parent; each child
-takes min(a, b) switches, a and b uniform in {1, 2, 3}; a switch makes one layer a level wider and another one a level narrower;
-children are first judged on little text, the survivors on more; the parent goes only for a child that is no worse.
+Source: Sieberling, Kuznedelev, Kurtic and Alistarh, "EvoPress: Towards Optimal Dynamic Model
+Compression via Evolutionary Search", arXiv 2410.14649, and the authors' code; METHODS.md section 5
+("Widths without data"). As there: one parent; each child takes min(a, b) switches, a and b uniform
+in {1, 2, 3}; a switch makes one layer a level wider and another one a level narrower; children are
+first judged on little text, the survivors on more; the parent goes only for a child that is no
+worse.
 
 What differs:
 - FFN widths in place of sparsity, quantisation or dropped blocks;
-- [rec] made for dozens of evaluations where the published search has thousands: a switch moves 1, 2, 4 or 8 levels, and the
-  first parent is the best of uniform and some random architectures (published where no level is the target itself);
-- text does not change between generations, so that the parent is judged once, the search cannot end worse than it started on
-  its own measure, and a killed search continues;
-- no architecture is judged twice; where all that the draws find is known, the search has converged and ends early.
+- [rec] made for dozens of evaluations where the published search has thousands: a switch moves 1,
+  2, 4 or 8 levels, and the first parent is the best of uniform and some random architectures
+  (published where no level is the target itself);
+- text does not change between generations, so that the parent is judged once, the search cannot end
+  worse than it started on its own measure, and a killed search continues;
+- no architecture is judged twice; where all that the draws find is known, the search has converged
+  and ends early.
 """
 
 from __future__ import annotations
@@ -23,7 +27,13 @@ from pathlib import Path
 import torch
 
 from prunenet.policies.methods.widths.allocation import Budget, fitted, uniform
-from prunenet.policies.methods.widths.evaluations import Evaluations, Evaluator, Searched, Widths, fresh
+from prunenet.policies.methods.widths.evaluations import (
+    Evaluations,
+    Evaluator,
+    Searched,
+    Widths,
+    fresh,
+)
 from prunenet.policies.methods.widths.space import Space, level_step
 
 _SIZES = 4  # a switch moves 1, 2, 4 or 8 levels
@@ -58,8 +68,8 @@ def evolution_search(
 ) -> Searched:
     """The best architecture that evolution finds; never worse than its start.
 
-    Without screens, 1 + initial + generations * offspring architectures are judged, or fewer where it converges; with screens,
-    the children that survive the last one.
+    Without screens, 1 + initial + generations * offspring architectures are judged, or fewer where
+    it converges; with screens, the children that survive the last one.
 
     Args:
         budget: spent by every architecture as `fitted` does.
@@ -69,9 +79,11 @@ def evolution_search(
         initial: random architectures that compete with the start to be the first parent, 0 or more.
         screens: judgements before the full one, from little text to more.
         start: an architecture to start from; default uniform.
-        step: channels of one level, a multiple of `round_to`; default about a twenty-fourth of the widest layer.
+        step: channels of one level, a multiple of `round_to`; default about a twenty-fourth of the
+            widest layer.
         seed: of the switches.
-        path: JSON-lines file of everything judged; a killed search, started again, goes on (see `Evaluations`).
+        path: JSON-lines file of everything judged; a killed search, started again, goes on (see
+            `Evaluations`).
 
     Raises:
         ValueError: a number out of range, a start that does not fit, or as `Evaluations`.
@@ -79,8 +91,8 @@ def evolution_search(
     survivors = [screen.survivors for screen in screens]
     if min(generations, initial) < 0 or min(offspring, *survivors, 1) < 1:
         raise ValueError(
-            "evolution takes 0 or more generations and initial architectures, and 1 or more children and survivors, got "
-            f"{generations=}, {initial=}, {offspring=}, {survivors=}"
+            "evolution takes 0 or more generations and initial architectures, and 1 or more"
+            f" children and survivors, got {generations=}, {initial=}, {offspring=}, {survivors=}"
         )
     step = level_step(budget, step)
     generator = torch.Generator().manual_seed(seed)
@@ -111,19 +123,27 @@ def _started(budget: Budget, start: Sequence[int] | None) -> Widths:
     fits = len(widths) == len(budget.d_ff) and budget.cost(widths) <= budget.parameters
     if not fits or tuple(fitted(budget, [float(width) for width in widths])) != widths:
         raise ValueError(
-            f"widths {list(widths)} are no start: it takes {len(budget.d_ff)} multiples of {budget.round_to} that spend all of "
-            f"{budget.parameters} FFN parameters; `fitted` makes them"
+            f"widths {list(widths)} are no start: it takes {len(budget.d_ff)} multiples of"
+            f" {budget.round_to} that spend all of {budget.parameters} FFN parameters; `fitted`"
+            " makes them"
         )
     return widths
 
 
 def _fittest(children: Sequence[Widths], losses: Sequence[float]) -> list[Widths]:
     """Best first; of equal ones the first drawn."""
-    return [child for _, child in sorted(zip(losses, children, strict=True), key=lambda pair: pair[0])]
+    return [
+        child for _, child in sorted(zip(losses, children, strict=True), key=lambda pair: pair[0])
+    ]
 
 
 def _children(
-    budget: Budget, parent: Widths, step: int, count: int, seen: set[Widths], generator: torch.Generator
+    budget: Budget,
+    parent: Widths,
+    step: int,
+    count: int,
+    seen: set[Widths],
+    generator: torch.Generator,
 ) -> list[Widths]:
     """Up to `count` different architectures that were not seen before."""
     found: dict[Widths, None] = {}
@@ -149,7 +169,11 @@ def _switched(budget: Budget, widths: Widths, amount: int, generator: torch.Gene
     if up == down:
         return widths
     price = budget.costs[up] / budget.costs[down]
-    amount = min(amount, budget.d_ff[up] - widths[up], int((widths[down] - budget.least(down)) / price)) // step * step
+    amount = (
+        min(amount, budget.d_ff[up] - widths[up], int((widths[down] - budget.least(down)) / price))
+        // step
+        * step
+    )
     wanted = [float(width) for width in widths]
     wanted[up] += amount
     wanted[down] -= amount * price

@@ -1,4 +1,6 @@
-"""What an architecture costs: KL(dense || pruned) on given text, for fixed channel rankings (METHODS.md sections 2 and 5)."""
+"""What an architecture costs: KL(dense || pruned) on given text, for fixed channel rankings
+(METHODS.md sections 2 and 5).
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,20 @@ from prunenet.runtime.placement import present
 class WidthDivergence:
     """Widths -> KL(dense || pruned), in nats per token: an `Evaluator`.
 
-    Rankings of channels are made once; an architecture is then only a choice of masks. The model is read, never changed.
+    Rankings of channels are made once; an architecture is then only a choice of masks. The model is
+    read, never changed.
 
     Args:
         model: a causal LM in eval mode.
         blocks: token ids to judge on; every architecture is judged on the same ones.
         scores: (d_ff,) of each layer, higher stays longer. Not with `refits`.
-        refits: every layer's down matrix refitted at a grid of levels, with their ranking. A width between two levels is judged
-            as the level below it, so search with `step=refits.step`.
+        refits: every layer's down matrix refitted at a grid of levels, with their ranking. A width
+            between two levels is judged as the level below it, so search with `step=refits.step`.
 
     Raises:
-        ValueError: neither or both of scores and refits, scores that are not one a channel, or blocks that the model cannot
-            read; when judging, widths that do not fit, or are below the narrowest level of the refits.
+        ValueError: neither or both of scores and refits, scores that are not one a channel, or
+            blocks that the model cannot read; when judging, widths that do not fit, or are below
+            the narrowest level of the refits.
     """
 
     def __init__(
@@ -46,13 +50,17 @@ class WidthDivergence:
     ) -> None:
         check_tokens(model, blocks)
         if (scores is None) == (refits is None):
-            raise ValueError(f"give either scores or refits, got {'neither' if scores is None else 'both'}")
+            raise ValueError(
+                f"give either scores or refits, got {'neither' if scores is None else 'both'}"
+            )
         self._model, self._blocks, self._refits = model, blocks, refits
         self._d_ff = [linear.in_features for linear in down_linears(model)]
         self._scores = list(refits.scores) if refits is not None else list(scores or [])
         if [len(row) for row in self._scores] != self._d_ff:
             got = [len(row) for row in self._scores]
-            raise ValueError(f"a search over widths needs one score a channel, got {got} of {self._d_ff}")
+            raise ValueError(
+                f"a search over widths needs one score a channel, got {got} of {self._d_ff}"
+            )
 
     @cached_property
     def key(self) -> str:
@@ -75,17 +83,24 @@ class WidthDivergence:
 
     def many(self, architectures: Sequence[Sequence[int]]) -> list[float]:
         """Of several: the dense model then runs once for all of them."""
-        found: list[float] = divergences(self._model, [self._way(widths) for widths in architectures], self._blocks).tolist()
+        found: list[float] = divergences(
+            self._model, [self._way(widths) for widths in architectures], self._blocks
+        ).tolist()
         return found
 
     def _way(self, widths: Sequence[int]) -> Downs:
-        if len(widths) != len(self._d_ff) or not all(0 < w <= d_ff for w, d_ff in zip(widths, self._d_ff, strict=True)):
+        if len(widths) != len(self._d_ff) or not all(
+            0 < w <= d_ff for w, d_ff in zip(widths, self._d_ff, strict=True)
+        ):
             raise ValueError(f"widths {list(widths)} do not fit layers of {self._d_ff} channels")
         if self._refits is None:
             return lambda layer, dense: dense * self._keep(layer, widths[layer]).to(dense)
         refits, step = self._refits, self._refits.step
         if min(widths) < step:
-            raise ValueError(f"a width of {min(widths)} is below the narrowest refitted level; give a budget with floor={step}")
+            raise ValueError(
+                f"a width of {min(widths)} is below the narrowest refitted level; give a budget"
+                f" with floor={step}"
+            )
 
         def refitted(layer: int, dense: Tensor) -> Tensor:
             level = widths[layer] // step * step
