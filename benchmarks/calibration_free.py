@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration_free_rows import Row, Workshop, rows
+from calibration_free_rows import Pruner, Row, rows
 from transformers import PreTrainedModel
 
 from prunenet import __version__
@@ -122,7 +122,7 @@ def main() -> None:
         lines = [json.loads(line) for line in arguments.out.open()]
         print(table([line for line in lines if asked.items() <= line.items()]))
         return
-    shop = Workshop(arguments)
+    shop = Pruner(arguments)
     wanted = [
         row
         for row in rows(shop)
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def quality(
-    shop: Workshop, narrow: PreTrainedModel, arguments: argparse.Namespace
+    shop: Pruner, narrow: PreTrainedModel, arguments: argparse.Namespace
 ) -> dict[str, float]:
     """Perplexity on the test texts."""
     found: dict[str, float] = {}
@@ -158,7 +158,7 @@ def quality(
 
 
 def accuracy(
-    shop: Workshop, narrow: PreTrainedModel, arguments: argparse.Namespace
+    shop: Pruner, narrow: PreTrainedModel, arguments: argparse.Namespace
 ) -> dict[str, float]:
     """Zero-shot accuracy on the tasks, lm-eval's prompts, and its mean."""
     files, many = task_files(arguments.tasks), max(16, arguments.batch)
@@ -167,7 +167,7 @@ def accuracy(
     return found | {"accuracy": sum(found.values()) / len(found)}
 
 
-def cell(shop: Workshop, row: Row, ratio: float, arguments: argparse.Namespace) -> None:
+def cell(shop: Pruner, row: Row, ratio: float, arguments: argparse.Namespace) -> None:
     """Prunes, scores and writes one line, unless the file has it already."""
     place: dict[str, Any] = {
         "method": row.method,

@@ -23,7 +23,7 @@ from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
 from prunenet.recover.training import Tuning, tuned
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
-from prunenet.text.calibration import Blocks, data_blocks, self_blocks
+from prunenet.text.calibration import CalibrationSet, data_blocks, self_blocks
 from prunenet.text.corpora import CalibrationText, load_text
 
 Make = Callable[[float], PreTrainedModel]
@@ -41,7 +41,7 @@ class Row:
     make: Make
 
 
-class Workshop:
+class Pruner:
     """What rows share: the model, text, policies."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
@@ -55,18 +55,18 @@ class Workshop:
         self._cuts: dict[Any, Any] = {}
         self._evidence: dict[Any, Evidence] = {}
 
-    def external(self, name: str, seed: int = 0) -> Blocks:
+    def external(self, name: str, seed: int = 0) -> CalibrationSet:
         text = load_text(str(self.data / CALIBRATION[name]), CalibrationText)
         return data_blocks(self.tokenizer, text, count=self.tokens // 512, window=512, seed=seed)
 
-    def written(self, seed: int = 0) -> Blocks:
+    def written(self, seed: int = 0) -> CalibrationSet:
         return self_blocks(self.model, self.tokenizer, sequences=self.sequences, seed=seed)
 
     def dense(self, _ratio: float) -> PreTrainedModel:
         return self.model
 
     def baseline(
-        self, name: str, blocks: Callable[[], Blocks] | None, seed: int, **options: Any
+        self, name: str, blocks: Callable[[], CalibrationSet] | None, seed: int, **options: Any
     ) -> Make:
         def make(ratio: float) -> PreTrainedModel:
             text = None if blocks is None else blocks()
@@ -82,7 +82,7 @@ class Workshop:
 
     def measured(
         self,
-        blocks: Callable[[], Blocks],
+        blocks: Callable[[], CalibrationSet],
         *,
         channels: Policy | None,
         widths: Policy | None,
@@ -173,7 +173,7 @@ class Workshop:
         return policy.widths(self.model, ratio, per_layer=True)
 
 
-def rows(shop: Workshop) -> Iterator[Row]:
+def rows(shop: Pruner) -> Iterator[Row]:
     """Every row of the table."""
     yield Row("dense", "dense", "-", 0, shop.dense)
     for seed, policy in enumerate(shop.policies):
@@ -232,7 +232,7 @@ def rows(shop: Workshop) -> Iterator[Row]:
         yield Row("weights", name, "weights", 0, shop.baseline(name, None, 0))
 
 
-def ablations(shop: Workshop) -> Iterator[Row]:
+def ablations(shop: Pruner) -> Iterator[Row]:
     """What each part brings; the first policy stands for all seeds."""
     elimination = partial(shop.measured, shop.written, channels=None)
     yield Row("ablation", "elimination + refit, uniform", "self", 0, elimination(widths=None))
@@ -279,7 +279,7 @@ def ablations(shop: Workshop) -> Iterator[Row]:
     yield Row("ablation", "best of 96 random masks and widths", "self", 0, shop.best_of(96, None))
 
 
-def untrained(shop: Workshop) -> Policy:
+def untrained(shop: Pruner) -> Policy:
     """The first policy's widths, with the scores that training starts from."""
     policy, fresh = shop.policies[0], Policy.untrained(PolicyConfig())
     fresh.scorer.widths.load_state_dict(policy.scorer.widths.state_dict())

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prunenet.models.layers import FFN, iter_ffns, tables
+from prunenet.models.layers import FFN, embeddings, iter_ffns
 from prunenet.spectra.estimated import PROBES, STEPS
 
 RATIO = 0.3
@@ -34,7 +34,7 @@ def flops_of_statistics(ffn: FFN) -> float:
 
 
 def flops_of_tables(model: Any) -> float:
-    return sum(len(table) * table.shape[1] ** 2 for table in tables(model) if table is not None)
+    return sum(len(table) * table.shape[1] ** 2 for table in embeddings(model) if table is not None)
 
 
 def spectrum(ffn: FFN) -> float:

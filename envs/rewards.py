@@ -130,12 +130,12 @@ class SpectralReward:
         }
         self._held: dict[int, list[Route]] = {}
         layers, spectra = len(ffn_widths(model)), {}
-        for index in filter(parallel.mine, range(layers)):
+        for index in filter(parallel.is_owner, range(layers)):
             references = self._read(index, None)
             spectra[index] = [_spectrum(reference) for reference in references]
             if self._keeps():
                 self._held[index] = references
-        self._spectra: list[list[Tensor]] = parallel.from_owners(spectra, layers)
+        self._spectra: list[list[Tensor]] = parallel.gather_from_owners(spectra, layers)
         for index in range(layers) if self._keeps() and self.spectrum == "exact" else ():
             if index not in self._held:
                 self._held[index] = self._read(index, self._spectra[index])
@@ -218,7 +218,7 @@ class ReconstructionReward:
         downs, walk = down_linears(model), LayerWalk(model, blocks)
         self._output_grams: dict[int, Float[Tensor, "d_ff d_ff"]] = {}
         for index in walk:
-            if not parallel.mine(index):
+            if not parallel.is_owner(index):
                 continue
             down = downs[index].weight.detach().float()
             output_gram = self._output_grams[index] = walk.moments(index).second.mul_(down.T @ down)

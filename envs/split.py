@@ -72,25 +72,25 @@ class _Judges:
 
     def serve(self) -> None:
         """Judges what the first process asks, until it has no more."""
-        while (order := int(parallel.from_rank(0, _nothing))) != _OVER:
-            self._judged(order, parallel.from_rank(0, _nothing))
+        while (order := int(parallel.broadcast(0, _nothing))) != _OVER:
+            self._judged(order, parallel.broadcast(0, _nothing))
 
     def end(self) -> None:
         """Lets the others go on."""
-        parallel.from_rank(0, lambda: torch.tensor(_OVER))
+        parallel.broadcast(0, lambda: torch.tensor(_OVER))
 
     def _asked(self, order: int, keep: Tensor) -> dict[str, Tensor]:
-        parallel.from_rank(0, lambda: torch.tensor(order))
-        return self._judged(order, parallel.from_rank(0, lambda: keep))
+        parallel.broadcast(0, lambda: torch.tensor(order))
+        return self._judged(order, parallel.broadcast(0, lambda: keep))
 
     def _judged(self, order: int, keep: Tensor) -> dict[str, Tensor]:
         """On all processes: the terms of all masks, by name."""
         if order != _SWEEP and self._split["layer"] == "layers":
             owner = order % parallel.size()
-            found = self._reward.layer(order, keep) if parallel.mine(order) else {}
-            names = parallel.told_by(owner, lambda: list(found))
+            found = self._reward.layer(order, keep) if parallel.is_owner(order) else {}
+            names = parallel.broadcast_object(owner, lambda: list(found))
             return {
-                name: parallel.from_rank(owner, partial(found.__getitem__, name)) for name in names
+                name: parallel.broadcast(owner, partial(found.__getitem__, name)) for name in names
             }
         masks = keep.shape[-2]
         own = keep[..., parallel.share(masks), :]
@@ -99,9 +99,9 @@ class _Judges:
             found = (
                 self._reward.sweep(list(own)) if order == _SWEEP else self._reward.layer(order, own)
             )
-        names = parallel.told_by(0, lambda: list(found))  # its share is never empty
+        names = parallel.broadcast_object(0, lambda: list(found))  # its share is never empty
         return {
-            name: parallel.gathered(found.get(name, torch.zeros(0, device=keep.device)), masks)
+            name: parallel.all_gather(found.get(name, torch.zeros(0, device=keep.device)), masks)
             for name in names
         }
 

@@ -30,7 +30,7 @@ from prunenet.policies.artifact import Policy, check_measured
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 AUTO_GAIN = 0.05
 """Widths "auto" takes per-layer ones, which stock loaders read only padded, for a predicted gain in
@@ -78,7 +78,7 @@ def prune(
     params: float | None = None,
     round_to: int = 8,
     widths: str = "auto",
-    blocks: Blocks | None = None,
+    blocks: CalibrationSet | None = None,
     channels: str | None = None,
     refit: str | None = None,
     scores: Sequence[Float[Tensor, " _"]] | None = None,
@@ -242,7 +242,7 @@ def ways_to_cut(
     )
 
 
-def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float | None:
+def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: CalibrationSet) -> float | None:
     """By which share per-layer widths lower exp(KL), and so perplexity, on some of the blocks.
 
     Before the refit, which hides half of the gain on text of the same writing but not on others:
@@ -252,7 +252,7 @@ def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float
     if len(cuts) == 1:
         return None
     _, held = held_back(blocks.ids)
-    own = [number for number in range(len(cuts)) if parallel.mine(number)]
+    own = [number for number in range(len(cuts)) if parallel.is_owner(number)]
     downs = [Cut(cut.keep, None).down for cut in cuts.values()]
     losses = {
         number: [torch.tensor(divergence(model, downs[number], held[:_JUDGED])).double()]
@@ -261,7 +261,7 @@ def _gain(model: PreTrainedModel, cuts: dict[str, Cut], blocks: Blocks) -> float
     loss = dict(
         zip(
             cuts,
-            (float(value) for (value,) in parallel.from_owners(losses, len(cuts))),
+            (float(value) for (value,) in parallel.gather_from_owners(losses, len(cuts))),
             strict=True,
         )
     )
@@ -275,7 +275,7 @@ def chosen_way(cuts: Collection[str], gain: float | None) -> tuple[str, float | 
     return "per-layer" if gain is not None and gain > AUTO_GAIN else "uniform", gain
 
 
-def _regime(policy: Policy | None, blocks: Blocks | None) -> str:
+def _regime(policy: Policy | None, blocks: CalibrationSet | None) -> str:
     """What the whole way looked at, training included: the most that any step of it did."""
     seen = [policy.config.regime] if policy is not None else []
     return most([*seen, *([blocks.regime] if blocks is not None else [])])

@@ -34,7 +34,7 @@ from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.runtime.files import write_atomic
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
@@ -163,7 +163,7 @@ class Policy:
     def scores(
         self,
         model: PreTrainedModel,
-        blocks: Blocks | None = None,
+        blocks: CalibrationSet | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Float[Tensor, " _"]]:
@@ -247,7 +247,7 @@ class Policy:
         model: PreTrainedModel,
         ratio: float,
         *,
-        blocks: Blocks | None = None,
+        blocks: CalibrationSet | None = None,
         per_layer: bool = False,
         round_to: int = 8,
     ) -> list[Bool[Tensor, " _"]]:

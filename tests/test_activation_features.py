@@ -31,14 +31,14 @@ from prunenet.policies.training import train as training
 from prunenet.policies.training.recipe import MOMENT_PRIOR, PRESETS, Recipe
 from prunenet.policies.training.train import train
 from prunenet.refit.moments import LayerWalk, Moments, ffn_moments
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 SHORT = Recipe(features="moments", updates=4, masks=4, hidden=(8,), evaluate_every=2)
 WHERE = replace(PRESETS["widths"], updates=2, masks=2, round_to=4, evaluate_at=(0.5,))
 
 
-def own_text(n: int = 10, tokens: int = 24, regime: str = "self", seed: int = 0) -> Blocks:
-    return Blocks(token_ids(n, tokens, seed), regime, {"text": "random"})
+def own_text(n: int = 10, tokens: int = 24, regime: str = "self", seed: int = 0) -> CalibrationSet:
+    return CalibrationSet(token_ids(n, tokens, seed), regime, {"text": "random"})
 
 
 def some_policy(**config) -> Policy:

@@ -23,11 +23,11 @@ from prunenet.policies.methods.papers.adapruner import (
     masked_loss,
     searched,
 )
-from prunenet.policies.methods.papers.calibration_pool import Pool, mean_hidden_states
+from prunenet.policies.methods.papers.calibration_pool import CalibrationPool, mean_hidden_states
 from prunenet.policies.methods.papers.tpe import Choice, SearchError, Span, best, search
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
-BLOCKS = Blocks(token_ids(15, 12), "data", {})
+BLOCKS = CalibrationSet(token_ids(15, 12), "data", {})
 SPACE = {"x": Span(0.0, 1.0), "y": Span(-2.0, 2.0), "kind": Choice(("a", "b", "c"))}
 QUICK = {"widths": uniform, "sequences": 2, "tokens": 6, "clusters": 3}
 
@@ -99,7 +99,7 @@ def test_the_starting_points_rank_channels_as_llm_pruner_and_magnitude_do(model_
 def test_a_pool_leaves_out_the_windows_with_the_fewest_distinct_tokens() -> None:
     ids = token_ids(5, 13)
     ids[1, 6:12] = 9
-    pool = Pool.of(tiny_model("llama"), ids, seeded(), tokens=6, clusters=4)
+    pool = CalibrationPool.of(tiny_model("llama"), ids, seeded(), tokens=6, clusters=4)
     whole = {tuple(row[start : start + 6].tolist()) for row in ids for start in (0, 6)}
     kept = {tuple(window.tolist()) for window in pool.windows}
     assert kept < whole
@@ -108,14 +108,14 @@ def test_a_pool_leaves_out_the_windows_with_the_fewest_distinct_tokens() -> None
     assert max(len(set(w)) for w in whole - kept) <= min(len(set(w)) for w in kept)
     assert sorted(pool.labels.unique().tolist()) == [0, 1, 2, 3]
     assert int(pool.sizes.sum()) == 8
-    few = Pool.of(tiny_model("llama"), ids, seeded(), tokens=64, clusters=50, most=3)
+    few = CalibrationPool.of(tiny_model("llama"), ids, seeded(), tokens=64, clusters=50, most=3)
     assert few.windows.shape == (3, 13)
     assert few.clusters == 3
 
 
 def test_windows_are_drawn_from_clusters_by_weight_and_never_twice() -> None:
     windows = torch.arange(1000)[:, None].expand(-1, 2)
-    pool = Pool(windows, (torch.arange(1000) >= 900).long(), 2)
+    pool = CalibrationPool(windows, (torch.arange(1000) >= 900).long(), 2)
     drawn = [
         pool.drawn(weights, 50, seeded(1))[:, 0]
         for weights in ([1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0])
@@ -162,7 +162,7 @@ def test_a_search_starts_where_it_is_told_and_ends_no_worse(strategy) -> None:
     assert masked_loss(model, found.keep, held) == found.best.value
     assert [int(mask.sum()) for mask in found.keep] == uniform(Budget.of(model, 0.5)) == [24] * 3
     # A start by itself: LLM-Pruner's mix on the even draw 0 of the same pool.
-    pool = Pool.of(model, BLOCKS.ids[:-3], evidence.generator(), tokens=6, clusters=3)
+    pool = CalibrationPool.of(model, BLOCKS.ids[:-3], evidence.generator(), tokens=6, clusters=3)
     windows = pool.drawn((pool.sizes / pool.sizes.max()).tolist(), 2, seeded(0))
     scores = [
         STARTS["llm_pruner_mix"].layer_scores(slices)
@@ -277,7 +277,7 @@ def test_a_log_of_another_search_or_of_another_model_is_not_continued(tmp_path) 
     with pytest.raises(SearchError, match="with model '"):
         look(Evidence(tiny_model("llama", seed=1), BLOCKS))
     with pytest.raises(SearchError, match="with text '"):
-        look(Evidence(tiny_model("llama"), Blocks(BLOCKS.ids.flip(1), "data", {})))
+        look(Evidence(tiny_model("llama"), CalibrationSet(BLOCKS.ids.flip(1), "data", {})))
     with pytest.raises(SearchError, match=r"with ratio 0\.3, not 0\.5"):
         look(Evidence(tiny_model("llama"), BLOCKS), ratio=0.5)
 
@@ -311,7 +311,7 @@ def test_a_search_says_nothing_and_leaves_optunas_log_as_it_was(capfd) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": Blocks(BLOCKS.ids[:1], "data", {})}, "give 2 blocks or more"),
+        ({"blocks": CalibrationSet(BLOCKS.ids[:1], "data", {})}, "give 2 blocks or more"),
         ({"blocks": None}, "blocks=None"),
         ({"trials": 0}, "1 trial or more"),
         ({"sequences": 0}, "0 sequences"),

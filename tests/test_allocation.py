@@ -20,7 +20,7 @@ from prunenet.policies.methods import (
     uniform,
 )
 from prunenet.policies.methods.widths.allocation import fitted
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 
 def budget(ratio: float, layers: int = 8, d_ff: int = 1536, **options) -> Budget:
@@ -162,7 +162,7 @@ def test_the_outlier_share_by_hand() -> None:
 def test_input_norms_are_those_of_every_linear_of_a_layer_over_all_tokens(model_type) -> None:
     model = tiny_model(model_type)
     ids = token_ids(7, 11)
-    measured = Evidence(model, Blocks(ids, "data", {})).input_norms
+    measured = Evidence(model, CalibrationSet(ids, "data", {})).input_norms
     seen: dict[torch.nn.Module, torch.Tensor] = {}
     hooks = [
         m.register_forward_pre_hook(
@@ -241,7 +241,7 @@ def test_block_influence_compares_what_enters_and_leaves_a_layer(model_type) -> 
 
 def test_the_influence_of_the_text_cuts_any_method() -> None:
     model = tiny_model("llama")
-    evidence = Evidence(model, Blocks(token_ids(4, 10), "data", {}))
+    evidence = Evidence(model, CalibrationSet(token_ids(4, 10), "data", {}))
     made = cut(evidence, "magnitude", 0.5, allocation="influence")
     assert made.widths == by_influence(Budget.of(model, 0.5), block_influence(model, evidence.ids))
     assert made.widths != uniform(Budget.of(model, 0.5))

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from prunenet.cli import compare as command
 from prunenet.cli.app import app
-from prunenet.compare import ledger, run, summary, workshop
+from prunenet.compare import ledger, pruner, run, summary
 from prunenet.compare.ledger import Ledger
+from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Results
 from prunenet.compare.spec import (
     REFITS,
@@ -32,7 +33,6 @@ from prunenet.compare.spec import (
     parse,
     parse_all,
 )
-from prunenet.compare.workshop import Amount, Workshop
 from prunenet.evaluation.zeroshot import TaskResult
 from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.architectures import ARCHITECTURES
@@ -120,7 +120,7 @@ def policy(**config) -> Policy:
     return made
 
 
-def shop(model, tokenizer, **options) -> Workshop:
+def shop(model, tokenizer, **options) -> Pruner:
     texts = {"words": CalibrationText("words.txt", words(40, 7))}
     options = {
         "policy": policy(),
@@ -129,7 +129,7 @@ def shop(model, tokenizer, **options) -> Workshop:
         "amount": Amount(8, 16),
         "round_to": 4,
     } | options
-    return Workshop(model, tokenizer, **options)
+    return Pruner(model, tokenizer, **options)
 
 
 def compare(folder: Path, *specs: object, code: int = 0, **options: object):
@@ -358,7 +358,7 @@ def test_every_legal_combination_runs(benches):
 
 
 @pytest.fixture(scope="module")
-def benches(model, tokenizer) -> Workshop:
+def benches(model, tokenizer) -> Pruner:
     return shop(model, tokenizer)
 
 
@@ -469,7 +469,7 @@ def test_prefixes_are_never_taken_from_a_test_text(model, tokenizer, unchecked):
 def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(
     folder, monkeypatch, tmp_path
 ):
-    walks, held, real, step = [], [], workshop.SharedEvidence.energies.func, run._measure
+    walks, held, real, step = [], [], pruner.SharedEvidence.energies.func, run._measure
 
     def counted(evidence):
         walks.append(evidence.label)
@@ -479,7 +479,7 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         step(cell, scored, bench, line)
         held.append(sorted(label for label, _ in bench._evidence if label))
 
-    monkeypatch.setattr(workshop.SharedEvidence.energies, "func", counted)
+    monkeypatch.setattr(pruner.SharedEvidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
     lines, _ = compare(
         folder,
@@ -617,7 +617,7 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_in_the_middle_goes_on_and_does_each_cell_once(folder, tmp_path, monkeypatch):
-    made, real, out = [], Workshop.make, tmp_path / "r.jsonl"
+    made, real, out = [], Pruner.make, tmp_path / "r.jsonl"
 
     def killed_at(number):
         def make(bench, spec, ratio, seed):
@@ -629,14 +629,14 @@ def test_a_run_killed_in_the_middle_goes_on_and_does_each_cell_once(folder, tmp_
         return make
 
     asked = {"seeds": "0,1", "out": out}
-    monkeypatch.setattr(Workshop, "make", killed_at(3))
+    monkeypatch.setattr(Pruner, "make", killed_at(3))
     with pytest.raises(Killed):
         compare(folder, *ASKED, **asked)
     whole = out.read_bytes()
     assert whole.count(b"\n") == 4
     out.write_bytes(whole[:-20])  # the kill came in the middle of a line
     made.pop()
-    monkeypatch.setattr(Workshop, "make", killed_at(None))
+    monkeypatch.setattr(Pruner, "make", killed_at(None))
     lines, _ = compare(folder, *ASKED, **asked)
     assert sorted(made) == sorted((name, 0.5, seed) for name in ASKED for seed in (0, 1))
     assert [line["method"] for line in lines].count("dense") == 1

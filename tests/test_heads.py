@@ -29,7 +29,7 @@ from prunenet.policies.methods import METHODS, WITH_HEADS, Budget, Evidence, cut
 from prunenet.policies.methods.evidence import gradients, structures
 from prunenet.policies.methods.papers import flap, saap
 from prunenet.runtime.files import CheckpointError
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 CUTTABLE = [name for name in FAMILIES if ARCHITECTURES[name].attention_in]
 METHODS_WITH_HEADS = [name for name, row in METHODS.items() if row.with_heads is not None]
@@ -46,7 +46,7 @@ FACTS = {
     "regime": "weights",
     "ratio": 0.3,
 }
-BLOCKS = Blocks(token_ids(6, 20), "data", {})
+BLOCKS = CalibrationSet(token_ids(6, 20), "data", {})
 
 each_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 each_family = pytest.mark.parametrize("model_type", CUTTABLE)
@@ -476,25 +476,27 @@ def test_heads_and_channels_share_the_budget_of_channels_alone(
 
 def test_layers_lose_the_same_share_of_heads_and_of_channels() -> None:
     ffn = Budget((1000,) * 4, (10,) * 4, 40_000 - 15_000, 1)
-    pool = structures.Pool(ffn, (100,) * 4, (50,) * 4)
+    pool = structures.StructurePool(ffn, (100,) * 4, (50,) * 4)
     counts = structures.shared(pool, first=1, last=1)
     # 15,000 of the 30,000 parameters of the two layers in between
     assert counts == [100, 50, 50, 100]
     assert pool.rest(counts).parameters == 2 * 10_000 + 2 * 5_000
-    coarse = structures.Pool(Budget((1000,) * 4, (10,) * 4, 24_000, 1), (2,) * 4, (2_500,) * 4)
+    coarse = structures.StructurePool(
+        Budget((1000,) * 4, (10,) * 4, 24_000, 1), (2,) * 4, (2_500,) * 4
+    )
     # 1.47 rounded; channels get what that took too much
     assert structures.shared(coarse) == [1, 1, 1, 1]
     assert coarse.rest([1, 1, 1, 1]).parameters == 24_000 + 10_000
 
 
 def test_whole_groups_are_kept_where_one_more_would_be_more_than_the_cut() -> None:
-    pool = structures.Pool(Budget((100,) * 2, (10,) * 2, 1_900, 1), (2,) * 2, (5_000,) * 2)
+    pool = structures.StructurePool(Budget((100,) * 2, (10,) * 2, 1_900, 1), (2,) * 2, (5_000,) * 2)
     assert structures.shared(pool) == [2, 2]
 
 
 def test_the_best_of_one_ranking_stay_as_long_as_they_fit() -> None:
     ffn = Budget((3, 3), (1, 1), 3, 1)
-    pool = structures.Pool(ffn, (2, 2), (2, 2))
+    pool = structures.StructurePool(ffn, (2, 2), (2, 2))
     scores = structures.Scores(
         [torch.tensor([9.0, 5.0, 1.0]), torch.tensor([8.0, 7.0, 0.0])],
         [torch.tensor([6.0, 4.0]), torch.tensor([2.0, 3.0])],

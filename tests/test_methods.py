@@ -10,9 +10,9 @@ from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, pr
 from prunenet.policies.methods.evidence import gradients
 from prunenet.policies.methods.papers import flap, wanda_sp
 from prunenet.refit.moments import Energies
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
-BLOCKS = Blocks(token_ids(6, 20), "data", {})
+BLOCKS = CalibrationSet(token_ids(6, 20), "data", {})
 DRAWS = ["random", "folding", "prunenet_published", "prunenet_published_trained", "llm_pruner_mix"]
 
 # A search is no quick call: test_adapruner. What cuts no channels: test_slicegpt.

@@ -132,13 +132,13 @@ def test_a_cluster_becomes_the_mean_of_its_rows_and_the_sum_of_its_columns() -> 
 @pytest.mark.parametrize("k", [1, 7, 40, 60])
 def test_k_means_ends_where_every_point_is_nearest_to_its_own_centre(k) -> None:
     points = torch.randn(60, 5, generator=torch.Generator().manual_seed(k))
-    labels = folding.clusters(points, k, torch.Generator().manual_seed(0))
+    labels = folding.kmeans(points, k, torch.Generator().manual_seed(0))
     assert labels.unique().tolist() == list(range(k))
     centres = torch.stack([points[labels == c].mean(0) for c in range(k)])
     distances = torch.cdist(points, centres)
     own = distances.gather(1, labels[:, None])
     assert (own <= distances.min(1, keepdim=True).values + 1e-5).all()
-    assert labels.equal(folding.clusters(points, k, torch.Generator().manual_seed(0)))
+    assert labels.equal(folding.kmeans(points, k, torch.Generator().manual_seed(0)))
 
 
 def test_k_means_finds_clusters_that_lie_apart() -> None:
@@ -146,16 +146,16 @@ def test_k_means_finds_clusters_that_lie_apart() -> None:
     points = 10 * torch.eye(8)[truth] + 0.1 * torch.randn(
         40, 8, generator=torch.Generator().manual_seed(0)
     )
-    labels = folding.clusters(points, 8, torch.Generator().manual_seed(0))
+    labels = folding.kmeans(points, 8, torch.Generator().manual_seed(0))
     assert (labels[:, None] == labels).equal(truth[:, None] == truth)
 
 
 def test_k_means_of_copies_leaves_no_cluster_empty() -> None:
-    assert folding.clusters(
+    assert folding.kmeans(
         torch.ones(6, 3), 4, torch.Generator().manual_seed(0)
     ).unique().tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="got 7"):
-        folding.clusters(torch.ones(6, 3), 7, torch.Generator())
+        folding.kmeans(torch.ones(6, 3), 7, torch.Generator())
 
 
 def test_an_empty_cluster_takes_the_point_farthest_from_its_centre_that_is_not_alone() -> None:

@@ -19,7 +19,7 @@ from test_train import SHORT, WHERE
 
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.runtime import parallel
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 LEARNING = replace(SHORT, reward="reconstruction", features="moments", updates=3, evaluate_every=2)
 WIDTHS = replace(WHERE, updates=3, masks=3)
@@ -54,7 +54,7 @@ def learn(out: Path, resume: bool = False, death: int = 0) -> None:
     if death:
         dies_at(divergence, "divergences", death, rank=1)
     with one_job("cpu"):
-        blocks = Blocks(token_ids(8, 16), "self", {"text": "self-generated"})
+        blocks = CalibrationSet(token_ids(8, 16), "self", {"text": "self-generated"})
         train(
             tiny_model("llama"),
             LEARNING,
@@ -95,12 +95,12 @@ def test_in_one_process_everything_is_the_identity(monkeypatch):
         assert seen == [1]
         assert device == "cpu"
         assert (parallel.rank(), parallel.size(), parallel.is_first()) == (0, 1, True)
-        assert list(parallel.turns(3)) == [0, 1, 2]
+        assert list(parallel.work_queue(3)) == [0, 1, 2]
         assert parallel.share(5) == slice(0, 5)
-        assert parallel.gathered(tensor, 6) is tensor
-        assert parallel.from_rank(0, lambda: tensor) is tensor
-        assert parallel.from_owners({0: [tensor], 1: []}, 2) == [[tensor], []]
-        assert parallel.told_by(0, lambda: (1, 2)) == (1, 2)
+        assert parallel.all_gather(tensor, 6) is tensor
+        assert parallel.broadcast(0, lambda: tensor) is tensor
+        assert parallel.gather_from_owners({0: [tensor], 1: []}, 2) == [[tensor], []]
+        assert parallel.broadcast_object(0, lambda: (1, 2)) == (1, 2)
 
 
 # --- the parts ---
@@ -112,8 +112,8 @@ def exchange() -> None:
     with parallel.joined("cpu"):
         rank, size = parallel.rank(), parallel.size()
         rows = torch.arange(14.0).view(7, 2)
-        assert parallel.gathered(rows[parallel.share(7)], 7).equal(rows)
-        assert parallel.gathered(rows[:2][parallel.share(2)], 2).equal(rows[:2]), (
+        assert parallel.all_gather(rows[parallel.share(7)], 7).equal(rows)
+        assert parallel.all_gather(rows[:2][parallel.share(2)], 2).equal(rows[:2]), (
             "with nothing on the last rank"
         )
         for sent in (
@@ -122,21 +122,23 @@ def exchange() -> None:
             torch.eye(3).bool(),
             torch.randn(2, 3).bfloat16().T,
         ):
-            got = parallel.from_rank(
+            got = parallel.broadcast(
                 1, lambda sent=sent: sent if rank == 1 else pytest.fail("called elsewhere")
             )
             assert (got.dtype, got.shape) == (sent.dtype, sent.shape)
             assert rank != 1 or got.equal(sent)
-        owned = {index: [torch.tensor(index)] * index for index in range(5) if parallel.mine(index)}
-        assert [len(found) for found in parallel.from_owners(owned, 5)] == [0, 1, 2, 3, 4]
-        assert parallel.told_by(0, lambda: {"rank": rank}) == {"rank": 0}
+        owned = {
+            index: [torch.tensor(index)] * index for index in range(5) if parallel.is_owner(index)
+        }
+        assert [len(found) for found in parallel.gather_from_owners(owned, 5)] == [0, 1, 2, 3, 4]
+        assert parallel.broadcast_object(0, lambda: {"rank": rank}) == {"rank": 0}
         with parallel.apart():
-            assert (parallel.size(), list(parallel.turns(2))) == (1, [0, 1])
+            assert (parallel.size(), list(parallel.work_queue(2))) == (1, [0, 1])
         with parallel.posted(taken.append) as post:
-            for turn in parallel.turns(20):
+            for turn in parallel.work_queue(20):
                 post({"turn": turn, "rank": rank})
         assert sorted(line["turn"] for line in taken) == (list(range(20)) if rank == 0 else [])
-        assert parallel.told_by(size - 1, lambda: rank) == size - 1
+        assert parallel.broadcast_object(size - 1, lambda: rank) == size - 1
 
 
 def stuck(rank: int) -> None:
@@ -150,7 +152,7 @@ def stuck(rank: int) -> None:
             raise ValueError("3 is not a ratio; give 0.3")
         if parallel.rank() == 2:
             time.sleep(30)
-        parallel.told_by(rank, lambda: 0)
+        parallel.broadcast_object(rank, lambda: 0)
 
 
 def test_three_processes_hand_tensors_objects_and_turns_to_each_other(home):

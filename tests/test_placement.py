@@ -30,7 +30,7 @@ from prunenet.refit.moments import LayerWalk, ffn_moments, paired_moments
 from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
 from prunenet.text import calibration
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 from prunenet.text.generate import generate_blocks
 
 pytest.importorskip("accelerate")
@@ -197,7 +197,9 @@ def test_a_placed_model_is_pruned_to_the_same_bytes(tmp_path, family, tied, widt
         policy.scorer.widths.out.weight.normal_(generator=torch.Generator().manual_seed(0))
     folders = []
     for number, model in enumerate(both(stored(tmp_path / "dense", family, tied=tied), limit)):
-        pruned = prune(model, policy, ratio=0.4, widths=widths, blocks=Blocks(BLOCKS, "data", {}))
+        pruned = prune(
+            model, policy, ratio=0.4, widths=widths, blocks=CalibrationSet(BLOCKS, "data", {})
+        )
         folders.append(pruned.save_pretrained(tmp_path / str(number)))
         assert len(set(ffn_widths(pruned.model))) == (1 if widths == "uniform" else 3)
     assert contents(folders[0]) == contents(folders[1])
@@ -320,7 +322,7 @@ def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(
 
 def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     _, placed = both(stored(tmp_path / "dense"))
-    pruned = prune(placed, ratio=0.5, blocks=Blocks(BLOCKS, "data", {}))
+    pruned = prune(placed, ratio=0.5, blocks=CalibrationSet(BLOCKS, "data", {}))
     real = offload.write_shard
 
     def bent(path, tensors, rows):
@@ -399,7 +401,7 @@ def test_a_model_larger_than_its_limit_is_pruned_within_one_layer_and_one_batch_
     torch.cuda.reset_peak_memory_stats()
     placed = load_model(tmp_path / "dense", device="auto", max_memory=f"cuda:0={limit},cpu=8GB")
     assert "cuda:0" in where(placed)
-    pruned = prune(placed, ratio=0.5, blocks=Blocks(blocks, "data", {}))
+    pruned = prune(placed, ratio=0.5, blocks=CalibrationSet(blocks, "data", {}))
     pruned.save_pretrained(tmp_path / "out")
     # the elimination and the refit hold some float64 d_ff x d_ff
     allowed = limit + 3 * (weights // layers) + 8 * (8 * d_ff**2)

@@ -19,7 +19,7 @@ from prunenet.models.masks import top_channels
 from prunenet.policies import apply, artifact
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 RATIOS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
@@ -34,8 +34,8 @@ def some_policy(**config) -> Policy:
     return policy
 
 
-def some_blocks(regime: str = "self") -> Blocks:
-    return Blocks(token_ids(10, 24), regime, {"text": "random"})
+def some_blocks(regime: str = "self") -> CalibrationSet:
+    return CalibrationSet(token_ids(10, 24), regime, {"text": "random"})
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_measuring_and_refitting_leave_the_dense_model_alone(channels, refit):
 
 
 def test_a_refit_comes_nearer_to_the_dense_model_than_none():
-    model, blocks = tiny_model("llama"), Blocks(token_ids(40, 24), "self", {})
+    model, blocks = tiny_model("llama"), CalibrationSet(token_ids(40, 24), "self", {})
     ids = token_ids(8, 24, seed=1)
 
     def distance(refit: str) -> float:
@@ -336,7 +336,7 @@ def test_scores_that_the_caller_has_are_not_computed_again(monkeypatch):
             {"policy": None, "blocks": some_blocks(), "widths": "per-layer"},
             "no policy to say where to cut",
         ),
-        ({"blocks": Blocks(token_ids(1, 24), "self", {})}, "give 2 blocks or more, got 1"),
+        ({"blocks": CalibrationSet(token_ids(1, 24), "self", {})}, "give 2 blocks or more, got 1"),
     ],
 )
 def test_choices_that_cannot_be_met_are_one_sentence(choices, message):

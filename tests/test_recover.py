@@ -25,7 +25,7 @@ from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 PER_LAYER = [16, 40, 8]
 QUICK = Tuning(steps=6, batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
@@ -37,8 +37,8 @@ def cut(family: str = "llama", widths: list[int] | None = None):
     return dense, narrowed(dense, random_keep(widths or [24] * LAYERS))
 
 
-def text(count: int = 20, regime: str = "self") -> Blocks:
-    return Blocks(token_ids(count, 16), regime, {"text": "random"})
+def text(count: int = 20, regime: str = "self") -> CalibrationSet:
+    return CalibrationSet(token_ids(count, 16), regime, {"text": "random"})
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ def test_training_lowers_the_loss_on_text_held_back_and_leaves_both_models_alone
     blocks = (
         text()
         if taught
-        else Blocks(torch.arange(3, 19).repeat(10, 1), "data", {"text": "one line"})
+        else CalibrationSet(torch.arange(3, 19).repeat(10, 1), "data", {"text": "one line"})
     )
     before = state(dense), state(narrow)
     found = tuned(narrow, blocks, QUICK, teacher=dense if taught else None)
@@ -131,7 +131,7 @@ def test_every_block_is_learned_from_equally_often(monkeypatch):
         "prunenet.recover.training.next_token_loss",
         lambda model, ids: seen.extend(ids[:, 0].tolist()) or next_token_loss(model, ids),
     )
-    blocks = Blocks(torch.arange(10, 20)[:, None].repeat(1, 4), "data", {})
+    blocks = CalibrationSet(torch.arange(10, 20)[:, None].repeat(1, 4), "data", {})
     tuned(cut()[1], blocks, dataclasses.replace(QUICK, steps=4))
     learned = sorted(token for token in seen if token < 18)  # the last two are held back
     assert learned == sorted([*range(10, 18)] * 2)
@@ -197,7 +197,7 @@ def test_text_and_teacher_must_suit_the_model():
     with pytest.raises(ValueError, match="2 blocks or more"):
         tuned(narrow, text(1), QUICK, teacher=dense)
     with pytest.raises(ValueError, match="beyond the model's 64 embeddings"):
-        tuned(narrow, Blocks(torch.full((4, 4), 64), "data", {}), QUICK)
+        tuned(narrow, CalibrationSet(torch.full((4, 4), 64), "data", {}), QUICK)
     other = tiny_model("llama")
     other.resize_token_embeddings(70)
     with pytest.raises(ValueError, match="vocabulary of 70 tokens and the pruned model one of 64"):

@@ -12,9 +12,9 @@ from prunenet.policies.methods import METHODS, Evidence, cut, group_tuned, prune
 from prunenet.policies.methods.evidence import gradients
 from prunenet.policies.methods.papers import saap
 from prunenet.policies.methods.papers.saap_tuning import Adapter, pooled, quantised, spread
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
-BLOCKS = Blocks(token_ids(12, 20), "data", {})
+BLOCKS = CalibrationSet(token_ids(12, 20), "data", {})
 
 each_family = pytest.mark.parametrize("model_type", ["llama", "opt", "phi3"])
 

@@ -34,9 +34,9 @@ from prunenet.policies.methods.papers.slicegpt import (
     width_at_slicing,
 )
 from prunenet.runtime.files import CheckpointError
-from prunenet.text.calibration import Blocks, token_blocks
+from prunenet.text.calibration import CalibrationSet, token_blocks
 
-BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})
+BLOCKS = CalibrationSet(token_ids(6, 20), "data", {"text": "random ids"})
 ROTATABLE = sorted(name for name, row in ARCHITECTURES.items() if row.rotates)
 
 
@@ -354,7 +354,7 @@ def test_the_table_s_row_is_the_function_and_sees_nothing_but_its_text():
     assert logits(found[0]).equal(logits(found[1]))
     assert ffn_widths(found[0]) == ffn_widths(model)
     other = pruned_model(
-        evidence(model, Blocks(token_ids(6, 20, seed=1), "data", {})), "slicegpt", 0.35
+        evidence(model, CalibrationSet(token_ids(6, 20, seed=1), "data", {})), "slicegpt", 0.35
     )
     assert not logits(other).equal(logits(found[0]))
 

@@ -17,7 +17,7 @@ from prunenet.models.layers import down_linears
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.training.recipe import PRESETS, Recipe, recipe_for
 from prunenet.policies.training.train import train
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 SHORT = Recipe(
     reward="spectral", updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy"
@@ -40,8 +40,8 @@ def state(folder: Path, stage: str = "channels") -> Path:
     return folder / "training" / stage / "state.safetensors"
 
 
-def own_text(n: int = 5, tokens: int = 16) -> Blocks:
-    return Blocks(token_ids(n, tokens), "self", {"text": "self-generated"})
+def own_text(n: int = 5, tokens: int = 16) -> CalibrationSet:
+    return CalibrationSet(token_ids(n, tokens), "self", {"text": "self-generated"})
 
 
 def long_run(algorithm: str, out: Path, resume: bool = False) -> None:

@@ -23,7 +23,7 @@ from prunenet.policies.methods import (
 from prunenet.policies.methods.papers import magnitude
 from prunenet.policies.methods.widths.evaluations import Evaluations
 from prunenet.refit.cut import Cut, Refits
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 IDS = token_ids(6, 20)
 
@@ -239,7 +239,7 @@ def test_searched_allocations_are_reached_by_name_and_are_no_worse_than_uniform(
     if how == "predictor":
         pytest.importorskip("sklearn")
     model = tiny_model("llama")
-    evidence = Evidence(model, Blocks(IDS, "data", {}))
+    evidence = Evidence(model, CalibrationSet(IDS, "data", {}))
     budget = Budget.of(model, 0.3)
     made = cut(evidence, "magnitude", 0.3, allocation=how)
     assert budget.cost(made.widths) == budget.parameters
@@ -255,7 +255,9 @@ def test_a_search_needs_text_and_scores() -> None:
     with pytest.raises(ValueError, match="needs text"):
         cut(Evidence(model), "magnitude", 0.3, allocation="evolution")
     with pytest.raises(ValueError, match="folding has no scores"):
-        cut(Evidence(model, Blocks(IDS, "data", {})), "folding", 0.3, allocation="evolution")
+        cut(
+            Evidence(model, CalibrationSet(IDS, "data", {})), "folding", 0.3, allocation="evolution"
+        )
 
 
 def test_refits_of_given_scores_keep_the_channels_that_these_rank_highest() -> None:

@@ -18,9 +18,9 @@ residual stream instead:
 Formulas: METHODS.md section 6; each file opens with its source and with what differs from it.
 """
 
-from prunenet.policies.methods.cut import WITH_HEADS, Cut, cut, pruned_model
+from prunenet.policies.methods.cut import WITH_HEADS, BaselineCut, cut, pruned_model
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.policies.methods.papers.saap_tuning import Tuned, group_tuned
+from prunenet.policies.methods.papers.saap_tuning import GroupTuned, group_tuned
 from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.policies.methods.searched_widths import searched_widths
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
@@ -45,7 +45,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "Compensation",
-    "Cut",
+    "BaselineCut",
     "Evaluator",
     "Evidence",
     "Method",
@@ -53,7 +53,7 @@ __all__ = [
     "Screen",
     "Searched",
     "Space",
-    "Tuned",
+    "GroupTuned",
     "WidthDivergence",
     "best_of_random",
     "block_influence",

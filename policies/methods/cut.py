@@ -19,8 +19,8 @@ from prunenet.models.layers import FFN, down_linears, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import narrowed
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.policies.methods.evidence.structures import Pool, Scores, ranked, shared
-from prunenet.policies.methods.papers.flap import group_mean_bias, mean_bias, standardised
+from prunenet.policies.methods.evidence.structures import Scores, StructurePool, ranked, shared
+from prunenet.policies.methods.papers.flap import group_mean_bias, mean_bias, zscore
 from prunenet.policies.methods.searched_widths import searched_widths
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
 from prunenet.policies.methods.widths.allocation import (
@@ -41,7 +41,7 @@ _BY_SCORES = ("global", "predictor", "evolution")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cut:
+class BaselineCut:
     """What a method makes of a model at one size.
 
     Attributes:
@@ -109,7 +109,7 @@ def cut(
     round_to: int = 8,
     floor: int = 1,
     heads: bool = False,
-) -> Cut:
+) -> BaselineCut:
     """Chooses, or merges, the FFN channels of every layer; with `heads`, chooses attention heads
     too.
 
@@ -122,7 +122,7 @@ def cut(
         ratio: share of the FFN channels of all layers removed, in [0, 1).
         allocation: how widths are chosen, or the widths themselves (within the budget); default the
             method's own. For "global", scores that are not comparable between layers are
-            standardised in each layer first. "owl" and "influence" read text. "predictor" and
+            zscore in each layer first. "owl" and "influence" read text. "predictor" and
             "evolution" judge about 60 architectures on 1024 tokens of it, see `searched_widths`.
         compensate: "mean_bias" adds what the removed channels write on average in the dense model;
             default the method's own.
@@ -162,7 +162,7 @@ def cut(
     widths = _widths(evidence, method, budget, allocation, scores)
     if method.merge is not None:
         keep = [torch.arange(d_ff) < width for d_ff, width in zip(budget.d_ff, widths, strict=True)]
-        return Cut(widths, keep, merged=method.merge(evidence, widths))
+        return BaselineCut(widths, keep, merged=method.merge(evidence, widths))
     if on_the_way:
         keep = _sequential(evidence, method, widths)
     else:
@@ -175,14 +175,14 @@ def cut(
             group_biases = list(
                 map(group_mean_bias, evidence.attentions, evidence.head_outputs, groups)
             )
-    return Cut(widths, keep, biases=biases, groups=groups, group_biases=group_biases)
+    return BaselineCut(widths, keep, biases=biases, groups=groups, group_biases=group_biases)
 
 
 def pruned_model(
     evidence: Evidence, method: str | Method, ratio: float, **options: Any
 ) -> PreTrainedModel:
     """The narrow model of `cut` with the same arguments, for evaluation in memory; see
-    `Cut.applied`.
+    `BaselineCut.applied`.
 
     A method that cuts no FFN channels (slicegpt) makes a model of no more parameters; of the
     options it takes `round_to`.
@@ -213,13 +213,13 @@ def _groups(
         raise ValueError(
             f"attention heads are cut by allocation {', '.join(WITH_HEADS)}, got {allocation!r}"
         )
-    pool = Pool.of(evidence.model, budget)
+    pool = StructurePool.of(evidence.model, budget)
     scores = method.with_heads(evidence)
     if allocation == "global":
         both = (
             scores
             if method.comparable
-            else Scores(*map(_standardised, (scores.channels, scores.groups)))
+            else Scores(*map(_zscores, (scores.channels, scores.groups)))
         )
         first, last = method.protects if method.allocation == "global" else (0, 0)
         counts = ranked(pool, both, first=first, last=last)
@@ -230,8 +230,8 @@ def _groups(
     return groups, scores.channels, pool.rest(counts)
 
 
-def _standardised(rows: list[Float[Tensor, " _"]]) -> list[Float[Tensor, " _"]]:
-    return [standardised(row.float()) for row in rows]
+def _zscores(rows: list[Float[Tensor, " _"]]) -> list[Float[Tensor, " _"]]:
+    return [zscore(row.float()) for row in rows]
 
 
 def _widths(
@@ -271,7 +271,7 @@ def _widths(
         )
     if allocation != "global":
         return searched_widths(evidence, budget, scores, allocation)
-    rows = scores if method.comparable else _standardised(scores)
+    rows = scores if method.comparable else _zscores(scores)
     first, last = method.protects if method.allocation == "global" else (0, 0)
     return global_sort(budget, rows, first=first, last=last)
 

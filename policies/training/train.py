@@ -36,7 +36,7 @@ from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_home
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def train(
     where: Recipe | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    blocks: Blocks | None = None,
+    blocks: CalibrationSet | None = None,
     reward: Reward | None = None,
     regime: Literal["weights", "self", "data"] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
@@ -153,7 +153,7 @@ def _check_asked(
     model: PreTrainedModel | StreamedCheckpoint,
     recipe: Recipe | None,
     where: Recipe | None,
-    blocks: Blocks | None,
+    blocks: CalibrationSet | None,
     regime: str | None,
 ) -> None:
     """Raises ValueError where blocks or the regime are missing, or blocks cannot be read; no
@@ -176,8 +176,8 @@ def _check_asked(
             )
 
 
-def _halves(blocks: Blocks | None) -> tuple[Int[Tensor, "n tokens"], Blocks]:
-    """Blocks for the scorer to read moments of, and blocks for the rewards."""
+def _halves(blocks: CalibrationSet | None) -> tuple[Int[Tensor, "n tokens"], CalibrationSet]:
+    """CalibrationSet for the scorer to read moments of, and blocks for the rewards."""
     if blocks is None or len(blocks.ids) < 2:
         given = "none" if blocks is None else str(len(blocks.ids))
         raise ValueError(
@@ -188,7 +188,9 @@ def _halves(blocks: Blocks | None) -> tuple[Int[Tensor, "n tokens"], Blocks]:
     return blocks.ids[:half], replace(blocks, ids=blocks.ids[half:])
 
 
-def _regime(regime: str | None, where: Recipe | None, blocks: Blocks | None, read: bool) -> str:
+def _regime(
+    regime: str | None, where: Recipe | None, blocks: CalibrationSet | None, read: bool
+) -> str:
     """The most that any stage, or the scorer, looks at."""
     if blocks is None:
         return regime or "weights"
@@ -202,7 +204,7 @@ def _stages(
     recipe: Recipe,
     where: Recipe | None,
     reward: Reward | None,
-    blocks: Blocks | None,
+    blocks: CalibrationSet | None,
 ) -> Iterator[tuple[str, Recipe, Reward]]:
     """Name, recipe and reward of each stage; a later one's reward is measured once the earlier ones
     are done.
@@ -218,9 +220,9 @@ def _told(
     """The first process's histories; the scorer becomes that process's too."""
     weights = scorer.state_dict()
     scorer.load_state_dict(
-        {name: parallel.from_rank(0, partial(weights.__getitem__, name)) for name in weights}
+        {name: parallel.broadcast(0, partial(weights.__getitem__, name)) for name in weights}
     )
-    told = parallel.told_by(0, lambda: histories)
+    told = parallel.broadcast_object(0, lambda: histories)
     return {
         name: [(updates, reward) for updates, reward in history] for name, history in told.items()
     }
@@ -252,7 +254,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _reward(
-    model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks: Blocks | None
+    model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks: CalibrationSet | None
 ) -> Reward:
     if recipe.reward == "spectral":
         chosen = {

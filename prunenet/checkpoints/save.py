@@ -67,7 +67,7 @@ def save_pruned(
         CheckpointError: `out` exists, the disk is full or refuses, or the reload differs.
         ValueError: model, masks and provenance contradict each other.
     """
-    _check_story(model, keep, provenance)
+    _check_provenance(model, keep, provenance)
     _check_heads(model, groups, provenance)
     out = Path(out)
     with new_folder(out, sum(p.numel() * p.element_size() for _, p in parameters(model))) as folder:
@@ -77,12 +77,12 @@ def save_pruned(
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_story(folder, keep, provenance, groups=groups, card_text=card_text)
+        write_provenance(folder, keep, provenance, groups=groups, card_text=card_text)
         _verify(model, folder)
     return out
 
 
-def write_story(
+def write_provenance(
     folder: Path,
     keep: Sequence[Bool[Tensor, " _"]],
     provenance: Provenance,
@@ -173,7 +173,9 @@ def export_padded(folder: str | Path, out: str | Path) -> Path:
     )
 
 
-def _check_story(model: PreTrainedModel, keep: Sequence[Tensor], provenance: Provenance) -> None:
+def _check_provenance(
+    model: PreTrainedModel, keep: Sequence[Tensor], provenance: Provenance
+) -> None:
     kept, widths = [int(mask.sum()) for mask in keep], ffn_widths(model)
     expected = [provenance.padded_to] * len(kept) if provenance.padded_to else kept
     if list(provenance.widths) != kept or widths != expected:

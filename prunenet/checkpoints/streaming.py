@@ -28,7 +28,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.save import write_story
+from prunenet.checkpoints.save import write_provenance
 from prunenet.checkpoints.shards import StoredTensor, read_header
 from prunenet.checkpoints.sources import (
     UNLOADABLE,
@@ -121,7 +121,7 @@ class StreamedCheckpoint:
             for module, name, parameter in empty:
                 setattr(module, name, parameter)
 
-    def tables(self) -> tuple[StoredTensor, StoredTensor | None]:
+    def embeddings(self) -> tuple[StoredTensor, StoredTensor | None]:
         """(input embeddings, output embeddings); the second is None where it is the first."""
         names = {id(parameter): name for name, parameter in self.skeleton.named_parameters()}
         table, head = self.skeleton.get_input_embeddings(), self.skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -185,7 +185,7 @@ def save_streamed(
         hashes = write_model(folder, narrow, state, rows, shard=shard)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_story(folder, keep, provenance)
+        write_provenance(folder, keep, provenance)
         _verify(folder, hashes, state)
     return provenance
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prunenet.compare.plan import Evaluation, Plan
+    from prunenet.compare.pruner import Amount, Pruner
     from prunenet.compare.results import Line, Results
     from prunenet.compare.spec import Spec
-    from prunenet.compare.workshop import Amount, Workshop
     from prunenet.text.corpora import CalibrationText
 
 T = TypeVar("T")
@@ -117,9 +117,9 @@ def compare(
     with one_job(device) as place:
         from prunenet.checkpoints.load import load_model, load_tokenizer
         from prunenet.compare.plan import Plan
+        from prunenet.compare.pruner import Pruner
         from prunenet.compare.results import Results
         from prunenet.compare.spec import parse_all
-        from prunenet.compare.workshop import Workshop
         from prunenet.policies.artifact import policy_for
 
         named = dict(_named(given) for given in calibration)
@@ -144,7 +144,7 @@ def compare(
             if spec.name in specs or _possible(spec, dense, trained is not None)
         ]
         plan = Plan(model, parsed, shares, numbers, scored, amount, round_to)
-        workshop = Workshop(
+        pruner = Pruner(
             dense,
             tokenizer,
             policy=trained,
@@ -153,7 +153,7 @@ def compare(
             amount=amount,
             round_to=round_to,
         )
-        lines = _presented(_done(plan, workshop, results), markdown, figures, as_json)
+        lines = _presented(_done(plan, pruner, results), markdown, figures, as_json)
     _end(lines)
 
 
@@ -184,14 +184,14 @@ def _check_presentation(markdown: Path | None, figures: Path | None) -> None:
         check_home(markdown.parent)
 
 
-def _done(plan: Plan, workshop: Workshop, results: Results) -> list[Line]:
+def _done(plan: Plan, pruner: Pruner, results: Results) -> list[Line]:
     from prunenet.compare.run import check
     from prunenet.compare.run import compare as run
 
-    check(plan, workshop)
+    check(plan, pruner)
     with tables.stages(errors) as advance:
-        workshop.progress = lambda done, of: advance("writing text", done, of)
-        return run(plan, workshop, results, report=_report, progress=advance)
+        pruner.progress = lambda done, of: advance("writing text", done, of)
+        return run(plan, pruner, results, report=_report, progress=advance)
 
 
 def _presented(
@@ -296,7 +296,7 @@ def _calibration_texts(
 
 
 def _amount(tokens: int, window: int | None, config: Any) -> Amount:
-    from prunenet.compare.workshop import Amount
+    from prunenet.compare.pruner import Amount
 
     if window is None:
         window = min(256, getattr(config, "max_position_embeddings", None) or 256)

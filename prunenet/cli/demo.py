@@ -28,7 +28,7 @@ from prunenet.policies.training.recipe import PRESETS, Recipe
 from prunenet.policies.training.train import recorded, train, unfinished
 from prunenet.refit.cut import cut_layers
 from prunenet.runtime.files import CheckpointError, check_home, write_atomic
-from prunenet.text.calibration import Blocks, self_blocks
+from prunenet.text.calibration import CalibrationSet, self_blocks
 from prunenet.text.corpora import TestText, load_text
 
 PROMPT = "The Nile is the longest river in"
@@ -125,7 +125,7 @@ def _policy(dense: PreTrainedModel, folder: Path, recipe: Recipe, console: Conso
         ).policy
 
 
-def _own_text(dense: PreTrainedModel, console: Console) -> Blocks:
+def _own_text(dense: PreTrainedModel, console: Console) -> CalibrationSet:
     """Written once, then read from the cache."""
     with tables.progress(console, "writing") as advance:
         return self_blocks(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunenet.checkpoints.streaming import StreamedCheckpoint
-    from prunenet.text.calibration import Blocks
+    from prunenet.text.calibration import CalibrationSet
 
 
 def open_model(
@@ -60,7 +60,7 @@ def blocks_for(
     text: str,
     seed: int,
     total: int | None = None,
-) -> Blocks:
+) -> CalibrationSet:
     """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises
     as `calibration_for`.
     """

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prunenet.checkpoints.provenance import Provenance
-    from prunenet.recover.training import Tuned, Tuning
-    from prunenet.text.calibration import Blocks
+    from prunenet.recover.training import Recovered, Tuning
+    from prunenet.text.calibration import CalibrationSet
 
 Pruned = Annotated[
     str, typer.Argument(help="Folder of a pruned checkpoint, or its id on the Hugging Face hub.")
@@ -45,8 +45,8 @@ Tokens = Annotated[
         help="Tokens of text to learn from, in blocks of 256; a fifth is held back to judge by."
     ),
 ]
-Batch = Annotated[int, typer.Option(help="Blocks of a step.")]
-MicroBatch = Annotated[int, typer.Option(help="Blocks in memory at once.")]
+Batch = Annotated[int, typer.Option(help="CalibrationSet of a step.")]
+MicroBatch = Annotated[int, typer.Option(help="CalibrationSet in memory at once.")]
 
 
 def recover(
@@ -123,7 +123,12 @@ def recover(
 
 
 def recovered(
-    provenance: Provenance, found: Tuned, tuning: Tuning, blocks: Blocks, *, taught: bool
+    provenance: Provenance,
+    found: Recovered,
+    tuning: Tuning,
+    blocks: CalibrationSet,
+    *,
+    taught: bool,
 ) -> Provenance:
     """The story of a pruned model with its recovery; the regime is the most that any step looked
     at.
@@ -142,7 +147,7 @@ def recovered(
     return dataclasses.replace(provenance, regime=regime, recovered=(*provenance.recovered, step))
 
 
-def save(found: Tuned, out: Path, folder: Path, story: Provenance, source: str) -> None:
+def save(found: Recovered, out: Path, folder: Path, story: Provenance, source: str) -> None:
     """Writes the checkpoint: the masks of the pruned one in `folder`, and its tokenizer."""
     from prunenet.checkpoints.save import load_head_masks, load_masks, save_pruned
 

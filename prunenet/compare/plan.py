@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
-from prunenet.compare.workshop import Amount, Workshop
 from prunenet.evaluation.zeroshot import read_task
 from prunenet.text.corpora import TestText, content_sha256
 
@@ -99,7 +99,7 @@ def cells(plan: Plan) -> list[Cell]:
     return found
 
 
-def asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
+def asked(plan: Plan, cell: Cell, pruner: Pruner) -> Line:
     """What was asked for, in the words of a line."""
     spec, scored = cell.spec, plan.evaluation
     fields: dict[str, str | bool | None] = dict.fromkeys(
@@ -115,11 +115,11 @@ def asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
         }
         # not a field of the others: their cells keep their keys
         fields |= {"heads": True} if spec.heads else {}
-        policy = workshop.policy if spec.asks_policy else None
+        policy = pruner.policy if spec.asks_policy else None
     amount = (
         None
         if spec is None or spec.moments is None
-        else asdict(plan.amount) | {"sha256": workshop.sha256(spec)}
+        else asdict(plan.amount) | {"sha256": pruner.sha256(spec)}
     )
     return {
         "format": _FORMAT,

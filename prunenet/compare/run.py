@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.identity import identify
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
+from prunenet.compare.pruner import Made, Pruner
 from prunenet.compare.results import Line, Results
-from prunenet.compare.workshop import Made, Workshop
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.evaluation.speed import check_positions
 from prunenet.evaluation.zeroshot import TaskResult, read_task, zero_shot
@@ -41,11 +41,11 @@ _MEASURED = (
 )
 
 
-def check(plan: Plan, workshop: Workshop) -> None:
+def check(plan: Plan, pruner: Pruner) -> None:
     """Raises ValueError (or a kind of it) for what no cell of the plan could do, before any
     work.
     """
-    model, scored = workshop.model, plan.evaluation
+    model, scored = pruner.model, plan.evaluation
     if not plan.ratios or not plan.seeds or not scored.texts:
         raise ValueError("a comparison has a ratio, a seed and a text to score at least")
     if scored.limit is not None and scored.limit < 1:
@@ -58,7 +58,7 @@ def check(plan: Plan, workshop: Workshop) -> None:
         for d_ff in set(ffn_widths(model)):
             width_at(d_ff, check_ratio(ratio), plan.round_to)
     for spec in plan.specs:
-        if spec.needs_policy and workshop.policy is None:
+        if spec.needs_policy and pruner.policy is None:
             raise ValueError(
                 f"{spec.name!r} asks a policy, and none ships for model type"
                 f" {model.config.model_type!r}; train one (prunenet train) and give its folder as"
@@ -66,22 +66,22 @@ def check(plan: Plan, workshop: Workshop) -> None:
             )
         if spec.heads:
             attentions(model)
-        if workshop.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
-            check_measured(workshop.policy, spec.moments is not None)
+        if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
+            check_measured(pruner.policy, spec.moments is not None)
         able = METHODS[spec.method].able if spec.method in METHODS else None
         if able is not None:
             able(model)
     check_positions(model, scored.window, "window")
-    workshop.check_texts(plan.specs)
+    pruner.check_texts(plan.specs)
     for text in scored.texts:
-        token_windows(tokenise(workshop.tokenizer, text), scored.window, scored.stride)
+        token_windows(tokenise(pruner.tokenizer, text), scored.window, scored.stride)
     for task, file in scored.tasks.items():
         read_task(task, file)
 
 
 def compare(
     plan: Plan,
-    workshop: Workshop,
+    pruner: Pruner,
     results: Results,
     *,
     report: Callable[[Line], None] | None = None,
@@ -96,7 +96,7 @@ def compare(
 
     Args:
         plan: see `check`.
-        workshop: of the plan's model.
+        pruner: of the plan's model.
         results: each line is in the file before the next cell begins.
         report: called with each line that is new.
         progress: called with (cell, cells done, cells in all).
@@ -110,15 +110,17 @@ def compare(
     shared = {
         "model": name,
         "revision": revision,
-        "dtype": str(workshop.model.dtype).removeprefix("torch."),
+        "dtype": str(pruner.model.dtype).removeprefix("torch."),
     }
-    questions = {cell: asked(plan, cell, workshop) | shared for cell in cells(plan)}
+    questions = {cell: asked(plan, cell, pruner) | shared for cell in cells(plan)}
     keys = {cell: key_of(question) for cell, question in questions.items()}
-    left = parallel.told_by(0, lambda: [key for key in keys.values() if not results.done(key)])
+    left = parallel.broadcast_object(
+        0, lambda: [key for key in keys.values() if not results.done(key)]
+    )
     todo = [cell for cell in questions if keys[cell] in left]
-    workshop.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
+    pruner.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
     about = {
-        "device": where(workshop.model),
+        "device": where(pruner.model),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
@@ -131,9 +133,9 @@ def compare(
 
     last: Cell | None = None
     with parallel.posted(take) as add:
-        for number in parallel.turns(len(todo)):
+        for number in parallel.work_queue(len(todo)):
             cell = todo[number]
-            _forget(workshop, last, cell)
+            _forget(pruner, last, cell)
             last = cell
             if progress is not None:
                 progress(cell.name, number, len(todo))
@@ -145,14 +147,16 @@ def compare(
                 **about,
             }
             with parallel.apart():
-                _measure(cell, plan.evaluation, workshop, line)
+                _measure(cell, plan.evaluation, pruner, line)
             add(line)
-    _forget(workshop, last, None)
-    lines: list[Line] = parallel.told_by(0, lambda: [results[key] for key in keys.values()])
+    _forget(pruner, last, None)
+    lines: list[Line] = parallel.broadcast_object(
+        0, lambda: [results[key] for key in keys.values()]
+    )
     return lines
 
 
-def _forget(workshop: Workshop, last: Cell | None, following: Cell | None) -> None:
+def _forget(pruner: Pruner, last: Cell | None, following: Cell | None) -> None:
     """Drops what the last cell read, unless the next one reads it too: cells come text by text."""
     if last is None or last.spec is None or last.spec.moments is None:
         return
@@ -161,29 +165,29 @@ def _forget(workshop: Workshop, last: Cell | None, following: Cell | None) -> No
         or following.spec is None
         or (following.spec.moments, following.seed) != (last.spec.moments, last.seed)
     ):
-        workshop.forget(last.spec.moments, last.seed)
+        pruner.forget(last.spec.moments, last.seed)
 
 
-def _measure(cell: Cell, scored: Evaluation, workshop: Workshop, line: Line) -> None:
+def _measure(cell: Cell, scored: Evaluation, pruner: Pruner, line: Line) -> None:
     """Makes the model and scores it; fills in the line as far as that goes."""
     try:
-        narrow = _prune(cell, workshop, line)
-        _score(narrow, scored, workshop, line)
+        narrow = _prune(cell, pruner, line)
+        _score(narrow, scored, pruner, line)
     except Exception as error:  # a cell may fail in any way; the others go on
         line["error"] = _sentence(error)
 
 
-def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
-    spec, device = cell.spec, home(workshop.model)
+def _prune(cell: Cell, pruner: Pruner, line: Line) -> PreTrainedModel:
+    spec, device = cell.spec, home(pruner.model)
     if spec is None:
-        made = Made(workshop.model, ffn_widths(workshop.model), 0, "weights", "weights", None, None)
+        made = Made(pruner.model, ffn_widths(pruner.model), 0, "weights", "weights", None, None)
         line |= {"seconds_pruning": 0.0, "seconds_shared": 0.0}
     else:
         if spec.moments is not None:
-            line["seconds_calibration"] = workshop.blocks(spec.moments, cell.seed)[1]
-        with workshop.ledger.cell() as use, peak_memory(device) as peak:
+            line["seconds_calibration"] = pruner.blocks(spec.moments, cell.seed)[1]
+        with pruner.ledger.cell() as use, peak_memory(device) as peak:
             start = time.perf_counter()
-            made = workshop.make(spec, cell.ratio, cell.seed)
+            made = pruner.make(spec, cell.ratio, cell.seed)
             synchronise(device)
             seconds = time.perf_counter() - start
         line |= {
@@ -205,7 +209,7 @@ def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
     return made.model
 
 
-def _score(narrow: PreTrainedModel, scored: Evaluation, workshop: Workshop, line: Line) -> None:
+def _score(narrow: PreTrainedModel, scored: Evaluation, pruner: Pruner, line: Line) -> None:
     limits: dict[str, Any] = {
         "window": scored.window,
         "stride": scored.stride,
@@ -215,12 +219,12 @@ def _score(narrow: PreTrainedModel, scored: Evaluation, workshop: Workshop, line
         start = time.perf_counter()
         line["perplexity"] = []
         for label, text in zip(scored.labels, scored.texts, strict=True):
-            found = asdict(perplexity(narrow, workshop.tokenizer, text, **limits))
+            found = asdict(perplexity(narrow, pruner.tokenizer, text, **limits))
             # JSON knows no infinity; the loss says it
             value = found["value"] if math.isfinite(found["value"]) else None
             line["perplexity"].append(found | {"text": label, "value": value})
         if scored.tasks:
-            answers = zero_shot(narrow, workshop.tokenizer, scored.tasks, limit=scored.limit)
+            answers = zero_shot(narrow, pruner.tokenizer, scored.tasks, limit=scored.limit)
             line |= {
                 "tasks": [asdict(answer) for answer in answers],
                 "accuracy": _mean_accuracy(answers),

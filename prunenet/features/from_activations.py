@@ -89,7 +89,7 @@ def moment_statistics(
     downs, found = down_linears(model), {}
     walk = LayerWalk(model, blocks)
     for index in walk:
-        if not parallel.mine(index):
+        if not parallel.is_owner(index):
             continue
         moments = walk.moments(index)
         if not bool(torch.isfinite(moments.second).all()):
@@ -100,7 +100,7 @@ def moment_statistics(
         found[index] = (layer_moment_statistics(downs[index].weight.detach(), moments),)
         if progress is not None:
             progress(index + 1, len(downs))
-    return [statistics for (statistics,) in parallel.from_owners(found, len(downs))]
+    return [statistics for (statistics,) in parallel.gather_from_owners(found, len(downs))]
 
 
 def layer_moment_statistics(

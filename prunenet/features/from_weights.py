@@ -27,15 +27,21 @@ from jaxtyping import Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from prunenet.features.residual import ResidualStream, moments, normalised, quadratic, self_product
+from prunenet.features.residual import (
+    ResidualStream,
+    embedding_moments,
+    normalised,
+    quadratic,
+    self_product,
+)
 from prunenet.models.layers import (
     FFN,
     Weights,
     activation,
     decoder_layers,
+    embeddings,
     ffn_at,
     structure,
-    tables,
 )
 from prunenet.runtime import parallel
 
@@ -106,9 +112,9 @@ def layer_context(model: Weights) -> Float32[Tensor, "layers n_context"]:
     Raises:
         UnsupportedArchitecture: see `prunenet.models.layers.decoder_layers`.
     """
-    table, _ = tables(model)
+    table, _ = embeddings(model)
     written, rows, layers = (
-        float(moments(table)[0].trace()),
+        float(embedding_moments(table)[0].trace()),
         [],
         len(decoder_layers(structure(model))),
     )
@@ -141,19 +147,21 @@ def observe(
     else:
         yield from (
             (rows, row)
-            for rows, row in parallel.from_owners(dict(own), len(decoder_layers(structure(model))))
+            for rows, row in parallel.gather_from_owners(
+                dict(own), len(decoder_layers(structure(model)))
+            )
         )
 
 
 def _own_observations(model: Weights) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     act, stream, layers = (
         activation(model),
-        ResidualStream(*tables(model)),
+        ResidualStream(*embeddings(model)),
         len(decoder_layers(structure(model))),
     )
     written = stream.energy
     for index in range(layers):
-        if parallel.mine(index):
+        if parallel.is_owner(index):
             statistics, norms, grams = _observed(ffn_at(model, index), stream, act)
             row, written = _context_row(index, layers, norms, grams, written)
             yield index, (statistics, row)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from prunenet.models.layers import FFN, Table
+from prunenet.models.layers import FFN, EmbeddingMatrix
 
 _TINY, _ROWS = 1e-30, 8192
 # columns of a symmetric product that are computed at once; a narrower one is a plain product
@@ -33,13 +33,13 @@ class ResidualStream:
         attention: sum of W_o W_o^T over the layers read so far.
     """
 
-    def __init__(self, table: Table, head: Table | None) -> None:
-        self.moment, mean = moments(table)
+    def __init__(self, table: EmbeddingMatrix, head: EmbeddingMatrix | None) -> None:
+        self.moment, mean = embedding_moments(table)
         self.energy = float(self.moment.trace())
         self.mean = torch.nn.functional.normalize(mean, dim=0)
         self.embedding = self.unembedding = normalised(self.moment)
         if head is not None:
-            self.unembedding = normalised(moments(head)[0])
+            self.unembedding = normalised(embedding_moments(head)[0])
         self.attention = torch.zeros_like(self.moment)
 
     def read_attention(self, ffn: FFN) -> None:
@@ -60,7 +60,9 @@ class ResidualStream:
         self.moment = self.moment + self_product(columns.T)
 
 
-def moments(table: Table) -> tuple[Float32[Tensor, "width width"], Float32[Tensor, " width"]]:
+def embedding_moments(
+    table: EmbeddingMatrix,
+) -> tuple[Float32[Tensor, "width width"], Float32[Tensor, " width"]]:
     """Mean outer product and mean of the rows, a slab at a time: a table is never held whole in
     float32.
     """

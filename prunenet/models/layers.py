@@ -68,7 +68,7 @@ class FFN:
 
 
 @runtime_checkable
-class Table(Protocol):
+class EmbeddingMatrix(Protocol):
     """Rows of an embedding matrix, (vocabulary, width): a tensor, or a
     `prunenet.checkpoints.shards.StoredTensor`.
     """
@@ -99,8 +99,8 @@ class Streamed(Protocol):
         """One layer's weights, a copy; whoever lets go of it frees the memory."""
         ...
 
-    def tables(self) -> tuple[Table, Table | None]:
-        """As `tables` below."""
+    def embeddings(self) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
+        """As `embeddings` below."""
         ...
 
 
@@ -130,12 +130,12 @@ def ffn_at(model: Weights, index: int) -> FFN:
         return read_ffn(layer, index, architecture)
 
 
-def tables(model: Weights) -> tuple[Table, Table | None]:
+def embeddings(model: Weights) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
     """(input embeddings, output embeddings); the second is None where it is the first, or where
     there is none.
     """
     if not isinstance(model, PreTrainedModel):
-        return model.tables()
+        return model.embeddings()
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None and any(model.get_parameter(name) is head.weight for name in ties(model)):
         head = None

@@ -30,7 +30,7 @@ from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import home
-from prunenet.text.calibration import Blocks, check_seed
+from prunenet.text.calibration import CalibrationSet, check_seed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +77,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tuned:
+class Recovered:
     """What training gives.
 
     Attributes:
@@ -97,14 +97,14 @@ class Tuned:
 
 def tuned(
     model: PreTrainedModel,
-    blocks: Blocks,
+    blocks: CalibrationSet,
     tuning: Tuning,
     *,
     teacher: PreTrainedModel | None = None,
     folder: Path | None = None,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Tuned:
+) -> Recovered:
     """Trains low-rank updates of all linears of the decoder layers and merges the best ones seen
     into the weights.
 
@@ -133,8 +133,8 @@ def tuned(
     narrow = merged(run.student)
     after = run.held_loss(narrow)
     if not after < before:
-        return Tuned(model, before, before, 0, run.history)
-    return Tuned(narrow, before, after, best_step, run.history)
+        return Recovered(model, before, before, 0, run.history)
+    return Recovered(narrow, before, after, best_step, run.history)
 
 
 def teaching_loss(
@@ -158,7 +158,7 @@ class _Run:
         self,
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
-        blocks: Blocks,
+        blocks: CalibrationSet,
         tuning: Tuning,
         folder: Path | None,
         progress: Callable[[int, int, float], None] | None,
@@ -258,10 +258,10 @@ class _Run:
         own = {
             number: self._part(model, part, learned)
             for number, part in enumerate(parts)
-            if parallel.mine(number)
+            if parallel.is_owner(number)
         }
         shares = [len(part) / len(ids) for part in parts]
-        found = zip(*parallel.from_owners(own, len(parts)), strict=True)
+        found = zip(*parallel.gather_from_owners(own, len(parts)), strict=True)
         return [
             reduce(torch.add, [t * share for t, share in zip(column, shares, strict=True)])
             for column in found
@@ -298,7 +298,9 @@ class _Run:
             save_state(self.file, self.state, self.updates, self.optimizer, self.identity)
 
 
-def _check_asked(model: PreTrainedModel, blocks: Blocks, teacher: PreTrainedModel | None) -> None:
+def _check_asked(
+    model: PreTrainedModel, blocks: CalibrationSet, teacher: PreTrainedModel | None
+) -> None:
     count, tokens = blocks.ids.shape
     if count < 2 or tokens < 2:
         raise ValueError(

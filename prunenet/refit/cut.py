@@ -99,7 +99,7 @@ def cut_layers(
     walks = [LayerWalk(model, fold) for fold in folds_of(blocks)]
     found: dict[int, list[Tensor]] = {}
     for index, _ in zip(*walks, strict=True):
-        if not parallel.mine(index):
+        if not parallel.is_owner(index):
             continue
         folds, down = (
             [_finite(walk.moments(index), index) for walk in walks],
@@ -127,7 +127,7 @@ def cut_layers(
             ]
         if progress is not None:
             progress(index + 1, len(downs))
-    layers = parallel.from_owners(found, len(downs))
+    layers = parallel.gather_from_owners(found, len(downs))
     if not refit:
         return [Cut(list(keep), None) for keep in zip(*layers, strict=True)]
     ways = [

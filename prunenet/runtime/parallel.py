@@ -47,7 +47,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def mine(index: int) -> bool:
+def is_owner(index: int) -> bool:
     """Whether layer (or text, ...) `index` is this rank's: they are dealt out in turn."""
     return index % size() == rank()
 
@@ -119,7 +119,7 @@ def _share(count: int, of: int) -> slice:
     return slice(start, start + each + (of < more))
 
 
-def gathered(part: Tensor, count: int) -> Tensor:
+def all_gather(part: Tensor, count: int) -> Tensor:
     """The whole of `count` rows, on every rank, from each rank's `share` of them."""
     if size() == 1:
         return part
@@ -132,7 +132,7 @@ def gathered(part: Tensor, count: int) -> Tensor:
     return torch.cat([rows[:length] for rows, length in zip(parts, lengths, strict=True)])
 
 
-def from_rank(source: int, make: Callable[[], Tensor]) -> Tensor:
+def broadcast(source: int, make: Callable[[], Tensor]) -> Tensor:
     """What `make` gives on one rank, on all of them; it is not called on the others.
 
     It lies on the CPU, or on each rank's own GPU where it lay on one; contiguous where there are
@@ -156,19 +156,19 @@ def from_rank(source: int, make: Callable[[], Tensor]) -> Tensor:
     return sent
 
 
-def told_by(source: int, make: Callable[[], Any]) -> Any:
-    """`from_rank` for what JSON holds. Tuples become lists where there are several ranks."""
+def broadcast_object(source: int, make: Callable[[], Any]) -> Any:
+    """`broadcast` for what JSON holds. Tuples become lists where there are several ranks."""
     if size() == 1:
         return make()
-    text = from_rank(
+    text = broadcast(
         source, lambda: torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8)
     )
     return json.loads(text.numpy().tobytes())
 
 
-def from_owners(found: Mapping[int, Sequence[Tensor]], count: int) -> list[list[Tensor]]:
+def gather_from_owners(found: Mapping[int, Sequence[Tensor]], count: int) -> list[list[Tensor]]:
     """The tensors of `count` layers (or texts, ...), on every rank, from the ranks whose they are
-    (`mine`).
+    (`is_owner`).
     """
     if size() == 1:
         return [list(found[index]) for index in range(count)]
@@ -176,14 +176,14 @@ def from_owners(found: Mapping[int, Sequence[Tensor]], count: int) -> list[list[
     for index in range(count):
         source = index % size()
         own = found.get(index, ())
-        pieces = int(from_rank(source, partial(torch.tensor, len(own))))
+        pieces = int(broadcast(source, partial(torch.tensor, len(own))))
         result.append(
-            [from_rank(source, partial(own.__getitem__, number)) for number in range(pieces)]
+            [broadcast(source, partial(own.__getitem__, number)) for number in range(pieces)]
         )
     return result
 
 
-def turns(count: int) -> Iterator[int]:
+def work_queue(count: int) -> Iterator[int]:
     """The numbers from 0 to `count`, each to one rank: whoever is free takes the next."""
     if _team is None or _apart:
         yield from range(count)

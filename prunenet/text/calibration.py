@@ -39,7 +39,7 @@ PREFIX = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class CalibrationSet:
     """Token ids without padding, and where they come from.
 
     Attributes:
@@ -62,7 +62,7 @@ def self_blocks(
     seed: int = 0,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Blocks:
+) -> CalibrationSet:
     """Text that the model writes by itself, half of it from the document start, half from a random
     token behind it.
 
@@ -94,7 +94,7 @@ def self_blocks(
     ids = _cached(
         model, source, cache, lambda: _written(model, tokenizer, sequences, tokens, seed, progress)
     )
-    return Blocks(ids, "self", {"text": "self-generated", **source})
+    return CalibrationSet(ids, "self", {"text": "self-generated", **source})
 
 
 def prefix_blocks(
@@ -108,7 +108,7 @@ def prefix_blocks(
     seed: int = 0,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Blocks:
+) -> CalibrationSet:
     """Text that the model writes behind the first tokens of documents (METHODS.md 4, after arXiv
     2410.17711); regime "data".
 
@@ -149,7 +149,7 @@ def prefix_blocks(
     source |= {"start": start, "version": _GENERATOR_VERSION}
     sampling |= {"hot": sampling["temperature"], "prefixes": opening, "progress": progress}
     ids = _cached(model, source, cache, lambda: generate_blocks(model, start, **sampling).cpu())
-    return Blocks(ids, "data", {"text": "self-generated from document prefixes", **source})
+    return CalibrationSet(ids, "data", {"text": "self-generated from document prefixes", **source})
 
 
 def openings(
@@ -193,7 +193,7 @@ def openings(
 
 def token_blocks(
     model: PreTrainedModel, *, count: int = 64, window: int = 256, seed: int = 0
-) -> Blocks:
+) -> CalibrationSet:
     """Uniformly drawn token ids (METHODS.md 3, `tokens`). Nothing is external, so the regime is
     "self".
 
@@ -201,7 +201,7 @@ def token_blocks(
         ValueError: see `prunenet.text.random_tokens.random_blocks`.
     """
     ids = random_blocks(model, count, window, torch.Generator().manual_seed(seed))
-    return Blocks(
+    return CalibrationSet(
         ids, "self", {"text": "random tokens", "count": count, "window": window, "seed": seed}
     )
 
@@ -260,13 +260,13 @@ def data_blocks(
     count: int = 32,
     window: int = 256,
     seed: int = 0,
-) -> Blocks:
+) -> CalibrationSet:
     """Windows drawn from external text. Arguments and errors:
     `prunenet.text.corpora.calibration_blocks`.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = calibration_blocks(tokenizer, text, count=count, window=window, generator=generator)
-    return Blocks(
+    return CalibrationSet(
         ids,
         "data",
         {
@@ -297,7 +297,7 @@ def calibration_for(
     seed: int = 0,
     total: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Blocks:
+) -> CalibrationSet:
     """`self_blocks`, or `data_blocks` of a text by its name; shorter where the model reads no 256
     tokens.
 
@@ -316,7 +316,7 @@ def calibration_for(
         )
     count = None if total is None else total // tokens
 
-    def made() -> Blocks:
+    def made() -> CalibrationSet:
         if moments == "self":
             return self_blocks(
                 model,
@@ -333,11 +333,11 @@ def calibration_for(
     return blocks_from(0, made)
 
 
-def blocks_from(source: int, make: Callable[[], Blocks]) -> Blocks:
+def blocks_from(source: int, make: Callable[[], CalibrationSet]) -> CalibrationSet:
     """What `make` gives on one of several processes, on all of them; it is not called on the
     others.
     """
     made = [make()] if parallel.rank() == source else []
-    ids = parallel.from_rank(source, lambda: made[0].ids)
-    regime, how = parallel.told_by(source, lambda: (made[0].regime, dict(made[0].source)))
-    return Blocks(ids, regime, how)
+    ids = parallel.broadcast(source, lambda: made[0].ids)
+    regime, how = parallel.broadcast_object(source, lambda: (made[0].regime, dict(made[0].source)))
+    return CalibrationSet(ids, regime, how)

@@ -26,7 +26,7 @@ from prunenet.policies.methods.evidence.gradients import (
 from prunenet.policies.methods.widths.influence import block_influence
 from prunenet.refit.moments import Energies, LayerWalk
 from prunenet.runtime.placement import check_together, device_of, home, is_placed
-from prunenet.text.calibration import Blocks
+from prunenet.text.calibration import CalibrationSet
 
 _BATCH = 4
 
@@ -74,7 +74,7 @@ class Evidence:
     """
 
     model: PreTrainedModel
-    blocks: Blocks | None = None
+    blocks: CalibrationSet | None = None
     seed: int = 0
 
     def generator(self) -> torch.Generator:

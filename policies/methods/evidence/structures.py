@@ -34,7 +34,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class StructurePool:
     """What channels and groups may cost together.
 
     Attributes:
@@ -48,7 +48,7 @@ class Pool:
     costs: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, ffn: Budget) -> Pool:
+    def of(cls, model: PreTrainedModel, ffn: Budget) -> StructurePool:
         """Raises UnsupportedArchitecture where heads cannot be cut."""
         found = attentions(model)
         return cls(ffn, tuple(a.groups for a in found), tuple(a.group_parameters for a in found))
@@ -70,7 +70,7 @@ class Pool:
         )
 
 
-def shared(pool: Pool, *, first: int = 0, last: int = 0) -> list[int]:
+def shared(pool: StructurePool, *, first: int = 0, last: int = 0) -> list[int]:
     """The same share of groups as of channels, and the same in every layer (LLM-Pruner, arXiv
     2305.11627).
 
@@ -107,7 +107,7 @@ def shared(pool: Pool, *, first: int = 0, last: int = 0) -> list[int]:
     return counts(more)
 
 
-def ranked(pool: Pool, scores: Scores, *, first: int = 0, last: int = 0) -> list[int]:
+def ranked(pool: StructurePool, scores: Scores, *, first: int = 0, last: int = 0) -> list[int]:
     """Groups left in each layer by one ranking of all channels and groups (FLAP, arXiv 2312.11983,
     section 4.2).
 

@@ -45,7 +45,7 @@ from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
 from prunenet.policies.methods.evidence.gradients import Slice, channel_gradients
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.policies.methods.papers.calibration_pool import Pool
+from prunenet.policies.methods.papers.calibration_pool import CalibrationPool
 from prunenet.policies.methods.papers.tpe import (
     Choice,
     Space,
@@ -190,7 +190,7 @@ def searched(
         strategy: "tpe", or "random" for the control.
         starts: metrics that are tried first.
         sequences: calibration windows of a candidate, 1 or more.
-        tokens, clusters: see `Pool.of`.
+        tokens, clusters: see `CalibrationPool.of`.
         held_tokens: held back at most, in whole blocks: one or more, and no more than a fifth of
             them.
         widths: the allocation of the cut.
@@ -208,7 +208,7 @@ def searched(
         )
     blocks, window = evidence.ids.shape
     held = evidence.ids[-max(1, min(blocks // 5, held_tokens // window)) :]
-    pool = Pool.of(
+    pool = CalibrationPool.of(
         evidence.model,
         evidence.ids[: -len(held)],
         evidence.generator(),
@@ -259,7 +259,7 @@ def masked_loss(
 
 def _candidate(
     model: PreTrainedModel,
-    pool: Pool,
+    pool: CalibrationPool,
     params: Mapping[str, Value],
     sequences: int,
     widths: Sequence[int],

@@ -22,7 +22,7 @@ _BATCH = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class CalibrationPool:
     """Calibration windows to choose from.
 
     Attributes:
@@ -45,7 +45,7 @@ class Pool:
         tokens: int = 64,
         clusters: int = 8,
         most: int = 256,
-    ) -> Pool:
+    ) -> CalibrationPool:
         """Cuts blocks into windows, drops the least informative fifth and clusters the others by
         mean hidden state.
 
@@ -75,7 +75,7 @@ class Pool:
         ]
         clusters = min(clusters, len(windows))
         points = mean_hidden_states(model, windows)
-        return cls(windows, folding.clusters(points, clusters, generator).cpu(), clusters)
+        return cls(windows, folding.kmeans(points, clusters, generator).cpu(), clusters)
 
     @property
     def sizes(self) -> Int[Tensor, " clusters"]:

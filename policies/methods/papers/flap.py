@@ -34,11 +34,11 @@ def fluctuation(ffn: FFN, energies: Energies) -> Float[Tensor, " d_ff"]:
 
 
 def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
-    """Fluctuations, standardised within each layer, so that one sort ranks the channels of all
+    """Fluctuations, zscore within each layer, so that one sort ranks the channels of all
     layers.
     """
     return [
-        standardised(fluctuation(ffn, found))
+        zscore(fluctuation(ffn, found))
         for ffn, found in zip(evidence.ffns, evidence.energies, strict=True)
     ]
 
@@ -60,13 +60,13 @@ def group_fluctuation(attention: Attention, outputs: HeadOutputs) -> Float[Tenso
     As in the authors' code (CASIA-IVA-Lab/FLAP, lib/prune.py, structure AL-AM), which squares the
     fluctuations of attention and not those of channels, and standardises coordinates before it
     averages them over a head. A head so has a score near 0, the mean of all coordinates, where many
-    of them make it up; sums over heads, standardised, would spread as single channels do.
+    of them make it up; sums over heads, zscore, would spread as single channels do.
     """
     fluctuations = outputs.variance * attention.out.float().square().sum(0)
-    return standardised(fluctuations.square()).view(attention.groups, -1).mean(1)
+    return zscore(fluctuations.square()).view(attention.groups, -1).mean(1)
 
 
-def standardised(scores: Float[Tensor, " d_ff"]) -> Float[Tensor, " d_ff"]:
+def zscore(scores: Float[Tensor, " d_ff"]) -> Float[Tensor, " d_ff"]:
     """(s - mean) / standard deviation (with d_ff - 1); zeros where all are equal."""
     deviation = scores.std() if len(scores) > 1 else scores.new_zeros(())
     centred = scores - scores.mean()

@@ -38,7 +38,7 @@ def merge(evidence: Evidence, widths: Sequence[int]) -> list[FFN]:
     """
     generator = evidence.generator()
     return [
-        folded(ffn, clusters(points(ffn), k, generator), k)
+        folded(ffn, kmeans(points(ffn), k, generator), k)
         for ffn, k in zip(evidence.ffns, widths, strict=True)
     ]
 
@@ -84,7 +84,7 @@ def folded(ffn: FFN, labels: Int[Tensor, " d_ff"], width: int) -> FFN:
     )
 
 
-def clusters(
+def kmeans(
     points: Float[Tensor, "n features"],
     k: int,
     generator: torch.Generator,

@@ -54,7 +54,7 @@ class PublishedScorer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
+class PublishedTraining:
     """How a policy was trained.
 
     Attributes:
@@ -139,7 +139,7 @@ def trained(
     episodes: int = 20,
     learning_rate: float = 1e-3,
     gamma: float = 0.99,
-) -> Training:
+) -> PublishedTraining:
     """REINFORCE by the published recipe: AdamW, gradients clipped to norm 1, one step an episode.
 
     Args:
@@ -173,7 +173,7 @@ def trained(
             best = {name: value.clone() for name, value in scorer.state_dict().items()}
         totals.append(sum(rewards))
     scorer.load_state_dict(best)
-    return Training(scorer, totals)
+    return PublishedTraining(scorer, totals)
 
 
 def _reward(reference: SpectralReference, keep: Bool[Tensor, " d_ff"]) -> float:

@@ -13,7 +13,7 @@ the paper's number:
   is smallest, so that every log term is 0 or more and the logarithm of fused exists whatever the
   scale of the loss;
 - fluctuation F_j = standard deviation / mean over calibration sequences of sum_m I_m,j / (2 s_m^2);
-  stability indicator A = F standardised within the layer; a channel's score is z(log fused) - beta
+  stability indicator A = F zscore within the layer; a channel's score is z(log fused) - beta
   A, z over all channels of the model. So what fluctuates is removed, where FLAP removes what does
   not: `removes` turns the sign over, to be measured;
 - a layer has one type of structure, FFN channels, or with heads a second one, groups of heads
@@ -34,7 +34,7 @@ from torch import Tensor
 from prunenet.policies.methods.evidence.gradients import TaylorSums
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.evidence.structures import Scores
-from prunenet.policies.methods.papers.flap import standardised
+from prunenet.policies.methods.papers.flap import zscore
 
 Element = Literal["element1", "element2", "mix"]
 Removes = Literal["unstable", "stable"]
@@ -88,7 +88,7 @@ def _ranked(
         )
     together = [*evidence.taylor, *(evidence.group_taylor if heads else [])]
     importances = [_importances(sums, element) for sums in together]
-    ranked = standardised(torch.cat(fused(importances)).clamp_min(_LEAST).log())
+    ranked = zscore(torch.cat(fused(importances)).clamp_min(_LEAST).log())
     found = list(torch.split(ranked, [row.shape[1] for row in importances]))
     if beta > 0:
         alone = evidence.taylor_by_sequence
@@ -100,9 +100,7 @@ def _ranked(
         weight = -beta if removes == "unstable" else beta
         for layer, importance in enumerate(importances):
             each = torch.stack([layers[layer] for layers in sequences])
-            found[layer] = found[layer] + weight * standardised(
-                fluctuation(each, importance.mean(1))
-            )
+            found[layer] = found[layer] + weight * zscore(fluctuation(each, importance.mean(1)))
     return found
 
 

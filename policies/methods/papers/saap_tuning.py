@@ -37,7 +37,7 @@ from prunenet.runtime.placement import home
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tuned:
+class GroupTuned:
     """A fine-tuned model.
 
     Attributes:
@@ -99,7 +99,7 @@ def group_tuned(
     bits: int | None = 4,
     learning_rate: float = 1e-3,
     progress: Callable[[int, int], None] | None = None,
-) -> Tuned:
+) -> GroupTuned:
     """Quantises the linears of all decoder layers, trains group-wise low-rank updates and merges
     them.
 
@@ -146,7 +146,7 @@ def group_tuned(
                 progress(len(losses), steps)
     for linear, adapter in zip(linears, adapters, strict=True):
         linear.weight.data = adapter.merged(linear.weight.detach())
-    return Tuned(tuned, losses)
+    return GroupTuned(tuned, losses)
 
 
 def quantised(

@@ -29,7 +29,7 @@ from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.refit.cut import Cut, refit_kept, refit_sequentially
 from prunenet.runtime import parallel
 from prunenet.text.calibration import (
-    Blocks,
+    CalibrationSet,
     blocks_from,
     data_blocks,
     openings,
@@ -78,7 +78,7 @@ class Made:
     groups: list[int] | None = None
 
 
-class Workshop:
+class Pruner:
     """Makes narrow models of one dense model.
 
     Holds the measurements of each text (moments: 3 d_ff^2 float32 a layer at most, for refits)
@@ -115,11 +115,11 @@ class Workshop:
         self.ledger, self.round_to = Ledger(), round_to
         self.progress: Callable[[int, int], None] | None = None
         self._texts, self._amount = texts or {}, amount or Amount()
-        self._blocks: dict[tuple[str, int], tuple[Blocks, float | None]] = {}
+        self._blocks: dict[tuple[str, int], tuple[CalibrationSet, float | None]] = {}
         self._evidence: dict[tuple[str, int], SharedEvidence] = {}
         self._scores: dict[tuple[str, int, str], Any] = {}
 
-    def blocks(self, moments: str, seed: int) -> tuple[Blocks, float | None]:
+    def blocks(self, moments: str, seed: int) -> tuple[CalibrationSet, float | None]:
         """Text to measure on, and how many seconds it took to have it; None where the model had
         written it before.
 
@@ -176,12 +176,12 @@ class Workshop:
         ]
         places = [(str(moments), seed) for moments, seed in writing]
         for number, place in enumerate(places):
-            if parallel.mine(number):
+            if parallel.is_owner(number):
                 with parallel.apart(), suppress(Exception):
                     self.blocks(*place)
         for number, place in enumerate(places):
             found = [self._blocks[place]] if place in self._blocks else []
-            told = parallel.told_by(
+            told = parallel.broadcast_object(
                 number % parallel.size(), partial(list, (seconds for _, seconds in found))
             )
             if told:
@@ -237,7 +237,9 @@ class Workshop:
         for key in [key for key in self._scores if key[:2] == (label, seed)]:
             del self._scores[key]
 
-    def _written(self, moments: str, seed: int, progress: Callable[[int, int], None]) -> Blocks:
+    def _written(
+        self, moments: str, seed: int, progress: Callable[[int, int], None]
+    ) -> CalibrationSet:
         count, window = self._amount.count, self._amount.window
         sequences = 2 * round(count / KEPT / 2)
         if moments == "self":
@@ -264,7 +266,9 @@ class Workshop:
             self.tokenizer, self._texts[moments], count=count, window=window, seed=seed
         )
 
-    def _evidence_of(self, moments: str | None, blocks: Blocks | None, seed: int) -> SharedEvidence:
+    def _evidence_of(
+        self, moments: str | None, blocks: CalibrationSet | None, seed: int
+    ) -> SharedEvidence:
         label = moments or ""
         if (label, seed) not in self._evidence:
             self._evidence[label, seed] = SharedEvidence(
