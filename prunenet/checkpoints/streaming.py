@@ -38,8 +38,7 @@ from prunenet.checkpoints.sources import (
     open_checkpoint,
     weight_files,
 )
-from prunenet.models.architectures import architecture_for
-from prunenet.models.layers import FFN, decoder_layers, read_ffn
+from prunenet.models.anatomy import FFN, Anatomy
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import CheckpointError, new_folder
 
@@ -98,25 +97,19 @@ class StreamedCheckpoint:
         """The FFN of one layer, a copy on the checkpoint's device.
 
         Raises:
-            UnsupportedArchitecture: as `prunenet.models.layers.read_ffn`.
+            UnsupportedArchitecture: as `prunenet.models.anatomy.Anatomy.of`.
             CheckpointError: the file ends where it should not.
         """
-        architecture = architecture_for(self.skeleton.config)
-        layer = decoder_layers(self.skeleton, architecture)[index]
-        wanted = (
-            *architecture.input_linears,
-            architecture.down,
-            architecture.attention_out,
-            *architecture.norms,
-        )
+        layer = Anatomy.of(self.skeleton).layers[index]
+        row = layer.architecture
         empty: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
-            for path in wanted:
-                for module, name, parameter in _parameters(layer, path):
+            for path in (*row.input_linears, row.down, row.attention_out, *row.norms):
+                for module, name, parameter in _parameters(layer.module, path):
                     empty.append((module, name, parameter))
-                    tensor = self.stored[f"{architecture.layers}.{index}.{path}.{name}"].whole()
+                    tensor = self.stored[f"{layer.path}.{path}.{name}"].whole()
                     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-            return read_ffn(layer, index, architecture)
+            return layer.read()
         finally:
             for module, name, parameter in empty:
                 setattr(module, name, parameter)
@@ -286,18 +279,16 @@ def _cuts(
     skeleton: PreTrainedModel, keep: Sequence[Tensor]
 ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """(mask of rows, numbers of columns) that stay of each tensor that is not copied whole."""
-    architecture = architecture_for(skeleton.config)
     cuts: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for index, (layer, mask) in enumerate(
-        zip(decoder_layers(skeleton, architecture), keep, strict=True)
-    ):
-        prefix = f"{architecture.layers}.{index}."
-        rows = mask.repeat(2) if architecture.fused else mask
-        for path in architecture.input_linears:
-            cuts |= {
-                f"{prefix}{path}.{name}": (rows, None) for _, name, _ in _parameters(layer, path)
-            }
-        cuts[f"{prefix}{architecture.down}.weight"] = (None, mask.nonzero().flatten())
+    for layer, mask in zip(Anatomy.of(skeleton).layers, keep, strict=True):
+        kept = mask.nonzero().flatten()
+        for where in layer.channels():
+            if where.axis == 1:
+                cuts[f"{layer.path}.{where.path}.weight"] = (None, where.entries(kept, len(mask)))
+                continue
+            rows = mask.repeat(where.parts)
+            for name, _ in where.linear.named_parameters(recurse=False):
+                cuts[f"{layer.path}.{where.path}.{name}"] = (rows, None)
     return cuts
 
 
