@@ -106,7 +106,7 @@ def train(
     """Train a policy on a model; apply it afterwards, by default from weights alone, at any
     ratio.
     """
-    with one_job(device) as place:
+    with one_job(device, out) as place:
         from prunenet.policies.training.recipe import recipe_for, widths_recipe
         from prunenet.policies.training.train import check_run
         from prunenet.policies.training.train import train as learn
@@ -191,7 +191,7 @@ def prune(
     """Cut a model to any size into an ordinary checkpoint, by default without any data from
     outside.
     """
-    with one_job(device) as place:
+    with one_job(device, out) as place:
         from prunenet.checkpoints.streaming import StreamedCheckpoint
         from prunenet.models.layers import structure
         from prunenet.policies import apply
@@ -307,7 +307,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint with per-layer widths into one that every loader reads."""
-    with one_process():
+    with one_process(out):
         from prunenet.checkpoints.save import export_padded, load_provenance
 
         if not pad:

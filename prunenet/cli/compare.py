@@ -114,7 +114,7 @@ def compare(
     layerwise or sequential. Methods and allocations: a wrong name lists them. Ours: prunenet (what
     'prunenet prune' does), prunenet-weights, elimination.
     """
-    with one_job(device) as place:
+    with one_job(device, out) as place:
         from prunenet.checkpoints.load import load_model, load_tokenizer
         from prunenet.compare.plan import Plan
         from prunenet.compare.pruner import Pruner
@@ -173,15 +173,13 @@ def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
 
 def _check_presentation(markdown: Path | None, figures: Path | None) -> None:
     """Says now what is missing or cannot be written, not after the work."""
-    from prunenet.runtime.files import check_home
+    from prunenet.runtime.files import check_file, check_home
 
     if figures is not None:
         importlib.import_module("prunenet.compare.figures")
         check_home(figures)
     if markdown is not None:
-        if markdown.is_dir():
-            raise ValueError(f"--markdown {markdown} is a folder; give a file")
-        check_home(markdown.parent)
+        check_file(markdown)
 
 
 def _done(plan: Plan, pruner: Pruner, results: Results) -> list[Line]:
@@ -201,11 +199,11 @@ def _presented(
     if not parallel.is_first():
         return lines
     from prunenet.compare import summary
-    from prunenet.runtime.files import write_atomic
+    from prunenet.runtime.files import make_folders, write_atomic
 
     rows = summary.summarise(lines)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(markdown.parent)
         write_atomic(markdown, summary.markdown(rows, lines).encode())
     if figures is not None:
         from prunenet.compare.figures import draw_comparison

@@ -72,7 +72,7 @@ def recover(
     """Train a pruned model to do again what the dense one does (LoRA, merged), by default without
     any data from outside.
     """
-    with one_job(device) as place:
+    with one_job(device, out) as place:
         from prunenet.checkpoints.load import load_model
         from prunenet.checkpoints.save import load_provenance
         from prunenet.checkpoints.sources import find_folder

@@ -29,6 +29,7 @@ from prunenet.models.layers import check_tokens
 from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.runtime import parallel
+from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
 from prunenet.text.calibration import CalibrationSet, check_seed
 
@@ -333,5 +334,5 @@ def _log(file: Path | None, done: int) -> SummaryWriter | None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(file.parent)
     return SummaryWriter(str(file.parent), purge_step=done + 1)
