@@ -46,7 +46,11 @@ def commands() -> str:
 
     group: Any = get_command(getattr(import_module(module), name))
     context = Context(group, info_name="prunenet")
-    return "\n".join(line for command in group.list_commands(context) for line in _command(group, context, command))
+    return "\n".join(
+        line
+        for command in group.list_commands(context)
+        for line in _command(group, context, command)
+    )
 
 
 def _command(group: Any, parent: Any, name: str) -> Iterator[str]:
@@ -58,7 +62,11 @@ def _command(group: Any, parent: Any, name: str) -> Iterator[str]:
     yield f"## {name}\n\n{_escaped(command.help)}\n\n```console\n{usage}\n```\n"
     records = [(p.param_type_name, p.get_help_record(context)) for p in command.get_params(context)]
     for kind, title in (("argument", "Argument"), ("option", "Option")):
-        rows = [record for found, record in records if found == kind and record and not record[0].startswith("--help")]
+        rows = [
+            record
+            for found, record in records
+            if found == kind and record and not record[0].startswith("--help")
+        ]
         if rows:
             yield f"| {title} | |\n|---|---|"
             yield from (f"| `{_flat(left)}` | {_escaped(_flat(right))} |" for left, right in rows)

@@ -33,7 +33,7 @@ from prunenet.features.from_weights import (
 from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.runtime.files import write_atomic
+from prunenet.runtime.files import make_folders, write_atomic
 from prunenet.text.calibration import CalibrationSet
 
 ZOO = Path(__file__).parent / "zoo"
@@ -143,7 +143,7 @@ class Policy:
         replaced file by file.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
         write_atomic(folder / "model.safetensors", self._weights())
         write_atomic(folder / "config.json", config.encode())

@@ -139,15 +139,13 @@ class Written:
         Raises:
             ValueError, ImportError: see above.
         """
-        from prunenet.runtime.files import check_home
+        from prunenet.runtime.files import check_file, check_home
 
         if self.figures is not None:
             importlib.import_module("prunenet.compare.figures")
             check_home(self.figures)
         if self.markdown is not None:
-            if self.markdown.is_dir():
-                raise ValueError(f"--markdown {self.markdown} is a folder; give a file")
-            check_home(self.markdown.parent)
+            check_file(self.markdown)
 
 
 def compare(
@@ -171,7 +169,7 @@ def compare(
     layerwise or sequential. Methods and allocations: a wrong name lists them. Ours: prunenet (what
     'prunenet prune' does), prunenet-weights, elimination.
     """
-    with one_job(loading.device) as place:
+    with one_job(loading.device, written.out) as place:
         from prunenet.compare.comparison import compare as run
 
         written.check()
@@ -196,11 +194,11 @@ def _present(lines: list[Line], written: Written) -> None:
     if not parallel.is_first():
         return
     from prunenet.compare import summary
-    from prunenet.runtime.files import write_atomic
+    from prunenet.runtime.files import make_folders, write_atomic
 
     rows = summary.summarise(lines)
     if written.markdown is not None:
-        written.markdown.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(written.markdown.parent)
         write_atomic(written.markdown, summary.markdown(rows, lines).encode())
     if written.figures is not None:
         from prunenet.compare.figures import draw_comparison

@@ -22,7 +22,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint with per-layer widths into one that every loader reads."""
-    with one_process():
+    with one_process(out):
         from prunenet.checkpoints.save import export_padded, load_provenance
 
         if not pad:

@@ -20,7 +20,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Cut a model to any size into an ordinary checkpoint, by default without external data."""
-    with one_job(reading.device) as place:
+    with one_job(reading.device, out) as place:
         from prunenet.checkpoints.streaming import StreamedCheckpoint
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for

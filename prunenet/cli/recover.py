@@ -34,7 +34,7 @@ def recover(
     """Train a pruned model to predict what the dense one does (LoRA, merged), by default without
     external data.
     """
-    with one_job(loading.device) as place:
+    with one_job(loading.device, out) as place:
         from prunenet.checkpoints.options import LoadOptions
         from prunenet.checkpoints.save import load_provenance
         from prunenet.recover.record import recover as run

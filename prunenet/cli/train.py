@@ -116,7 +116,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a policy on a model, to be applied at any ratio, by default from weights alone."""
-    with one_job(reading.device) as place:
+    with one_job(reading.device, out) as place:
         from prunenet.policies.training.train import check_run
         from prunenet.policies.training.train import train as learn
 

@@ -30,6 +30,7 @@ from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.recover.options import Tuning
 from prunenet.runtime import parallel
+from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
 from prunenet.text.calibration import CalibrationSet
 
@@ -298,5 +299,5 @@ def _log(file: Path | None, done: int) -> SummaryWriter | None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(file.parent)
     return SummaryWriter(str(file.parent), purge_step=done + 1)
