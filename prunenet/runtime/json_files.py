@@ -20,15 +20,12 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    TypeVar,
     Union,
     get_args,
     get_origin,
     get_type_hints,
     is_typeddict,
 )
-
-T = TypeVar("T")
 
 SIZE = 64 * 2**20
 """Largest file, in bytes: an index of half a million tensors."""
@@ -72,9 +69,7 @@ Count = Annotated[int, Within(0)]
 Positive = Annotated[int, Within(1)]
 
 
-def read_json(
-    path: Path, schema: type[T], *, error: type[ValueError] = ValueError, remedy: str
-) -> T:
+def read_json(path: Path, schema: Any, *, error: type[ValueError] = ValueError, remedy: str) -> Any:
     """Reads a JSON file and checks it against a schema.
 
     Args:
@@ -102,7 +97,7 @@ def read_json(
         raise error(f"{path} is damaged: {problem}; {remedy}") from None
 
 
-def parse_json(text: str | bytes, schema: type[T]) -> T:
+def parse_json(text: str | bytes, schema: Any) -> Any:
     """Parses a JSON text and checks it against a schema, see `read_json`.
 
     Raises:
@@ -126,8 +121,7 @@ def parse_json(text: str | bytes, schema: type[T]) -> T:
     except (ValueError, RecursionError, MemoryError):
         raise JsonError(f"nested more than {DEPTH} deep, or not JSON") from None
     _check_depth(value, surrogates="\\ud" in decoded or "\\uD" in decoded)
-    checked: T = convert(value, schema)
-    return checked
+    return convert(value, schema)
 
 
 def convert(value: Any, schema: Any, name: str = "") -> Any:
@@ -320,6 +314,8 @@ def _hints(schema: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def _wrong(value: Any, schema: Any, name: str) -> JsonError:
+    if schema is dict and not name:
+        return JsonError("it does not hold a JSON object")
     return JsonError(f"{_subject(name)} is {shown(value)}, not {_in_words(schema)}")
 
 
