@@ -22,22 +22,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import write_provenance
-from prunenet.checkpoints.shards import StoredTensor, read_header
-from prunenet.checkpoints.sources import (
-    UNLOADABLE,
-    check_device,
-    config_and_class,
-    in_short,
-    open_checkpoint,
-    weight_files,
-)
+from prunenet.checkpoints.shards import StoredTensor
+from prunenet.checkpoints.skeleton import skeleton_of
+from prunenet.checkpoints.sources import check_device, local_folder, open_checkpoint
 from prunenet.models.anatomy import FFN, Anatomy
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import CheckpointError, new_folder
@@ -75,23 +67,21 @@ class StreamedCheckpoint:
         Raises:
             UnsupportedArchitecture, CheckpointError, ValueError: as `checkpoint.load_model`.
         """
-        folder = open_checkpoint(source, dtype)
+        files = open_checkpoint(source, dtype)
         check_device(device)
-        stored = {
-            name: tensor
-            for path in weight_files(folder)
-            for name, tensor in read_header(path).items()
-        }
-        skeleton = _skeleton(folder, dtype, stored)
-        if not Path(source).is_dir():  # what provenance records
-            skeleton.config._name_or_path, skeleton.config._commit_hash = str(source), folder.name
-        placed = _located(skeleton, stored, folder)
+        skeleton = skeleton_of(files, dtype)
+        if skeleton.converted:
+            raise CheckpointError(
+                f"{files.folder} stores {skeleton.converted[0]} in a form that is converted when"
+                " it is loaded, and cannot be streamed"
+            )
+        if local_folder(source) is None:  # what provenance records
+            config = skeleton.model.config
+            config._name_or_path, config._commit_hash = str(source), files.folder.name
         where = torch.device(device)
-        return cls(
-            str(source),
-            skeleton,
-            {name: replace(tensor, device=where) for name, tensor in placed.items()},
-        )
+        stored = skeleton.stored.items()
+        placed = {name: replace(tensor, device=where) for name, tensor in stored}
+        return cls(str(source), skeleton.model, placed)
 
     def ffn(self, index: int) -> FFN:
         """The FFN of one layer, a copy on the checkpoint's device.
@@ -181,89 +171,6 @@ def save_streamed(
         write_provenance(folder, keep, provenance)
         _verify(folder, hashes, state)
     return provenance
-
-
-def _skeleton(folder: Path, dtype: str, stored: dict[str, StoredTensor]) -> PreTrainedModel:
-    """What `from_pretrained` would build, on the meta device."""
-    config, kind = config_and_class(folder)
-    found = next(
-        (tensor.stored for tensor in stored.values() if tensor.stored.is_floating_point),
-        torch.float32,
-    )
-    chosen = dtype if dtype != "auto" else config.dtype or found
-    config.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-    try:
-        with torch.device("meta"):
-            model = kind(config)
-        model.to(config.dtype).eval().tie_weights()
-        if model.can_generate():
-            fetching = {
-                "cache_dir": None,
-                "force_download": False,
-                "proxies": None,
-                "local_files_only": True,
-                "token": None,
-            }
-            model.adjust_generation_fn(
-                None,
-                False,
-                False,
-                folder,
-                revision="main",
-                subfolder="",
-                trust_remote_code=False,
-                **fetching,
-            )
-    except UNLOADABLE as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-def _located(
-    skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path
-) -> dict[str, StoredTensor]:
-    """Where each tensor of the skeleton lies, under any name that `from_pretrained` knows; one of
-    several tied is enough.
-    """
-    state = skeleton.state_dict(keep_vars=True)
-    transforms = get_model_conversion_mapping(skeleton)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    here: dict[str, StoredTensor] = {}
-    tied: dict[int, list[str]] = {}
-    for name, tensor in stored.items():
-        renamed, converted = rename_source_key(
-            name, renamings, converters, skeleton.base_model_prefix, state
-        )
-        if converted is not None:
-            raise CheckpointError(
-                f"{folder} stores {name} in a form that is converted when it is loaded, and cannot"
-                " be streamed"
-            )
-        here[renamed] = tensor
-    for name, tensor in state.items():
-        tied.setdefault(id(tensor), []).append(name)
-    found: dict[str, StoredTensor] = {}
-    missing = []
-    for names in tied.values():
-        entry = next((here[name] for name in names if name in here), None)
-        if entry is None:
-            missing.append(names[0])
-            continue
-        expected = state[names[0]]
-        if entry.shape != tuple(expected.shape):
-            raise CheckpointError(
-                f"{folder} cannot be loaded: {entry.name} is {list(entry.shape)}, config.json says"
-                f" {list(expected.shape)}"
-            )
-        found |= dict.fromkeys(names, replace(entry, dtype=expected.dtype))
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the model's tensors, e.g. {min(missing)}; fetch it"
-            " again"
-        )
-    return found
 
 
 def _parameters(layer: nn.Module, path: str) -> list[tuple[nn.Module, str, nn.Parameter]]:

@@ -36,7 +36,8 @@ class Checkpoint:
     @cached_property
     def model_type(self) -> str:
         """`config.model_type`. Raises as `load_model`, before any weight is read."""
-        from prunenet.checkpoints.sources import config_and_class, open_checkpoint
+        from prunenet.checkpoints.skeleton import config_and_class
+        from prunenet.checkpoints.sources import open_checkpoint
 
         return str(config_and_class(open_checkpoint(self.source))[0].model_type)
 
