@@ -22,6 +22,7 @@ from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
+from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.layers import Weights, count_parameters, ffn_widths, iter_ffns, structure
 from prunenet.models.masks import (
@@ -351,7 +352,7 @@ def stage_of(
 def base_of(model: PreTrainedModel) -> dict[str, Any]:
     """Base model and revision, for `Provenance`."""
     source = model.config._name_or_path
-    if source and Path(source).is_dir():
+    if source and local_folder(source) is not None:
         name, revision = identify(source)
         return {"base_model": name, "revision": revision}
     return {

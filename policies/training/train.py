@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.checkpoints.regimes import most
+from prunenet.checkpoints.sources import local_folder
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
@@ -286,7 +287,8 @@ def _name(model: PreTrainedModel | StreamedCheckpoint) -> str:
     """
     config, fallback = structure(model).config, type(structure(model)).__name__
     source = config._name_or_path or fallback
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    folder = local_folder(source)
+    return source if folder is None else folder.resolve().name
 
 
 def unfinished(folder: Path | None, stage: str = "channels") -> bool:

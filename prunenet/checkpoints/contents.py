@@ -28,6 +28,7 @@ CONFIG, GENERATION, INDEX = (
 )
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
+PROVENANCE, MASKS = "prunenet.json", "prunenet_masks.safetensors"
 TOKENIZER = (
     "tokenizer*",
     "vocab*",

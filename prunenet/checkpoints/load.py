@@ -69,6 +69,7 @@ def load_model(
     model = (
         read_placed(lambda placing: read(placing=placing), max_memory) if device == AUTO else read()
     )
+    _check_finite(model, folder)
     # what provenance records; loaded from the cache, the model would name a folder there
     if local_folder(source) is None:
         model.config._name_or_path, model.config._commit_hash = str(source), folder.name
@@ -149,7 +150,6 @@ def read_model(
     assert isinstance(model, PreTrainedModel)
     check_names(files, model, set(found["missing_keys"]), set(found["unexpected_keys"]))
     name_after(model, folder)
-    _check_finite(model, folder)
     return model
 
 

@@ -21,6 +21,8 @@ from prunenet.checkpoints.contents import (
     CONFIG,
     GENERATION,
     INDEX,
+    MASKS,
+    PROVENANCE,
     SINGLE,
     TOKENIZER,
     ModelFiles,
@@ -32,6 +34,7 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_OURS = (PROVENANCE, MASKS)
 # torch has no class for these on the CPU
 _NO_MEMORY = ("can't allocate memory", "unable to mmap", "not enough memory")
 
@@ -52,7 +55,7 @@ def open_checkpoint(source: str | Path, dtype: str = "auto") -> ModelFiles:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     config_fields(find_folder(source, CONFIG))
-    folder = find_folder(source, CONFIG, GENERATION, INDEX, SINGLE, ADAPTER, *TOKENIZER)
+    folder = find_folder(source, CONFIG, GENERATION, INDEX, SINGLE, ADAPTER, *TOKENIZER, *_OURS)
     if local_folder(source) is None and not (folder / SINGLE).is_file():
         # shards may have any name: their index says which
         names = weight_names(folder, missing=True)

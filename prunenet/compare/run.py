@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.identity import identify, tokenizer_sha256
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.pruner import Made, Pruner
@@ -109,6 +109,7 @@ def compare(
     shared = {
         "model": name,
         "revision": revision,
+        "tokenizer": tokenizer_sha256(plan.source),
         "dtype": str(pruner.model.dtype).removeprefix("torch."),
     }
     questions = {cell: asked(plan, cell, pruner) | shared for cell in cells(plan)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.contents import weight_names
 from prunenet.evaluation.speed import (
     Speed,
     check_positions,
@@ -165,21 +166,16 @@ def summarise(
 
 
 def bytes_on_disk(folder: str | Path) -> int:
-    """Bytes of a checkpoint's safetensors files, keep masks not counted.
+    """Bytes of the safetensors files that a checkpoint's model is read from.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one is missing.
     """
-    files = [
-        file
-        for file in Path(folder).glob("*.safetensors")
-        if file.name != "prunenet_masks.safetensors"
-    ]
-    if not files:
+    if not any(Path(folder).glob("*.safetensors")):
         raise ValueError(
             f"{str(folder)!r} holds no .safetensors file; give the folder of a saved model"
         )
-    return sum(file.stat().st_size for file in files)
+    return sum((Path(folder) / name).stat().st_size for name in weight_names(Path(folder)))
 
 
 @torch.inference_mode()
