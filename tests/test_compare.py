@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from prunenet.cli import compare as command
 from prunenet.cli.app import app
-from prunenet.compare import ledger, pruner, run, summary
+from prunenet.compare import comparison, ledger, pruner, run, summary
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Results
@@ -851,7 +851,7 @@ def test_calibration_never_sees_a_text_that_is_scored(folder, tmp_path):
 def test_all_leaves_out_what_needs_a_policy_where_there_is_none(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) == len(methods())  # the dense one takes the place of prunenet-weights
@@ -880,7 +880,7 @@ def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot
     assert "'llama' cannot be sliced" in " ".join(result.stderr.split())
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) > 10
@@ -946,7 +946,7 @@ def test_tasks_are_scored_shown_and_drawn(folder, tmp_path, monkeypatch):
         )
         + "\n"
     )
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: name)
     asked = []
 
     def scored(model, tokenizer, tasks, *, limit=None):

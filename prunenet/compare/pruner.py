@@ -159,8 +159,8 @@ class Pruner:
                     openings(self.tokenizer, self._texts[name], 1)
             except ValueError as error:
                 raise ValueError(
-                    f"calibration text {name!r}: {error} (--calibration-tokens,"
-                    " --calibration-window)"
+                    f"calibration text {name!r}: {error} (`calibration_tokens`,"
+                    " `calibration_window`)"
                 ) from None
 
     def share_texts(self, wanted: Sequence[tuple[str | None, int]]) -> None:
