@@ -26,6 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from prunenet.checkpoints.companions import write_companions
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import write_provenance
@@ -183,8 +184,7 @@ def save_streamed(
 
     with new_folder(Path(out), total) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_companions(folder, narrow, tokenizer)
         write_provenance(folder, keep, provenance)
         _verify(folder, hashes, state)
     return provenance
