@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist workst
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench table wheel clean
+.PHONY: help setup demo test test-slow check docs bench table wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,11 @@ check: $(READY) ## ruff, mypy --strict, import floors
 	done; \
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed"; exit 1; fi
 
+# mkdocs 2 will have no plugins; pyproject.toml keeps mkdocs below it, so that its theme need not warn in every build.
+docs: $(READY) ## build the documentation site into site/, every warning an error
+	@$(PIP_INSTALL) -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts are skipped (make demo fetches the model)
 	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl
 	$(BIN)/python benchmarks/quality.py $(MODEL) --text $(TEXT) --max-windows 8 --out $(RESULTS)/quality.jsonl
@@ -80,5 +85,5 @@ wheel: $(READY) ## build the source archive, and the wheel from it, into dist/
 	@$(BIN)/python -m build --outdir dist .
 
 clean: ## remove everything that make made
-	@rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf $(VENV) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

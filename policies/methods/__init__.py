@@ -1,11 +1,12 @@
 """The methods that PruneNet is compared with, all on one signature, and where to cut as an axis of
 its own.
 
-    evidence = Evidence(model, self_blocks(model, tokenizer), seed=0) narrow =
-    pruned_model(evidence, "flap", 0.3) narrow = pruned_model(evidence, "wanda_sp", 0.3,
-    allocation="owl") budget, judge = Budget.of(model, 0.3), WidthDivergence(model, evidence.ids,
-    scores) narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation=evolution_search(budget,
-    judge).widths)
+    evidence = Evidence(model, self_blocks(model, tokenizer), seed=0)
+    narrow = pruned_model(evidence, "flap", 0.3)
+    narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation="owl")
+    budget, judge = Budget.of(model, 0.3), WidthDivergence(model, evidence.ids, scores)
+    widths = evolution_search(budget, judge).widths
+    narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation=widths)
 
     narrow = pruned_model(evidence, "llm_pruner_element1", 0.3, heads=True)
 
@@ -43,17 +44,17 @@ __all__ = [
     "METHODS",
     "WITH_HEADS",
     "Allocation",
+    "BaselineCut",
     "Budget",
     "Compensation",
-    "BaselineCut",
     "Evaluator",
     "Evidence",
+    "GroupTuned",
     "Method",
     "PredictorSearch",
     "Screen",
     "Searched",
     "Space",
-    "GroupTuned",
     "WidthDivergence",
     "best_of_random",
     "block_influence",

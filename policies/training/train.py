@@ -35,7 +35,7 @@ from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run
 from prunenet.runtime import parallel
-from prunenet.runtime.files import check_home
+from prunenet.runtime.files import check_home, lock
 from prunenet.text.calibration import CalibrationSet
 
 
@@ -93,6 +93,7 @@ def train(
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and
             `resume` is not set.
+        CheckpointError: another process is training in `out`, or it cannot be written.
         ValueError: the recipe's reward or its features need blocks, and none (or too few) are
             given; or a reward of your own comes without its regime.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
@@ -125,7 +126,7 @@ def train(
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
     histories: dict[str, list[tuple[int, float]]] = {}
-    with _random_state_kept():
+    with _writing(folder, resume), _random_state_kept():
         policy = Policy.untrained(config, seed=recipe.seed)
         for name, of, judge in _stages(model, recipe, where, reward, paid):
 
@@ -142,11 +143,22 @@ def train(
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = led(judge, play) or []
-    histories = _told(policy.scorer.cpu(), histories)
-    policy = Policy(policy.scorer, replace(config, gain=_gain(where, histories.get("widths"))))
-    if folder is not None and parallel.is_first():
-        policy.save_pretrained(folder)
+        histories = _told(policy.scorer.cpu(), histories)
+        policy = Policy(policy.scorer, replace(config, gain=_gain(where, histories.get("widths"))))
+        if folder is not None and parallel.is_first():
+            policy.save_pretrained(folder)
     return Training(policy, histories["channels"], histories.get("widths", []))
+
+
+@contextmanager
+def _writing(folder: Path | None, resume: bool) -> Iterator[None]:
+    """Locks the folder for the first process, and checks again what is in it by then."""
+    if folder is None or not parallel.is_first():
+        yield
+        return
+    with lock(folder):
+        check_run(folder, resume)
+        yield
 
 
 def _check_asked(

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from prunenet.runtime import parallel
+from prunenet.runtime.files import lock
 from prunenet.runtime.team import Followed, PeerFailed
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -49,9 +51,11 @@ def one_sentence() -> Iterator[None]:
 
 
 @contextmanager
-def one_process() -> Iterator[None]:
-    """`one_sentence` for a command that has no use for more processes: each would do all of the
-    work.
+def one_process(out: Path | None = None) -> Iterator[None]:
+    """Run a command that does not share its work between processes, as `one_sentence`.
+
+    Args:
+        out: what the command writes, locked for the whole command; see `prunenet.runtime.files`.
     """
     with one_sentence():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -59,13 +63,19 @@ def one_process() -> Iterator[None]:
                 "train, prune, compare and recover share work between processes, this command does"
                 " not: run it alone"
             )
-        yield
+        with nullcontext() if out is None else lock(out):
+            yield
 
 
 @contextmanager
-def one_job(device: str) -> Iterator[str]:
-    """`one_sentence` for all processes that torchrun has started: rank 0 has the screen, and who
-    fails first says why.
+def one_job(device: str, out: Path | None = None) -> Iterator[str]:
+    """Run a command in all processes that torchrun has started, as `one_sentence`.
+
+    Rank 0 has the screen and writes. The first rank that fails says why.
+
+    Args:
+        device: see `prunenet.runtime.parallel.joined`.
+        out: what the command writes, locked for the whole command; see `prunenet.runtime.files`.
 
     Yields:
         The device of this process; see `prunenet.runtime.parallel.joined`.
@@ -74,7 +84,8 @@ def one_job(device: str) -> Iterator[str]:
         try:
             with parallel.joined(device) as place:
                 errors.quiet = not parallel.is_first()
-                yield place
+                with lock(out) if out is not None and parallel.is_first() else nullcontext():
+                    yield place
         finally:
             errors.quiet = False
 

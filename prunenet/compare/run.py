@@ -24,7 +24,6 @@ from prunenet.evaluation.zeroshot import TaskResult, read_task, zero_shot
 from prunenet.models.heads import attentions
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.masks import check_ratio, width_at
-from prunenet.policies.artifact import check_measured
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import home, where
@@ -67,7 +66,7 @@ def check(plan: Plan, pruner: Pruner) -> None:
         if spec.heads:
             attentions(model)
         if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
-            check_measured(pruner.policy, spec.moments is not None)
+            pruner.policy.check_measured(spec.moments is not None)
         able = METHODS[spec.method].able if spec.method in METHODS else None
         if able is not None:
             able(model)
