@@ -1,13 +1,16 @@
-"""Where to cut, searched for: accuracy predictor and evolution against uniform and the best of as many random architectures.
+"""Where to cut, searched for: accuracy predictor and evolution against uniform and the best of as
+many random architectures.
 
-    python benchmarks/allocation_search.py MODEL --data ../shared/data --ratios 0.2 0.3 --seeds 0 1 2 \
+    python benchmarks/allocation_search.py MODEL --data ../shared/data --ratios 0.2 0.3 --seeds 0 1
+    2 \
         --out benchmarks/results/allocation_search.jsonl
     python benchmarks/allocation_search.py --figure benchmarks/results/importance.png \
         --out benchmarks/results/allocation_search.jsonl
 
-Searches are judged by KL(dense || pruned) on `--tokens` tokens that the model wrote itself, with refitted layers
-(`--no-refit`: without), and scored on WikiText-2 test. One JSON line per (search, ratio, seed); finished lines are skipped, and
-a killed search goes on from the pairs in <out>.pairs. The figure shows the predictor's importance of each layer.
+Searches are judged by KL(dense || pruned) on `--tokens` tokens that the model wrote itself, with
+refitted layers (`--no-refit`: without), and scored on WikiText-2 test. One JSON line per (search,
+ratio, seed); finished lines are skipped, and a killed search goes on from the pairs in <out>.pairs.
+The figure shows the predictor's importance of each layer.
 """
 
 from __future__ import annotations
@@ -20,11 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from prunenet import __version__
-from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.compensate import Refits, cut_layers
-from prunenet.evaluate import perplexity
-from prunenet.folds import held_back
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.evaluation.perplexity import perplexity
 from prunenet.policies.methods import (
     Budget,
     Evidence,
@@ -34,15 +34,22 @@ from prunenet.policies.methods import (
     best_of_random,
     evolution_search,
     predictor_search,
-    wanda_sp,
 )
-from prunenet.text import TestText, load_text
+from prunenet.policies.methods.papers import wanda_sp
+from prunenet.refit.cut import Refits, cut_layers
+from prunenet.refit.folds import held_back
+from prunenet.text.calibration import self_blocks
+from prunenet.text.corpora import TestText, load_text
 
 SEARCHES = ("uniform", "random_18", "random", "evolution", "predictor")
 
 
-def searched(name: str, budget: Budget, judge: WidthDivergence, step: int | None, seed: int, path: Path) -> dict[str, Any]:
-    """The row's facts; all searches measure 60 architectures, the predictor's authors' control 18."""
+def searched(
+    name: str, budget: Budget, judge: WidthDivergence, step: int | None, seed: int, path: Path
+) -> dict[str, Any]:
+    """The row's facts; all searches measure 60 architectures, the predictor's authors' control
+    18.
+    """
     space = Space.around(budget, step=step)
     if name == "predictor":
         return predictor_search(budget, judge, space=space, seed=seed, path=path).as_dict()
@@ -69,20 +76,44 @@ def measure(args: argparse.Namespace) -> None:
         budget = Budget.of(model, ratio, floor=refits.step if refits is not None else 1)
         for name in SEARCHES:
             for seed in args.seeds[:1] if name == "uniform" else args.seeds:
-                cell = {"search": name, "ratio": ratio, "seed": seed, "refit": args.refit, "tokens": held.numel()}
-                if any(all(row.get(key) == value for key, value in cell.items()) for row in rows_of(args.out)):
+                cell = {
+                    "search": name,
+                    "ratio": ratio,
+                    "seed": seed,
+                    "refit": args.refit,
+                    "tokens": held.numel(),
+                }
+                if any(
+                    all(row.get(key) == value for key, value in cell.items())
+                    for row in rows_of(args.out)
+                ):
                     continue
                 start = time.perf_counter()
                 step = None if refits is None else refits.step
                 facts = searched(name, budget, judge, step, seed, args.out.with_suffix(".pairs"))
                 seconds = time.perf_counter() - start
-                (cut,) = cut_layers(model, blocks, [facts["widths"]], scores=scores, refit=args.refit)
-                scored = perplexity(cut.model(model), tokenizer, test, window=1024, max_windows=args.max_windows)
-                row = cell | facts | {"perplexity": scored.value, "seconds": seconds, "version": __version__}
+                (cut,) = cut_layers(
+                    model, blocks, [facts["widths"]], scores=scores, refit=args.refit
+                )
+                scored = perplexity(
+                    cut.model(model), tokenizer, test, window=1024, max_windows=args.max_windows
+                )
+                row = (
+                    cell
+                    | facts
+                    | {
+                        "perplexity": scored.value,
+                        "seconds": seconds,
+                        "version": __version__,
+                    }
+                )
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                print(f"{ratio} {name} seed {seed}: KL {row['loss']:.4f}, perplexity {row['perplexity']:.2f}, {seconds:.0f} s")
+                print(
+                    f"{ratio} {name} seed {seed}: KL {row['loss']:.4f}, perplexity"
+                    f" {row['perplexity']:.2f}, {seconds:.0f} s"
+                )
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -100,20 +131,34 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 2.5 * len(ratios)), layout="constrained")
     for panel, ratio in zip(figure.subplots(len(ratios), squeeze=False)[:, 0], ratios, strict=True):
         some = [row for row in rows if row["ratio"] == ratio]
-        mean = [sum(values) / len(some) for values in zip(*(row["importance"] for row in some), strict=True)]
+        mean = [
+            sum(values) / len(some)
+            for values in zip(*(row["importance"] for row in some), strict=True)
+        ]
         correlation = sum(row["rank_correlation"] for row in some) / len(some)
         panel.bar(range(len(mean)), mean, color="#0072B2")
-        panel.set(xlabel="layer", ylabel="importance", title=f"ratio {ratio}, rank correlation {correlation:.2f}")
+        panel.set(
+            xlabel="layer",
+            ylabel="importance",
+            title=f"ratio {ratio}, rank correlation {correlation:.2f}",
+        )
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=1024, help="judged on, at most the fifth that the refit does not see")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=1024,
+        help="judged on, at most the fifth that the refit does not see",
+    )
     parser.add_argument("--no-refit", dest="refit", action="store_false")
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--figure", type=Path)

@@ -1,4 +1,6 @@
-"""What a phase takes at least on this machine: FLOPs and bytes of each, and the rates at which it does them."""
+"""What a phase takes at least on this machine: FLOPs and bytes of each, and the rates at which it
+does them.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +13,28 @@ from typing import Any
 
 import torch
 
-from prunenet.layers import FFN, iter_ffns, tables
-from prunenet.spectral_density import PROBES, STEPS
+from prunenet.models.layers import FFN, embeddings, iter_ffns
+from prunenet.spectra.estimated import PROBES, STEPS
 
 RATIO = 0.3
 
 
 def flops_of_statistics(ffn: FFN) -> float:
-    """Of the matrix products and factorisations in `prunenet.stats`, each symmetric one at half."""
+    """Of the matrix products and factorisations in `prunenet.features.from_weights`, each symmetric
+    one at half.
+    """
     d, n, lead = ffn.d_model, ffn.d_ff, 5 * ffn.d_model // 32
     slices = 2 if ffn.gate is None else 3
-    # W^T W, quadratic forms in C, the embeddings' and attention's moments; twins; ridge; leverage; leading vectors.
-    of_slice = 4 * n * d**2 + n**2 * d + (n * d**2 + d**3 / 3) + 2 * n * d * lead + 9 * 2 * d**2 * lead
+    # W^T W, quadratic forms in C, the embeddings' and attention's moments; twins; ridge; leverage;
+    # leading vectors.
+    of_slice = (
+        4 * n * d**2 + n**2 * d + (n * d**2 + d**3 / 3) + 2 * n * d * lead + 9 * 2 * d**2 * lead
+    )
     return slices * of_slice + n * d**2 + d**3
 
 
 def flops_of_tables(model: Any) -> float:
-    return sum(len(table) * table.shape[1] ** 2 for table in tables(model) if table is not None)
+    return sum(len(table) * table.shape[1] ** 2 for table in embeddings(model) if table is not None)
 
 
 def spectrum(ffn: FFN) -> float:
@@ -43,7 +50,9 @@ def solver(device: str) -> str:
 
 
 def estimate(ffn: FFN) -> float:
-    """FLOPs of one mask's estimate: in each step G x and the removed rows, forth and back, of every sign vector."""
+    """FLOPs of one mask's estimate: in each step G x and the removed rows, forth and back, of every
+    sign vector.
+    """
     return STEPS * PROBES * (2 * ffn.d_model**2 + 4 * round(RATIO * ffn.d_ff) * ffn.d_model)
 
 
@@ -52,13 +61,18 @@ def bytes_of_estimate(ffn: FFN) -> float:
     return 4 * STEPS * (ffn.d_model**2 + 2 * round(RATIO * ffn.d_ff) * ffn.d_model)
 
 
-def spectral_floors(route: str, ffns: Sequence[FFN], rates: dict[str, float], device: str) -> tuple[float, float]:
+def spectral_floors(
+    route: str, ffns: Sequence[FFN], rates: dict[str, float], device: str
+) -> tuple[float, float]:
     """Seconds at least of what a route computes once, and of one mask of every layer."""
     if route == "exact":
         once = sum(f.d_ff * f.d_model**2 + spectrum(f) for f in ffns) / rates["float64"]
         return once, sum(downdate(f) + spectrum(f) for f in ffns) / rates[solver(device)]
     once = sum(f.d_ff * f.d_model**2 + estimate(f) for f in ffns) / rates["float32"]
-    return once, sum(max(estimate(f) / rates["float32"], bytes_of_estimate(f) / rates["read_bytes"]) for f in ffns)
+    return once, sum(
+        max(estimate(f) / rates["float32"], bytes_of_estimate(f) / rates["read_bytes"])
+        for f in ffns
+    )
 
 
 def floor(phase: str, model: Any, saved: int, rates: dict[str, float]) -> float:
@@ -71,8 +85,12 @@ def floor(phase: str, model: Any, saved: int, rates: dict[str, float]) -> float:
     return saved / rates["disk_bytes"]
 
 
-def recipe_floors(route: str, model: Any, saved: int, masks: int, rates: dict[str, float], device: str) -> dict[str, float]:
-    """Seconds that each phase of the published recipe takes at least: training with that many masks a layer, and a cut."""
+def recipe_floors(
+    route: str, model: Any, saved: int, masks: int, rates: dict[str, float], device: str
+) -> dict[str, float]:
+    """Seconds that each phase of the published recipe takes at least: training with that many masks
+    a layer, and a cut.
+    """
     ffns = list(iter_ffns(model))
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     reading = floor("score", model, saved, rates)
@@ -88,14 +106,16 @@ def recipe_floors(route: str, model: Any, saved: int, masks: int, rates: dict[st
 
 
 def speeds(device: str, scratch: Path, clock: Callable[[], float]) -> dict[str, float]:
-    """FLOPs a second of a product in each dtype; bytes a second of reading 4 MB over and over (a GPU: 1 GB), of a
-    hash, and of a file copied down to the disk."""
+    """FLOPs a second of a product in each dtype; bytes a second of reading 4 MB over and over (a
+    GPU: 1 GB), of a hash, and of a file copied down to the disk."""
     side, rates = 8192 if torch.device(device).type == "cuda" else 1536, {}
     for name in ("float32", "float64"):
         square = torch.randn(side, side, device=device, dtype=getattr(torch, name))
         rates[name] = 2 * side**3 / best(lambda square=square: square @ square, clock)
     block = torch.ones(2**28 if torch.device(device).type == "cuda" else 2**20, device=device)
-    rates["read_bytes"] = 100 * block.nbytes / best(lambda: [block.sum() for _ in range(100)], clock)
+    rates["read_bytes"] = (
+        100 * block.nbytes / best(lambda: [block.sum() for _ in range(100)], clock)
+    )
     content = os.urandom(2**27)
     rates["hash_bytes"] = len(content) / best(lambda: hashlib.sha256(content).digest(), clock)
     source = scratch / "bytes"

@@ -1,20 +1,23 @@
 """How much faster a pruned model runs than the dense one, against the share of FLOPs that is gone.
 
-    python benchmarks/latency.py MODEL --out benchmarks/results/latency.jsonl [--device cuda --dtype bfloat16]
-    python benchmarks/latency.py llama-2-7b --device cuda --dtype bfloat16 --out benchmarks/results/latency.jsonl
-    python benchmarks/latency.py MODEL --part widths --out benchmarks/results/latency.jsonl
+    python benchmarks/latency.py MODEL --out benchmarks/results/latency.jsonl [--device cuda --dtype
+    bfloat16] python benchmarks/latency.py llama-2-7b --device cuda --dtype bfloat16 --out
+    benchmarks/results/latency.jsonl python benchmarks/latency.py MODEL --part widths --out
+    benchmarks/results/latency.jsonl
 
-MODEL is a checkpoint, or a shape of `shapes.py` with random weights (which channels go does not matter for speed). Models are
-measured in turn, repeat by repeat: dense, and cut at each ratio to uniform widths and, where a policy ships for the family,
-to the widths that it learned. One JSON line for each batch size, plain and compiled; what `--out` has already is left out.
+MODEL is a checkpoint, or a shape of `shapes.py` with random weights (which channels go does not
+matter for speed). Models are measured in turn, repeat by repeat: dense, and cut at each ratio to
+uniform widths and, where a policy ships for the family, to the widths that it learned. One JSON
+line for each batch size, plain and compiled; what `--out` has already is left out.
 
-FLOPs are those of the matrix products of linear layers and attention, two for a multiplication with its addition. Prefill
-computes the logits of the last token alone. "speedup" divides medians; "ceiling" is 1 / (1 - share of FLOPs removed). Peak
-memory is what a prefill and the decoding after it add to the weights: the rise of resident memory's high-water mark on a CPU
-(Linux only), of allocated memory on a GPU.
+FLOPs are those of the matrix products of linear layers and attention, two for a multiplication with
+its addition. Prefill computes the logits of the last token alone. "speedup" divides medians;
+"ceiling" is 1 / (1 - share of FLOPs removed). Peak memory is what a prefill and the decoding after
+it add to the weights: the rise of resident memory's high-water mark on a CPU (Linux only), of
+allocated memory on a GPU.
 
-`--part widths`: seconds of one FFN of the model at widths around (1 - ratio) d_ff, for 1, 32 and 1024 tokens: which multiple a
-width must be for the time to follow it.
+`--part widths`: seconds of one FFN of the model at widths around (1 - ratio) d_ff, for 1, 32 and
+1024 tokens: which multiple a width must be for the time to follow it.
 """
 
 from __future__ import annotations
@@ -36,19 +39,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.checkpoint import load_model
-from prunenet.heads import out_linears
-from prunenet.latency import speed, speed_side_by_side
-from prunenet.layers import ffn_widths, iter_ffns
-from prunenet.masks import top_channels, width_at, widths_for_budget
+from prunenet.checkpoints.load import load_model
+from prunenet.evaluation.speed import speed, speed_side_by_side
+from prunenet.models.heads import out_linears
+from prunenet.models.layers import ffn_widths, iter_ffns
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.surgery import narrowed
 from prunenet.policies.artifact import policy_for
-from prunenet.surgery import narrowed
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--part", choices=("models", "widths"), default="models")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5])
@@ -64,30 +69,45 @@ def main() -> None:
     arguments = parser.parse_args()
     dense = the_model(arguments)
     if arguments.part == "widths":
-        write(arguments, {"part": "widths"}, {"rows": around(dense, arguments.ratios, arguments.repeats)})
+        write(
+            arguments,
+            {"part": "widths"},
+            {"rows": around(dense, arguments.ratios, arguments.repeats)},
+        )
         return
     models = {"dense": dense} | cut(dense, arguments.ratios, arguments.round)
     for model in models.values():
         model.to(arguments.device, getattr(torch, arguments.dtype))
     for compiled in {"off": [False], "on": [True], "both": [False, True]}[arguments.compile]:
         for batch in arguments.batches:
-            asked = {name: getattr(arguments, name) for name in ("round", "prompt", "new_tokens", "repeats", "ratios")}
+            asked = {
+                name: getattr(arguments, name)
+                for name in ("round", "prompt", "new_tokens", "repeats", "ratios")
+            }
             key = {"part": "models", "batch": batch, "compiled": compiled, **asked}
             if not written(arguments, key):
                 write(arguments, key, {"rows": measured(models, arguments, batch, compiled)})
 
 
 def the_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    """In the dtype asked for; a checkpoint on the CPU, where it is scored, a random model where it will run."""
+    """In the dtype asked for; a checkpoint on the CPU, where it is scored, a random model where it
+    will run.
+    """
     if arguments.model in SHAPES:
-        return random_model(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
+        return random_model(
+            arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype)
+        )
     return load_model(arguments.model, dtype=arguments.dtype)
 
 
-def cut(dense: PreTrainedModel, ratios: Sequence[float], multiple: int) -> dict[str, PreTrainedModel]:
+def cut(
+    dense: PreTrainedModel, ratios: Sequence[float], multiple: int
+) -> dict[str, PreTrainedModel]:
     """Narrow models by name; a random one is cut to its first channels."""
     widths, models = ffn_widths(dense), {}
-    policy = None if dense.config._name_or_path == "" else policy_for(None, dense.config.model_type)[0]
+    policy = (
+        None if dense.config._name_or_path == "" else policy_for(None, dense.config.model_type)[0]
+    )
     first = [torch.arange(d_ff, 0, -1) for d_ff in widths]
     scores, offsets = (first, []) if policy is None else policy.read(dense)
     for ratio in ratios:
@@ -95,16 +115,22 @@ def cut(dense: PreTrainedModel, ratios: Sequence[float], multiple: int) -> dict[
         if policy is not None:
             ways[f"per-layer {ratio:g}"] = widths_for_budget(widths, offsets, ratio, multiple)
         for name, way in ways.items():
-            models[name] = narrowed(dense, [top_channels(*pair) for pair in zip(scores, way, strict=True)])
+            models[name] = narrowed(
+                dense, [top_channels(*pair) for pair in zip(scores, way, strict=True)]
+            )
     return models
 
 
-def measured(models: dict[str, PreTrainedModel], arguments: argparse.Namespace, batch: int, compiled: bool) -> dict[str, Any]:
+def measured(
+    models: dict[str, PreTrainedModel], arguments: argparse.Namespace, batch: int, compiled: bool
+) -> dict[str, Any]:
     """Speed, FLOPs and memory of each model, and its speed over the dense one's."""
     asked = {"prompt": arguments.prompt, "new_tokens": arguments.new_tokens, "batch": batch}
     memory = {name: added(model, arguments.device, asked) for name, model in models.items()}
     paces = speed_side_by_side(models, **asked, repeats=arguments.repeats, compiled=compiled)
-    work = {name: flops(model, arguments.prompt, arguments.new_tokens) for name, model in models.items()}
+    work = {
+        name: flops(model, arguments.prompt, arguments.new_tokens) for name, model in models.items()
+    }
     rows = {}
     for name, model in models.items():
         pace, found = paces[name], dict[str, Any]()
@@ -120,15 +146,21 @@ def measured(models: dict[str, PreTrainedModel], arguments: argparse.Namespace, 
         found |= {"parameter_megabytes": held / 1e6, "added_megabytes": memory[name]}
         widths = ffn_widths(model)
         rows[name] = found | {"widths": widths if len(set(widths)) > 1 else widths[0]}
-        show = {phase: {key: round(value, 3) for key, value in found[phase].items()} for phase in ("prefill", "decode")}
+        show = {
+            phase: {key: round(value, 3) for key, value in found[phase].items()}
+            for phase in ("prefill", "decode")
+        }
         print(f"batch {batch}, {'compiled' if compiled else 'plain'}, {name}: {show}", flush=True)
     return rows
 
 
 def added(model: PreTrainedModel, device: str, asked: dict[str, int]) -> float:
-    """Megabytes that one prefill and its decoding hold beside the weights; plain, for compiled code reuses its buffers."""
+    """Megabytes that one prefill and its decoding hold beside the weights; plain, for compiled code
+    reuses its buffers.
+    """
     gc.collect()
-    if device == "cpu":  # what earlier models let go of goes back to the system, or it would hide what this one takes
+    # what earlier models let go of goes back to the system, or it would hide what this one takes
+    if device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)
     clock = Clock(device)
     with clock.phase("nothing"):
@@ -141,7 +173,9 @@ def added(model: PreTrainedModel, device: str, asked: dict[str, int]) -> float:
 def flops(model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, float]:
     """Of one sequence: of prefill and of all decoding steps."""
     head = model.get_output_embeddings()
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    linears = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+    ]
     linear = 2 * sum(module.in_features * module.out_features for module in linears)
     # Query by key and weights by value, each 2 d_attention FLOPs for a pair of positions.
     pair = 4 * sum(out.in_features for out in out_linears(model))
@@ -154,25 +188,40 @@ def flops(model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, flo
 
 
 def around(dense: PreTrainedModel, ratios: Sequence[float], repeats: int) -> list[dict[str, Any]]:
-    """Median microseconds of the first layer's FFN, width by width in turn; narrower copies, as surgery makes them."""
+    """Median microseconds of the first layer's FFN, width by width in turn; narrower copies, as
+    surgery makes them.
+    """
     ffn = next(iter_ffns(dense))
     inputs = [matrix for matrix in (ffn.gate, ffn.up) if matrix is not None]
     rows = []
     for ratio in ratios:
         exact = ffn.d_ff * (1 - ratio)
-        multiples = {n * (2 * round((exact / n - 1) / 2) + 1): n for n in MULTIPLES}  # odd multiples: of n, and of no more
+        # odd multiples: of n, and of no more
+        multiples = {n * (2 * round((exact / n - 1) / 2) + 1): n for n in MULTIPLES}
         for tokens in (1, 32, 1024):
-            x = torch.randn(tokens, ffn.d_model, generator=torch.Generator().manual_seed(0)).to(ffn.up)
-            cuts = {width: ([m[:width].contiguous() for m in inputs], ffn.down[:, :width].contiguous()) for width in multiples}
+            x = torch.randn(tokens, ffn.d_model, generator=torch.Generator().manual_seed(0)).to(
+                ffn.up
+            )
+            cuts = {
+                width: ([m[:width].contiguous() for m in inputs], ffn.down[:, :width].contiguous())
+                for width in multiples
+            }
             times: dict[int, list[float]] = {width: [] for width in multiples}
             inner = max(1, 4096 // tokens) if tokens < 1024 else 4
             for repeat in range(repeats + 1):
                 for width, (ins, down) in cuts.items():
-                    passed = timed(lambda ins=ins, down=down, x=x: through(x, ins, down), inner, x.device)
+                    passed = timed(
+                        lambda ins=ins, down=down, x=x: through(x, ins, down), inner, x.device
+                    )
                     if repeat:
                         times[width].append(passed * 1e6)
             for width, found in times.items():
-                row: dict[str, Any] = {"ratio": ratio, "tokens": tokens, "width": width, "multiple_of": multiples[width]}
+                row: dict[str, Any] = {
+                    "ratio": ratio,
+                    "tokens": tokens,
+                    "width": width,
+                    "multiple_of": multiples[width],
+                }
                 row |= {"microseconds": statistics.median(found), "fastest": min(found)}
                 rows.append(row | {"nanoseconds_per_channel": 1e3 * row["microseconds"] / width})
                 print({key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
@@ -186,8 +235,14 @@ def through(x: Tensor, inputs: Sequence[Tensor], down: Tensor) -> Tensor:
 
 
 def timed(call: Callable[[], object], times: int, device: torch.device) -> float:
-    """Seconds of one call, mean of several; of the process where it runs on a CPU, so that neighbours count less."""
-    clock = time.perf_counter if device.type == "cuda" or torch.get_num_threads() > 1 else time.process_time
+    """Seconds of one call, mean of several; of the process where it runs on a CPU, so that
+    neighbours count less.
+    """
+    clock = (
+        time.perf_counter
+        if device.type == "cuda" or torch.get_num_threads() > 1
+        else time.process_time
+    )
     start = clock()
     for _ in range(times):
         call()
@@ -198,7 +253,12 @@ def timed(call: Callable[[], object], times: int, device: torch.device) -> float
 
 def setting(arguments: argparse.Namespace) -> dict[str, Any]:
     threads = torch.get_num_threads()
-    return {"model": Path(arguments.model).name, "device": arguments.device, "dtype": arguments.dtype, "threads": threads}
+    return {
+        "model": Path(arguments.model).name,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "threads": threads,
+    }
 
 
 def written(arguments: argparse.Namespace, key: dict[str, Any]) -> bool:

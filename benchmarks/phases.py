@@ -1,9 +1,11 @@
-"""Time and peak memory of each phase of `prunenet prune MODEL --ratio 0.3`, the calibration-free default.
+"""Time and peak memory of each phase of `prunenet prune MODEL --ratio 0.3`, the calibration-free
+default.
 
     python benchmarks/phases.py MODEL --out benchmarks/results/phases.jsonl [--device cuda]
 
-The text is written anew, whatever the cache holds. Peak memory is the most that the process held in the phase, what was there
-before it included: resident memory on a CPU (reset through /proc/self/clear_refs, so Linux only), allocated memory on a GPU.
+The text is written anew, whatever the cache holds. Peak memory is the most that the process held in
+the phase, what was there before it included: resident memory on a CPU (reset through
+/proc/self/clear_refs, so Linux only), allocated memory on a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from typing import Any
 import torch
 
 from prunenet import __version__
-from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
+from prunenet.text.calibration import self_blocks
 
 
 class Clock:
@@ -60,7 +62,9 @@ class Clock:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--device", default="cpu")
@@ -69,7 +73,10 @@ def main() -> None:
     clock = Clock(arguments.device)
     with tempfile.TemporaryDirectory() as scratch:
         with clock.phase("load"):
-            model, tokenizer = load_model(arguments.model, device=arguments.device), load_tokenizer(arguments.model)
+            model, tokenizer = (
+                load_model(arguments.model, device=arguments.device),
+                load_tokenizer(arguments.model),
+            )
         with clock.phase("write text (once for a model; cached)"):
             blocks = self_blocks(model, tokenizer, cache=Path(scratch))
         policy, name = policy_for(None, model.config.model_type)
@@ -77,11 +84,22 @@ def main() -> None:
         with clock.phase("score channels from weights"):
             scores = policy.scores(model)
         with clock.phase("measure, refit, choose widths"):
-            pruned = prune(model, policy, ratio=arguments.ratio, blocks=blocks, scores=scores, policy_name=name)
+            pruned = prune(
+                model, policy, ratio=arguments.ratio, blocks=blocks, scores=scores, policy_name=name
+            )
         with clock.phase("save, reload and compare"):
             pruned.save_pretrained(Path(scratch) / "smaller", tokenizer=tokenizer)
-    line: dict[str, Any] = {"model": Path(arguments.model).name, "ratio": arguments.ratio, "tokens": blocks.ids.numel()}
-    line |= {"device": arguments.device, "threads": torch.get_num_threads(), "phases": clock.phases, "prunenet": __version__}
+    line: dict[str, Any] = {
+        "model": Path(arguments.model).name,
+        "ratio": arguments.ratio,
+        "tokens": blocks.ids.numel(),
+    }
+    line |= {
+        "device": arguments.device,
+        "threads": torch.get_num_threads(),
+        "phases": clock.phases,
+        "prunenet": __version__,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -1,10 +1,12 @@
-"""Perplexity of the trained policy beside masks that need no training, at equal widths. One JSON line per cell; resumable.
+"""Perplexity of the trained policy beside masks that need no training, at equal widths. One JSON
+line per cell; resumable.
 
-    python benchmarks/quality.py MODEL --text ../shared/data/wikitext2/wiki.test.raw --out benchmarks/results/quality.jsonl
+    python benchmarks/quality.py MODEL --text ../shared/data/wikitext2/wiki.test.raw --out
+    benchmarks/results/quality.jsonl
 
-Uniform widths, no refit, so that every row at one ratio has the same parameters. Policies are trained on the model with their
-preset (`spectral` with 8 updates in place of 20, for time); `default` reads text that the model writes, the others nothing. All
-are applied from weights alone.
+Uniform widths, no refit, so that every row at one ratio has the same parameters. Policies are
+trained on the model with their preset (`spectral` with 8 updates in place of 20, for time);
+`default` reads text that the model writes, the others nothing. All are applied from weights alone.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ import torch
 from torch import Tensor
 
 from prunenet import __version__
-from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.evaluate import perplexity
-from prunenet.layers import iter_ffns
-from prunenet.masks import top_channels, width_at
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.models.layers import iter_ffns
+from prunenet.models.masks import top_channels, width_at
+from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy
-from prunenet.policies.recipe import PRESETS
-from prunenet.policies.train import train
-from prunenet.surgery import masking
-from prunenet.text import TestText, load_text
+from prunenet.policies.training.recipe import PRESETS
+from prunenet.policies.training.train import train
+from prunenet.text.calibration import self_blocks
+from prunenet.text.corpora import TestText, load_text
 
 Scores = Callable[[int], list[Tensor]]
 
@@ -41,8 +43,14 @@ def methods(model: Any, source: str) -> dict[str, tuple[str, Scores]]:
 
     @cache
     def policy(preset: str, seed: int) -> Policy:
-        blocks = self_blocks(model, load_tokenizer(source), seed=seed) if preset == "default" else None
-        recipe = replace(PRESETS[preset], seed=seed, updates=8 if preset == "spectral" else PRESETS[preset].updates)
+        blocks = (
+            self_blocks(model, load_tokenizer(source), seed=seed) if preset == "default" else None
+        )
+        recipe = replace(
+            PRESETS[preset],
+            seed=seed,
+            updates=8 if preset == "spectral" else PRESETS[preset].updates,
+        )
         return train(model, recipe, blocks=blocks).policy
 
     def random(seed: int) -> list[Tensor]:
@@ -54,7 +62,10 @@ def methods(model: Any, source: str) -> dict[str, tuple[str, Scores]]:
         return [ffn.gate.norm(dim=1) * ffn.up.norm(dim=1) * ffn.down.norm(dim=0) for ffn in gated]
 
     return {
-        "policy, default": ("trained: self, applied: weights", lambda seed: policy("default", seed).scores(model)),
+        "policy, default": (
+            "trained: self, applied: weights",
+            lambda seed: policy("default", seed).scores(model),
+        ),
         "random": ("weights", random),
         "product of norms": ("weights", norms),
         "policy, spectral": ("weights", lambda seed: policy("spectral", seed).scores(model)),
@@ -111,7 +122,13 @@ def main() -> None:
             continue
         for seed in range(1 if name == "product of norms" else arguments.seeds):
             for ratio in arguments.ratios:
-                record(name, regime, ratio, seed, lambda seed=seed, ratio=ratio, f=scores_of: masked(f(seed), ratio))
+                record(
+                    name,
+                    regime,
+                    ratio,
+                    seed,
+                    lambda seed=seed, ratio=ratio, f=scores_of: masked(f(seed), ratio),
+                )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Does a reward track quality? Rank correlation of every reward with the perplexity of held-out text, over many kinds of mask.
+"""Does a reward track quality? Rank correlation of every reward with the perplexity of held-out
+text, over many kinds of mask.
 
     python benchmarks/reward_correlation.py MODEL --data ../shared/data --policy runs/seed0 \
         --out benchmarks/results/reward_correlation.jsonl
     python benchmarks/reward_correlation.py --figure benchmarks/results/reward_correlation.png \
         --out benchmarks/results/reward_correlation.jsonl
 
-All masks remove the same share of channels. A mask takes a score of its channels (random, a weight norm in either direction,
-activation energy on self-generated text, or the policy's), blurred by noise, at uniform widths or at widths drawn at random.
-Perplexity is that of WikiText-2 validation; the text of the rewards is the model's own. One JSON line per mask; resumable.
+All masks remove the same share of channels. A mask takes a score of its channels (random, a weight
+norm in either direction, activation energy on self-generated text, or the policy's), blurred by
+noise, at uniform widths or at widths drawn at random. Perplexity is that of WikiText-2 validation;
+the text of the rewards is the model's own. One JSON line per mask; resumable.
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
-from prunenet.evaluate import perplexity
-from prunenet.layers import down_linears, ffn_widths, iter_ffns
-from prunenet.masks import top_channels, width_at, widths_for_budget
-from prunenet.moments import ffn_moments
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.models.layers import down_linears, ffn_widths, iter_ffns
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy
-from prunenet.surgery import masking
-from prunenet.text import TestText, load_text
+from prunenet.refit.moments import ffn_moments
+from prunenet.text.calibration import self_blocks
+from prunenet.text.corpora import TestText, load_text
 
 NOISES = (0.0, 0.5, 1.0, 2.0)
 
@@ -41,15 +43,26 @@ class Masks:
 
     def __init__(self, model: Any, policy: Policy, blocks: Tensor, ratio: float) -> None:
         self.d_ff, self.ratio = ffn_widths(model), ratio
-        ffns, downs = list(iter_ffns(model)), [linear.weight.detach() for linear in down_linears(model)]
-        energy = [m.second.diagonal() * w.square().sum(0) for m, w in zip(ffn_moments(model, blocks), downs, strict=True)]
+        ffns, downs = (
+            list(iter_ffns(model)),
+            [linear.weight.detach() for linear in down_linears(model)],
+        )
+        energy = [
+            m.second.diagonal() * w.square().sum(0)
+            for m, w in zip(ffn_moments(model, blocks), downs, strict=True)
+        ]
         norms = {
             "gate norm": [ffn.gate.norm(dim=1) for ffn in ffns if ffn.gate is not None],
             "up norm": [ffn.up.norm(dim=1) for ffn in ffns],
             "down norm": [down.norm(dim=0) for down in downs],
         }
-        self.scores = {"policy": policy.scores(model), "energy": [row.clamp_min(1e-30).log() for row in energy]}
-        self.scores |= norms | {f"low {name}": [-row for row in rows] for name, rows in norms.items()}
+        self.scores = {
+            "policy": policy.scores(model),
+            "energy": [row.clamp_min(1e-30).log() for row in energy],
+        }
+        self.scores |= norms | {
+            f"low {name}": [-row for row in rows] for name, rows in norms.items()
+        }
 
     def draw(self, number: int) -> tuple[str, list[Tensor]]:
         generator = torch.Generator().manual_seed(number)
@@ -67,7 +80,9 @@ class Masks:
         widths = [width_at(d_ff, self.ratio) for d_ff in self.d_ff]
         if number % 2:
             widths = widths_for_budget(
-                self.d_ff, torch.randn(len(self.d_ff), generator=generator).mul(0.7).tolist(), self.ratio
+                self.d_ff,
+                torch.randn(len(self.d_ff), generator=generator).mul(0.7).tolist(),
+                self.ratio,
             )
         kind = f"{name}, noise {noise:g}, {'random' if number % 2 else 'uniform'} widths"
         return kind, [top_channels(row, width) for row, width in zip(rows, widths, strict=True)]
@@ -80,12 +95,18 @@ def study(arguments: argparse.Namespace) -> None:
     masks = Masks(model, Policy.from_pretrained(arguments.policy), blocks, arguments.ratio)
     rewards = {
         "spectral, KS, gate (published)": SpectralReward(model, matrices=("gate",)),
-        "spectral, Wasserstein, gate": SpectralReward(model, matrices=("gate",), distance="wasserstein"),
+        "spectral, Wasserstein, gate": SpectralReward(
+            model, matrices=("gate",), distance="wasserstein"
+        ),
         "spectral, energy, all matrices": SpectralReward(model, distance="energy"),
         "reconstruction": ReconstructionReward(model, blocks),
         "divergence": DivergenceReward(model, blocks[:4, :128]),
     }
-    done = {json.loads(line)["mask"] for line in arguments.out.open()} if arguments.out.exists() else set()
+    done = (
+        {json.loads(line)["mask"] for line in arguments.out.open()}
+        if arguments.out.exists()
+        else set()
+    )
     left = [number for number in range(arguments.masks) if number not in done]
     for numbers in (left[i : i + 8] for i in range(0, len(left), 8)):
         kinds, drawn = zip(*(masks.draw(number) for number in numbers), strict=True)
@@ -94,7 +115,12 @@ def study(arguments: argparse.Namespace) -> None:
         for index, number in enumerate(numbers):
             with masking(model, drawn[index]):
                 value = perplexity(model, tokenizer, text, window=768, max_windows=1).value
-            line = {"mask": number, "kind": kinds[index], "ratio": arguments.ratio, "perplexity": value}
+            line = {
+                "mask": number,
+                "kind": kinds[index],
+                "ratio": arguments.ratio,
+                "perplexity": value,
+            }
             line["rewards"] = {name: values[index] for name, values in paid.items()}
             with arguments.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -103,14 +129,19 @@ def study(arguments: argparse.Namespace) -> None:
 
 def _paid(reward: Reward, keep: list[Tensor]) -> Tensor:
     """The layers' mean plus the sweep's, for each mask."""
-    layers = [term / len(keep) for i, masks in enumerate(keep) for term in reward.layer(i, masks).values()]
+    layers = [
+        term / len(keep) for i, masks in enumerate(keep) for term in reward.layer(i, masks).values()
+    ]
     return torch.stack([*layers, *reward.sweep(keep).values()]).sum(0)
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Spearman's rank correlation of each reward with minus the perplexity."""
     quality = [-line["perplexity"] for line in lines]
-    return {name: float(spearmanr([line["rewards"][name] for line in lines], quality)[0]) for name in lines[0]["rewards"]}
+    return {
+        name: float(spearmanr([line["rewards"][name] for line in lines], quality)[0])
+        for name in lines[0]["rewards"]
+    }
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
@@ -126,13 +157,16 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
         axis.set(yscale="log", title=f"{name}\nrank correlation {value:.2f}", xlabel="reward")
     axes[0].set_ylabel("perplexity (WikiText-2 validation)")
     sheet.suptitle(
-        f"{len(lines)} masks at ratio {lines[0]['ratio']:g}. Grey: random; green: norms; blue: activation energy; red: policy"
+        f"{len(lines)} masks at ratio {lines[0]['ratio']:g}. Grey: random; green: norms; blue:"
+        " activation energy; red: policy"
     )
     sheet.savefig(path, dpi=130)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--policy")

@@ -1,21 +1,29 @@
-"""Which self-written text stands in best for real text? One JSON line per setting; finished ones are skipped.
+"""Which self-written text stands in best for real text? One JSON line per setting; finished ones
+are skipped.
 
-    python benchmarks/self_text.py MODEL --data ../shared/data --out benchmarks/results/self_text.jsonl
+    python benchmarks/self_text.py MODEL --data ../shared/data --out
+    benchmarks/results/self_text.jsonl
 
-A setting writes a small text (16 sequences of 127 counted tokens, unless it says otherwise), measures its FFN moments H_self
-and is scored against the moments H of real texts: WikiText-2 validation, PTB validation, the built-in calibration text; never
-a test text. Each real text has two halves of as many tokens (16 windows of 128, drawn without overlap): A competes, B judges.
-First positions are not counted anywhere (an attention sink there outweighs all else), unless the setting says so.
+A setting writes a small text (16 sequences of 127 counted tokens, unless it says otherwise),
+measures its FFN moments H_self and is scored against the moments H of real texts: WikiText-2
+validation, PTB validation, the built-in calibration text; never a test text. Each real text has two
+halves of as many tokens (16 windows of 128, drawn without overlap): A competes, B judges. First
+positions are not counted anywhere (an attention sink there outweighs all else), unless the setting
+says so.
 
-Scores, all on H of half B, per layer, at ratio 0.3. K(H): the channels with the largest diag(H)_j |W_j|^2, W the down matrix.
+Scores, all on H of half B, per layer, at ratio 0.3. K(H): the channels with the largest diag(H)_j
+|W_j|^2, W the down matrix.
 
-* regret = lost(K(H_self)) / lost(K(H_A)) - 1, with lost = |W_R h_R|^2 / |W h|^2, the output energy that the cut loses without
-  refit. 0: the self-written text chooses as well as real text of the same domain and size does.
-* refit_regret = the same with the kept columns refitted (`prunenet.refit.ridge`, damping 0.3) to H_self, and to H_A.
+* regret = lost(K(H_self)) / lost(K(H_A)) - 1, with lost = |W_R h_R|^2 / |W h|^2, the output energy
+  that the cut loses without refit. 0: the self-written text chooses as well as real text of the
+  same domain and size does.
+* refit_regret = the same with the kept columns refitted (`prunenet.refit.ridge`, damping 0.3) to
+  H_self, and to H_A.
 
-Both are means over every third layer and the last (0, 3, .., 27, 29 of SmolLM2), then over the texts. `lost` and `refit_lost`
-are the shares themselves. Rows "real: X" put half A of text X in the place of the self-written text: what calibration on
-another domain costs (the text itself, at 0, is in their mean). `repeats` is the share of 8-grams that the text had already.
+Both are means over every third layer and the last (0, 3, .., 27, 29 of SmolLM2), then over the
+texts. `lost` and `refit_lost` are the shares themselves. Rows "real: X" put half A of text X in the
+place of the self-written text: what calibration on another domain costs (the text itself, at 0, is
+in their mean). `repeats` is the share of 8-grams that the text had already.
 """
 
 from __future__ import annotations
@@ -32,21 +40,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.envs.rewards import energy_lost
-from prunenet.generate import document_start, generate_blocks
-from prunenet.layers import down_linears
-from prunenet.masks import top_channels, width_at
-from prunenet.moments import LayerWalk
-from prunenet.refit import lost, ridge
-from prunenet.synthetic import random_blocks
-from prunenet.text import CalibrationText, calibration_blocks, load_text
+from prunenet.models.layers import down_linears
+from prunenet.models.masks import top_channels, width_at
+from prunenet.refit.moments import LayerWalk
+from prunenet.refit.ridge import lost, ridge
+from prunenet.text.corpora import CalibrationText, calibration_blocks, load_text
+from prunenet.text.generate import document_start, generate_blocks
+from prunenet.text.random_tokens import random_blocks
 
 RATIO, DAMPING, WINDOW, HALF = 0.3, 0.3, 128, 16  # HALF: windows in half a real text
-TEXTS = {"wikitext2": "wikitext2/wiki.valid.tokens", "ptb": "ptb/ptb.valid.txt", "builtin": "builtin"}
+TEXTS = {
+    "wikitext2": "wikitext2/wiki.valid.tokens",
+    "ptb": "ptb/ptb.valid.txt",
+    "builtin": "builtin",
+}
 
 # What each setting changes; "sequences" are those that are left after the filter.
-BASE = {"sequences": 16, "keep": 0.8, "hot": 2.5, "temperature": 0.9, "top_p": 0.95, "start": "document", "skip": 1}
+BASE = {
+    "sequences": 16,
+    "keep": 0.8,
+    "hot": 2.5,
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "start": "document",
+    "skip": 1,
+}
 FLAT = {"hot": 1.0, "temperature": 1.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "base: document start, 2.5 -> 0.9, top-p 0.95, keep 0.8, 2k tokens": {},
@@ -83,22 +103,32 @@ class Bench:
         walk = LayerWalk(self.model, ids, skip=skip)
         return [walk.moments(index).second for index in walk if index in self.layers]
 
-    def _real(self, data: Path, name: str) -> tuple[Tensor, list[Tensor], list[Tensor], list[dict[str, float]]]:
+    def _real(
+        self, data: Path, name: str
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[dict[str, float]]]:
         """(ids of half A, its moments, those of half B, what half A loses on B in each layer)."""
         file = TEXTS[name]
         text = load_text(file if file == "builtin" else str(data / file), CalibrationText)
         generator = torch.Generator().manual_seed(0)
-        blocks = calibration_blocks(self.tokenizer, text, count=2 * HALF, window=WINDOW, generator=generator)
+        blocks = calibration_blocks(
+            self.tokenizer, text, count=2 * HALF, window=WINDOW, generator=generator
+        )
         first, second = blocks.chunk(2)
         own, judge = self.moments(first, 1), self.moments(second, 1)
         return first, own, judge, self.losses(own, [judge])[0]
 
-    def losses(self, measured: list[Tensor], judges: list[list[Tensor]]) -> list[list[dict[str, float]]]:
-        """For each judge and layer: the energy lost by the channels that the measured moments choose, and after their refit."""
+    def losses(
+        self, measured: list[Tensor], judges: list[list[Tensor]]
+    ) -> list[list[dict[str, float]]]:
+        """For each judge and layer: the energy lost by the channels that the measured moments
+        choose, and after their refit.
+        """
         rows: list[list[dict[str, float]]] = [[] for _ in judges]
         for place, index in enumerate(self.layers):
             weight, second = self.downs[index], measured[place]
-            keep = top_channels(second.diagonal() * weight.square().sum(0), width_at(weight.shape[1], RATIO))
+            keep = top_channels(
+                second.diagonal() * weight.square().sum(0), width_at(weight.shape[1], RATIO)
+            )
             refitted = ridge(weight, second, keep, damping=DAMPING)
             for row, judge in zip(rows, judges, strict=True):
                 h = judge[place]
@@ -115,12 +145,19 @@ class Bench:
             real, texts[name] = self.halves[name][3], {}
             for key, regret in (("lost", "regret"), ("refit_lost", "refit_regret")):
                 texts[name][key] = statistics.mean(layer[key] for layer in row)
-                texts[name][regret] = statistics.mean(a[key] / b[key] - 1 for a, b in zip(row, real, strict=True))
+                texts[name][regret] = statistics.mean(
+                    a[key] / b[key] - 1 for a, b in zip(row, real, strict=True)
+                )
         keys = ("regret", "refit_regret", "lost", "refit_lost")
-        return {**{key: statistics.mean(text[key] for text in texts.values()) for key in keys}, "texts": texts}
+        return {
+            **{key: statistics.mean(text[key] for text in texts.values()) for key in keys},
+            "texts": texts,
+        }
 
     @cache  # noqa: B019 - one bench per process
-    def written(self, start: str, sequences: int, keep: float, seed: int, **sampling: float) -> tuple[Tensor, int]:
+    def written(
+        self, start: str, sequences: int, keep: float, seed: int, **sampling: float
+    ) -> tuple[Tensor, int]:
         """(text, how many tokens at the start of each sequence were not sampled)."""
         generator = torch.Generator().manual_seed(seed)
         if start == "none":
@@ -130,7 +167,9 @@ class Bench:
             prefixes = random_blocks(self.model, count, 1, generator)
         elif start == "chat":
             # The user's turn is the model's too: the template up to where the user's words stand.
-            chat = self.tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False)
+            chat = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": "@@"}], tokenize=False
+            )
             prefixes = torch.tensor([self.tokenizer(chat.split("@@")[0])["input_ids"]])
         prompt = 1 if prefixes is None else 1 + prefixes.shape[1]
         tokens = WINDOW - 1 + prompt
@@ -173,20 +212,29 @@ def repeats(ids: Tensor, n: int = 8) -> float:
 
 def runs(bench: Bench) -> Iterator[tuple[str, Any]]:
     for name, half in bench.halves.items():
-        yield f"real: {name}", lambda half=half: {**bench.score(half[1]), "tokens": half[0][:, 1:].numel()}
+        yield (
+            f"real: {name}",
+            lambda half=half: {**bench.score(half[1]), "tokens": half[0][:, 1:].numel()},
+        )
     for name, changes in SETTINGS.items():
         yield name, lambda changes=changes: bench.run(changes)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="names of settings; default all")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    done = {json.loads(line)["setting"] for line in arguments.out.open()} if arguments.out.exists() else set()
+    done = (
+        {json.loads(line)["setting"] for line in arguments.out.open()}
+        if arguments.out.exists()
+        else set()
+    )
     bench = Bench(arguments.model, arguments.data)
     print(f"real texts measured, {time.process_time():.0f} s of CPU", flush=True)
     for name, run in runs(bench):
@@ -195,10 +243,17 @@ def main() -> None:
         line = {"setting": name, "torch": torch.__version__, **run()}
         with arguments.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(name, *(round(line[key], 3) for key in ("regret", "refit_regret", "lost", "refit_lost")), flush=True)
+        print(
+            name,
+            *(round(line[key], 3) for key in ("regret", "refit_regret", "lost", "refit_lost")),
+            flush=True,
+        )
     lines = [json.loads(line) for line in arguments.out.open()]
     for line in sorted(lines, key=lambda line: line["refit_regret"]):
-        each = ", ".join(f"{name} {t['regret']:.2f} / {t['refit_regret']:.2f}" for name, t in line["texts"].items())
+        each = ", ".join(
+            f"{name} {t['regret']:.2f} / {t['refit_regret']:.2f}"
+            for name, t in line["texts"].items()
+        )
         print(f"{line['regret']:.3f} / {line['refit_regret']:.3f}  {line['setting']}  ({each})")
 
 

@@ -1,13 +1,17 @@
-"""Time of the exact spectral reward per mask against a full SVD of the same masked matrices, and whether they agree.
+"""Time of the exact spectral reward per mask against a full SVD of the same masked matrices, and
+whether they agree.
 
-    OMP_NUM_THREADS=2 python benchmarks/spectral_reward.py PATH_TO_SMOLLM2 --out benchmarks/results/spectral_reward.jsonl
+    OMP_NUM_THREADS=2 python benchmarks/spectral_reward.py PATH_TO_SMOLLM2 --out
+    benchmarks/results/spectral_reward.jsonl
 
-Prints one JSON line a case: SmolLM2 with the gate matrix only (as published), SmolLM2 with gate, up and down, and one random
-11008 x 4096 layer (the shape of Llama-2-7B; `--only smollm2` leaves it out). Both routes run interleaved in one process, on the
-same masks; the SVD route is `torch.linalg.svdvals` of W[K] in the weights' float32, then `scipy.stats.ks_2samp`. The Gram
-matrix and the spectrum of the dense matrix, computed once in a training run, are timed apart (`setup_s`). On a machine that
-others use at the same time, take one thread: threads that wait for each other cost either route more than they give.
-Agreement is measured on rewards 1 - KS, against an SVD in float64 too.
+Prints one JSON line a case: SmolLM2 with the gate matrix only (as published), SmolLM2 with gate, up
+and down, and one random 11008 x 4096 layer (the shape of Llama-2-7B; `--only smollm2` leaves it
+out). Both routes run interleaved in one process, on the same masks; the SVD route is
+`torch.linalg.svdvals` of W[K] in the weights' float32, then `scipy.stats.ks_2samp`. The Gram matrix
+and the spectrum of the dense matrix, computed once in a training run, are timed apart (`setup_s`).
+On a machine that others use at the same time, take one thread: threads that wait for each other
+cost either route more than they give. Agreement is measured on rewards 1 - KS, against an SVD in
+float64 too.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunenet.layers import iter_ffns
-from prunenet.spectra import SpectralReference
+from prunenet.models.layers import iter_ffns
+from prunenet.spectra.exact import SpectralReference
 
 RATIO = 0.3
 
@@ -38,7 +42,9 @@ def main() -> None:
     parser.add_argument("model", help="folder of SmolLM2-135M")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 6, 12, 18, 24, 29])
     parser.add_argument("--repeats", type=int, default=5, help="masks of each SmolLM2 layer")
-    parser.add_argument("--large-repeats", type=int, default=2, help="masks of the 11008 x 4096 layer")
+    parser.add_argument(
+        "--large-repeats", type=int, default=2, help="masks of the 11008 x 4096 layer"
+    )
     parser.add_argument("--only", choices=["smollm2", "large"], help="leave the other cases out")
     parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
     arguments = parser.parse_args()
@@ -46,7 +52,10 @@ def main() -> None:
     ffns = [ffn for ffn in iter_ffns(model) if ffn.index in arguments.layers]
     gates = [[ffn.gate] for ffn in ffns]
     every = [[ffn.gate, ffn.up, ffn.down.T] for ffn in ffns]
-    cases = [("SmolLM2-135M, gate", gates, arguments.repeats), ("SmolLM2-135M, gate + up + down", every, arguments.repeats)]
+    cases = [
+        ("SmolLM2-135M, gate", gates, arguments.repeats),
+        ("SmolLM2-135M, gate + up + down", every, arguments.repeats),
+    ]
     if arguments.only == "large":
         cases.clear()
     if arguments.only != "smollm2":
@@ -66,21 +75,34 @@ def compare(name: str, layers: list[list[Tensor]], repeats: int) -> dict[str, ob
     setup = time.perf_counter()
     references = [[SpectralReference.of(weight) for weight in matrices] for matrices in layers]
     setup = time.perf_counter() - setup
-    dense = [[reference.values for reference in ready] for ready in references]  # agreement with an SVD of W is checked below
+    # agreement with an SVD of W is checked below
+    dense = [[reference.values for reference in ready] for ready in references]
     ours, full, gaps, gaps64 = [], [], [], []
     for repeat in range(repeats):
-        for layer, (matrices, ready, spectra) in enumerate(zip(layers, references, dense, strict=True)):
-            keep = torch.rand(matrices[0].shape[0], generator=generator).argsort().ge(int(RATIO * matrices[0].shape[0]))
+        for layer, (matrices, ready, spectra) in enumerate(
+            zip(layers, references, dense, strict=True)
+        ):
+            keep = (
+                torch.rand(matrices[0].shape[0], generator=generator)
+                .argsort()
+                .ge(int(RATIO * matrices[0].shape[0]))
+            )
             routes = [
                 (ours, lambda ready=ready, keep=keep: gram_reward(ready, keep)),
-                (full, lambda matrices=matrices, spectra=spectra, keep=keep: svd_reward(matrices, spectra, keep)),
+                (
+                    full,
+                    lambda matrices=matrices, spectra=spectra, keep=keep: svd_reward(
+                        matrices, spectra, keep
+                    ),
+                ),
             ]
             first = (repeat + layer) % 2  # neither route always runs on the other's warm caches
             rewards = {}
             for times, route in (routes[first], routes[1 - first]):
                 rewards[id(times)] = timed(times, route)
             gaps.append(abs(rewards[id(ours)] - rewards[id(full)]))
-            if repeat == 0 and matrices[0].shape[1] < 2048:  # a float64 SVD of the large matrix takes minutes
+            # a float64 SVD of the large matrix takes minutes
+            if repeat == 0 and matrices[0].shape[1] < 2048:
                 exact = [weight.double() for weight in matrices]
                 exact_dense = [torch.linalg.svdvals(weight) for weight in exact]
                 gaps64.append(abs(rewards[id(ours)] - svd_reward(exact, exact_dense, keep)))
@@ -109,7 +131,11 @@ def gram_reward(references: list[SpectralReference], keep: Tensor) -> float:
 
 def svd_reward(matrices: list[Tensor], dense: list[Tensor], keep: Tensor) -> float:
     kept = [torch.linalg.svdvals(weight[keep]) for weight in matrices]
-    return float(np.mean([1 - ks_2samp(a, b, method="asymp").statistic for a, b in zip(dense, kept, strict=True)]))
+    return float(
+        np.mean(
+            [1 - ks_2samp(a, b, method="asymp").statistic for a, b in zip(dense, kept, strict=True)]
+        )
+    )
 
 
 def timed(times: list[float], route: Callable[[], float]) -> float:
@@ -121,8 +147,14 @@ def timed(times: list[float], route: Callable[[], float]) -> float:
 
 def summary(values: list[float]) -> dict[str, float]:
     """Median and the quartiles around it."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": round(statistics.median(values), 5), "q1": round(low, 5), "q3": round(high, 5)}
+    low, _, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    return {
+        "median": round(statistics.median(values), 5),
+        "q1": round(low, 5),
+        "q3": round(high, 5),
+    }
 
 
 if __name__ == "__main__":

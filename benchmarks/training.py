@@ -1,10 +1,11 @@
-"""Does training learn, and which algorithm learns best? One JSON line per run; finished runs are skipped.
+"""Does training learn, and which algorithm learns best? One JSON line per run; finished runs are
+skipped.
 
     python benchmarks/training.py MODEL --out benchmarks/results/training.jsonl
 
-Two parts. `spectral`: the spectral reward of trained masks against uniformly random masks, 5 seeds, at ratio 0.3.
-`algorithms`: the reconstruction reward (on text that the model writes) after the same number of sweeps, for each choice of the
-recipe, 3 seeds.
+Two parts. `spectral`: the spectral reward of trained masks against uniformly random masks, 5 seeds,
+at ratio 0.3. `algorithms`: the reconstruction reward (on text that the model writes) after the same
+number of sweeps, for each choice of the recipe, 3 seeds.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Any
 
 import torch
 
-from prunenet.calibration import self_blocks
-from prunenet.checkpoint import load_model, load_tokenizer
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.regimes import Regime
 from prunenet.envs import SpectralReward
 from prunenet.envs.rewards import ReconstructionReward, Reward
 from prunenet.envs.sweep import View
-from prunenet.masks import top_channels
-from prunenet.policies.recipe import PRESETS, Recipe
-from prunenet.policies.train import train
-from prunenet.provenance import Regime
+from prunenet.models.masks import top_channels
+from prunenet.policies.training.recipe import PRESETS, Recipe
+from prunenet.policies.training.train import train
+from prunenet.text.calibration import self_blocks
 
 RATIO = 0.3
 CHOICES: dict[str, dict[str, Any]] = {
@@ -48,7 +49,11 @@ def random_reward(reward: Reward, view: View, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     width = round((1 - RATIO) * view.d_ff)
     paid = [
-        sum(reward.layer(layer, top_channels(torch.rand(1, view.d_ff, generator=generator), width)).values())
+        sum(
+            reward.layer(
+                layer, top_channels(torch.rand(1, view.d_ff, generator=generator), width)
+            ).values()
+        )
         for layer in range(view.layers)
     ]
     return float(torch.stack([torch.as_tensor(value) for value in paid]).mean())
@@ -58,12 +63,23 @@ def spectral(model: Any, view: View, seeds: int) -> Iterator[tuple[str, Any]]:
     """Random and trained masks under the spectral reward; KS distance of all three matrices."""
     reward = SpectralReward(model)
     for seed in range(seeds):
-        yield f"spectral random {seed}", lambda seed=seed: {"reward": random_reward(reward, view, seed)}
+        yield (
+            f"spectral random {seed}",
+            lambda seed=seed: {"reward": random_reward(reward, view, seed)},
+        )
     for seed in range(seeds):
         recipe = replace(
-            PRESETS["spectral"], updates=8, evaluate_every=4, evaluate_at=(RATIO,), ratio=(RATIO, RATIO), seed=seed
+            PRESETS["spectral"],
+            updates=8,
+            evaluate_every=4,
+            evaluate_at=(RATIO,),
+            ratio=(RATIO, RATIO),
+            seed=seed,
         )
-        yield f"spectral trained {seed}", lambda recipe=recipe: trained(model, recipe, reward, "weights")
+        yield (
+            f"spectral trained {seed}",
+            lambda recipe=recipe: trained(model, recipe, reward, "weights"),
+        )
 
 
 def algorithms(model: Any, source: str, seeds: int) -> Iterator[tuple[str, Any]]:
@@ -79,7 +95,11 @@ def trained(model: Any, recipe: Recipe, reward: Reward, regime: Regime) -> dict[
     """Trains, and says what came out."""
     start = time.perf_counter()
     history = train(model, recipe, reward=reward, regime=regime).history
-    return {"reward": max(value for _, value in history), "seconds": time.perf_counter() - start, "history": history}
+    return {
+        "reward": max(value for _, value in history),
+        "seconds": time.perf_counter() - start,
+        "history": history,
+    }
 
 
 def main() -> None:
@@ -89,7 +109,11 @@ def main() -> None:
     parser.add_argument("--part", choices=("spectral", "algorithms"), action="append")
     arguments = parser.parse_args()
     model = load_model(arguments.model)
-    done = {json.loads(line)["run"] for line in arguments.out.open()} if arguments.out.exists() else set()
+    done = (
+        {json.loads(line)["run"] for line in arguments.out.open()}
+        if arguments.out.exists()
+        else set()
+    )
     parts = arguments.part or ["spectral", "algorithms"]
     runs: list[tuple[str, Any]] = []
     if "spectral" in parts:
@@ -100,7 +124,12 @@ def main() -> None:
     for name, run in runs:
         if name in done:
             continue
-        line = {"run": name, "threads": torch.get_num_threads(), "torch": torch.__version__, **run()}
+        line = {
+            "run": name,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            **run(),
+        }
         with arguments.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(name, round(line["reward"], 4), flush=True)
@@ -109,7 +138,10 @@ def main() -> None:
     for row in rows:
         groups.setdefault(row["run"].rsplit(" ", 1)[0].rstrip(" /"), []).append(row["reward"])
     for name, values in groups.items():
-        print(f"{name}: mean {statistics.mean(values):.4f}, sd {statistics.stdev(values):.4f}, n {len(values)}")
+        print(
+            f"{name}: mean {statistics.mean(values):.4f}, sd {statistics.stdev(values):.4f}, n"
+            f" {len(values)}"
+        )
 
 
 if __name__ == "__main__":

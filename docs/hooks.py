@@ -16,7 +16,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-APP = "prunenet.cli:app"
+APP = "prunenet.cli.app:app"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
 MARK = "<!-- commands -->"

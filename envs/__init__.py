@@ -1,10 +1,13 @@
 """The Gymnasium environment in which a policy learns to prune: `prunenet/LayerwisePruning-v0`.
 
-Importing this package registers the environment; `gymnasium.make("prunenet/LayerwisePruning-v0", model=model)` makes it.
+Importing this package registers the environment; `gymnasium.make("prunenet/LayerwisePruning-v0",
+model=model)` makes it.
 """
 
 if __name__ == "envs":
-    raise ImportError("import prunenet.envs; the top-level folder envs/ is its source, not a package of its own")
+    raise ImportError(
+        "import prunenet.envs; the top-level folder envs/ is its source, not a package of its own"
+    )
 
 import gymnasium
 

@@ -1,7 +1,9 @@
-"""The divergence reward: how much of the dense model's next-token distribution the pruned model keeps (METHODS.md 2).
+"""The divergence reward: how much of the dense model's next-token distribution the pruned model
+keeps (METHODS.md 2).
 
-Paid once, at the end of a sweep, on text that the model wrote itself (no external data) or on given text. It sees what the
-layer-by-layer rewards cannot: how the cuts of different layers add up, and so where to cut.
+Paid once, at the end of a sweep, on text that the model wrote itself (no external data) or on given
+text. It sees what the layer-by-layer rewards cannot: how the cuts of different layers add up, and
+so where to cut.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.divergence import Downs, divergences
-from prunenet.layers import check_tokens
+from prunenet.evaluation.divergence import Downs, divergences
+from prunenet.models.layers import check_tokens
 
 Refit = Callable[[int, Tensor, Tensor], Tensor]
-"""(layer, keep (d_ff,), its dense down matrix) -> that of the cut layer, with zeros in the columns of dropped channels."""
+"""(layer, keep (d_ff,), its dense down matrix) -> that of the cut layer, with zeros in the columns
+of dropped channels.
+"""
 
 
 class DivergenceReward:
     """exp(-KL(dense || pruned)), the mean over tokens, in [0, 1]; 1 for the dense model.
 
-    Every sweep is judged on the same blocks: differences between masks are not differences between texts.
+    Every sweep is judged on the same blocks: differences between masks are not differences between
+        texts.
 
     Args:
         model: a causal LM; read, never changed.
@@ -37,17 +42,23 @@ class DivergenceReward:
 
     split: ClassVar[Mapping[str, str]] = {"sweep": "masks"}  # see `prunenet.envs.split`
 
-    def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, refit: Refit | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, refit: Refit | None = None
+    ) -> None:
         check_tokens(model, blocks)
         self._model = model
         self._blocks = blocks
         self._refit = refit or _without
 
-    def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
+    def layer(
+        self, index: int, keep: Bool[Tensor, "masks d_ff"]
+    ) -> dict[str, Float[Tensor, " masks"]]:
         """No term: it pays at the end of the sweep."""
         return {}
 
-    def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
+    def sweep(
+        self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
+    ) -> dict[str, Float[Tensor, " masks"]]:
         """The term `divergence`: (masks,), in [0, 1]."""
         ways = [self._way([masks[number] for masks in keep]) for number in range(len(keep[0]))]
         return {"divergence": torch.exp(-divergences(self._model, ways, self._blocks)).clamp(max=1)}
@@ -56,5 +67,7 @@ class DivergenceReward:
         return lambda layer, dense: self._refit(layer, keep[layer], dense)
 
 
-def _without(_layer: int, keep: Bool[Tensor, " d_ff"], dense: Float[Tensor, "d_model d_ff"]) -> Float[Tensor, "d_model d_ff"]:
+def _without(
+    _layer: int, keep: Bool[Tensor, " d_ff"], dense: Float[Tensor, "d_model d_ff"]
+) -> Float[Tensor, "d_model d_ff"]:
     return dense * keep.to(dense)

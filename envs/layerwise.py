@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import PROGRESS, Sweep, View, draw_ratio
-from prunenet.layers import Weights, iter_ffns, structure
+from prunenet.models.layers import Weights, iter_ffns, structure
 
 Observation = dict[str, NDArray[Any]]
 BOUND = 4.0
@@ -35,51 +35,55 @@ def observation_space(view: View, *, channels: bool = True) -> spaces.Dict:
 class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     """Prune a language model's FFN channels, layer by layer, at a target ratio.
 
-    ## Description
-    One episode is one sweep over the decoder layers of a causal language model, first to last. At each layer the agent sees
-    statistics of the layer's FFN channels and says which channels stay. The model is read, never copied and never changed:
-    after
-    `close()` it is as it was. It stays on its device, and so do the statistics and the masks' evaluation.
+    ## Description One episode is one sweep over the decoder layers of a causal language model,
+    first to last. At each layer the agent sees statistics of the layer's FFN channels and says
+    which channels stay. The model is read, never copied and never changed: after `close()` it is as
+    it was. It stays on its device, and so do the statistics and the masks' evaluation.
 
-    ## Action Space
-    `MultiBinary(d_ff)`: the keep mask of the current layer, 1 where the channel stays. A mask that keeps fewer than `min_width`
-    channels, has another length, or keeps so many that later layers could not keep `min_width` within the budget (plus
-    `slack`), is a `ValueError`.
+    ## Action Space `MultiBinary(d_ff)`: the keep mask of the current layer, 1 where the channel
+    stays. A mask that keeps fewer than `min_width` channels, has another length, or keeps so many
+    that later layers could not keep `min_width` within the budget (plus `slack`), is a
+    `ValueError`.
 
     ## Observation Space
     A `Dict`:
 
     | key | space | meaning |
     |---|---|---|
-    | `channels` | `Box(-4, 4, (d_ff * n_stats,))` | statistics of the layer's channels, row by row |
-    | `context` | `Box(-4, 4, (n_context + 3,))` | what the layer has in common, and where the sweep stands |
+    | `channels` | `Box(-4, 4, (d_ff * n_stats,))` | statistics of each channel, row by row |
+    | `context` | `Box(-4, 4, (n_context + 3,))` | statistics of the layer; position in the sweep |
     | `layer` | `Discrete(layers)` | number of the layer |
 
-    `channels` is `prunenet.stats.channel_statistics`, to be reshaped to `(d_ff, n_stats)`; a `view` made with token blocks adds
-    `prunenet.activation_stats.moment_statistics`. `context` is `prunenet.stats.layer_context`, then `ratio`, `target` (the
-    share of d_ff that spends the budget evenly over the layers left) and `budget_left` (the share not yet spent).
+    `channels` is `prunenet.features.from_weights.channel_statistics`, to be reshaped to `(d_ff,
+    n_stats)`; a `view` made with token blocks adds
+    `prunenet.features.from_activations.moment_statistics`. `context` is
+    `prunenet.features.from_weights.layer_context`, then `ratio`, `target` (the share of d_ff that
+    spends the budget evenly over the layers left) and `budget_left` (the share not yet spent).
 
-    ## Reward
-    The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at each step, sweep terms at the last
-    one. By default the bounded spectral reward, 1 - KS distance of singular values, averaged over the FFN's matrices: in [0,
-    1] a step. At the last step the term `overdraft` takes off what the sweep kept beyond its budget, as a share of d_ff.
+    ## Reward The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at
+    each step, sweep terms at the last one. By default the bounded spectral reward, 1 - KS distance
+    of singular values, averaged over the FFN's matrices: in [0, 1] a step. At the last step the
+    term `overdraft` takes off what the sweep kept beyond its budget, as a share of d_ff.
 
-    ## Starting State
-    The first layer with the whole budget, (1 - ratio) * layers * d_ff channels. With a range of ratios, each `reset` draws one.
+    ## Starting State The first layer with the whole budget, (1 - ratio) * layers * d_ff channels.
+    With a range of ratios, each `reset` draws one.
 
     ## Episode End
     Terminated after the last layer; never truncated.
 
-    ## Information
-    `width` (channels kept in the layer just masked), `parameters_removed` (so far in this sweep), `ratio`, `budget_left` (in
-    channels), and `reward/<term>` for each term. `reset` gives `ratio` and `budget_left`.
+    ## Information `width` (channels kept in the layer just masked), `parameters_removed` (so far in
+    this sweep), `ratio`, `budget_left` (in channels), and `reward/<term>` for each term. `reset`
+    gives `ratio` and `budget_left`.
 
     ## Arguments
-    * `model`: a causal LM of a supported family, in memory or streamed (`prunenet.streaming.StreamedCheckpoint`).
-    * `reward`: an object with the methods of `prunenet.envs.rewards.Reward`; default `SpectralReward(model)`.
+    * `model`: a causal LM of a supported family, in memory or streamed
+      (`prunenet.checkpoints.streaming.StreamedCheckpoint`).
+    * `reward`: an object with the methods of `prunenet.envs.rewards.Reward`; default
+      `SpectralReward(model)`.
     * `ratio`: share of FFN channels removed, in [0, 1), or a range `(low, high)`. Default 0.3.
     * `min_width`: fewest channels that a layer may keep, default 1.
-    * `slack`: how far a sweep may overdraw its budget, as a share of one layer's d_ff, in [0, 1]; default 0.25.
+    * `slack`: how far a sweep may overdraw its budget, as a share of one layer's d_ff, in [0, 1];
+      default 0.25.
     * `view`: the statistics, if they have been computed already.
 
     `reset(options={"ratio": r})` fixes the ratio of one sweep.
@@ -88,9 +92,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     * v0: first version.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012 (as gymnasium declares it)
-        "render_modes": []
-    }
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (as gymnasium declares it)
 
     def __init__(
         self,
@@ -106,12 +108,16 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         self.model = model
         self.ratio = ratio
         self._view = view or View.of(model)
-        self._sweep = Sweep(self._view, reward or SpectralReward(model), min_width=min_width, slack=slack)
+        self._sweep = Sweep(
+            self._view, reward or SpectralReward(model), min_width=min_width, slack=slack
+        )
         self._channel_parameters = channel_parameters(model)
         self.observation_space = observation_space(self._view)  # type: ignore[assignment]
         self.action_space = spaces.MultiBinary(self._view.d_ff)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
         """Starts a sweep; see the class."""
         super().reset(seed=seed)
         ratio = (options or {}).get("ratio", self.ratio)
@@ -130,7 +136,10 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
             raise RuntimeError("the sweep is over: call reset() before the next step()")
         keep = as_keep(action, self._sweep)
         if keep.ndim != 1:
-            raise ValueError(f"a step plays one keep mask of {self._view.d_ff} entries, got shape {tuple(keep.shape)}")
+            raise ValueError(
+                f"a step plays one keep mask of {self._view.d_ff} entries, got shape"
+                f" {tuple(keep.shape)}"
+            )
         keep = keep.unsqueeze(0)
         layer = self._sweep.layer
         reward, terms = self._sweep.play(keep)
@@ -165,7 +174,9 @@ def as_keep(action: Any, sweep: Sweep) -> Tensor:
     """
     array = np.asarray(action)
     if array.shape[-1:] != (sweep.view.d_ff,):
-        raise ValueError(f"a keep mask for this model has {sweep.view.d_ff} entries, got shape {array.shape}")
+        raise ValueError(
+            f"a keep mask for this model has {sweep.view.d_ff} entries, got shape {array.shape}"
+        )
     if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
         raise ValueError("a keep mask holds zeros and ones only")
     return torch.from_numpy(array.astype(np.bool_)).to(sweep.device)

@@ -1,17 +1,18 @@
 """Rewards: what a mask of one layer, or the masks of a whole sweep, are worth.
 
-A reward is an object with two methods (`Reward`); the environment adds up the terms that they return. To add one, write
-its formula as a pure function here (bounded, higher is better, batched over masks) and a small class that holds what the
-formula needs of the model.
+A reward is an object with two methods (`Reward`); the environment adds up the terms that they
+return. To add one, write its formula as a pure function here (bounded, higher is better, batched
+over masks) and a small class that holds what the formula needs of the model.
 
-Source of the spectral reward: Sengupta et al., "You Only Prune Once: Designing Calibration-Free Model Compression With Policy
-Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3; METHODS.md sections 1.1 and 2. What differs:
-- bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is `form="inverse"`, capped at min(d_model,
-  d_ff);
-- any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides Kolmogorov-Smirnov the Wasserstein
-  distance and the energy kept;
-- no singular value decomposition at any step: exact through Gram matrices (`prunenet.spectra`) or, above `EXACT_UP_TO`,
-  estimated (`prunenet.spectral_density`).
+Source of the spectral reward: Sengupta et al., "You Only Prune Once: Designing Calibration-Free
+Model Compression With Policy Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3;
+METHODS.md sections 1.1 and 2. What differs:
+- bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is
+  `form="inverse"`, capped at min(d_model, d_ff);
+- any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides
+  Kolmogorov-Smirnov the Wasserstein distance and the energy kept;
+- no singular value decomposition at any step: exact through Gram matrices
+  (`prunenet.spectra.exact`) or, above `EXACT_UP_TO`, estimated (`prunenet.spectra.estimated`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet import parallel
-from prunenet.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
-from prunenet.moments import LayerWalk
-from prunenet.placement import is_placed
-from prunenet.spectra import DISTANCES, Distance, SpectralReference
-from prunenet.spectral_density import SpectralSketch
+from prunenet.models.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
+from prunenet.refit.moments import LayerWalk
+from prunenet.runtime import parallel
+from prunenet.runtime.placement import is_placed
+from prunenet.spectra.estimated import SpectralSketch
+from prunenet.spectra.exact import DISTANCES, Distance, SpectralReference
 
 Matrix = Literal["gate", "up", "down"]
 Form = Literal["bounded", "inverse"]
@@ -38,21 +39,28 @@ Spectrum = Literal["auto", "exact", "stochastic"]
 Route = SpectralReference | SpectralSketch
 
 EXACT_UP_TO = 2048
-"""Largest min(d_model, d_ff) that spectrum "auto" decomposes. The estimate is cheaper much earlier: one mask alone takes half
-of the exact route's time at 576 columns, a third at 2048 and a quarter at 4096, where that is 5 s (benchmarks/README.md). Up to
-here exact all the same, because the estimate cannot tell apart masks whose distances differ by less than its error, as those
-of random masks do."""
+"""Largest min(d_model, d_ff) that spectrum "auto" decomposes. The estimate is cheaper much earlier:
+one mask alone takes half of the exact route's time at 576 columns, a third at 2048 and a quarter at
+4096, where that is 5 s (benchmarks/README.md). Up to here exact all the same, because the estimate
+cannot tell apart masks whose distances differ by less than its error, as those of random masks
+do."""
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """What the environment asks of a reward. Terms of the same name must not come from both methods."""
+    """What the environment asks of a reward. Terms of the same name must not come from both
+    methods.
+    """
 
-    def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
+    def layer(
+        self, index: int, keep: Bool[Tensor, "masks d_ff"]
+    ) -> dict[str, Float[Tensor, " masks"]]:
         """Terms paid when layer `index` has been masked."""
         ...
 
-    def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
+    def sweep(
+        self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
+    ) -> dict[str, Float[Tensor, " masks"]]:
         """Terms paid once all layers have been masked; `keep` holds the masks of each layer."""
         ...
 
@@ -63,28 +71,35 @@ def bounded(distance: Float[Tensor, " masks"]) -> Float[Tensor, " masks"]:
 
 
 def inverse(distance: Float[Tensor, " masks"], most: float) -> Float[Tensor, " masks"]:
-    """1 / distance, at most `most` (PruneNet, section 3; the published code returns 99999 for a perfect match)."""
+    """1 / distance, at most `most` (PruneNet, section 3; the published code returns 99999 for a
+    perfect match).
+    """
     return (1 / distance.clamp(min=1 / most)).clamp(max=most)
 
 
 class SpectralReward:
-    """How well the singular values of a layer's matrices survive a mask, averaged over the matrices (METHODS.md 2).
+    """How well the singular values of a layer's matrices survive a mask, averaged over the matrices
+    (METHODS.md 2).
 
-    Of several processes (`prunenet.parallel`) each decomposes the dense matrices of its own layers, for all.
+    Of several processes (`prunenet.runtime.parallel`) each decomposes the dense matrices of its own
+    layers, for all.
 
     Args:
-        model: its weights are read, never changed. Of one that is streamed or placed (`prunenet.placement`) only spectra are
-            kept, d_model numbers a matrix (or some 900 where they are estimated); a layer is read again each time that its
-            masks are judged.
-        distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared norm lost); all in [0, 1].
-        matrices: which of gate, up and down to compare; those that the family does not have are passed over.
+        model: its weights are read, never changed. Of one that is streamed or placed
+            (`prunenet.runtime.placement`) only spectra are kept, d_model numbers a matrix (or some
+            900 where they are estimated); a layer is read again each time that its masks are
+            judged.
+        distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared
+            norm lost); all in [0, 1].
+        matrices: which of gate, up and down to compare; those that the family does not have are
+            passed over.
         form: "bounded" pays 1 - distance, "inverse" pays 1 / distance as published.
-        spectrum: "exact", "stochastic" (estimated, distances to within `SpectralSketch.bound`) or "auto": exact up to
-            `EXACT_UP_TO`. As an attribute, which of the two it is.
+        spectrum: "exact", "stochastic" (estimated, distances to within `SpectralSketch.bound`) or
+            "auto": exact up to `EXACT_UP_TO`. As an attribute, which of the two it is.
 
     Raises:
         ValueError: unknown names, or none of the matrices exists in this family.
-        UnsupportedArchitecture: see `prunenet.architectures`.
+        UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
 
     def __init__(
@@ -108,24 +123,33 @@ class SpectralReward:
         self.spectrum: Spectrum = "stochastic" if side > EXACT_UP_TO else "exact"
         if spectrum != "auto":
             self.spectrum = cast(Spectrum, spectrum)
-        # See `prunenet.envs.split`. Estimates are products of the whole batch, whose rounding depends on its size.
-        self.split: Mapping[str, str] = {"layer": "layers" if self.spectrum == "stochastic" else "masks"}
+        # See `prunenet.envs.split`. Estimates are products of the whole batch, whose rounding
+        # depends on its size.
+        self.split: Mapping[str, str] = {
+            "layer": "layers" if self.spectrum == "stochastic" else "masks"
+        }
         self._held: dict[int, list[Route]] = {}
         layers, spectra = len(ffn_widths(model)), {}
-        for index in filter(parallel.mine, range(layers)):
+        for index in filter(parallel.is_owner, range(layers)):
             references = self._read(index, None)
             spectra[index] = [_spectrum(reference) for reference in references]
             if self._keeps():
                 self._held[index] = references
-        self._spectra: list[list[Tensor]] = parallel.from_owners(spectra, layers)
+        self._spectra: list[list[Tensor]] = parallel.gather_from_owners(spectra, layers)
         for index in range(layers) if self._keeps() and self.spectrum == "exact" else ():
             if index not in self._held:
                 self._held[index] = self._read(index, self._spectra[index])
 
-    def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
-        """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, min(d_model, d_ff)] if inverse."""
+    def layer(
+        self, index: int, keep: Bool[Tensor, "masks d_ff"]
+    ) -> dict[str, Float[Tensor, " masks"]]:
+        """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, min(d_model,
+        d_ff)] if inverse.
+        """
         references = self._held.get(index) or self._read(index, self._spectra[index])
-        distances = [reference.distance(keep, kind=self.distance).float() for reference in references]
+        distances = [
+            reference.distance(keep, kind=self.distance).float() for reference in references
+        ]
         most = float(min(references[0].weight.shape))
         paid = [bounded(d) if self.form == "bounded" else inverse(d, most) for d in distances]
         return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
@@ -135,20 +159,30 @@ class SpectralReward:
         return isinstance(self._model, PreTrainedModel) and not is_placed(self._model)
 
     def _read(self, index: int, spectra: Sequence[Tensor] | None) -> list[Route]:
-        make = partial(SpectralSketch.of, held=self._keeps()) if self.spectrum == "stochastic" else SpectralReference.of
+        make = (
+            partial(SpectralSketch.of, held=self._keeps())
+            if self.spectrum == "stochastic"
+            else SpectralReference.of
+        )
         return _references(ffn_at(self._model, index), self._matrices, make, spectra)
 
-    def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
+    def sweep(
+        self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
+    ) -> dict[str, Float[Tensor, " masks"]]:
         """No term: everything has been paid layer by layer."""
         return {}
 
 
-def energy_lost(output_gram: Float[Tensor, "d_ff d_ff"], keep: Bool[Tensor, "masks d_ff"]) -> Float[Tensor, " masks"]:
-    """tr(W_R H_RR W_R^T) / tr(W H W^T), clipped to [0, 1]: the share of a layer's output energy lost with the channels R.
+def energy_lost(
+    output_gram: Float[Tensor, "d_ff d_ff"], keep: Bool[Tensor, "masks d_ff"]
+) -> Float[Tensor, " masks"]:
+    """tr(W_R H_RR W_R^T) / tr(W H W^T), clipped to [0, 1]: the share of a layer's output energy
+    lost with the channels R.
 
     Args:
-        output_gram: H * (W^T W), element by element, with H = E[h h^T] and W the down matrix; then the lost energy of a mask
-            is the sum of the entries whose row and column are both dropped.
+        output_gram: H * (W^T W), element by element, with H = E[h h^T] and W the down matrix; then
+            the lost energy of a mask is the sum of the entries whose row and column are both
+            dropped.
         keep: the masks.
     """
     dropped = (~keep).to(output_gram)
@@ -158,18 +192,21 @@ def energy_lost(output_gram: Float[Tensor, "d_ff d_ff"], keep: Bool[Tensor, "mas
 
 
 class ReconstructionReward:
-    """The share of each layer's output energy that its mask keeps, without refit (METHODS.md 2, "reconstruction").
+    """The share of each layer's output energy that its mask keeps, without refit (METHODS.md 2,
+    "reconstruction").
 
-    Each layer is judged alone, on the dense model's activations: 1 - tr(W_R H_RR W_R^T) / tr(W H W^T), by one (masks, d_ff) by
-    (d_ff, d_ff) product. How the cuts of different layers add up is the divergence reward's (`prunenet.envs.divergence`).
+    Each layer is judged alone, on the dense model's activations: 1 - tr(W_R H_RR W_R^T) / tr(W H
+    W^T), by one (masks, d_ff) by (d_ff, d_ff) product. How the cuts of different layers add up is
+    the divergence reward's (`prunenet.envs.divergence`).
 
     Args:
         model: a causal LM; read, never changed.
-        blocks: (n, tokens) token ids on which activations are measured. Where they were written by the model itself
-            (`prunenet.generate`), no external data is used.
+        blocks: (n, tokens) token ids on which activations are measured. Where they were written by
+            the model itself (`prunenet.text.generate`), no external data is used.
 
-    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is placed (`prunenet.placement`). Of
-    several processes (`prunenet.parallel`) each holds and judges its own layers; all walk the way through the layers.
+    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is placed
+    (`prunenet.runtime.placement`). Of several processes (`prunenet.runtime.parallel`) each holds
+    and judges its own layers; all walk the way through the layers.
 
     Raises:
         ValueError: activations that are not finite, or blocks that the model cannot read.
@@ -181,23 +218,28 @@ class ReconstructionReward:
         downs, walk = down_linears(model), LayerWalk(model, blocks)
         self._output_grams: dict[int, Float[Tensor, "d_ff d_ff"]] = {}
         for index in walk:
-            if not parallel.mine(index):
+            if not parallel.is_owner(index):
                 continue
             down = downs[index].weight.detach().float()
             output_gram = self._output_grams[index] = walk.moments(index).second.mul_(down.T @ down)
             if not bool(torch.isfinite(output_gram).all()):
                 raise ValueError(
-                    f"the activations of layer {index} are not finite: the weights are damaged, or {model.dtype} overflows"
+                    f"the activations of layer {index} are not finite: the weights are damaged, or"
+                    f" {model.dtype} overflows"
                 )
             if is_placed(model):
                 self._output_grams[index] = output_gram.cpu()
 
-    def layer(self, index: int, keep: Bool[Tensor, "masks d_ff"]) -> dict[str, Float[Tensor, " masks"]]:
+    def layer(
+        self, index: int, keep: Bool[Tensor, "masks d_ff"]
+    ) -> dict[str, Float[Tensor, " masks"]]:
         """The term `reconstruction`: (masks,), in [0, 1]."""
         lost = energy_lost(self._output_grams[index], keep)
         return {"reconstruction": bounded(lost).to(keep.device)}
 
-    def sweep(self, keep: Sequence[Bool[Tensor, "masks d_ff"]]) -> dict[str, Float[Tensor, " masks"]]:
+    def sweep(
+        self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
+    ) -> dict[str, Float[Tensor, " masks"]]:
         """No term: everything has been paid layer by layer."""
         return {}
 
@@ -212,7 +254,9 @@ def _spectrum(reference: Route) -> Tensor:
     return reference.density if isinstance(reference, SpectralSketch) else reference.eigenvalues
 
 
-def _references(ffn: FFN, matrices: Sequence[str], make: Callable[..., Route], spectra: Sequence[Tensor] | None) -> list[Route]:
+def _references(
+    ffn: FFN, matrices: Sequence[str], make: Callable[..., Route], spectra: Sequence[Tensor] | None
+) -> list[Route]:
     # An ungated FFN has one input matrix; the paper's gate matrix is fc1 there.
     gate = ffn.up if ffn.gate is None else ffn.gate
     views = {"gate": gate, "up": None if ffn.gate is None else ffn.up, "down": ffn.down.T}
@@ -221,7 +265,10 @@ def _references(ffn: FFN, matrices: Sequence[str], make: Callable[..., Route], s
     known: Sequence[Tensor | None] = spectra or [None] * len(present)
     references = [make(*pair) for pair in zip(present, known, strict=True)]
     if not references:
-        raise ValueError(f"this family has none of the matrices {', '.join(matrices) or '(none given)'}; use gate or down")
+        raise ValueError(
+            f"this family has none of the matrices {', '.join(matrices) or '(none given)'}; use"
+            " gate or down"
+        )
     return references
 
 

@@ -1,4 +1,6 @@
-"""The rules of one sweep over the layers, for a batch of masks of the same layer. Both environments play by them."""
+"""The rules of one sweep over the layers, for a batch of masks of the same layer. Both environments
+play by them.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.activation_stats import channel_features
 from prunenet.envs.rewards import Reward
-from prunenet.layers import Weights, ffn_widths
-from prunenet.masks import check_keep, check_ratio
-from prunenet.stats import layer_context, observe
+from prunenet.features.from_activations import channel_features
+from prunenet.features.from_weights import layer_context, observe
+from prunenet.models.layers import Weights, ffn_widths
+from prunenet.models.masks import check_keep, check_ratio
 
 PROGRESS = ("ratio", "target", "budget_left")
-"""What an observation's context holds beside the layer's own context, each in [0, 1]: the sweep's ratio, the share of this
-layer's channels that keeps the budget even over the layers left, and the share of the whole budget not yet spent."""
+"""What an observation's context holds beside the layer's own context, each in [0, 1]: the sweep's
+ratio, the share of this layer's channels that keeps the budget even over the layers left, and the
+share of the whole budget not yet spent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +38,26 @@ class View:
 
     @classmethod
     def of(cls, model: Weights, blocks: Int[Tensor, "n tokens"] | None = None) -> View:
-        """Computes the statistics of a model's layers: from weights and, given token blocks, from activations on them.
+        """Computes the statistics of a model's layers: from weights and, given token blocks, from
+        activations on them.
 
         Raises:
-            ValueError: the layers have different widths (an action must have one length); or as `channel_features`.
-            UnsupportedArchitecture: see `prunenet.architectures`.
+            ValueError: the layers have different widths (an action must have one length); or as
+                `channel_features`.
+            UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
         widths = set(ffn_widths(model))
         if len(widths) != 1:
             raise ValueError(
-                f"the layers of this model have {len(widths)} different widths ({min(widths)} to {max(widths)}); "
-                "train on the dense model that it was cut from"
+                f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
+                f" {max(widths)}); train on the dense model that it was cut from"
             )
         if isinstance(model, PreTrainedModel) and blocks is not None:
             return cls(_together(channel_features(model, blocks)), layer_context(model))
         if blocks is not None:
             raise ValueError(
-                "activations are measured on a model in memory, and this one is read layer by layer from its files"
+                "activations are measured on a model in memory, and this one is read layer by layer"
+                " from its files"
             )
         statistics, rows = zip(*observe(model), strict=True)
         return cls(_together(statistics), torch.stack(_together(rows)))
@@ -71,10 +77,12 @@ def _together(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 class Sweep:
-    """A batch of sweeps in step: all are at the same layer, each has its own masks and its own budget.
+    """A batch of sweeps in step: all are at the same layer, each has its own masks and its own
+    budget.
 
-    The budget is (1 - ratio) * layers * d_ff channels. A mask may keep more or fewer channels than the target as long as each
-    later layer can still keep `min_width`; the whole sweep may overdraw its budget by at most `slack` * d_ff.
+    The budget is (1 - ratio) * layers * d_ff channels. A mask may keep more or fewer channels than
+    the target as long as each later layer can still keep `min_width`; the whole sweep may overdraw
+    its budget by at most `slack` * d_ff.
 
     Args:
         view: what is shown of the model.
@@ -84,7 +92,9 @@ class Sweep:
         slack: share of one layer's d_ff, in [0, 1].
     """
 
-    def __init__(self, view: View, reward: Reward, masks: int = 1, *, min_width: int = 1, slack: float = 0.25) -> None:
+    def __init__(
+        self, view: View, reward: Reward, masks: int = 1, *, min_width: int = 1, slack: float = 0.25
+    ) -> None:
         if not 1 <= min_width <= view.d_ff:
             raise ValueError(f"min_width must be in [1, {view.d_ff}], got {min_width}")
         if not 0 <= slack <= 1:
@@ -106,7 +116,10 @@ class Sweep:
         total = self.view.layers * self.view.d_ff
         budget = max(round((1 - check_ratio(ratio)) * total), self.view.layers)
         if budget < self.view.layers * self.min_width:
-            raise ValueError(f"at ratio {ratio} the {self.view.layers} layers cannot keep {self.min_width} channels each")
+            raise ValueError(
+                f"at ratio {ratio} the {self.view.layers} layers cannot keep {self.min_width}"
+                " channels each"
+            )
         self.ratio, self.budget, self.layer = float(ratio), budget, 0
         self.left = torch.full((self.masks,), self.budget, dtype=torch.int64, device=self.device)
         self.kept: list[Bool[Tensor, "masks d_ff"]] = []
@@ -116,7 +129,9 @@ class Sweep:
         return self.layer == self.view.layers
 
     def target(self) -> Int[Tensor, " masks"]:
-        """Width at this layer that spends the budget evenly over the layers left, in [min_width, d_ff]."""
+        """Width at this layer that spends the budget evenly over the layers left, in [min_width,
+        d_ff].
+        """
         left = max(self.view.layers - self.layer, 1)
         return (self.left / left).round().long().clamp(self.min_width, self.view.d_ff)
 
@@ -133,7 +148,9 @@ class Sweep:
         )
         return torch.cat((row.expand(self.masks, -1), progress), dim=1)
 
-    def play(self, keep: Bool[Tensor, "masks d_ff"]) -> tuple[Float[Tensor, " masks"], dict[str, Float[Tensor, " masks"]]]:
+    def play(
+        self, keep: Bool[Tensor, "masks d_ff"]
+    ) -> tuple[Float[Tensor, " masks"], dict[str, Float[Tensor, " masks"]]]:
         """Plays one mask in each sweep and moves to the next layer.
 
         Returns:
@@ -154,23 +171,31 @@ class Sweep:
         if self.done:
             terms |= self.reward.sweep(self.kept)
             terms["overdraft"] = -(-self.left).clamp(min=0) / self.view.d_ff
-        total = torch.stack(list(terms.values())).sum(0) if terms else torch.zeros(self.masks, device=self.device)
+        total = (
+            torch.stack(list(terms.values())).sum(0)
+            if terms
+            else torch.zeros(self.masks, device=self.device)
+        )
         return total, terms
 
     def _check_bounds(self, width: Int[Tensor, " masks"], most: Int[Tensor, " masks"]) -> None:
         if bool((width < self.min_width).any()):
-            raise ValueError(f"layer {self.layer} must keep at least {self.min_width} channels, got {int(width.min())}")
+            raise ValueError(
+                f"layer {self.layer} must keep at least {self.min_width} channels, got"
+                f" {int(width.min())}"
+            )
         over = width > most
         if bool(over.any()):
             worst = int(over.nonzero()[0])
             raise ValueError(
-                f"a mask that keeps {int(width[worst])} channels of layer {self.layer} breaks the budget: "
-                f"at most {int(most[worst])} can be kept here at ratio {self.ratio}"
+                f"a mask that keeps {int(width[worst])} channels of layer {self.layer} breaks the"
+                f" budget: at most {int(most[worst])} can be kept here at ratio {self.ratio}"
             )
 
 
 def draw_ratio(ratio: float | Sequence[float], uniform: float) -> float:
-    """The sweep's ratio: the given one, or one from [low, high] at the position `uniform` in [0, 1].
+    """The sweep's ratio: the given one, or one from [low, high] at the position `uniform` in [0,
+    1].
 
     Raises:
         ValueError: a bound is not in [0, 1), or low is above high.

@@ -1,4 +1,6 @@
-"""The same environment for a batch of masks of one layer at once: one model in memory, one reward call a step."""
+"""The same environment for a batch of masks of one layer at once: one model in memory, one reward
+call a step.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,22 @@ from numpy.typing import NDArray
 from prunenet.envs.layerwise import Observation, as_keep, observation_space
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import Sweep, View, draw_ratio
-from prunenet.layers import Weights
+from prunenet.models.layers import Weights
 
 
 class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
     """`num_envs` sweeps of `LayerwisePruningEnv` in step, at the same layer and the same ratio.
 
-    Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched. All sweeps end together and
-    the next ones start in the same call (`AutoresetMode.SAME_STEP`: `infos["final_obs"]` holds the last observations). The
-    ratio of sweep number n depends on the seed and on n alone, so that a run can be resumed at any sweep:
-    `reset(options={"sweep": n})`.
+    Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched.
+    All sweeps end together and the next ones start in the same call (`AutoresetMode.SAME_STEP`:
+    `infos["final_obs"]` holds the last observations). The ratio of sweep number n depends on the
+    seed and on n alone, so that a run can be resumed at any sweep: `reset(options={"sweep": n})`.
 
     Args:
         model, reward, ratio, min_width, slack, view: as for `LayerwisePruningEnv`.
         num_envs: number of masks a step, at least 1.
-        channels: whether observations hold the channel statistics. A trainer that keeps `view` itself saves the copies.
+        channels: whether observations hold the channel statistics. A trainer that keeps `view`
+            itself saves the copies.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (as gymnasium declares it)
@@ -58,14 +61,20 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         self._number = 0
         self._seed = 0
         self._channels = channels
-        self._sweep = Sweep(self.view, reward or SpectralReward(model), num_envs, min_width=min_width, slack=slack)
+        self._sweep = Sweep(
+            self.view, reward or SpectralReward(model), num_envs, min_width=min_width, slack=slack
+        )
         self.single_observation_space = observation_space(self.view, channels=channels)
         self.single_action_space = spaces.MultiBinary(self.view.d_ff)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
-        """Starts all sweeps; with a seed, counts them from 0 again. Options: `ratio`; `sweep`, the number to count from."""
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Starts all sweeps; with a seed, counts them from 0 again. Options: `ratio`; `sweep`, the
+        number to count from.
+        """
         super().reset(seed=seed)
         options = options or {}
         if seed is not None:
@@ -74,7 +83,9 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         self._start(options)
         return self._observe(), self._budget_info()
 
-    def step(self, actions: NDArray[Any]) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+    def step(
+        self, actions: NDArray[Any]
+    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Plays one keep mask in each sweep.
 
         Args:
@@ -85,7 +96,10 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         """
         keep = as_keep(actions, self._sweep)
         if keep.shape != (self.num_envs, self.view.d_ff):
-            raise ValueError(f"actions must have shape {(self.num_envs, self.view.d_ff)}, got {tuple(keep.shape)}")
+            raise ValueError(
+                f"actions must have shape {(self.num_envs, self.view.d_ff)}, got"
+                f" {tuple(keep.shape)}"
+            )
         reward, terms = self._sweep.play(keep)
         done = self._sweep.done
         infos: dict[str, Any] = {"width": keep.sum(1).cpu().numpy(), **self._budget_info()}
@@ -113,4 +127,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         return observation
 
     def _budget_info(self) -> dict[str, Any]:
-        return {"ratio": np.full(self.num_envs, self._sweep.ratio), "budget_left": self._sweep.left.cpu().numpy().copy()}
+        return {
+            "ratio": np.full(self.num_envs, self._sweep.ratio),
+            "budget_left": self._sweep.left.cpu().numpy().copy(),
+        }

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
 import prunenet
-from prunenet.architectures import ARCHITECTURES, Architecture
+from prunenet.models.architectures import ARCHITECTURES, Architecture
 
 torch.manual_seed(0)
 torch.set_grad_enabled(False)

@@ -1,4 +1,6 @@
-"""A trained policy on disk: `config.json` and `model.safetensors`. Applying one needs no reinforcement learning library."""
+"""A trained policy on disk: `config.json` and `model.safetensors`. Applying one needs no
+reinforcement learning library.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,23 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.activation_stats import MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION, channel_features
-from prunenet.calibration import Blocks
-from prunenet.folders import write_atomic
-from prunenet.layers import Weights, ffn_widths
-from prunenet.masks import top_channels, width_at, widths_for_budget
+from prunenet.features.from_activations import (
+    MOMENT_STATISTICS,
+    MOMENT_STATISTICS_VERSION,
+    channel_features,
+)
+from prunenet.features.from_weights import (
+    CONTEXT,
+    STATISTICS,
+    STATISTICS_VERSION,
+    layer_context,
+    observe,
+)
+from prunenet.models.layers import Weights, ffn_widths
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.stats import CONTEXT, STATISTICS, STATISTICS_VERSION, layer_context, observe
+from prunenet.runtime.files import make_folders, write_atomic
+from prunenet.text.calibration import CalibrationSet
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
@@ -38,14 +50,16 @@ class PolicyConfig:
 
     Attributes:
         statistics, statistics_version, context: what the scorer reads, in order.
-        moments, moments_version: statistics of activations on token blocks that it reads behind the others; () reads none.
+        moments, moments_version: statistics of activations on token blocks that it reads behind the
+            others; () reads none.
         hidden: widths of the scorer's hidden layers.
         prior: the closed-form score that the scorer starts from.
         regime: what training was allowed to look at: weights, self or data.
         trained_on: name and model type of the training model.
         recipe: how it was trained.
         text: what the reward was measured on; None in the weights regime.
-        gain: by which share learned widths lowered exp(KL) against uniform ones, on that text; None if none were learned.
+        gain: by which share learned widths lowered exp(KL) against uniform ones, on that text; None
+            if none were learned.
     """
 
     statistics: tuple[str, ...] = STATISTICS
@@ -64,9 +78,11 @@ class PolicyConfig:
 
 
 class Policy:
-    """Scores FFN channels from a model's weights and turns scores into keep masks at any ratio. Deterministic.
+    """Scores FFN channels from a model's weights and turns scores into keep masks at any ratio.
+    Deterministic.
 
-    A policy whose configuration names `moments` reads activations as well, and needs token blocks wherever it scores.
+    A policy whose configuration names `moments` reads activations as well, and needs token blocks
+    wherever it scores.
 
     Args:
         scorer: the network.
@@ -82,7 +98,9 @@ class Policy:
         """A fresh policy: its score is the closed-form prior."""
         generator = torch.Generator().manual_seed(seed)
         read = (*config.statistics, *config.moments)
-        scorer = ChannelScorer(read, config.context, hidden=config.hidden, prior=config.prior, generator=generator)
+        scorer = ChannelScorer(
+            read, config.context, hidden=config.hidden, prior=config.prior, generator=generator
+        )
         return cls(scorer, config)
 
     @classmethod
@@ -99,24 +117,45 @@ class Policy:
             policy.scorer.load_state_dict(load_file(folder / "model.safetensors"))
         except FileNotFoundError:
             raise PolicyError(
-                f"policy {str(source)!r} has no model.safetensors; train it again or copy the whole folder"
+                f"policy {str(source)!r} has no model.safetensors; train it again or copy the whole"
+                " folder"
             ) from None
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise PolicyError(f"{folder / 'model.safetensors'} is damaged ({reason}); train it again or copy it anew") from None
+            raise PolicyError(
+                f"{folder / 'model.safetensors'} is damaged ({reason}); train it again or copy it"
+                " anew"
+            ) from None
         return policy
 
+    def check_measured(self, measured: bool) -> None:
+        """Raises ValueError where this policy reads activations and there is no calibration text
+        to measure them on.
+        """
+        if self.config.moments and not measured:
+            raise ValueError(
+                "this policy scores channels by their activations: give it text to measure"
+                " them on (`blocks`), or take a policy that reads weights alone"
+            )
+
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes `config.json` and `model.safetensors`; an existing policy in the folder is replaced file by file."""
+        """Writes `config.json` and `model.safetensors`; an existing policy in the folder is
+        replaced file by file.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
         write_atomic(folder / "model.safetensors", self._weights())
         write_atomic(folder / "config.json", config.encode())
         return folder
 
     def _weights(self) -> bytes:
-        return save({name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()})
+        return save(
+            {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in self.scorer.state_dict().items()
+            }
+        )
 
     def _fields(self) -> dict[str, Any]:
         fields = asdict(self.config)
@@ -132,31 +171,41 @@ class Policy:
 
     @torch.no_grad()
     def scores(
-        self, model: PreTrainedModel, blocks: Blocks | None = None, *, progress: Callable[[int, int], None] | None = None
+        self,
+        model: PreTrainedModel,
+        blocks: CalibrationSet | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Float[Tensor, " _"]]:
         """One score per channel of each layer, higher stays longer; comparable within a layer only.
 
         Args:
             model: any model of a supported family.
-            blocks: token blocks to measure activations on, one layer at a time. A policy from weights alone leaves them unread.
+            blocks: token blocks to measure activations on, one layer at a time. A policy from
+                weights alone leaves them unread.
             progress: of that, called with (layers done, layers in all).
 
         Raises:
-            ValueError: the policy reads activations, and no blocks are given; or as `prunenet.activation_stats`.
-            UnsupportedArchitecture: see `prunenet.architectures`.
+            ValueError: the policy reads activations, and no blocks are given; or as
+                `prunenet.features.from_activations`.
+            UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
-        check_measured(self, blocks is not None)
+        self.check_measured(blocks is not None)
         if blocks is None or not self.config.moments:
             return self.read(model)[0]
         statistics = channel_features(model, blocks.ids, progress=progress)
         scorer = self.scorer.to(statistics[0].device)
-        return [scorer(rows, context) for rows, context in zip(statistics, layer_context(model), strict=True)]
+        return [
+            scorer(rows, context)
+            for rows, context in zip(statistics, layer_context(model), strict=True)
+        ]
 
     @torch.no_grad()
     def read(
         self, model: Weights, *, progress: Callable[[int, int], None] | None = None
     ) -> tuple[list[Float[Tensor, " _"]], list[float]]:
-        """(`scores`, `offsets`) from weights alone, in one pass over them: memory holds one layer of a streamed checkpoint.
+        """(`scores`, `offsets`) from weights alone, in one pass over them: memory holds one layer
+        of a streamed checkpoint.
 
         Args:
             model: any model of a supported family, in memory or streamed.
@@ -165,7 +214,7 @@ class Policy:
         Raises:
             ValueError, UnsupportedArchitecture: as `scores`.
         """
-        check_measured(self, False)
+        self.check_measured(False)
         scores, rows, layers = [], [], len(ffn_widths(model))
         for statistics, row in observe(model):
             scores.append(self.scorer.to(row.device)(statistics, row))
@@ -176,13 +225,18 @@ class Policy:
         return scores, [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
 
     @torch.no_grad()
-    def offsets(self, model: PreTrainedModel) -> list[float]:
-        """Log-odds of each layer's share of channels kept, see `ChannelScorer.offsets`. All 0: uniform widths."""
+    def offsets(self, model: Weights) -> list[float]:
+        """Log-odds of each layer's share of channels kept, see `ChannelScorer.offsets`. All 0:
+        uniform widths.
+        """
         context = layer_context(model)
         return [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
 
-    def widths(self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8) -> list[int]:
-        """Width of each layer when `ratio` of all channels is removed: the same share everywhere, or as learned.
+    def widths(
+        self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8
+    ) -> list[int]:
+        """Width of each layer when `ratio` of all channels is removed: the same share everywhere,
+        or as learned.
 
         Args:
             model: any model of a supported family.
@@ -203,7 +257,7 @@ class Policy:
         model: PreTrainedModel,
         ratio: float,
         *,
-        blocks: Blocks | None = None,
+        blocks: CalibrationSet | None = None,
         per_layer: bool = False,
         round_to: int = 8,
     ) -> list[Bool[Tensor, " _"]]:
@@ -213,27 +267,24 @@ class Policy:
             model: any model of a supported family.
             ratio: share of FFN channels removed, in [0, 1).
             blocks: as for `scores`.
-            per_layer: widths as learned, in place of the same share everywhere; as many channels in all.
+            per_layer: widths as learned, in place of the same share everywhere; as many channels in
+                all.
             round_to: widths are multiples of this.
 
         Raises:
             ValueError: ratio out of range, or as `scores`.
         """
         widths = self.widths(model, ratio, per_layer=per_layer, round_to=round_to)
-        return [top_channels(scores, width) for scores, width in zip(self.scores(model, blocks), widths, strict=True)]
-
-
-def check_measured(policy: Policy, measured: bool) -> None:
-    """Raises ValueError where a policy that reads activations has no token blocks to measure them on."""
-    if policy.config.moments and not measured:
-        raise ValueError(
-            "this policy scores channels by their activations: give it token blocks to measure them on (--moments self or "
-            "data), or take a policy that reads weights alone"
-        )
+        return [
+            top_channels(scores, width)
+            for scores, width in zip(self.scores(model, blocks), widths, strict=True)
+        ]
 
 
 def zoo() -> dict[str, Path]:
-    """The policies that ship with the package: folder by name, which is the `config.model_type` that it was trained for."""
+    """The policies that ship with the package: folder by name, which is the `config.model_type`
+    that it was trained for.
+    """
     return {path.parent.name: path.parent for path in sorted(ZOO.glob("*/config.json"))}
 
 
@@ -241,7 +292,8 @@ def policy_for(choice: str | None, model_type: str) -> tuple[Policy | None, str]
     """The policy that a user means, and its name for the record.
 
     Args:
-        choice: a name in the zoo, a folder, "none", or None for what the zoo has for this family (nothing, if so).
+        choice: a name in the zoo, a folder, "none", or None for what the zoo has for this family
+            (nothing, if so).
         model_type: of the model to be cut.
 
     Raises:
@@ -270,28 +322,49 @@ def _read_config(path: Path) -> PolicyConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PolicyError(f"{path} cannot be read ({error}); train the policy again or copy it anew") from None
+        raise PolicyError(
+            f"{path} cannot be read ({error}); train the policy again or copy it anew"
+        ) from None
     if not isinstance(fields, dict) or "statistics" not in fields:
-        raise PolicyError(f"{path} is not the configuration of a policy; give a folder written by 'prunenet train'")
+        raise PolicyError(
+            f"{path} is not the configuration of a policy; give a folder written by 'prunenet"
+            " train'"
+        )
     if fields.get("format_version") != FORMAT_VERSION:
-        raise PolicyError(f"{path} has format {fields.get('format_version')}, this version reads {FORMAT_VERSION}; train again")
+        raise PolicyError(
+            f"{path} has format {fields.get('format_version')}, this version reads"
+            f" {FORMAT_VERSION}; train again"
+        )
     try:
-        fields |= {name: tuple(fields[name]) for name in ("statistics", "context", "moments", "hidden") if name in fields}
+        fields |= {
+            name: tuple(fields[name])
+            for name in ("statistics", "context", "moments", "hidden")
+            if name in fields
+        }
         config = PolicyConfig(**fields)
         objects = (config.prior, config.trained_on, config.recipe)
-        if not all(isinstance(width, int) for width in config.hidden) or not all(isinstance(o, dict) for o in objects):
+        if not all(isinstance(width, int) for width in config.hidden) or not all(
+            isinstance(o, dict) for o in objects
+        ):
             raise TypeError("a field is of the wrong kind")
     except TypeError as error:
-        raise PolicyError(f"{path} has fields that this version cannot read ({error}); train the policy again") from None
+        raise PolicyError(
+            f"{path} has fields that this version cannot read ({error}); train the policy again"
+        ) from None
     expected = (STATISTICS, STATISTICS_VERSION, CONTEXT)
     if (config.statistics, config.statistics_version, config.context) != expected:
         raise PolicyError(
-            f"{path.parent} reads statistics version {config.statistics_version} ({len(config.statistics)} per channel), "
-            f"this prunenet computes version {STATISTICS_VERSION} ({len(STATISTICS)}); train the policy again"
+            f"{path.parent} reads statistics version {config.statistics_version}"
+            f" ({len(config.statistics)} per channel), this prunenet computes version"
+            f" {STATISTICS_VERSION} ({len(STATISTICS)}); train the policy again"
         )
-    if config.moments and (config.moments, config.moments_version) != (MOMENT_STATISTICS, MOMENT_STATISTICS_VERSION):
+    if config.moments and (config.moments, config.moments_version) != (
+        MOMENT_STATISTICS,
+        MOMENT_STATISTICS_VERSION,
+    ):
         raise PolicyError(
-            f"{path.parent} reads moment statistics version {config.moments_version} ({len(config.moments)} per channel), "
-            f"this prunenet computes version {MOMENT_STATISTICS_VERSION} ({len(MOMENT_STATISTICS)}); train the policy again"
+            f"{path.parent} reads moment statistics version {config.moments_version}"
+            f" ({len(config.moments)} per channel), this prunenet computes version"
+            f" {MOMENT_STATISTICS_VERSION} ({len(MOMENT_STATISTICS)}); train the policy again"
         )
     return config

@@ -1,10 +1,12 @@
-"""PruneNet learns once per model family which FFN channels of a language model matter, and cuts any model of it to any size.
+"""PruneNet learns once per model family which FFN channels of a language model matter, and cuts any
+model of it to any size.
 
     policy = prunenet.Policy.from_pretrained("runs/llama")
     pruned = prunenet.prune(model, policy, ratio=0.3)
     pruned.save_pretrained("smaller")
 
-Names are imported on first use, so that `import prunenet` is quick and applying a policy imports no reinforcement learning.
+Names are imported on first use, so that `import prunenet` is quick and applying a policy imports no
+reinforcement learning.
 """
 
 from __future__ import annotations
@@ -14,43 +16,68 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunenet.architectures import UnsupportedArchitecture
-    from prunenet.checkpoint import CheckpointError, load_model, load_tokenizer
+    from prunenet.checkpoints.load import load_model, load_tokenizer
+    from prunenet.checkpoints.options import LoadOptions
+    from prunenet.checkpoints.streaming import StreamedCheckpoint
+    from prunenet.compare.comparison import compare
+    from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored
+    from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.apply import Pruned, prune
     from prunenet.policies.artifact import Policy, PolicyError
-    from prunenet.policies.recipe import PRESETS, Recipe
+    from prunenet.policies.options import PruneOptions
     from prunenet.policies.stream import prune_streamed
-    from prunenet.policies.train import train
-    from prunenet.streaming import StreamedCheckpoint
+    from prunenet.policies.training.recipe import PRESETS, Recipe
+    from prunenet.policies.training.train import train
+    from prunenet.recover.options import RecoverText, Tuning
+    from prunenet.recover.record import recover
+    from prunenet.runtime.files import CheckpointError
 
 _HOMES = {
-    "UnsupportedArchitecture": "prunenet.architectures",
-    "CheckpointError": "prunenet.checkpoint",
-    "load_model": "prunenet.checkpoint",
-    "load_tokenizer": "prunenet.checkpoint",
+    "load_model": "prunenet.checkpoints.load",
+    "load_tokenizer": "prunenet.checkpoints.load",
+    "LoadOptions": "prunenet.checkpoints.options",
+    "StreamedCheckpoint": "prunenet.checkpoints.streaming",
+    "compare": "prunenet.compare.comparison",
+    "CalibrationTexts": "prunenet.compare.options",
+    "CompareOptions": "prunenet.compare.options",
+    "Scored": "prunenet.compare.options",
+    "UnsupportedArchitecture": "prunenet.models.architectures",
     "Pruned": "prunenet.policies.apply",
     "prune": "prunenet.policies.apply",
     "Policy": "prunenet.policies.artifact",
     "PolicyError": "prunenet.policies.artifact",
-    "PRESETS": "prunenet.policies.recipe",
-    "Recipe": "prunenet.policies.recipe",
-    "StreamedCheckpoint": "prunenet.streaming",
+    "PruneOptions": "prunenet.policies.options",
     "prune_streamed": "prunenet.policies.stream",
-    "train": "prunenet.policies.train",
+    "PRESETS": "prunenet.policies.training.recipe",
+    "Recipe": "prunenet.policies.training.recipe",
+    "train": "prunenet.policies.training.train",
+    "RecoverText": "prunenet.recover.options",
+    "Tuning": "prunenet.recover.options",
+    "recover": "prunenet.recover.record",
+    "CheckpointError": "prunenet.runtime.files",
 }
 __all__ = [
     "PRESETS",
+    "CalibrationTexts",
     "CheckpointError",
+    "CompareOptions",
+    "LoadOptions",
     "Policy",
     "PolicyError",
+    "PruneOptions",
     "Pruned",
     "Recipe",
+    "RecoverText",
+    "Scored",
     "StreamedCheckpoint",
+    "Tuning",
     "UnsupportedArchitecture",
+    "compare",
     "load_model",
     "load_tokenizer",
     "prune",
     "prune_streamed",
+    "recover",
     "train",
 ]
 

@@ -1,6 +1,6 @@
 """`python -m prunenet` is the command `prunenet`."""
 
-from prunenet.cli import main
+from prunenet.cli.app import main
 
 if __name__ == "__main__":
     main()

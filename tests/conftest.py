@@ -1,12 +1,15 @@
-"""What every test shares: one thread, fixed seeds, no hub, and the paths of real data and of the real model."""
+"""What every test shares: one thread, fixed seeds, no hub, and the paths of real data and of the
+real model.
+"""
 
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
-# Set before torch is imported, and inherited by the subprocesses of tests: the number of threads changes the order of
-# floating-point sums, so bit-equality between two processes needs the same number in both.
+# Set before torch is imported, and inherited by the subprocesses of tests: the number of threads
+# changes the order of floating-point sums, so bit-equality between two processes needs the same
+# number in both.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -23,7 +26,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Tiny models take their random weights from the global generators; the package itself never does."""
+    """Tiny models take their random weights from the global generators; the package itself never
+    does.
+    """
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -31,7 +36,9 @@ def _seeded() -> None:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """As for a caller without a type checker: our own sentence answers a value that its annotation forbids."""
+    """As for a caller without a type checker: our own sentence answers a value that its annotation
+    forbids.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -39,7 +46,9 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The project's shared text data (WikiText-2, PTB, tasks); the test is skipped where it is not."""
+    """The project's shared text data (WikiText-2, PTB, tasks); the test is skipped where it is
+    not.
+    """
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip(f"no shared data in {path}")
@@ -48,12 +57,16 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """A folder with SmolLM2-135M-Instruct: $PRUNENET_DEMO_MODEL, or the one that `make demo` left in the cache."""
+    """A folder with SmolLM2-135M-Instruct: $PRUNENET_DEMO_MODEL, or the one that `make demo` left
+    in the cache.
+    """
     if chosen := os.environ.get("PRUNENET_DEMO_MODEL"):
         return Path(chosen)
-    from prunenet.demo_model import cache_folder
+    from prunenet.runtime.files import cache_folder
 
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():
         return folder
-    pytest.skip("no real model; run `make demo` once, or set PRUNENET_DEMO_MODEL to a folder that holds SmolLM2-135M-Instruct")
+    pytest.skip(
+        "no real model; run `make demo` once, or set PRUNENET_DEMO_MODEL to a folder that holds SmolLM2-135M-Instruct"
+    )

@@ -1,4 +1,5 @@
-"""Tiny random models of every supported family, for tests: d_model 32, d_ff 48, 3 layers, vocabulary 64, float32.
+"""Tiny random models of every supported family, for tests: d_model 32, d_ff 48, 3 layers,
+vocabulary 64, float32.
 
 A new row of `ARCHITECTURES` is covered as soon as its configuration understands the fields below.
 """
@@ -10,7 +11,7 @@ import dataclasses
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prunenet.architectures import ARCHITECTURES
+from prunenet.models.architectures import ARCHITECTURES
 
 FAMILIES = sorted(ARCHITECTURES)
 D_MODEL, D_FF, LAYERS, VOCABULARY = 32, 48, 3, 64
@@ -35,14 +36,18 @@ _BIASES = ("mlp_bias", "attention_bias", "bias", "enable_bias", "use_qkv_bias")
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def tiny_model(model_type: str, *, bias: bool = False, tied: bool | None = None, seed: int = 0) -> PreTrainedModel:
-    """A random model in eval mode whose every parameter, biases and norms included, differs from its initial value.
+def tiny_model(
+    model_type: str, *, bias: bool = False, tied: bool | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A random model in eval mode whose every parameter, biases and norms included, differs from
+    its initial value.
 
     Weights are large enough for each FFN channel to move the logits, so that a wrong cut shows.
 
     Args:
         model_type: a key of `ARCHITECTURES`.
-        bias: sets every bias flag that the family's configuration has; Phi and GPT-NeoX always have FFN biases.
+        bias: sets every bias flag that the family's configuration has; Phi and GPT-NeoX always have
+            FFN biases.
         tied: whether input and output embeddings are one tensor; None takes the family's default.
         seed: of the weights.
     """
@@ -70,7 +75,9 @@ def tiny_model(model_type: str, *, bias: bool = False, tied: bool | None = None,
 
 
 def variants() -> list[tuple[str, bool, bool | None]]:
-    """(model_type, bias, tied): each family as it comes, with the embeddings tied the other way, and with biases if it can."""
+    """(model_type, bias, tied): each family as it comes, with the embeddings tied the other way,
+    and with biases if it can.
+    """
     found: list[tuple[str, bool, bool | None]] = []
     for model_type in FAMILIES:
         blank = AutoConfig.for_model(model_type)
@@ -82,11 +89,15 @@ def variants() -> list[tuple[str, bool, bool | None]]:
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random ids of ordinary tokens, (batch, length)."""
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def random_keep(widths: list[int], d_ff: int = D_FF, seed: int = 0) -> list[torch.Tensor]:
-    """One random keep mask of length d_ff for each layer, with the given number of channels left."""
+    """One random keep mask of length d_ff for each layer, with the given number of channels
+    left.
+    """
     generator = torch.Generator().manual_seed(seed)
     masks = []
     for width in widths:

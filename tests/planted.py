@@ -1,4 +1,6 @@
-"""Losses of widths with a known optimum, for tests of searches: a few layers are sensitive, and neighbours interact."""
+"""Losses of widths with a known optimum, for tests of searches: a few layers are sensitive, and
+neighbours interact.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prunenet.masks import width_at
+from prunenet.models.masks import width_at
 from prunenet.policies.methods import Budget
 
 
@@ -18,7 +20,8 @@ def room(layers: int, d_ff: int, ratio: float = 0.3, **options: int) -> Budget:
 
 
 class Planted:
-    """Sum of s (x^2 + 0.3 x) over layers, x the share removed, and c x x' over neighbours; counts its calls.
+    """Sum of s (x^2 + 0.3 x) over layers, x the share removed, and c x x' over neighbours; counts
+    its calls.
 
     The first layer and the last two are the sensitive ones, as in SmolLM2-135M (METHODS.md 1.2).
 
@@ -28,7 +31,9 @@ class Planted:
         dies_after: calls until it raises KeyboardInterrupt, as a kill would come.
     """
 
-    def __init__(self, d_ff: Sequence[int], seed: int = 0, *, dies_after: int | None = None) -> None:
+    def __init__(
+        self, d_ff: Sequence[int], seed: int = 0, *, dies_after: int | None = None
+    ) -> None:
         draws = np.random.default_rng(seed)
         self.d_ff = np.array(d_ff)
         self.sensitivity = np.exp(draws.normal(-1, 0.5, len(d_ff)))
@@ -48,8 +53,15 @@ class Planted:
 
 
 def optimum(budget: Budget, loss: Planted) -> tuple[list[int], float]:
-    """The best of all architectures that spend the budget, by trying every one; for a few layers of a few levels."""
-    levels = [range(budget.least(layer), d_ff + 1, budget.round_to) for layer, d_ff in enumerate(budget.d_ff)]
-    every = [widths for widths in itertools.product(*levels) if budget.cost(widths) == budget.parameters]
+    """The best of all architectures that spend the budget, by trying every one; for a few layers of
+    a few levels.
+    """
+    levels = [
+        range(budget.least(layer), d_ff + 1, budget.round_to)
+        for layer, d_ff in enumerate(budget.d_ff)
+    ]
+    every = [
+        widths for widths in itertools.product(*levels) if budget.cost(widths) == budget.parameters
+    ]
     best = min(every, key=loss)
     return list(best), loss(best)

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 JOBS = multiprocessing.get_context("forkserver")
-JOBS.set_forkserver_preload(["prunenet.cli", "prunenet.policies.train", "prunenet.compare.run", "prunenet.compare.summary"])
+JOBS.set_forkserver_preload(
+    [
+        "prunenet.cli.app",
+        "prunenet.policies.training.train",
+        "prunenet.compare.run",
+        "prunenet.compare.summary",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def job(ranks: int, home: Path, task: Callable[..., Any], *args: Any, patience: float = 60) -> Ended:
-    """Runs a function of a test module in so many processes with torchrun's environment; one gets an environment without."""
+def job(
+    ranks: int, home: Path, task: Callable[..., Any], *args: Any, patience: float = 60
+) -> Ended:
+    """Runs a function of a test module in so many processes with torchrun's environment; one gets
+    an environment without.
+    """
     forkserver.ensure_running()
     port = free_port()
     log = home / f"job{port}"
     log.mkdir(parents=True)
-    started = [JOBS.Process(target=_rank, args=(rank, ranks, port, log, task, args)) for rank in range(ranks)]
+    started = [
+        JOBS.Process(target=_rank, args=(rank, ranks, port, log, task, args))
+        for rank in range(ranks)
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -44,16 +58,28 @@ def job(ranks: int, home: Path, task: Callable[..., Any], *args: Any, patience: 
     for process in hung:
         process.kill()
         process.join()
-    assert not hung, f"{len(hung)} processes hung: {[path.read_text() for path in sorted(log.iterdir())]}"
-    texts = [[(log / f"{kind}{rank}").read_text() for rank in range(ranks)] for kind in ("err", "out")]
+    assert not hung, (
+        f"{len(hung)} processes hung: {[path.read_text() for path in sorted(log.iterdir())]}"
+    )
+    texts = [
+        [(log / f"{kind}{rank}").read_text() for rank in range(ranks)] for kind in ("err", "out")
+    ]
     return Ended([process.exitcode for process in started], *texts)
 
 
-def _rank(rank: int, ranks: int, port: int, log: Path, task: Callable[..., Any], args: Sequence[Any]) -> None:
+def _rank(
+    rank: int, ranks: int, port: int, log: Path, task: Callable[..., Any], args: Sequence[Any]
+) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(log / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), number)
     if ranks > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        names = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ |= {name: str(value) for name, value in names.items()}
     import torch
     import typer

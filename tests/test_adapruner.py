@@ -10,16 +10,24 @@ import pytest
 import torch
 from families import D_FF, tiny_model, token_ids
 
-from prunenet.calibration import Blocks
-from prunenet.layers import count_parameters
-from prunenet.policies.methods import METHODS, Budget, Evidence, adapruner, cut, gradients, uniform
-from prunenet.policies.methods.adapruner import METRICS, STARTS, Metric, masked_loss, searched
-from prunenet.policies.methods.calibration_pool import Pool, mean_hidden_states
-from prunenet.policies.methods.gradients import Slice, channel_gradients
-from prunenet.policies.methods.search import Choice, SearchError, Span, best, search
-from prunenet.surgery import narrowed
+from prunenet.models.layers import count_parameters
+from prunenet.models.surgery import narrowed
+from prunenet.policies.methods import METHODS, Budget, Evidence, cut, uniform
+from prunenet.policies.methods.evidence import gradients
+from prunenet.policies.methods.evidence.gradients import Slice, channel_gradients
+from prunenet.policies.methods.papers import adapruner
+from prunenet.policies.methods.papers.adapruner import (
+    METRICS,
+    STARTS,
+    Metric,
+    masked_loss,
+    searched,
+)
+from prunenet.policies.methods.papers.calibration_pool import CalibrationPool, mean_hidden_states
+from prunenet.policies.methods.papers.tpe import Choice, SearchError, Span, best, search
+from prunenet.text.calibration import CalibrationSet
 
-BLOCKS = Blocks(token_ids(15, 12), "data", {})
+BLOCKS = CalibrationSet(token_ids(15, 12), "data", {})
 SPACE = {"x": Span(0.0, 1.0), "y": Span(-2.0, 2.0), "kind": Choice(("a", "b", "c"))}
 QUICK = {"widths": uniform, "sequences": 2, "tokens": 6, "clusters": 3}
 
@@ -29,7 +37,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def bowl(params) -> float:
-    return (params["x"] - 0.9) ** 2 + params["y"] ** 2 + {"a": 1.0, "b": 0.0, "c": 0.5}[params["kind"]]
+    return (
+        (params["x"] - 0.9) ** 2 + params["y"] ** 2 + {"a": 1.0, "b": 0.0, "c": 0.5}[params["kind"]]
+    )
 
 
 def slice_of(weight, first, second) -> Slice:
@@ -47,7 +57,8 @@ SECOND = slice_of([[4.0], [1.0]], [[-1.0], [1.0]], [[0.0], [1.0]])
     [
         # |w g - w^2 G / 2|: 2 2 and 4 1/2, mean 17/8.
         (Metric(a1=1.0, a2=1.0), [6.0 * 8 / 17, 2.5 * 8 / 17]),
-        # sgn(w g) |w|^2 |g|^0 / 2 - w^2 G / 2: |2 - 4|, |1/2 - 1|; |-8 - 0|, |1/2 - 1/2|. Mean 21/8.
+        # sgn(w g) |w|^2 |g|^0 / 2 - w^2 G / 2: |2 - 4|, |1/2 - 1|; |-8 - 0|, |1/2 - 1/2|. Mean
+        # 21/8.
         (Metric(lam=1.0, b1=0.5, b2=1.0, p=2.0, q=0.0), [10.0 * 8 / 21, 0.5 * 8 / 21]),
         # Half of |w g| over its mean (10 / 4) from each term: w g alone is both.
         (Metric(lam=0.5, a1=1.0, b1=1.0), [6.0 * 4 / 10, 4.0 * 4 / 10]),
@@ -66,22 +77,29 @@ def test_the_metric_by_hand(metric, expected) -> None:
 def test_the_starting_points_rank_channels_as_llm_pruner_and_magnitude_do(model_type) -> None:
     model = tiny_model(model_type, bias=True)
     evidence = Evidence(model, BLOCKS)
-    layers = list(channel_gradients(model, gradients.draw_windows(BLOCKS.ids, 10, 64, evidence.generator())))
+    layers = list(
+        channel_gradients(model, gradients.draw_windows(BLOCKS.ids, 10, 64, evidence.generator()))
+    )
     for name, metric in STARTS.items():
         found = [metric.layer_scores(slices) for slices in layers]
         if name == "magnitude":
             # Behind a ReLU that lets nothing through, a weight has no gradient, and sgn(w g) is 0.
-            expected = [sum((part.weight.abs() * (part.first != 0)).sum(1) for part in slices) for slices in layers]
+            expected = [
+                sum((part.weight.abs() * (part.first != 0)).sum(1) for part in slices)
+                for slices in layers
+            ]
         else:
             expected = METHODS[name].score(evidence)
         for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours / ours.mean(), theirs.double() / theirs.double().mean(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                ours / ours.mean(), theirs.double() / theirs.double().mean(), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_pool_leaves_out_the_windows_with_the_fewest_distinct_tokens() -> None:
     ids = token_ids(5, 13)
     ids[1, 6:12] = 9
-    pool = Pool.of(tiny_model("llama"), ids, seeded(), tokens=6, clusters=4)
+    pool = CalibrationPool.of(tiny_model("llama"), ids, seeded(), tokens=6, clusters=4)
     whole = {tuple(row[start : start + 6].tolist()) for row in ids for start in (0, 6)}
     kept = {tuple(window.tolist()) for window in pool.windows}
     assert kept < whole
@@ -90,15 +108,18 @@ def test_a_pool_leaves_out_the_windows_with_the_fewest_distinct_tokens() -> None
     assert max(len(set(w)) for w in whole - kept) <= min(len(set(w)) for w in kept)
     assert sorted(pool.labels.unique().tolist()) == [0, 1, 2, 3]
     assert int(pool.sizes.sum()) == 8
-    few = Pool.of(tiny_model("llama"), ids, seeded(), tokens=64, clusters=50, most=3)
+    few = CalibrationPool.of(tiny_model("llama"), ids, seeded(), tokens=64, clusters=50, most=3)
     assert few.windows.shape == (3, 13)
     assert few.clusters == 3
 
 
 def test_windows_are_drawn_from_clusters_by_weight_and_never_twice() -> None:
     windows = torch.arange(1000)[:, None].expand(-1, 2)
-    pool = Pool(windows, (torch.arange(1000) >= 900).long(), 2)
-    drawn = [pool.drawn(weights, 50, seeded(1))[:, 0] for weights in ([1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0])]
+    pool = CalibrationPool(windows, (torch.arange(1000) >= 900).long(), 2)
+    drawn = [
+        pool.drawn(weights, 50, seeded(1))[:, 0]
+        for weights in ([1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0])
+    ]
     assert all(len(rows.unique()) == 50 for rows in drawn)
     small = [int((rows >= 900).sum()) for rows in drawn]
     assert 15 <= small[0] <= 35, "equal weights, however large the clusters"
@@ -113,7 +134,9 @@ def test_hidden_states_are_means_of_what_the_head_reads(model_type) -> None:
     model, ids = tiny_model(model_type), token_ids(6, 5)
     means = mean_hidden_states(model, ids)
     with torch.no_grad():
-        torch.testing.assert_close(model.get_output_embeddings()(means), model(ids).logits.mean(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.get_output_embeddings()(means), model(ids).logits.mean(1), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_objective_is_the_loss_of_the_narrow_model() -> None:
@@ -139,14 +162,19 @@ def test_a_search_starts_where_it_is_told_and_ends_no_worse(strategy) -> None:
     assert masked_loss(model, found.keep, held) == found.best.value
     assert [int(mask.sum()) for mask in found.keep] == uniform(Budget.of(model, 0.5)) == [24] * 3
     # A start by itself: LLM-Pruner's mix on the even draw 0 of the same pool.
-    pool = Pool.of(model, BLOCKS.ids[:-3], evidence.generator(), tokens=6, clusters=3)
+    pool = CalibrationPool.of(model, BLOCKS.ids[:-3], evidence.generator(), tokens=6, clusters=3)
     windows = pool.drawn((pool.sizes / pool.sizes.max()).tolist(), 2, seeded(0))
-    scores = [STARTS["llm_pruner_mix"].layer_scores(slices) for slices in channel_gradients(model, windows)]
+    scores = [
+        STARTS["llm_pruner_mix"].layer_scores(slices)
+        for slices in channel_gradients(model, windows)
+    ]
     keep = [row >= row.topk(24).values[-1] for row in scores]
     assert masked_loss(model, keep, held) == found.trials[3].value
     again = searched(evidence, ratio=0.5, trials=8, strategy=strategy, **QUICK)
     assert again.trials == found.trials
-    other = searched(Evidence(model, BLOCKS, seed=3), ratio=0.5, trials=8, strategy=strategy, **QUICK)
+    other = searched(
+        Evidence(model, BLOCKS, seed=3), ratio=0.5, trials=8, strategy=strategy, **QUICK
+    )
     assert other.trials[5:] != found.trials[5:]
 
 
@@ -158,9 +186,13 @@ def test_adapruner_and_its_control_cost_the_same_and_cut_as_much_as_llm_pruner(m
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     for name in ("adapruner", "adapruner_random"):
         row = METHODS[name]
-        assert row.score.keywords.get("strategy", "tpe") == ("random" if name == "adapruner_random" else "tpe")
+        assert row.score.keywords.get("strategy", "tpe") == (
+            "random" if name == "adapruner_random" else "tpe"
+        )
         forwards.clear()
-        found = cut(evidence, replace(row, score=partial(row.score, trials=2, tokens=6, clusters=2)), 0.3)
+        found = cut(
+            evidence, replace(row, score=partial(row.score, trials=2, tokens=6, clusters=2)), 0.3
+        )
         sizes.append((len(forwards), found.widths))
     assert sizes[0] == sizes[1]
     reference = cut(evidence, "llm_pruner_mix", 0.3)
@@ -170,12 +202,21 @@ def test_adapruner_and_its_control_cost_the_same_and_cut_as_much_as_llm_pruner(m
 
 
 def test_tpe_learns_from_the_trials_before_and_random_draws_do_not() -> None:
-    found = {strategy: search(bowl, SPACE, 40, seed=1, strategy=strategy) for strategy in ("tpe", "random")}
-    late = {strategy: sum(trial.value for trial in trials[-10:]) / 10 for strategy, trials in found.items()}
+    found = {
+        strategy: search(bowl, SPACE, 40, seed=1, strategy=strategy)
+        for strategy in ("tpe", "random")
+    }
+    late = {
+        strategy: sum(trial.value for trial in trials[-10:]) / 10
+        for strategy, trials in found.items()
+    }
     assert late["tpe"] < late["random"] / 3
     assert best(found["tpe"]).value < best(found["random"]).value
     for trials in found.values():
-        assert all(0 <= t.params["x"] <= 1 and -2 <= t.params["y"] <= 2 and t.params["kind"] in "abc" for t in trials)
+        assert all(
+            0 <= t.params["x"] <= 1 and -2 <= t.params["y"] <= 2 and t.params["kind"] in "abc"
+            for t in trials
+        )
     mirrored = search(lambda params: -bowl(params), SPACE, 40, seed=1, strategy="random")
     assert [t.params for t in mirrored] == [t.params for t in found["random"]]
     assert {t.params["kind"] for t in mirrored} == {"a", "b", "c"}
@@ -236,12 +277,14 @@ def test_a_log_of_another_search_or_of_another_model_is_not_continued(tmp_path) 
     with pytest.raises(SearchError, match="with model '"):
         look(Evidence(tiny_model("llama", seed=1), BLOCKS))
     with pytest.raises(SearchError, match="with text '"):
-        look(Evidence(tiny_model("llama"), Blocks(BLOCKS.ids.flip(1), "data", {})))
+        look(Evidence(tiny_model("llama"), CalibrationSet(BLOCKS.ids.flip(1), "data", {})))
     with pytest.raises(SearchError, match=r"with ratio 0\.3, not 0\.5"):
         look(Evidence(tiny_model("llama"), BLOCKS), ratio=0.5)
 
 
-@pytest.mark.parametrize("content", ["no log", "no log\n", "[]\n", '{"search": {}}\n{"params": 1}\n', '{"search": 3}\n'])
+@pytest.mark.parametrize(
+    "content", ["no log", "no log\n", "[]\n", '{"search": {}}\n{"params": 1}\n', '{"search": 3}\n']
+)
 def test_a_file_that_is_no_log_is_refused_and_left_as_it_is(content, tmp_path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text(content)
@@ -268,7 +311,7 @@ def test_a_search_says_nothing_and_leaves_optunas_log_as_it_was(capfd) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": Blocks(BLOCKS.ids[:1], "data", {})}, "give 2 blocks or more"),
+        ({"blocks": CalibrationSet(BLOCKS.ids[:1], "data", {})}, "give 2 blocks or more"),
         ({"blocks": None}, "blocks=None"),
         ({"trials": 0}, "1 trial or more"),
         ({"sequences": 0}, "0 sequences"),

@@ -4,10 +4,9 @@ import pytest
 import torch
 from families import D_FF, tiny_model, token_ids
 
-from prunenet.architectures import architecture_for
-from prunenet.calibration import Blocks
-from prunenet.layers import decoder_layers
-from prunenet.masks import width_at
+from prunenet.models.architectures import architecture_for
+from prunenet.models.layers import decoder_layers
+from prunenet.models.masks import width_at
 from prunenet.policies.methods import (
     Budget,
     Evidence,
@@ -20,7 +19,8 @@ from prunenet.policies.methods import (
     protected,
     uniform,
 )
-from prunenet.policies.methods.allocation import fitted
+from prunenet.policies.methods.widths.allocation import fitted
+from prunenet.text.calibration import CalibrationSet
 
 
 def budget(ratio: float, layers: int = 8, d_ff: int = 1536, **options) -> Budget:
@@ -39,7 +39,12 @@ def test_every_allocation_spends_exactly_what_a_uniform_cut_leaves(ratio, round_
     room = budget(ratio, round_to=round_to)
     generator = torch.Generator().manual_seed(1)
     outliers = torch.rand(8, generator=generator).tolist()
-    found = [uniform(room), global_sort(room, rows(8)), owl(room, outliers), by_influence(room, outliers)]
+    found = [
+        uniform(room),
+        global_sort(room, rows(8)),
+        owl(room, outliers),
+        by_influence(room, outliers),
+    ]
     if ratio < 0.7:  # three whole layers of eight cost more than 30 %
         found += [protected(room, 2, 1), global_sort(room, rows(8), first=2, last=1)]
     for widths in found:
@@ -65,7 +70,9 @@ def test_widths_and_costs_that_differ_are_fitted_from_below_by_less_than_one_ste
     widths = fitted(room, (400 * torch.rand(6, generator=generator) - 50).tolist())
     assert all(width % 8 == 0 or width == full for width, full in zip(widths, d_ff, strict=True))
     assert all(width >= min(16, full) for width, full in zip(widths, d_ff, strict=True))
-    steps = [c * min(8 - w % 8, f - w) for c, w, f in zip(costs, widths, d_ff, strict=True) if w < f]
+    steps = [
+        c * min(8 - w % 8, f - w) for c, w, f in zip(costs, widths, d_ff, strict=True) if w < f
+    ]
     assert 0 <= parameters - room.cost(widths) < min(steps)
 
 
@@ -118,7 +125,10 @@ def test_floors_above_the_budget_are_an_error() -> None:
         uniform(budget(0.9, floor=800))
 
 
-@pytest.mark.parametrize(("scores", "message"), [([torch.zeros(5)], "one score"), ([torch.full((48,), torch.nan)], "NaN")])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [([torch.zeros(5)], "one score"), ([torch.full((48,), torch.nan)], "NaN")],
+)
 def test_scores_that_cannot_be_sorted_are_an_error(scores, message) -> None:
     with pytest.raises(ValueError, match=message):
         global_sort(Budget((48,), (1,), 24), scores)
@@ -152,10 +162,12 @@ def test_the_outlier_share_by_hand() -> None:
 def test_input_norms_are_those_of_every_linear_of_a_layer_over_all_tokens(model_type) -> None:
     model = tiny_model(model_type)
     ids = token_ids(7, 11)
-    measured = Evidence(model, Blocks(ids, "data", {})).input_norms
+    measured = Evidence(model, CalibrationSet(ids, "data", {})).input_norms
     seen: dict[torch.nn.Module, torch.Tensor] = {}
     hooks = [
-        m.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0].detach()}))
+        m.register_forward_pre_hook(
+            lambda module, inputs: seen.update({module: inputs[0].detach()})
+        )
         for m in decoder_layers(model).modules()
         if isinstance(m, torch.nn.Linear)
     ]
@@ -174,7 +186,11 @@ def test_layers_of_low_influence_lose_more_by_hand() -> None:
     # Weights 1/2, 1/4, 1/4 of three layers at a ratio of 0.3: 0.45, 0.225, 0.225 are removed.
     room = Budget((1000,) * 3, (1,) * 3, 2100, round_to=1)
     assert by_influence(room, [0.0, math.log(2), math.log(2)], temperature=1.0) == [550, 775, 775]
-    assert by_influence(room, [0.0, 0.5 * math.log(2), 0.5 * math.log(2)], temperature=0.5) == [550, 775, 775]
+    assert by_influence(room, [0.0, 0.5 * math.log(2), 0.5 * math.log(2)], temperature=0.5) == [
+        550,
+        775,
+        775,
+    ]
     assert by_influence(room, [0.7, 0.7, 0.7]) == [700, 700, 700]
 
 
@@ -192,7 +208,10 @@ def test_removed_parameters_count_where_layers_cost_differently() -> None:
     assert by_influence(room, [0.0, math.log(2)], temperature=1.0) == [700, 850]
 
 
-@pytest.mark.parametrize(("influence", "temperature"), [([0.1], 0.1), ([0.1, math.nan, 0.2], 0.1), ([0.1, 0.2, 0.3], 0.0)])
+@pytest.mark.parametrize(
+    ("influence", "temperature"),
+    [([0.1], 0.1), ([0.1, math.nan, 0.2], 0.1), ([0.1, 0.2, 0.3], 0.0)],
+)
 def test_influences_that_allocate_nothing_are_an_error(influence, temperature) -> None:
     with pytest.raises(ValueError, match=r"influence|temperature"):
         by_influence(Budget((48,) * 3, (1,) * 3, 72), influence, temperature=temperature)
@@ -215,12 +234,14 @@ def test_block_influence_compares_what_enters_and_leaves_a_layer(model_type) -> 
     for linear in (down, out):
         for parameter in linear.parameters():
             parameter.data.zero_()
-    assert block_influence(model, ids)[2] == pytest.approx(0.0, abs=1e-6), "a layer that writes nothing"
+    assert block_influence(model, ids)[2] == pytest.approx(0.0, abs=1e-6), (
+        "a layer that writes nothing"
+    )
 
 
 def test_the_influence_of_the_text_cuts_any_method() -> None:
     model = tiny_model("llama")
-    evidence = Evidence(model, Blocks(token_ids(4, 10), "data", {}))
+    evidence = Evidence(model, CalibrationSet(token_ids(4, 10), "data", {}))
     made = cut(evidence, "magnitude", 0.5, allocation="influence")
     assert made.widths == by_influence(Budget.of(model, 0.5), block_influence(model, evidence.ids))
     assert made.widths != uniform(Budget.of(model, 0.5))

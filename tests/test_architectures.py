@@ -4,14 +4,22 @@ import pytest
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model, variants
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
-from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
-from prunenet.layers import count_parameters, decoder_layers, down_linears, ffn_widths, iter_ffns
+from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
+from prunenet.models.layers import (
+    count_parameters,
+    decoder_layers,
+    down_linears,
+    ffn_widths,
+    iter_ffns,
+)
 
 UNGATED = {"falcon", "gpt_neox", "opt", "phi"}
 
 
 @pytest.mark.parametrize(("model_type", "bias", "tied"), variants())
-def test_every_family_yields_the_ffn_of_every_layer_with_the_right_shapes(model_type, bias, tied) -> None:
+def test_every_family_yields_the_ffn_of_every_layer_with_the_right_shapes(
+    model_type, bias, tied
+) -> None:
     model = tiny_model(model_type, bias=bias, tied=tied)
     ffns = list(iter_ffns(model))
     assert [ffn.index for ffn in ffns] == list(range(LAYERS))
@@ -35,13 +43,19 @@ def test_the_weights_of_an_ffn_are_views_on_the_models_own(model_type) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_channel_has_as_many_parameters_as_a_narrower_configuration_saves(model_type) -> None:
     wide = tiny_model(model_type, bias=True)
-    config = type(wide.config)(**{**wide.config.to_dict(), ARCHITECTURES[model_type].width: D_FF - 1})
-    saved = count_parameters(wide)[0] - count_parameters(AutoModelForCausalLM.from_config(config))[0]
+    config = type(wide.config)(
+        **{**wide.config.to_dict(), ARCHITECTURES[model_type].width: D_FF - 1}
+    )
+    saved = (
+        count_parameters(wide)[0] - count_parameters(AutoModelForCausalLM.from_config(config))[0]
+    )
     assert saved == sum(ffn.channel_parameters for ffn in iter_ffns(wide))
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_count_a_tied_embedding_once_and_leave_every_embedding_out_of_the_second_number(tied) -> None:
+def test_parameters_count_a_tied_embedding_once_and_leave_every_embedding_out_of_the_second_number(
+    tied,
+) -> None:
     model = tiny_model("llama", tied=tied)
     total, body = count_parameters(model)
     assert total == sum(tensor.numel() for tensor in model.parameters())
@@ -58,18 +72,29 @@ def test_the_fused_gate_comes_before_the_up_rows() -> None:
 
 def test_the_down_linears_take_the_channels_as_input() -> None:
     model = tiny_model("opt")
-    assert [linear.in_features for linear in down_linears(model)] == ffn_widths(model) == [D_FF] * LAYERS
+    assert (
+        [linear.in_features for linear in down_linears(model)]
+        == ffn_widths(model)
+        == [D_FF] * LAYERS
+    )
 
 
 def test_an_unknown_model_type_is_an_error_that_lists_what_is_supported() -> None:
-    with pytest.raises(UnsupportedArchitecture, match=r"'mamba' is not supported; .*falcon, gemma.*stablelm") as error:
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"'mamba' is not supported; .*falcon, gemma.*stablelm"
+    ) as error:
         architecture_for(AutoConfig.for_model("mamba"))
     assert all(model_type in str(error.value) for model_type in ARCHITECTURES)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe"]
+)
 def test_a_mixture_of_experts_is_an_error_that_says_so(model_type) -> None:
-    with pytest.raises(UnsupportedArchitecture, match=rf"'{model_type}' is a mixture of experts, .* not supported yet"):
+    with pytest.raises(
+        UnsupportedArchitecture,
+        match=rf"'{model_type}' is a mixture of experts, .* not supported yet",
+    ):
         architecture_for(AutoConfig.for_model(model_type))
 
 
@@ -80,5 +105,7 @@ def test_a_configuration_without_a_model_type_is_not_supported(fields) -> None:
 
 
 def test_a_model_without_a_language_head_is_an_error_that_says_how_to_load_it() -> None:
-    with pytest.raises(UnsupportedArchitecture, match=r"LlamaModel .*load it with AutoModelForCausalLM"):
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"LlamaModel .*load it with AutoModelForCausalLM"
+    ):
         list(iter_ffns(LlamaModel(tiny_model("llama").config)))

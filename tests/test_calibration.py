@@ -1,4 +1,6 @@
-"""Blocks to measure on: the model's own text is reproducible and cached, external text is never test text."""
+"""Blocks to measure on: the model's own text is reproducible and cached, external text is never
+test text.
+"""
 
 import pytest
 import torch
@@ -8,22 +10,27 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from prunenet.calibration import data_blocks, self_blocks
 from prunenet.envs.rewards import ReconstructionReward, energy_lost
-from prunenet.generate import document_start, generate_blocks
-from prunenet.layers import down_linears
-from prunenet.moments import LayerWalk, ffn_moments
-from prunenet.policies.recipe import Recipe
-from prunenet.policies.train import train
-from prunenet.surgery import masking
-from prunenet.text import CalibrationText, TestText
+from prunenet.models.layers import down_linears
+from prunenet.models.surgery import masking
+from prunenet.policies.training.recipe import Recipe
+from prunenet.policies.training.train import train
+from prunenet.refit.moments import LayerWalk, ffn_moments
+from prunenet.text.calibration import data_blocks, self_blocks
+from prunenet.text.corpora import CalibrationText, TestText
+from prunenet.text.generate import document_start, generate_blocks
 
 
 def tokenizer(*special: str) -> PreTrainedTokenizerFast:
-    words = {name: i for i, name in enumerate([*special, *(f"w{i}" for i in range(63 - len(special))), "[UNK]"])}
+    words = {
+        name: i
+        for i, name in enumerate([*special, *(f"w{i}" for i in range(63 - len(special))), "[UNK]"])
+    }
     core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", bos_token=special[0] if special else None)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", bos_token=special[0] if special else None
+    )
 
 
 def ids(n: int = 6, tokens: int = 10) -> torch.Tensor:
@@ -68,9 +75,13 @@ def test_own_text_is_written_once_and_damaged_copies_are_replaced(tmp_path, monk
     first = self_blocks(model, words, sequences=4, tokens=8, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"damaged")
-    assert torch.equal(self_blocks(model, words, sequences=4, tokens=8, cache=tmp_path).ids, first.ids)
-    monkeypatch.setattr("prunenet.calibration.generate_blocks", None)
-    assert torch.equal(self_blocks(model, words, sequences=4, tokens=8, cache=tmp_path).ids, first.ids)
+    assert torch.equal(
+        self_blocks(model, words, sequences=4, tokens=8, cache=tmp_path).ids, first.ids
+    )
+    monkeypatch.setattr("prunenet.text.calibration.generate_blocks", None)
+    assert torch.equal(
+        self_blocks(model, words, sequences=4, tokens=8, cache=tmp_path).ids, first.ids
+    )
     monkeypatch.undo()
     self_blocks(tiny_model("llama", seed=1), words, sequences=4, tokens=8, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
@@ -81,7 +92,8 @@ def test_external_blocks_refuse_test_text():
     blocks = data_blocks(tokenizer("<s>"), CalibrationText("mine", text), count=3, window=16)
     assert blocks.ids.shape == (3, 16)
     assert blocks.regime == "data"
-    with pytest.raises(TypeError):  # the annotation's, under test; the function's own sentence otherwise
+    # the annotation's, under test; the function's own sentence otherwise
+    with pytest.raises(TypeError):
         data_blocks(tokenizer("<s>"), TestText("theirs", text))
 
 
@@ -90,7 +102,9 @@ def test_the_layer_walk_measures_what_the_whole_model_computes(family):
     model = tiny_model(family)
     seen: dict[int, torch.Tensor] = {}
     hooks = [
-        linear.register_forward_pre_hook(lambda _, inputs, i=i: seen.__setitem__(i, inputs[0].reshape(-1, 48)))
+        linear.register_forward_pre_hook(
+            lambda _, inputs, i=i: seen.__setitem__(i, inputs[0].reshape(-1, 48))
+        )
         for i, linear in enumerate(down_linears(model))
     ]
     with torch.no_grad():
@@ -125,7 +139,9 @@ def test_the_reconstruction_reward_is_the_energy_of_the_layer_s_output_that_is_k
     model = tiny_model("opt")
     reward = ReconstructionReward(model, ids())
     keep = torch.rand(4, 48, generator=torch.Generator().manual_seed(1)) < 0.6
-    for index, (linear, moments) in enumerate(zip(down_linears(model), ffn_moments(model, ids()), strict=True)):
+    for index, (linear, moments) in enumerate(
+        zip(down_linears(model), ffn_moments(model, ids()), strict=True)
+    ):
         weight = linear.weight.detach()
         whole = torch.trace(weight @ moments.second @ weight.T)
         paid = reward.layer(index, keep)["reconstruction"]

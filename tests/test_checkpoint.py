@@ -13,21 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from prunenet import checkpoint, folders, sources
-from prunenet.architectures import UnsupportedArchitecture
-from prunenet.checkpoint import (
-    CheckpointError,
-    Provenance,
-    export_padded,
-    identify,
-    load_masks,
-    load_model,
-    load_provenance,
-    load_tokenizer,
-    save_pruned,
-)
-from prunenet.layers import ffn_widths
-from prunenet.surgery import narrowed
+from prunenet.checkpoints import save as checkpoint
+from prunenet.checkpoints import sources
+from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import export_padded, load_masks, load_provenance, save_pruned
+from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.layers import ffn_widths
+from prunenet.models.surgery import narrowed
+from prunenet.runtime import files as folders
+from prunenet.runtime.files import CheckpointError
 
 PER_LAYER = [16, 40, 8]
 
@@ -88,8 +84,13 @@ def test_a_saved_model_loads_in_eval_mode_with_its_masks_and_its_story(stored) -
 
 def test_the_folder_holds_exactly_these_files(stored) -> None:
     assert left_in(stored) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "prunenet.json", "prunenet_masks.safetensors"
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "prunenet.json",
+        "prunenet_masks.safetensors",
+    ]
     assert left_in(stored.parent) == ["narrow"]
     masks = load_file(stored / "prunenet_masks.safetensors")
     assert {name: (tensor.dtype, len(tensor)) for name, tensor in masks.items()} == {
@@ -120,7 +121,10 @@ def test_the_model_card_names_the_base_the_method_and_the_numbers(tmp_path) -> N
 
 @pytest.mark.parametrize("widths", [None, PER_LAYER], ids=["uniform", "per-layer"])
 def test_the_same_save_twice_writes_the_same_bytes(tmp_path, widths) -> None:
-    first, second = save(tmp_path / "a" / "narrow", widths), save(tmp_path / "b" / "other-name", widths)
+    first, second = (
+        save(tmp_path / "a" / "narrow", widths),
+        save(tmp_path / "b" / "other-name", widths),
+    )
     assert left_in(first) == left_in(second)
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
@@ -133,10 +137,14 @@ def test_the_dtype_is_kept_and_can_be_asked_for(tmp_path, dtype) -> None:
     narrow = narrowed(dense, keep)
     out = save_pruned(narrow, tmp_path / "narrow", keep, provenance_of(dense, narrow))
     assert {tensor.dtype for tensor in load_model(out).parameters()} == {getattr(torch, dtype)}
-    assert {tensor.dtype for tensor in load_model(out, dtype="float32").parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_model(out, dtype="float32").parameters()} == {
+        torch.float32
+    }
 
 
-def test_a_model_in_training_mode_is_verified_in_eval_mode_and_handed_back_in_training_mode(tmp_path) -> None:
+def test_a_model_in_training_mode_is_verified_in_eval_mode_and_handed_back_in_training_mode(
+    tmp_path,
+) -> None:
     dense = tiny_model("opt").train()  # has dropout
     keep = random_keep([32] * LAYERS)
     narrow = narrowed(dense, keep)
@@ -160,10 +168,17 @@ def test_the_export_with_zero_channels_is_a_stock_checkpoint_of_the_same_functio
     assert type(padded).__module__.startswith("transformers.")
     assert "per_layer" not in (out / "config.json").read_text()
     assert not (out / "modeling.py").exists()
-    torch.testing.assert_close(padded(token_ids()).logits, narrow(token_ids()).logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        padded(token_ids()).logits, narrow(token_ids()).logits, atol=2e-5, rtol=0
+    )
     assert load_provenance(out).padded_to == 40
-    assert load_provenance(out).parameters_after == sum(tensor.numel() for tensor in padded.parameters())
-    assert all(first.equal(second) for first, second in zip(load_masks(out), load_masks(source), strict=True))
+    assert load_provenance(out).parameters_after == sum(
+        tensor.numel() for tensor in padded.parameters()
+    )
+    assert all(
+        first.equal(second)
+        for first, second in zip(load_masks(out), load_masks(source), strict=True)
+    )
     for done in (out, save(tmp_path / "uniform")):
         with pytest.raises(CheckpointError, match="one width for all layers already"):
             export_padded(done, tmp_path / "again")
@@ -183,7 +198,10 @@ def test_the_code_in_a_folder_is_never_run(tmp_path) -> None:
     (out / "modeling.py").write_text("raise SystemExit('run!')")
     assert ffn_widths(load_model(out)) == PER_LAYER
     tiny_model("llama").save_pretrained(tmp_path / "foreign")
-    edit(tmp_path / "foreign", auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
+    edit(
+        tmp_path / "foreign",
+        auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"},
+    )
     (tmp_path / "foreign" / "modeling.py").write_text("raise SystemExit('run!')")
     load_model(tmp_path / "foreign")
 
@@ -197,7 +215,9 @@ def test_code_names_of_a_foreign_checkpoint_do_not_travel_without_their_code(tmp
     assert "auto_map" not in (out / "config.json").read_text()
 
 
-def test_identify_depends_on_the_weights_and_the_configuration_and_not_on_the_place(stored, spoilt) -> None:
+def test_identify_depends_on_the_weights_and_the_configuration_and_not_on_the_place(
+    stored, spoilt
+) -> None:
     name, revision = identify(spoilt)
     assert name == "spoilt"
     assert revision.startswith("sha256:")
@@ -222,20 +242,44 @@ def forget_a_tensor(folder: Path) -> None:
 
 
 DAMAGE = {
-    "no config": (lambda d: (d / "config.json").unlink(), "is not a checkpoint: it has no config.json"),
-    "half a config": (lambda d: (d / "config.json").write_text('{"model_type"'), "config.json is damaged"),
-    "a config that is a list": (lambda d: (d / "config.json").write_text("[]"), "does not hold a JSON object"),
+    "no config": (
+        lambda d: (d / "config.json").unlink(),
+        "is not a checkpoint: it has no config.json",
+    ),
+    "half a config": (
+        lambda d: (d / "config.json").write_text('{"model_type"'),
+        "config.json is damaged",
+    ),
+    "a config that is a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        "does not hold a JSON object",
+    ),
     "no model type": (lambda d: (d / "config.json").write_text("{}"), "has no model_type"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors; only complete safetensors"),
-    "pickled weights": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "has no model.safetensors"),
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        "has no model.safetensors; only complete safetensors",
+    ),
+    "pickled weights": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "has no model.safetensors",
+    ),
     "truncated weights": (truncate, "model.safetensors is damaged .*fetch it again"),
-    "garbage": (lambda d: (d / "model.safetensors").write_bytes(b"garbage!" * 999), "model.safetensors is damaged"),
-    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
-    "a tensor too few": (forget_a_tensor, "lacks 1 of the model's tensors, e.g. model.layers.1.mlp.up_proj.weight"),
+    "garbage": (
+        lambda d: (d / "model.safetensors").write_bytes(b"garbage!" * 999),
+        "model.safetensors is damaged",
+    ),
+    "empty weights": (
+        lambda d: (d / "model.safetensors").write_bytes(b""),
+        "model.safetensors is damaged",
+    ),
+    "a tensor too few": (
+        forget_a_tensor,
+        "lacks 1 of the model's tensors, e.g. model.layers.1.mlp.up_proj.weight",
+    ),
     "another width": (lambda d: edit(d, intermediate_size=48), "cannot be loaded"),
     "nonsense in the config": (lambda d: edit(d, hidden_size="many"), "cannot be loaded"),
     "quantised": (lambda d: edit(d, quantization_config={"quant_method": "gptq"}), "is quantised"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
@@ -247,7 +291,9 @@ def test_a_damaged_checkpoint_is_one_clear_sentence(spoilt, damage, message) -> 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", Path("nowhere"), "~/nowhere-at-all"])
+@pytest.mark.parametrize(
+    "source", ["./nowhere", "/nowhere/at/all", Path("nowhere"), "~/nowhere-at-all"]
+)
 def test_a_folder_that_does_not_exist_is_named(source) -> None:
     with pytest.raises(CheckpointError, match=r"folder .*nowhere.* does not exist; check the path"):
         load_model(source)
@@ -258,19 +304,29 @@ def test_a_file_in_place_of_a_folder_is_an_error(stored) -> None:
         load_model(stored / "model.safetensors")
 
 
-@pytest.mark.parametrize("source", ["prunenet-tests/no-such-model", "nonsense", "too/many/slashes", "not a name!"])
+@pytest.mark.parametrize(
+    "source", ["prunenet-tests/no-such-model", "nonsense", "too/many/slashes", "not a name!"]
+)
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_hub_id_without_a_hub_is_one_clear_sentence(load, source) -> None:
-    with pytest.raises(CheckpointError, match="neither a folder here nor available from the Hugging Face hub") as error:
+    with pytest.raises(
+        CheckpointError, match="neither a folder here nor available from the Hugging Face hub"
+    ) as error:
         load(source)
     assert source in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_hub_model_is_refused_by_its_configuration_before_its_weights_are_fetched(stored, tmp_path, monkeypatch) -> None:
+def test_a_hub_model_is_refused_by_its_configuration_before_its_weights_are_fetched(
+    stored, tmp_path, monkeypatch
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
     asked = []
-    monkeypatch.setattr(sources, "snapshot_download", lambda _id, allow_patterns, **_: asked.append(allow_patterns) or tmp_path)
+    monkeypatch.setattr(
+        sources,
+        "snapshot_download",
+        lambda _id, allow_patterns, **_: asked.append(allow_patterns) or tmp_path,
+    )
     with pytest.raises(UnsupportedArchitecture, match="mixture of experts"):
         load_model("some/mixture")
     assert asked == [["config.json"]]
@@ -282,7 +338,9 @@ def test_a_hub_model_is_refused_by_its_configuration_before_its_weights_are_fetc
 def test_an_unknown_model_type_is_refused_before_its_weights_are_read(spoilt) -> None:
     edit(spoilt, model_type="gpt_next")
     (spoilt / "model.safetensors").unlink()
-    with pytest.raises(UnsupportedArchitecture, match="'gpt_next' is not supported; supported types: falcon"):
+    with pytest.raises(
+        UnsupportedArchitecture, match="'gpt_next' is not supported; supported types: falcon"
+    ):
         load_model(spoilt)
 
 
@@ -323,7 +381,9 @@ def test_a_damaged_story_is_one_clear_sentence(spoilt, text, message) -> None:
 def test_a_newer_format_asks_for_an_update(spoilt) -> None:
     path = spoilt / "prunenet.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
-    with pytest.raises(CheckpointError, match="format version is 2, this prunenet reads 1; update prunenet"):
+    with pytest.raises(
+        CheckpointError, match="format version is 2, this prunenet reads 1; update prunenet"
+    ):
         load_provenance(spoilt)
 
 
@@ -373,7 +433,9 @@ def test_an_empty_folder_is_filled_and_missing_parents_are_made(tmp_path) -> Non
 
 
 def wrapped_by_safetensors(*_args, **_options):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
 
 
 def full_disk(*_args, **_options):
@@ -382,22 +444,33 @@ def full_disk(*_args, **_options):
 
 @pytest.mark.parametrize("failure", [wrapped_by_safetensors, full_disk])
 @pytest.mark.parametrize("step", ["model", "masks", "card"])
-def test_a_disk_that_fills_up_half_way_leaves_nothing_and_says_how_much_is_needed(tmp_path, monkeypatch, step, failure) -> None:
+def test_a_disk_that_fills_up_half_way_leaves_nothing_and_says_how_much_is_needed(
+    tmp_path, monkeypatch, step, failure
+) -> None:
     owner, name = {
         "model": (PreTrainedModel, "save_pretrained"),
         "masks": (checkpoint, "save_file"),
         "card": (Provenance, "card"),
     }[step]
     monkeypatch.setattr(owner, name, failure)
-    with pytest.raises(CheckpointError, match=r"no room for .*narrow: it takes at least 0\.1 MB .* MB free; make room"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no room for .*narrow: it takes at least 0\.1 MB .* MB free; make room",
+    ):
         save(tmp_path / "new" / "narrow")
     assert left_in(tmp_path) == []
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _path: namedtuple("Usage", "free")(50_000))
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        folders.shutil, "disk_usage", lambda _path: namedtuple("Usage", "free")(50_000)
+    )
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *_: pytest.fail("wrote"))
-    with pytest.raises(CheckpointError, match=r"takes at least 0\.1 MB and its disk has 0\.[01] MB free"):
+    with pytest.raises(
+        CheckpointError, match=r"takes at least 0\.1 MB and its disk has 0\.[01] MB free"
+    ):
         save(tmp_path / "narrow")
     assert left_in(tmp_path) == []
 
@@ -419,7 +492,9 @@ def test_a_parent_that_is_a_file_is_one_clear_sentence(tmp_path) -> None:
         save(tmp_path / "file" / "narrow")
 
 
-def test_weights_that_changed_on_their_way_to_the_disk_are_an_error_and_leave_nothing(tmp_path, monkeypatch) -> None:
+def test_weights_that_changed_on_their_way_to_the_disk_are_an_error_and_leave_nothing(
+    tmp_path, monkeypatch
+) -> None:
     stock = PreTrainedModel.save_pretrained
 
     def bend(self, folder, **options):
@@ -429,12 +504,17 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_an_error_and_leave_no
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", bend)
-    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight differs after a reload"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight differs after a reload",
+    ):
         save(tmp_path / "narrow")
     assert left_in(tmp_path) == []
 
 
-def test_a_configuration_that_changed_on_its_way_is_seen_in_the_logits(tmp_path, monkeypatch) -> None:
+def test_a_configuration_that_changed_on_its_way_is_seen_in_the_logits(
+    tmp_path, monkeypatch
+) -> None:
     stock = PreTrainedModel.save_pretrained
 
     def bend(self, folder, **options):

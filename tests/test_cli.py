@@ -17,11 +17,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from prunenet.cli import app
-from prunenet.console import one_sentence
+from prunenet.cli.app import app
+from prunenet.cli.console import one_sentence
 from prunenet.policies import artifact
 from prunenet.policies.artifact import Policy, PolicyConfig
-from prunenet.policies.recipe import PRESETS
+from prunenet.policies.training.recipe import PRESETS
 
 
 def save_tiny(folder: Path, family: str = "llama") -> Path:
@@ -52,7 +52,18 @@ def policy(tmp_path_factory, model) -> str:
     out = tmp_path_factory.mktemp("policies") / "policy"
     assert (
         run(
-            "train", model, "--out", out, "--updates", 2, "--masks", 2, "--preset", "spectral", "--distance", "energy"
+            "train",
+            model,
+            "--out",
+            out,
+            "--updates",
+            2,
+            "--masks",
+            2,
+            "--preset",
+            "spectral",
+            "--distance",
+            "energy",
         ).exit_code
         == 0
     )
@@ -61,7 +72,9 @@ def policy(tmp_path_factory, model) -> str:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> str:
-    """A policy with scores and widths that are not the untrained ones, as if trained on the model's own text."""
+    """A policy with scores and widths that are not the untrained ones, as if trained on the model's
+    own text.
+    """
     policy = Policy.untrained(PolicyConfig(hidden=(8,), regime="self", gain=0.2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -103,7 +116,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("moments", ["none", "self"])
-def test_prune_makes_a_checkpoint_that_loads_everywhere_and_twice_the_same(model, policy, tmp_path, monkeypatch, moments):
+def test_prune_makes_a_checkpoint_that_loads_everywhere_and_twice_the_same(
+    model, policy, tmp_path, monkeypatch, moments
+):
     ask = ("prune", model, "--policy", policy, "--ratio", 0.5, "--moments", moments)
     first = facts(*ask, "--out", tmp_path / "a")
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "another"))  # the text is written anew
@@ -117,7 +132,9 @@ def test_prune_by_itself_eliminates_and_refits_on_the_model_s_own_text(model, tm
     before = contents(model)
     done = facts("prune", model, "--ratio", 0.5, "--out", tmp_path / "out")
     assert contents(model) == before
-    assert {name: done[name] for name in ("regime", "policy", "widths", "channels", "refit", "width")} == {
+    assert {
+        name: done[name] for name in ("regime", "policy", "widths", "channels", "refit", "width")
+    } == {
         "regime": "self",
         "policy": "elimination",
         "widths": "uniform",
@@ -128,7 +145,10 @@ def test_prune_by_itself_eliminates_and_refits_on_the_model_s_own_text(model, tm
     story = json.loads((tmp_path / "out" / "prunenet.json").read_text())
     assert story["how"]["text"]["text"] == "self-generated"
     assert story["how"]["predicted_gain"] is None
-    assert "How: widths uniform, channels elimination, refit layerwise" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "How: widths uniform, channels elimination, refit layerwise"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,11 +168,29 @@ def test_prune_by_itself_eliminates_and_refits_on_the_model_s_own_text(model, tm
         ("data", "auto", "policy", None),
     ],
 )
-def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moments, widths, channels, refit):
+def test_every_choice_of_prune_is_done_and_said(
+    model, learned, tmp_path, moments, widths, channels, refit
+):
     (tmp_path / "words.txt").write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(4000)))
-    given = [("--text", tmp_path / "words.txt" if moments == "data" else None), ("--channels", channels), ("--refit", refit)]
+    given = [
+        ("--text", tmp_path / "words.txt" if moments == "data" else None),
+        ("--channels", channels),
+        ("--refit", refit),
+    ]
     options = [word for name, value in given if value is not None for word in (name, value)]
-    ask = ("prune", model, "--policy", learned, "--ratio", 0.5, "--moments", moments, "--widths", widths, *options)
+    ask = (
+        "prune",
+        model,
+        "--policy",
+        learned,
+        "--ratio",
+        0.5,
+        "--moments",
+        moments,
+        "--widths",
+        widths,
+        *options,
+    )
     done = facts(*ask, "--out", tmp_path / "out")
     story = json.loads((tmp_path / "out" / "prunenet.json").read_text())
     how = story["how"]
@@ -163,24 +201,46 @@ def test_every_choice_of_prune_is_done_and_said(model, learned, tmp_path, moment
     else:
         assert (how["widths"], how["predicted_gain"]) == (widths, None)
     assert done["regime"] == story["regime"] == ("data" if moments == "data" else "self")
-    assert how.get("text", {}).get("text") == {"none": None, "self": "self-generated", "data": "words.txt"}[moments]
+    assert (
+        how.get("text", {}).get("text")
+        == {"none": None, "self": "self-generated", "data": "words.txt"}[moments]
+    )
     assert sum(story["widths"]) == 3 * 24
     assert (len(set(story["widths"])) > 1) == (how["widths"] == "per-layer")
     narrow = load_file(tmp_path / "out" / "model.safetensors")
-    dense, masks = load_file(Path(model) / "model.safetensors"), load_file(tmp_path / "out" / "prunenet_masks.safetensors")
+    dense, masks = (
+        load_file(Path(model) / "model.safetensors"),
+        load_file(tmp_path / "out" / "prunenet_masks.safetensors"),
+    )
     for layer in range(3):
-        name, keep = f"model.layers.{layer}.mlp.{{}}_proj.weight", masks[f"layers.{layer}.keep"].long()
+        name, keep = (
+            f"model.layers.{layer}.mlp.{{}}_proj.weight",
+            masks[f"layers.{layer}.keep"].long(),
+        )
         assert torch.equal(narrow[name.format("up")], dense[name.format("up")][keep])
         as_it_was = torch.equal(narrow[name.format("down")], dense[name.format("down")][:, keep])
         assert as_it_was == (how["refit"] == "off")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=how["widths"] == "per-layer")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=how["widths"] == "per-layer"
+    )
     assert loaded(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(4000)))
-    ask = ("prune", model, "--policy", learned, "--ratio", 0.5, "--moments", "data", "--text", words)
+    ask = (
+        "prune",
+        model,
+        "--policy",
+        learned,
+        "--ratio",
+        0.5,
+        "--moments",
+        "data",
+        "--text",
+        words,
+    )
     facts(*ask, "--tokens", 2048, "--out", tmp_path / "out")
     text = json.loads((tmp_path / "out" / "prunenet.json").read_text())["how"]["text"]
     assert text["count"] * text["window"] == 2048
@@ -192,28 +252,36 @@ def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--widths", "wide"), "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
-        (("--channels", "best"), "unknown channels 'best'; it is one of policy, blend, elimination"),
-        (("--refit", "on"), "unknown refit 'on'; it is one of off, layerwise, sequential"),
+        (("--widths", "wide"), "'wide' is not one of 'auto', 'uniform', 'per-layer'"),
+        (
+            ("--channels", "best"),
+            "'best' is not one of 'policy', 'blend', 'elimination'",
+        ),
+        (("--refit", "on"), "'on' is not one of 'off', 'layerwise', 'sequential'"),
         (("--moments", "none", "--refit", "layerwise"), "give text (--moments self or data)"),
         (("--moments", "none", "--channels", "elimination"), "give text (--moments self or data)"),
         (("--moments", "maybe"), "'maybe'"),
         (("--policy", "none", "--channels", "policy"), "no policy to choose the channels"),
-        (("--policy", "none", "--widths", "per-layer"), "no policy to say where to cut"),
+        (("--policy", "none", "--widths", "per-layer"), "no policy to allocate widths"),
         (("--policy", "none", "--moments", "none"), "no policy to choose the channels"),
         (("--policy", "alpaca"), "policy 'alpaca' does not exist"),
         (("--text", "words.txt"), "--text is read with --moments data only"),
-        (("--moments", "none", "--tokens", "4096"), "--moments none reads no text: leave --tokens 4096 out"),
+        (
+            ("--moments", "none", "--tokens", "4096"),
+            "--moments none reads no text: leave --tokens 4096 out",
+        ),
         (("--params", "0.99"), "the FFN channels hold"),
         (("--round", "0"), "got 0"),
         (("--round", "64"), "has no multiple of 64"),
     ],
 )
-def test_prune_refuses_what_it_cannot_do_before_any_text_is_written(model, tmp_path, monkeypatch, options, message):
+def test_prune_refuses_what_it_cannot_do_before_any_text_is_written(
+    model, tmp_path, monkeypatch, options, message
+):
     def too_early(*_, **__):
         raise AssertionError("text was written before the refusal")
 
-    monkeypatch.setattr("prunenet.calibration.calibration_for", too_early)
+    monkeypatch.setattr("prunenet.text.calibration.calibration_for", too_early)
     amount = () if "--params" in options else ("--ratio", 0.5)
     result = run("prune", model, "--out", tmp_path / "out", *amount, *options)
     assert result.exit_code in (1, 2)
@@ -221,13 +289,20 @@ def test_prune_refuses_what_it_cannot_do_before_any_text_is_written(model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_policy_lists_the_zoo_and_a_known_one_is_found_by_name_or_family(model, learned, tmp_path, monkeypatch):
+def test_an_unknown_policy_lists_the_zoo_and_a_known_one_is_found_by_name_or_family(
+    model, learned, tmp_path, monkeypatch
+):
     shutil.copytree(learned, tmp_path / "zoo" / "llama")
     monkeypatch.setattr(artifact, "ZOO", tmp_path / "zoo")
     ask = ("prune", model, "--ratio", 0.5, "--moments", "none")
-    assert "take one that ships: llama" in refused(*ask, "--policy", "alpaca", "--out", tmp_path / "x")
+    assert "take one that ships: llama" in refused(
+        *ask, "--policy", "alpaca", "--out", tmp_path / "x"
+    )
     assert not (tmp_path / "x").exists()
-    by_family, by_name = facts(*ask, "--out", tmp_path / "a"), facts(*ask, "--policy", "llama", "--out", tmp_path / "b")
+    by_family, by_name = (
+        facts(*ask, "--out", tmp_path / "a"),
+        facts(*ask, "--policy", "llama", "--out", tmp_path / "b"),
+    )
     assert by_family["policy"] == by_name["policy"] == "llama"
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -239,8 +314,21 @@ def test_prune_by_share_of_all_parameters(model, policy, tmp_path):
 
 
 def test_eval_compares_side_by_side_and_report_draws_it(model, policy, text, tmp_path):
-    facts("prune", model, "--policy", policy, "--moments", "none", "--ratio", 0.5, "--out", tmp_path / "narrow")
-    result = run("eval", model, tmp_path / "narrow", "--text", text, "--window", 20, "--no-speed", "--json")
+    facts(
+        "prune",
+        model,
+        "--policy",
+        policy,
+        "--moments",
+        "none",
+        "--ratio",
+        0.5,
+        "--out",
+        tmp_path / "narrow",
+    )
+    result = run(
+        "eval", model, tmp_path / "narrow", "--text", text, "--window", 20, "--no-speed", "--json"
+    )
     rows = json.loads(result.stdout)["models"]
     assert [row["window"] for row in rows] == [20, 20]
     assert rows[1]["parameters"] < rows[0]["parameters"]
@@ -257,7 +345,16 @@ def test_tables_are_shown_without_json(model, text):
 
 def test_a_checkpoint_without_a_tokenizer_is_cut_from_its_weights_alone(policy, tmp_path):
     tiny_model("opt").save_pretrained(tmp_path / "bare")
-    ask = ("prune", tmp_path / "bare", "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")
+    ask = (
+        "prune",
+        tmp_path / "bare",
+        "--policy",
+        policy,
+        "--ratio",
+        0.5,
+        "--out",
+        tmp_path / "out",
+    )
     assert "has no tokenizer" in refused(*ask)
     assert not (tmp_path / "out").exists()
     result = run(*ask, "--moments", "none")
@@ -287,7 +384,9 @@ def test_the_folder_s_name_does_not_matter(policy, tmp_path):
     ],
 )
 def test_prune_refuses_bad_amounts_in_one_sentence(model, policy, tmp_path, options, message):
-    assert message in refused("prune", model, "--policy", policy, "--moments", "none", "--out", tmp_path / "out", *options)
+    assert message in refused(
+        "prune", model, "--policy", policy, "--moments", "none", "--out", tmp_path / "out", *options
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,7 +399,9 @@ def test_missing_and_damaged_files_are_one_sentence(model, policy, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
-    assert "damaged" in refused("prune", broken, *ask) or "corrupt" in refused("prune", broken, *ask)
+    assert "damaged" in refused("prune", broken, *ask) or "corrupt" in refused(
+        "prune", broken, *ask
+    )
     assert not (tmp_path / "out").exists()
     assert "does not exist" in refused("eval", model, "--text", tmp_path / "nothing.txt")
 
@@ -309,14 +410,18 @@ def test_an_unsupported_model_type_lists_what_is_supported(model, policy, tmp_pa
     shutil.copytree(model, tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
-    message = refused("prune", tmp_path / "other", "--policy", policy, "--ratio", 0.3, "--out", tmp_path / "out")
+    message = refused(
+        "prune", tmp_path / "other", "--policy", policy, "--ratio", 0.3, "--out", tmp_path / "out"
+    )
     assert "'mamba' is not supported; supported types: falcon" in message
 
 
 def test_an_output_folder_that_exists_is_refused_and_left_alone(model, policy, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    assert "exists already" in refused("prune", model, "--policy", policy, "--ratio", 0.3, "--out", tmp_path / "out")
+    assert "exists already" in refused(
+        "prune", model, "--policy", policy, "--ratio", 0.3, "--out", tmp_path / "out"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     assert "holds a policy" in refused("train", model, "--out", policy)
 
@@ -325,12 +430,16 @@ def test_a_policy_for_another_set_of_statistics_is_refused(model, policy, tmp_pa
     shutil.copytree(policy, tmp_path / "old")
     config = tmp_path / "old" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"statistics": ["colour"]}))
-    message = refused("prune", model, "--policy", tmp_path / "old", "--ratio", 0.3, "--out", tmp_path / "out")
+    message = refused(
+        "prune", model, "--policy", tmp_path / "old", "--ratio", 0.3, "--out", tmp_path / "out"
+    )
     assert "train the policy again" in message
 
 
 def test_train_refuses_unknown_presets_and_ratios_before_it_makes_a_folder(model, tmp_path):
-    assert "unknown preset 'best'" in refused("train", model, "--out", tmp_path / "p", "--preset", "best")
+    assert "unknown preset 'best'" in refused(
+        "train", model, "--out", tmp_path / "p", "--preset", "best"
+    )
     assert "got 1.5" in refused("train", model, "--out", tmp_path / "p", "--ratio", 0.1, 1.5)
     assert "nothing to resume" in refused("train", model, "--out", tmp_path / "p", "--resume")
     assert not (tmp_path / "p").exists()
@@ -343,7 +452,9 @@ def test_train_learns_where_to_cut_too_unless_widths_are_to_be_uniform(model, tm
     whole = facts(*ask, "--out", tmp_path / "whole")
     assert (whole["regime"], whole["width_updates"]) == ("self", PRESETS["widths"].updates)
     assert whole["predicted_gain_of_widths"] >= 0
-    assert Policy.from_pretrained(tmp_path / "whole").config.recipe["where"]["reward"] == "divergence"
+    assert (
+        Policy.from_pretrained(tmp_path / "whole").config.recipe["where"]["reward"] == "divergence"
+    )
     uniform = facts(*ask, "--widths", "uniform", "--out", tmp_path / "uniform")
     assert "width_updates" not in uniform
     config = Policy.from_pretrained(tmp_path / "uniform").config
@@ -365,15 +476,22 @@ def test_train_refuses_options_that_it_would_not_read(model, tmp_path, options, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ['{"models": [1]}', '{"models": 5}', '{"models": [{"ratio": "a"}]}', "[]", "{"])
+@pytest.mark.parametrize(
+    "content", ['{"models": [1]}', '{"models": 5}', '{"models": [{"ratio": "a"}]}', "[]", "{"]
+)
 def test_results_that_are_not_results_are_one_sentence(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    assert refused("report", tmp_path / "results.json", "--out", tmp_path / "x.png").startswith("error: ")
+    assert refused("report", tmp_path / "results.json", "--out", tmp_path / "x.png").startswith(
+        "error: "
+    )
     assert not (tmp_path / "x.png").exists()
 
 
 def test_eval_refuses_what_it_cannot_measure_before_it_scores(model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunenet.measure.perplexity", lambda *_, **__: pytest.fail("scored before the refusal"))
+    monkeypatch.setattr(
+        "prunenet.evaluation.side_by_side.perplexity",
+        lambda *_, **__: pytest.fail("scored before the refusal"),
+    )
     ask = ("eval", model, "--text", text, "--window", 20)
     assert "batch must be 1 or more, got 0" in refused(*ask, "--batch", 0)
     tiny_model("opt").save_pretrained(tmp_path / "bare")
@@ -381,12 +499,14 @@ def test_eval_refuses_what_it_cannot_measure_before_it_scores(model, text, tmp_p
 
 
 @pytest.mark.parametrize("inside", ["", "deep/inside"])
-def test_a_folder_cannot_be_where_a_file_is_and_that_is_said_before_any_work(model, tmp_path, monkeypatch, inside):
+def test_a_folder_cannot_be_where_a_file_is_and_that_is_said_before_any_work(
+    model, tmp_path, monkeypatch, inside
+):
     def too_early(*_, **__):
         raise AssertionError("work before the refusal")
 
-    monkeypatch.setattr("prunenet.calibration.calibration_for", too_early)
-    monkeypatch.setattr("prunenet.demo.fetch_demo_model", too_early)
+    monkeypatch.setattr("prunenet.text.calibration.calibration_for", too_early)
+    monkeypatch.setattr("prunenet.cli.demo_steps.fetch_demo_model", too_early)
     (tmp_path / "notes").write_text("mine")
     out = tmp_path / "notes" / inside
     for command in (("prune", model, "--ratio", 0.5), ("train", model), ("demo",)):
@@ -400,13 +520,30 @@ def test_a_model_given_twice_is_refused(model, text):
 
 
 def test_export_pads_per_layer_widths_and_says_what_it_cannot_do(model, policy, tmp_path):
-    facts("prune", model, "--policy", policy, "--moments", "none", "--ratio", 0.5, "--out", tmp_path / "narrow")
-    assert "one width for all layers already" in refused("export", tmp_path / "narrow", "--pad", "--out", tmp_path / "x")
+    facts(
+        "prune",
+        model,
+        "--policy",
+        policy,
+        "--moments",
+        "none",
+        "--ratio",
+        0.5,
+        "--out",
+        tmp_path / "narrow",
+    )
+    assert "one width for all layers already" in refused(
+        "export", tmp_path / "narrow", "--pad", "--out", tmp_path / "x"
+    )
     assert "say --pad" in refused("export", tmp_path / "narrow", "--out", tmp_path / "x")
 
 
-@pytest.mark.parametrize("command", [("eval", "m"), ("export", "m", "--pad", "--out", "x"), ("report", "r"), ("demo",)])
-def test_a_command_that_shares_no_work_refuses_to_run_as_several_processes(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "command", [("eval", "m"), ("export", "m", "--pad", "--out", "x"), ("report", "r"), ("demo",)]
+)
+def test_a_command_that_shares_no_work_refuses_to_run_as_several_processes(
+    command, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(tmp_path)
     out = () if "--out" in command or command[0] == "eval" else ("--out", "x")
@@ -415,12 +552,27 @@ def test_a_command_that_shares_no_work_refuses_to_run_as_several_processes(comma
 
 
 def test_python_m_prunenet_is_the_command():
-    shown = subprocess.run([sys.executable, "-m", "prunenet", "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(command in shown for command in ("train", "prune", "eval", "export", "report", "demo"))
+    shown = subprocess.run(
+        [sys.executable, "-m", "prunenet", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(
+        command in shown for command in ("train", "prune", "eval", "export", "report", "demo")
+    )
 
 
 def test_the_pruned_file_holds_only_kept_channels(model, policy, tmp_path):
-    facts("prune", model, "--policy", policy, "--moments", "none", "--ratio", 0.5, "--out", tmp_path / "out")
+    facts(
+        "prune",
+        model,
+        "--policy",
+        policy,
+        "--moments",
+        "none",
+        "--ratio",
+        0.5,
+        "--out",
+        tmp_path / "out",
+    )
     dense = load_file(Path(model) / "model.safetensors")
     narrow = load_file(tmp_path / "out" / "model.safetensors")
     keep = load_file(tmp_path / "out" / "prunenet_masks.safetensors")["layers.1.keep"].long()
@@ -428,7 +580,9 @@ def test_the_pruned_file_holds_only_kept_channels(model, policy, tmp_path):
     assert torch.equal(narrow[name], dense[name][:, keep])
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")]
+)
 def test_too_little_memory_is_one_sentence_that_says_what_takes_less(error, capsys):
     with pytest.raises(typer.Exit) as ended, one_sentence():
         raise error

@@ -1,4 +1,6 @@
-"""`prunenet compare`: names of methods, every legal combination, resuming, failing cells, the file, the table, the figures."""
+"""`prunenet compare`: names of methods, every legal combination, resuming, failing cells, the file,
+the table, the figures.
+"""
 
 import importlib.util
 import json
@@ -16,25 +18,34 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from prunenet.activation_stats import MOMENT_STATISTICS
-from prunenet.architectures import ARCHITECTURES
-from prunenet.calibration import prefix_blocks
-from prunenet.cli import app
-from prunenet.compare import command, ledger, run, summary, workshop
+from prunenet.cli import compare as command
+from prunenet.cli.app import app
+from prunenet.compare import comparison, ledger, pruner, run, summary
 from prunenet.compare.ledger import Ledger
+from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Results
-from prunenet.compare.spec import REFITS, WITHOUT_SCORES, Spec, allocations, methods, parse, parse_all
-from prunenet.compare.workshop import Amount, Workshop
-from prunenet.compensate import cut_layers, refit_kept
-from prunenet.folds import folds_of
-from prunenet.layers import count_parameters, down_linears
-from prunenet.moments import ffn_moments
+from prunenet.compare.spec import (
+    REFITS,
+    WITHOUT_SCORES,
+    Spec,
+    allocations,
+    methods,
+    parse,
+    parse_all,
+)
+from prunenet.evaluation.zeroshot import TaskResult
+from prunenet.features.from_activations import MOMENT_STATISTICS
+from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.layers import count_parameters, down_linears
 from prunenet.policies import artifact
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
-from prunenet.text import CalibrationText, TestText
-from prunenet.zeroshot import TaskResult
+from prunenet.refit.cut import cut_layers, refit_kept
+from prunenet.refit.folds import folds_of
+from prunenet.refit.moments import ffn_moments
+from prunenet.text.calibration import prefix_blocks
+from prunenet.text.corpora import CalibrationText, TestText
 
 HEADED = [name for name, row in METHODS.items() if row.with_heads is not None]
 # LLM-Pruner leaves 6 layers whole: the other 3 pay for them, with widths that are multiples of 4.
@@ -43,7 +54,9 @@ D_MODEL, D_FF, LAYERS, RATIO = 16, 32, 9, 0.125
 
 def words(count: int, step: int) -> str:
     """Documents of 12 words, different for each step."""
-    return "\n\n".join(" ".join(f"w{(i * i + step * j) % 61}" for i in range(12)) for j in range(count))
+    return "\n\n".join(
+        " ".join(f"w{(i * i + step * j) % 61}" for i in range(12)) for j in range(count)
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +70,12 @@ def _outside(tmp_path_factory):
 
 def random_model(layers: int) -> LlamaForCausalLM:
     """d_model 16, d_ff 32, vocabulary 64."""
-    shape = {"hidden_size": D_MODEL, "intermediate_size": D_FF, "num_hidden_layers": layers, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": D_MODEL,
+        "intermediate_size": D_FF,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(vocab_size=64, num_key_value_heads=2, max_position_embeddings=32, **shape)
     torch.manual_seed(0)
     found = LlamaForCausalLM(config).eval()
@@ -102,24 +120,45 @@ def policy(**config) -> Policy:
     return made
 
 
-def shop(model, tokenizer, **options) -> Workshop:
+def shop(model, tokenizer, **options) -> Pruner:
     texts = {"words": CalibrationText("words.txt", words(40, 7))}
-    options = {"policy": policy(), "policy_name": "ours", "texts": texts, "amount": Amount(8, 16), "round_to": 4} | options
-    return Workshop(model, tokenizer, **options)
+    options = {
+        "policy": policy(),
+        "policy_name": "ours",
+        "texts": texts,
+        "amount": Amount(8, 16),
+        "round_to": 4,
+    } | options
+    return Pruner(model, tokenizer, **options)
 
 
 def compare(folder: Path, *specs: object, code: int = 0, **options: object):
     """Runs the command; gives its JSON lines and its result."""
-    given = {"text": folder / "test.txt", "window": 16, "ratios": "0.5", "calibration-tokens": 128, "calibration-window": 16}
+    given = {
+        "text": folder / "test.txt",
+        "window": 16,
+        "ratios": "0.5",
+        "calibration-tokens": 128,
+        "calibration-window": 16,
+    }
     given |= {"calibration": f"words={folder / 'calibration.txt'}", "out": folder / "unused.jsonl"}
     given |= {name.replace("_", "-"): value for name, value in options.items()}
-    flags = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
-    result = CliRunner().invoke(app, ["compare", str(folder / "tiny"), *map(str, specs), *flags], env={"COLUMNS": "200"})
+    flags = [
+        str(part)
+        for name, value in given.items()
+        if value is not None
+        for part in (f"--{name}", value)
+    ]
+    result = CliRunner().invoke(
+        app, ["compare", str(folder / "tiny"), *map(str, specs), *flags], env={"COLUMNS": "200"}
+    )
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
     out = Path(str(given["out"]))
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [], result
+    return [
+        json.loads(line) for line in out.read_text().splitlines()
+    ] if out.exists() else [], result
 
 
 def legal(moments: str | None = None) -> list[Spec]:
@@ -129,7 +168,11 @@ def legal(moments: str | None = None) -> list[Spec]:
         for allocation in allocations():
             for refit in REFITS:
                 try:
-                    found.append(parse(f"{method}:{allocation}{'' if moments is None else f'@{moments}'}+{refit}"))
+                    found.append(
+                        parse(
+                            f"{method}:{allocation}{'' if moments is None else f'@{moments}'}+{refit}"
+                        )
+                    )
                 except ValueError:
                     continue
     return found
@@ -145,7 +188,10 @@ def legal(moments: str | None = None) -> list[Spec]:
         ("flap", Spec("flap", "global", "self", "mean_bias")),
         ("flap:uniform+off", Spec("flap", "uniform", "self", "off")),
         ("llm_pruner_element1:owl@ptb", Spec("llm_pruner_element1", "owl", "ptb", "off")),
-        ("wanda_sp:learned@seed:ptb+layerwise", Spec("wanda_sp", "learned", "seed:ptb", "layerwise")),
+        (
+            "wanda_sp:learned@seed:ptb+layerwise",
+            Spec("wanda_sp", "learned", "seed:ptb", "layerwise"),
+        ),
         ("random", Spec("random", "uniform", None, "off")),
         ("random:owl", Spec("random", "owl", "self", "off")),
         ("folding:owl@random", Spec("folding", "owl", "random", "off")),
@@ -158,7 +204,10 @@ def legal(moments: str | None = None) -> list[Spec]:
         ("wanda_sp@./a+b.txt+off", Spec("wanda_sp", "uniform", "./a+b.txt", "off")),
         ("wanda_sp@./a+b.txt", Spec("wanda_sp", "uniform", "./a+b.txt", "off")),
         ("flap+heads", Spec("flap", "global", "self", "mean_bias", heads=True)),
-        ("flap:uniform@./a+b.txt+heads+off", Spec("flap", "uniform", "./a+b.txt", "off", heads=True)),
+        (
+            "flap:uniform@./a+b.txt+heads+off",
+            Spec("flap", "uniform", "./a+b.txt", "off", heads=True),
+        ),
         ("random+heads", Spec("random", "uniform", None, "off", heads=True)),
     ],
 )
@@ -192,7 +241,10 @@ def test_names_come_from_the_tables():
         ("flap:auto", ["unknown allocation 'auto'"]),
         ("flap+ridge", ["unknown refit 'ridge'", "mean_bias", "sequential"]),
         ("flap@self+ridge", ["unknown refit 'ridge'"]),
-        ("flap+off@self", ["unknown method 'flap+off'", "method[:allocation][@moments][+heads][+refit]"]),
+        (
+            "flap+off@self",
+            ["unknown method 'flap+off'", "method[:allocation][@moments][+heads][+refit]"],
+        ),
         ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "--calibration"]),
         ("flap@seed", ["@seed:TEXT"]),
         ("flap@seed:pbt", ["unknown moments 'pbt'"]),
@@ -220,7 +272,9 @@ def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
 # --- combinations ---
 
 
-@pytest.mark.parametrize("name", ["random+heads", "flap:uniform+heads", "flap:uniform+heads+off", "saap:uniform+heads"])
+@pytest.mark.parametrize(
+    "name", ["random+heads", "flap:uniform+heads", "flap:uniform+heads+off", "saap:uniform+heads"]
+)
 def test_a_cut_of_heads_is_of_the_size_of_a_cut_without(name, benches) -> None:
     made = benches.make(parse(name), 0.5, 0)
     alone = benches.make(replace(parse(name), heads=False), 0.5, 0)
@@ -245,16 +299,35 @@ def runs(specs, benches) -> None:
             assert size == expected, spec.name
         assert (made.biases > 0) == (spec.refit == "mean_bias"), spec.name
         with torch.no_grad():
-            assert bool(torch.isfinite(made.model(input_ids=torch.arange(12)[None]).logits).all()), spec.name
+            assert bool(
+                torch.isfinite(made.model(input_ids=torch.arange(12)[None]).logits).all()
+            ), spec.name
 
 
 @pytest.mark.parametrize("method", methods())
-def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_refit(method, benches, monkeypatch):
+def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_refit(
+    method, benches, monkeypatch
+):
     if method in METHODS and METHODS[method].searches:
-        monkeypatch.setitem(METHODS, method, replace(METHODS[method], score=partial(METHODS[method].score, trials=6)))
+        monkeypatch.setitem(
+            METHODS,
+            method,
+            replace(METHODS[method], score=partial(METHODS[method].score, trials=6)),
+        )
     own = parse(method).allocation
-    specs = [spec for spec in legal() if spec.method == method and spec.allocation in (*WITHOUT_SCORES, "global", own)]
-    runs([spec for spec in specs if spec.refit == "off" or (spec.refit, spec.allocation) == ("layerwise", own)], benches)
+    specs = [
+        spec
+        for spec in legal()
+        if spec.method == method and spec.allocation in (*WITHOUT_SCORES, "global", own)
+    ]
+    runs(
+        [
+            spec
+            for spec in specs
+            if spec.refit == "off" or (spec.refit, spec.allocation) == ("layerwise", own)
+        ],
+        benches,
+    )
 
 
 def test_every_allocation_runs_and_every_refit(benches):
@@ -262,7 +335,9 @@ def test_every_allocation_runs_and_every_refit(benches):
     runs([spec for spec in specs if spec.refit == "off" or spec.allocation == "uniform"], benches)
 
 
-def test_a_method_that_searches_does_so_once_for_each_ratio_at_that_ratio(model, tokenizer, monkeypatch):
+def test_a_method_that_searches_does_so_once_for_each_ratio_at_that_ratio(
+    model, tokenizer, monkeypatch
+):
     asked = []
 
     def score(evidence, *, ratio):
@@ -283,7 +358,7 @@ def test_every_legal_combination_runs(benches):
 
 
 @pytest.fixture(scope="module")
-def benches(model, tokenizer) -> Workshop:
+def benches(model, tokenizer) -> Pruner:
     return shop(model, tokenizer)
 
 
@@ -291,12 +366,16 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("spec", "widths"), [("prunenet", "auto"), ("prunenet:learned+sequential", "per-layer")])
+@pytest.mark.parametrize(
+    ("spec", "widths"), [("prunenet", "auto"), ("prunenet:learned+sequential", "per-layer")]
+)
 def test_prunenet_is_what_prune_makes(spec, widths, model, benches):
     blocks, _ = benches.blocks("self", 0)
     refit = parse(spec).refit
     with torch.no_grad():
-        expected = prune(model, policy(), ratio=RATIO, round_to=4, widths=widths, blocks=blocks, refit=refit).model
+        expected = prune(
+            model, policy(), ratio=RATIO, round_to=4, widths=widths, blocks=blocks, refit=refit
+        ).model
     made = benches.make(parse(spec), RATIO, 0)
     assert same(made.model, expected)
     assert (made.regime, made.applied_regime, made.policy) == ("self", "self", "ours")
@@ -322,8 +401,13 @@ def test_elimination_is_what_prune_makes_without_a_policy(model, benches):
 def test_a_policy_that_reads_activations_reads_those_of_the_text_that_is_named(model, benches):
     reads = policy(moments=MOMENT_STATISTICS)
     bench, blocks = shop(model, benches.tokenizer, policy=reads), benches.blocks("words", 0)[0]
-    made = {text: bench.make(parse(f"prunenet:uniform@{text}+off", ["words"]), RATIO, 0).model for text in ("words", "random")}
-    expected = prune(model, reads, ratio=RATIO, round_to=4, widths="uniform", blocks=blocks, refit="off").model
+    made = {
+        text: bench.make(parse(f"prunenet:uniform@{text}+off", ["words"]), RATIO, 0).model
+        for text in ("words", "random")
+    }
+    expected = prune(
+        model, reads, ratio=RATIO, round_to=4, widths="uniform", blocks=blocks, refit="off"
+    ).model
     assert same(made["words"], expected)
     assert not same(made["random"], expected)
 
@@ -331,16 +415,24 @@ def test_a_policy_that_reads_activations_reads_those_of_the_text_that_is_named(m
 def test_a_refit_from_known_moments_is_the_one_of_cut_layers(model, benches):
     blocks, _ = benches.blocks("words", 0)
     keep = cut(Evidence(model, blocks), "wanda_sp", 0.5).keep
-    (expected,) = cut_layers(model, blocks.ids, [[int(m.sum()) for m in keep]], scores=[m.float() for m in keep])
+    (expected,) = cut_layers(
+        model, blocks.ids, [[int(m.sum()) for m in keep]], scores=[m.float() for m in keep]
+    )
     folds = zip(*(ffn_moments(model, fold) for fold in folds_of(blocks.ids)), strict=True)
     found = refit_kept(model, keep, list(folds))
     assert same(found.model(model), expected.model(model))
-    assert same(benches.make(parse("wanda_sp@words+layerwise", ["words"]), 0.5, 0).model, expected.model(model))
-    assert not same(benches.make(parse("wanda_sp@words", ["words"]), 0.5, 0).model, expected.model(model))
+    assert same(
+        benches.make(parse("wanda_sp@words+layerwise", ["words"]), 0.5, 0).model,
+        expected.model(model),
+    )
+    assert not same(
+        benches.make(parse("wanda_sp@words", ["words"]), 0.5, 0).model, expected.model(model)
+    )
 
 
 @pytest.mark.parametrize(
-    ("moments", "regime"), [("self", "self"), ("random", "self"), ("seed:words", "data"), ("words", "data")]
+    ("moments", "regime"),
+    [("self", "self"), ("random", "self"), ("seed:words", "data"), ("words", "data")],
 )
 def test_every_source_of_moments_gives_as_much_text_as_asked_for(moments, regime, benches):
     made = benches.make(parse(f"wanda_sp@{moments}", ["words"]), 0.5, 0)
@@ -354,11 +446,17 @@ def test_every_source_of_moments_gives_as_much_text_as_asked_for(moments, regime
 def test_document_prefixes_are_the_first_tokens_of_documents(model, tokenizer):
     text = CalibrationText("d.txt", words(40, 7) + "\n\nw1 w2")  # the last one is too short
     made = prefix_blocks(model, tokenizer, text, sequences=10, tokens=8, prefix=3, seed=0)
-    openings = {tuple(int(word[1:]) for word in part.split()[:3]) for part in text.content.split("\n\n")[:-1]}
+    openings = {
+        tuple(int(word[1:]) for word in part.split()[:3])
+        for part in text.content.split("\n\n")[:-1]
+    }
     assert {tuple(row) for row in made.ids[:, 1:4].tolist()} <= openings
     assert made.ids.shape == (8, 8)
     lines = CalibrationText("l.txt", words(40, 7).replace("\n\n", "\n"))
-    assert {tuple(row) for row in prefix_blocks(model, tokenizer, lines, tokens=8, prefix=3).ids[:, 1:4].tolist()} <= openings
+    assert {
+        tuple(row)
+        for row in prefix_blocks(model, tokenizer, lines, tokens=8, prefix=3).ids[:, 1:4].tolist()
+    } <= openings
     with pytest.raises(ValueError, match="no document of 4 tokens"):
         prefix_blocks(model, tokenizer, CalibrationText("s.txt", "w1 w2\n\nw3"), tokens=8)
 
@@ -368,8 +466,10 @@ def test_prefixes_are_never_taken_from_a_test_text(model, tokenizer, unchecked):
         prefix_blocks(model, tokenizer, TestText("t", "w1 w2 w3 w4"), tokens=8)
 
 
-def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(folder, monkeypatch, tmp_path):
-    walks, held, real, step = [], [], workshop.SharedEvidence.energies.func, run._measure
+def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(
+    folder, monkeypatch, tmp_path
+):
+    walks, held, real, step = [], [], pruner.SharedEvidence.energies.func, run._measure
 
     def counted(evidence):
         walks.append(evidence.label)
@@ -379,10 +479,16 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         step(cell, scored, bench, line)
         held.append(sorted(label for label, _ in bench._evidence if label))
 
-    monkeypatch.setattr(workshop.SharedEvidence.energies, "func", counted)
+    monkeypatch.setattr(pruner.SharedEvidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
     lines, _ = compare(
-        folder, "flap@words", "flap:uniform@words", "flap", "random", ratios="0.25,0.5", out=tmp_path / "r.jsonl"
+        folder,
+        "flap@words",
+        "flap:uniform@words",
+        "flap",
+        "random",
+        ratios="0.25,0.5",
+        out=tmp_path / "r.jsonl",
     )
     assert walks == ["words", "self"]
     assert held == [[], [], [], *[["words"]] * 4, *[["self"]] * 2]
@@ -430,9 +536,38 @@ def test_a_cell_owes_what_it_finds_measured_and_what_that_is_made_of(monkeypatch
 
 ASKED = ("random", "flap@words", "elimination@random")
 FIELDS = {
-    *("cell", "error", "format", "model", "revision", "dtype", "method", "score", "allocation", "moments", "refit", "ratio"),
-    *("seed", "round_to", "policy_sha256", "calibration_asked", "evaluation", "regime", "applied_regime", "policy"),
-    *("calibration", "widths", "residual_widths", "parameters", "non_embedding_parameters", "bias_parameters"),
+    *(
+        "cell",
+        "error",
+        "format",
+        "model",
+        "revision",
+        "dtype",
+        "method",
+        "score",
+        "allocation",
+        "moments",
+        "refit",
+        "ratio",
+    ),
+    *(
+        "seed",
+        "round_to",
+        "policy_sha256",
+        "calibration_asked",
+        "evaluation",
+        "regime",
+        "applied_regime",
+        "policy",
+    ),
+    *(
+        "calibration",
+        "widths",
+        "residual_widths",
+        "parameters",
+        "non_embedding_parameters",
+        "bias_parameters",
+    ),
     *("perplexity", "tasks", "accuracy"),
     *("seconds_calibration", "seconds_pruning", "seconds_shared", "seconds_evaluation"),
     *("peak_memory_pruning", "peak_memory_evaluation", "device", "threads", "versions", "commit"),
@@ -456,11 +591,25 @@ def test_every_line_has_every_field(folder, tmp_path):
     for line in others:
         assert line["seconds_pruning"] > 0
         assert line["parameters"] < dense["parameters"]
-        assert line["regime"] == {"random": "weights", "flap@words": "data", "elimination@random": "self"}[line["method"]]
+        assert (
+            line["regime"]
+            == {"random": "weights", "flap@words": "data", "elimination@random": "self"}[
+                line["method"]
+            ]
+        )
         assert (line["calibration"] is None) == (line["method"] == "random")
         assert line["calibration"] is None or line["calibration"]["tokens_read"] == 128
     for ratio in (0.25, 0.5):
-        assert len({line["parameters"] - line["bias_parameters"] for line in others if line["ratio"] == ratio}) == 1
+        assert (
+            len(
+                {
+                    line["parameters"] - line["bias_parameters"]
+                    for line in others
+                    if line["ratio"] == ratio
+                }
+            )
+            == 1
+        )
 
 
 class Killed(BaseException):
@@ -468,7 +617,7 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_in_the_middle_goes_on_and_does_each_cell_once(folder, tmp_path, monkeypatch):
-    made, real, out = [], Workshop.make, tmp_path / "r.jsonl"
+    made, real, out = [], Pruner.make, tmp_path / "r.jsonl"
 
     def killed_at(number):
         def make(bench, spec, ratio, seed):
@@ -480,14 +629,14 @@ def test_a_run_killed_in_the_middle_goes_on_and_does_each_cell_once(folder, tmp_
         return make
 
     asked = {"seeds": "0,1", "out": out}
-    monkeypatch.setattr(Workshop, "make", killed_at(3))
+    monkeypatch.setattr(Pruner, "make", killed_at(3))
     with pytest.raises(Killed):
         compare(folder, *ASKED, **asked)
     whole = out.read_bytes()
     assert whole.count(b"\n") == 4
     out.write_bytes(whole[:-20])  # the kill came in the middle of a line
     made.pop()
-    monkeypatch.setattr(Workshop, "make", killed_at(None))
+    monkeypatch.setattr(Pruner, "make", killed_at(None))
     lines, _ = compare(folder, *ASKED, **asked)
     assert sorted(made) == sorted((name, 0.5, seed) for name in ASKED for seed in (0, 1))
     assert [line["method"] for line in lines].count("dense") == 1
@@ -500,7 +649,12 @@ def test_a_run_killed_in_the_middle_goes_on_and_does_each_cell_once(folder, tmp_
 def test_another_question_is_another_cell_and_another_name_is_not(folder, tmp_path):
     out = tmp_path / "r.jsonl"
     first, _ = compare(folder, "flap@words", out=out)
-    again, _ = compare(folder, "flap:global@other+mean_bias", calibration=f"other={folder / 'calibration.txt'}", out=out)
+    again, _ = compare(
+        folder,
+        "flap:global@other+mean_bias",
+        calibration=f"other={folder / 'calibration.txt'}",
+        out=out,
+    )
     assert again == first
     for change in ({"window": 8}, {"max_windows": 2}, {"calibration_tokens": 64}, {"round": 4}):
         count = len(out.read_text().splitlines())
@@ -512,7 +666,9 @@ def broken(*_):
     raise RuntimeError("the gradient\nis lost")
 
 
-def test_a_failing_cell_is_recorded_the_others_go_on_and_a_later_run_tries_it_again(folder, tmp_path, monkeypatch):
+def test_a_failing_cell_is_recorded_the_others_go_on_and_a_later_run_tries_it_again(
+    folder, tmp_path, monkeypatch
+):
     out = tmp_path / "r.jsonl"
     monkeypatch.setitem(METHODS, "wanda_sp", replace(METHODS["wanda_sp"], layer_score=broken))
     asked = ("random", "wanda_sp@words", "flap@words")
@@ -520,12 +676,21 @@ def test_a_failing_cell_is_recorded_the_others_go_on_and_a_later_run_tries_it_ag
     assert "1 of 4 cells failed" in result.stderr
     assert "failed" in result.stdout
     failed = {line["method"]: line["error"] for line in lines}
-    assert failed == {"dense": None, "random": None, "wanda_sp@words": "RuntimeError: the gradient is lost", "flap@words": None}
+    assert failed == {
+        "dense": None,
+        "random": None,
+        "wanda_sp@words": "RuntimeError: the gradient is lost",
+        "flap@words": None,
+    }
     assert all(set(line) == FIELDS for line in lines)
     assert "wanda_sp@words at 0.5 failed: RuntimeError" in (tmp_path / "t.md").read_text()
     monkeypatch.undo()
     seen = []
-    monkeypatch.setattr(run, "_prune", lambda cell, *rest, real=run._prune: seen.append(cell.spec.name) or real(cell, *rest))
+    monkeypatch.setattr(
+        run,
+        "_prune",
+        lambda cell, *rest, real=run._prune: seen.append(cell.spec.name) or real(cell, *rest),
+    )
     healed, _ = compare(folder, *asked, out=out)
     assert seen == ["wanda_sp@words"]
     assert len(healed) == 4
@@ -533,7 +698,12 @@ def test_a_failing_cell_is_recorded_the_others_go_on_and_a_later_run_tries_it_ag
 
 
 def test_a_method_of_the_table_that_is_new_is_known_at_once(folder, tmp_path, monkeypatch):
-    row = Method("first", "weights", "here", lambda evidence: [-torch.arange(D_FF).float() for _ in evidence.ffns])
+    row = Method(
+        "first",
+        "weights",
+        "here",
+        lambda evidence: [-torch.arange(D_FF).float() for _ in evidence.ffns],
+    )
     monkeypatch.setitem(METHODS, "first", row)
     lines, _ = compare(folder, "first", out=tmp_path / "r.jsonl")
     assert lines[1]["method"] == "first"
@@ -547,8 +717,12 @@ def test_a_file_of_something_else_is_left_as_it_is(folder, tmp_path):
     assert out.read_text() == '{"cell": "a", "error": null}\nnotes\n'
 
 
-@pytest.mark.parametrize("content", ["notes of mine, one line", '{"cell": "a", "error": null}\nnotes', "{}"])
-def test_a_file_of_something_else_is_left_as_it_is_though_its_last_line_has_no_end(content, tmp_path):
+@pytest.mark.parametrize(
+    "content", ["notes of mine, one line", '{"cell": "a", "error": null}\nnotes', "{}"]
+)
+def test_a_file_of_something_else_is_left_as_it_is_though_its_last_line_has_no_end(
+    content, tmp_path
+):
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"notes\.txt is not one of 'prunenet compare'"):
@@ -560,7 +734,18 @@ def compare_raw(folder, *specs, **options):
     """A run that is refused."""
     out = options.pop("out")
     result = CliRunner().invoke(
-        app, ["compare", str(folder / "tiny"), *specs, "--out", str(out), "--text", str(folder / "test.txt"), "--window", "16"]
+        app,
+        [
+            "compare",
+            str(folder / "tiny"),
+            *specs,
+            "--out",
+            str(out),
+            "--text",
+            str(folder / "test.txt"),
+            "--window",
+            "16",
+        ],
     )
     assert result.exit_code == 1
     return out, result
@@ -615,7 +800,9 @@ def test_a_mistake_is_one_sentence_and_no_file(specs, options, words, folder, tm
     assert all(word in said for word in words), said
 
 
-def test_calibration_text_that_is_too_short_and_task_files_that_miss_a_column_are_seen_before_any_work(folder, tmp_path):
+def test_calibration_text_that_is_too_short_and_task_files_that_miss_a_column_are_seen_before_any_work(
+    folder, tmp_path
+):
     (tmp_path / "short.txt").write_text("three short words")
     (tmp_path / "piqa.jsonl").write_text('{"goal": "to eat"}\n')
     for specs, options, words in (
@@ -629,7 +816,11 @@ def test_calibration_text_that_is_too_short_and_task_files_that_miss_a_column_ar
             {"calibration": f"short={tmp_path / 'short.txt'}"},
             ["text 'short'", "no document of 4 tokens", "give more text"],
         ),
-        (["random"], {"tasks": "piqa", "task_data": str(tmp_path)}, ["piqa.jsonl row 1 has no column 'sol1'"]),
+        (
+            ["random"],
+            {"tasks": "piqa", "task_data": str(tmp_path)},
+            ["piqa.jsonl row 1 has no column 'sol1'"],
+        ),
     ):
         if "tasks" in options and importlib.util.find_spec("lm_eval") is None:
             continue
@@ -660,7 +851,7 @@ def test_calibration_never_sees_a_text_that_is_scored(folder, tmp_path):
 def test_all_leaves_out_what_needs_a_policy_where_there_is_none(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) == len(methods())  # the dense one takes the place of prunenet-weights
@@ -681,13 +872,15 @@ def test_slicegpt_is_a_cell_of_no_more_parameters_and_says_how_wide_its_stream_i
     assert (made["regime"], cut_["residual_widths"]) == ("data", None)
 
 
-def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot_be_rotated(folder, tmp_path, monkeypatch):
+def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot_be_rotated(
+    folder, tmp_path, monkeypatch
+):
     monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], rotates=False))
     _, result = compare(folder, "slicegpt@words", out=tmp_path / "r.jsonl", code=1)
     assert "'llama' cannot be sliced" in " ".join(result.stderr.split())
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) > 10
@@ -698,16 +891,29 @@ def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot
 
 
 def test_the_markdown_parses_and_holds_every_cell(folder, tmp_path):
-    asked = {"out": tmp_path / "r.jsonl", "markdown": tmp_path / "deep" / "t.md", "seeds": "0,1", "ratios": "0.25,0.5"}
+    asked = {
+        "out": tmp_path / "r.jsonl",
+        "markdown": tmp_path / "deep" / "t.md",
+        "seeds": "0,1",
+        "ratios": "0.25,0.5",
+    }
     lines, result = compare(folder, *ASKED, **asked)
     text = (tmp_path / "deep" / "t.md").read_text()
-    table = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
+    table = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in text.splitlines()
+        if row.startswith("|")
+    ]
     assert table[0] == ["ratio", "regime", "method", "params", "test.txt", "time"]
     assert {len(row) for row in table} == {6}
     assert set(table[1]) == {"---"}
     assert len(table) == 2 + 1 + 2 * len(ASKED)
     assert "windows of 16" in text
-    values = [line["perplexity"][0]["value"] for line in lines if (line["method"], line["ratio"]) == ("random", 0.5)]
+    values = [
+        line["perplexity"][0]["value"]
+        for line in lines
+        if (line["method"], line["ratio"]) == ("random", 0.5)
+    ]
     (row,) = [row for row in table if row[0] == "0.5" and row[2] == "random"]
     mean, deviation = torch.tensor(values).mean(), torch.tensor(values).std()
     assert row[4] == f"{mean:,.1f} ± {deviation:,.1f}"
@@ -716,21 +922,39 @@ def test_the_markdown_parses_and_holds_every_cell(folder, tmp_path):
 
 def test_json_holds_every_line(folder, tmp_path):
     out = tmp_path / "r.jsonl"
-    flags = ["--text", str(folder / "test.txt"), "--window", "16", "--ratios", "0.5", "--out", str(out), "--json"]
+    flags = [
+        "--text",
+        str(folder / "test.txt"),
+        "--window",
+        "16",
+        "--ratios",
+        "0.5",
+        "--out",
+        str(out),
+        "--json",
+    ]
     result = CliRunner().invoke(app, ["compare", str(folder / "tiny"), "random", *flags])
-    assert json.loads(result.stdout)["cells"] == [json.loads(line) for line in out.read_text().splitlines()]
+    assert json.loads(result.stdout)["cells"] == [
+        json.loads(line) for line in out.read_text().splitlines()
+    ]
 
 
 def test_tasks_are_scored_shown_and_drawn(folder, tmp_path, monkeypatch):
     (tmp_path / "copa.jsonl").write_text(
-        json.dumps({"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}) + "\n"
+        json.dumps(
+            {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}
+        )
+        + "\n"
     )
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: name)
     asked = []
 
     def scored(model, tokenizer, tasks, *, limit=None):
         asked.append((sorted(tasks), limit))
-        return [TaskResult("copa", 0.5, 0.1, None, None, 1, limit, "0"), TaskResult("piqa", 0.5, 0.1, 0.75, 0.1, 1, limit, "0")]
+        return [
+            TaskResult("copa", 0.5, 0.1, None, None, 1, limit, "0"),
+            TaskResult("piqa", 0.5, 0.1, 0.75, 0.1, 1, limit, "0"),
+        ]
 
     monkeypatch.setattr(run, "zero_shot", scored)
     out = {"out": tmp_path / "r.jsonl", "figures": tmp_path / "figures"}
@@ -759,7 +983,9 @@ def test_figures_are_pictures(folder, tmp_path):
 def test_without_matplotlib_figures_are_refused_before_any_work(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delitem(sys.modules, "prunenet.compare.figures", raising=False)
-    lines, result = compare(folder, "random", out=tmp_path / "r.jsonl", figures=tmp_path / "f", code=1)
+    lines, result = compare(
+        folder, "random", out=tmp_path / "r.jsonl", figures=tmp_path / "f", code=1
+    )
     assert "pip install 'prunenet[figures]'" in " ".join(result.stderr.split())
     assert not lines
     monkeypatch.undo()
@@ -768,7 +994,11 @@ def test_without_matplotlib_figures_are_refused_before_any_work(folder, tmp_path
 
 def test_a_table_that_cannot_be_written_is_refused_before_any_work(folder, tmp_path):
     (tmp_path / "file").write_text("mine")
-    for options in ({"markdown": tmp_path}, {"markdown": tmp_path / "file" / "t.md"}, {"figures": tmp_path / "file"}):
+    for options in (
+        {"markdown": tmp_path},
+        {"markdown": tmp_path / "file" / "t.md"},
+        {"figures": tmp_path / "file"},
+    ):
         lines, result = compare(folder, "random", out=tmp_path / "r.jsonl", code=1, **options)
         said = " ".join(result.stderr.split())
         assert said.count("error:") == 1
@@ -779,9 +1009,22 @@ def test_a_table_that_cannot_be_written_is_refused_before_any_work(folder, tmp_p
 
 def test_a_failed_method_stands_last_and_an_infinite_perplexity_is_a_dash():
     def line(method, value, error=None, regime="weights"):
-        evaluation = {"texts": [{"text": "t", "sha256": "0"}], "tasks": {}, "window": 8, "stride": 8, "limit": None}
+        evaluation = {
+            "texts": [{"text": "t", "sha256": "0"}],
+            "tasks": {},
+            "window": 8,
+            "stride": 8,
+            "limit": None,
+        }
         scored = None if error else [{"text": "t", "value": value, "tokens": 7}]
-        return {"method": method, "ratio": 0.5, "seed": 0, "error": error, "evaluation": evaluation, "perplexity": scored} | {
+        return {
+            "method": method,
+            "ratio": 0.5,
+            "seed": 0,
+            "error": error,
+            "evaluation": evaluation,
+            "perplexity": scored,
+        } | {
             "regime": None if error else regime,
             "applied_regime": None if error else "weights",
             "parameters": None if error else 10,
@@ -791,7 +1034,14 @@ def test_a_failed_method_stands_last_and_an_infinite_perplexity_is_a_dash():
             "tasks": None,
         }
 
-    rows = summary.summarise([line("bad", None, "lost"), line("inf", None), line("b", 3.0, regime="self"), line("a", 9.0)])
+    rows = summary.summarise(
+        [
+            line("bad", None, "lost"),
+            line("inf", None),
+            line("b", 3.0, regime="self"),
+            line("a", 9.0),
+        ]
+    )
     assert [row.method for row in rows] == ["a", "inf", "b", "bad"]
     shown = {row[2]: row for row in summary.cells_of(rows)}
     assert shown["inf"][4] == "-"
@@ -800,8 +1050,20 @@ def test_a_failed_method_stands_last_and_an_infinite_perplexity_is_a_dash():
 
 
 def test_the_caption_names_the_seeds_that_were_asked_for():
-    scored = {"texts": [{"text": "t", "sha256": "0"}], "tasks": {}, "window": 8, "stride": 8, "limit": None}
-    line = {"model": "m", "dtype": "float32", "perplexity": None, "evaluation": scored, "versions": {"prunenet": "1"}}
+    scored = {
+        "texts": [{"text": "t", "sha256": "0"}],
+        "tasks": {},
+        "window": 8,
+        "stride": 8,
+        "limit": None,
+    }
+    line = {
+        "model": "m",
+        "dtype": "float32",
+        "perplexity": None,
+        "evaluation": scored,
+        "versions": {"prunenet": "1"},
+    }
     lines = [line | {"method": "dense", "seed": 0}, line | {"method": "random", "seed": 3}]
     assert "; seeds 3 (mean" in summary.caption(lines)
 
@@ -809,4 +1071,6 @@ def test_the_caption_names_the_seeds_that_were_asked_for():
 def test_dense_weights_are_not_touched(model, benches):
     before = [linear.weight.clone() for linear in down_linears(model)]
     benches.make(parse("flap+sequential"), 0.5, 0)
-    assert all(torch.equal(a, linear.weight) for a, linear in zip(before, down_linears(model), strict=True))
+    assert all(
+        torch.equal(a, linear.weight) for a, linear in zip(before, down_linears(model), strict=True)
+    )

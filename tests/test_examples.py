@@ -12,7 +12,7 @@ from families import tiny_model
 from typer.testing import CliRunner
 
 import prunenet
-from prunenet.cli import app
+from prunenet.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"

@@ -1,4 +1,6 @@
-"""Self-written text: prefixes, penalty, copies and openings do what they say, and change nothing where they are off."""
+"""Self-written text: prefixes, penalty, copies and openings do what they say, and change nothing
+where they are off.
+"""
 
 import functools
 
@@ -7,7 +9,7 @@ import torch
 from families import tiny_model
 from transformers import PreTrainedModel
 
-from prunenet.generate import distinct, generate_blocks
+from prunenet.text.generate import distinct, generate_blocks
 
 
 @functools.cache
@@ -16,7 +18,9 @@ def model() -> PreTrainedModel:
 
 
 def written(**options):
-    return generate_blocks(model(), 1, **{"sequences": 12, "tokens": 14, "keep": 1.0, "batch": 5} | options)
+    return generate_blocks(
+        model(), 1, **{"sequences": 12, "tokens": 14, "keep": 1.0, "batch": 5} | options
+    )
 
 
 def grams(row: list[int], n: int = 8) -> set[tuple[int, ...]]:
@@ -25,7 +29,9 @@ def grams(row: list[int], n: int = 8) -> set[tuple[int, ...]]:
 
 @torch.no_grad()
 def log_likelihood(ids: torch.Tensor, first: int) -> torch.Tensor:
-    """Of the tokens from `first` on, by a forward pass of the whole sequences; the start is never sampled."""
+    """Of the tokens from `first` on, by a forward pass of the whole sequences; the start is never
+    sampled.
+    """
     logits = model()(ids).logits[:, first - 1 : -1]
     logits[..., 1] = -torch.inf
     return logits.log_softmax(-1).gather(-1, ids[:, first:, None]).sum((1, 2))
@@ -45,7 +51,8 @@ def test_each_sequence_starts_with_its_document_s_prefix():
     assert (rows[:, 0] == 1).all()
     assert torch.equal(rows[:, 1:4], prefixes.repeat(6, 1))
     assert rows.shape == (12, 14)
-    # What comes behind a prefix is the model's: with a narrow nucleus, the likeliest token each time.
+    # What comes behind a prefix is the model's: with a narrow nucleus, the likeliest token each
+    # time.
     greedy = written(prefixes=prefixes, top_p=1e-6, hot=1.0, temperature=1.0)
     logits = model()(greedy).logits[:, 3:-1].detach()
     logits[..., 1] = -torch.inf
@@ -66,7 +73,8 @@ def test_a_strong_penalty_keeps_tokens_from_coming_again():
     plain = written(top_p=1e-6, hot=1.0, temperature=1.0, tokens=30)
     penalised = written(top_p=1e-6, hot=1.0, temperature=1.0, tokens=30, penalty=1e6)
     assert repeats(plain) > 0
-    # Positive logits of known tokens become 0 and negative ones hopeless: of 62 others some logit is always positive.
+    # Positive logits of known tokens become 0 and negative ones hopeless: of 62 others some logit
+    # is always positive.
     assert repeats(penalised) == 0
 
 
@@ -76,9 +84,13 @@ def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones():
     for _ in range(13):
         logits = model()(expected).logits[0, -1].tolist()
         known = set(expected[0].tolist())
-        scores = [(v / 1.7 if v > 0 else v * 1.7) if i in known else v for i, v in enumerate(logits)]
+        scores = [
+            (v / 1.7 if v > 0 else v * 1.7) if i in known else v for i, v in enumerate(logits)
+        ]
         scores[1] = -float("inf")
-        expected = torch.cat((expected, torch.tensor([[max(range(64), key=scores.__getitem__)]])), 1)
+        expected = torch.cat(
+            (expected, torch.tensor([[max(range(64), key=scores.__getitem__)]])), 1
+        )
     assert torch.equal(rows, expected.repeat(12, 1))
 
 
@@ -115,7 +127,9 @@ def test_rewritten_rows_take_the_prefix_of_the_row_they_replace():
 
 def test_text_that_always_comes_out_the_same_is_kept_once():
     calls: list[tuple[int, int]] = []
-    rows = written(top_p=1e-6, hot=1.0, temperature=1.0, overlap=0.5, progress=lambda *done: calls.append(done))
+    rows = written(
+        top_p=1e-6, hot=1.0, temperature=1.0, overlap=0.5, progress=lambda *done: calls.append(done)
+    )
     assert rows.shape == (1, 14)
     done, planned = zip(*calls, strict=True)
     assert list(done) == sorted(done)
@@ -149,9 +163,26 @@ def test_distinct_compares_with_each_earlier_sequence_that_stays():
     assert distinct(rows, overlap=0.5).tolist() == [True, False, True, True, True, True, False]
     assert distinct(rows, overlap=0.3).tolist() == [True, False, False, True, True, True, False]
     assert distinct(rows, overlap=1.0).all()
-    assert distinct(rows, overlap=1.0, openings=4).tolist() == [True, False, False, True, False, True, False]
-    assert distinct(rows, overlap=1.0, openings=9).tolist() == [True, False, True, True, True, True, False]
-    # Of two earlier sequences that share an n-gram, the one that shares more decides; one that went does not count.
+    assert distinct(rows, overlap=1.0, openings=4).tolist() == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert distinct(rows, overlap=1.0, openings=9).tolist() == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+    # Of two earlier sequences that share an n-gram, the one that shares more decides; one that went
+    # does not count.
     mixed = torch.tensor([[1, *a[:8], 3, 4], [1, *a], [1, *a[:9], 5], [1, *a[1:9], 5, 6]])
     assert distinct(mixed, overlap=0.5).tolist() == [True, True, False, True]
     # A prompt is part of what opens a sequence, and no part of its n-grams.

@@ -1,6 +1,9 @@
-"""The house rules that a machine can check (import floors are import-linter's, see pyproject.toml)."""
+"""The house rules that a machine can check (import floors are import-linter's, see
+pyproject.toml).
+"""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -16,16 +19,18 @@ import prunenet
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(prunenet.__file__).resolve().parent
+# Every folder, and those behind the links `envs` and `policies` (rglob does not follow links).
 SOURCES = sorted(
-    path
-    for path in (
-        *PACKAGE.glob("*.py"),
-        *(p for f in ("compare", "envs", "policies", "recover") for p in (PACKAGE / f).rglob("*.py")),
-    )
+    Path(folder, name)
+    for folder, _, names in os.walk(PACKAGE, followlinks=True)
+    for name in names
+    if name.endswith(".py")
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+each_source = pytest.mark.parametrize(
+    "source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
 
 
 def parse(source: Path) -> ast.Module:
@@ -33,7 +38,14 @@ def parse(source: Path) -> ast.Module:
 
 
 def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def code_lines(function: Function) -> int:
@@ -46,7 +58,9 @@ def code_lines(function: Function) -> int:
 
 
 def dangerous(tree: ast.Module) -> Iterator[str]:
-    """Everything in a module that could run code found in a file: pickle and its kin, torch.load, eval, exec."""
+    """Everything in a module that could run code found in a file: pickle and its kin, torch.load,
+    eval, exec.
+    """
     unpicklers = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     for node in ast.walk(tree):
         match node:
@@ -54,7 +68,11 @@ def dangerous(tree: ast.Module) -> Iterator[str]:
                 found = [name.name for name in names if name.name.split(".")[0] in unpicklers]
             case ast.ImportFrom(module=str(module), names=names):
                 found = [module] if module.split(".")[0] in unpicklers else []
-                found += ["torch.load"] if module == "torch" and "load" in {name.name for name in names} else []
+                found += (
+                    ["torch.load"]
+                    if module == "torch" and "load" in {name.name for name in names}
+                    else []
+                )
             case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
                 found = [name]
             case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
@@ -66,14 +84,19 @@ def dangerous(tree: ast.Module) -> Iterator[str]:
         yield from (f"line {getattr(node, 'lineno', '?')}: {name}" for name in found)
 
 
-def test_the_rules_look_at_the_whole_package() -> None:
+def test_the_rules_look_at_every_folder_of_the_package() -> None:
     names = {path.relative_to(PACKAGE).as_posix() for path in SOURCES}
-    assert {"masks.py", "envs/__init__.py", "policies/__init__.py"} <= names
+    assert {"__init__.py", "envs/__init__.py", "policies/methods/__init__.py"} <= names
+    assert len(names) == len(list(PACKAGE.rglob("*.py"))) + sum(
+        len(list((PACKAGE / link).resolve().rglob("*.py")))
+        for link in ("envs", "policies")
+        if (PACKAGE / link).is_symlink()
+    )
 
 
 @each_source
-def test_no_file_is_longer_than_300_lines(source: Path) -> None:
-    assert len(source.read_text(encoding="utf-8").splitlines()) <= 300
+def test_no_file_is_longer_than_400_lines(source: Path) -> None:
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= 400
 
 
 @each_source
@@ -105,20 +128,30 @@ def test_the_search_for_dangerous_loading_finds(code: str) -> None:
 @each_source
 def test_every_public_function_and_class_has_a_docstring(source: Path) -> None:
     tree = parse(source)
-    public = [node for node in tree.body if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")]
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")
+    ]
     assert [node.name for node in public if not ast.get_docstring(node)] == []
     assert ast.get_docstring(tree), "the module itself has no docstring"
 
 
 @each_source
 def test_only_the_command_line_prints(source: Path) -> None:
-    if source.stem == "cli":
+    if source.parent.name == "cli":
         pytest.skip("the command line prints")
-    prints = [n.lineno for n in ast.walk(parse(source)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+    prints = [
+        n.lineno
+        for n in ast.walk(parse(source))
+        if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"
+    ]
     assert prints == []
 
 
-def test_importing_prunenet_and_a_saved_policy_needs_neither_gymnasium_nor_stable_baselines3() -> None:
+def test_importing_prunenet_and_a_saved_policy_needs_neither_gymnasium_nor_stable_baselines3() -> (
+    None
+):
     code = """
 import sys
 import prunenet, prunenet.policies.artifact, prunenet.policies.apply
@@ -140,7 +173,10 @@ def test_the_bare_name_of_a_source_folder_is_no_package(folder: str) -> None:
 
 def test_constraints_pin_every_direct_dependency_and_nothing_else() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     wanted = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
     pinned = dict(
         line.split("==")
@@ -152,7 +188,11 @@ def test_constraints_pin_every_direct_dependency_and_nothing_else() -> None:
 
 
 def test_the_python_blocks_of_the_readme_compile() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
     if not blocks:
         pytest.skip("the README has no Python yet")
     for block in blocks:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prunenet.envs import SpectralReward
 from prunenet.envs.sweep import View
-from prunenet.layers import iter_ffns
-from prunenet.masks import top_channels
-from prunenet.policies.recipe import PRESETS, Recipe
-from prunenet.policies.train import train
+from prunenet.models.layers import iter_ffns
+from prunenet.models.masks import top_channels
+from prunenet.policies.training.recipe import PRESETS, Recipe
+from prunenet.policies.training.train import train
 
 PLANTED = 16
 
@@ -36,8 +36,16 @@ def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(algorithm
     model = tiny_model("llama")
     planted = torch.randperm(48, generator=torch.Generator().manual_seed(1))[:PLANTED]
     for ffn in iter_ffns(model):
-        ffn.down[:, planted] *= 0.5  # importance that a norm would get wrong: the planted channels write less
-    recipe = Recipe(updates=60, masks=16, ratio=(0.5, 0.8), evaluate_at=(2 / 3,), hidden=(16,), algorithm=algorithm)
+        # importance that a norm would get wrong: the planted channels write less
+        ffn.down[:, planted] *= 0.5
+    recipe = Recipe(
+        updates=60,
+        masks=16,
+        ratio=(0.5, 0.8),
+        evaluate_at=(2 / 3,),
+        hidden=(16,),
+        algorithm=algorithm,
+    )
     trained = train(model, recipe, reward=PlantedReward(planted), regime="weights")
     expected = torch.zeros(48, dtype=torch.bool)
     expected[planted] = True
@@ -49,8 +57,10 @@ def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(algorithm
 
 
 @pytest.mark.slow
-def test_on_the_real_model_the_trained_policy_beats_random_masks_by_three_standard_deviations(smollm2):
-    from prunenet.checkpoint import load_model
+def test_on_the_real_model_the_trained_policy_beats_random_masks_by_three_standard_deviations(
+    smollm2,
+):
+    from prunenet.checkpoints.load import load_model
 
     model = load_model(smollm2)
     view, reward = View.of(model), SpectralReward(model)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunenet.masks import check_ratio, ratio_for_parameters, top_channels, width_at
+from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at
 
 
 @pytest.mark.parametrize("d_ff", [37, 48, 1536, 11008])
@@ -44,7 +44,9 @@ def test_rounding_that_could_remove_nothing_is_refused():
 
 def test_a_share_of_all_parameters_becomes_a_ratio_of_channels():
     assert ratio_for_parameters(0.1, 1000, [10, 10], [20, 20]) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match=r"cannot remove 50.0% of the parameters: the FFN channels hold 40.0%"):
+    with pytest.raises(
+        ValueError, match=r"cannot remove 50.0% of the parameters: the FFN channels hold 40.0%"
+    ):
         ratio_for_parameters(0.5, 1000, [10, 10], [20, 20])
     with pytest.raises(ValueError, match="got 1"):
         ratio_for_parameters(1.0, 1000, [10], [20])

@@ -3,18 +3,24 @@ import pytest
 import torch
 from families import D_FF, D_MODEL, LAYERS, tiny_model, token_ids
 
-from prunenet.calibration import Blocks
-from prunenet.layers import count_parameters, down_linears, ffn_widths, iter_ffns
-from prunenet.masks import top_channels
-from prunenet.moments import Energies
-from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, flap, gradients, pruned_model, wanda_sp
-from prunenet.surgery import masking
+from prunenet.models.layers import count_parameters, down_linears, ffn_widths, iter_ffns
+from prunenet.models.masks import top_channels
+from prunenet.models.surgery import masking
+from prunenet.policies.methods import METHODS, Budget, Evidence, Method, cut, pruned_model
+from prunenet.policies.methods.evidence import gradients
+from prunenet.policies.methods.papers import flap, wanda_sp
+from prunenet.refit.moments import Energies
+from prunenet.text.calibration import CalibrationSet
 
-BLOCKS = Blocks(token_ids(6, 20), "data", {})
+BLOCKS = CalibrationSet(token_ids(6, 20), "data", {})
 DRAWS = ["random", "folding", "prunenet_published", "prunenet_published_trained", "llm_pruner_mix"]
 
 # A search is no quick call: test_adapruner. What cuts no channels: test_slicegpt.
-NAMES = [name for name, row in METHODS.items() if not name.startswith("adapruner") and row.rebuild is None]
+NAMES = [
+    name
+    for name, row in METHODS.items()
+    if not name.startswith("adapruner") and row.rebuild is None
+]
 
 each_family = pytest.mark.parametrize("model_type", ["llama", "opt", "phi3"])
 
@@ -46,7 +52,9 @@ def activations(model, ids) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "phi3"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_method_runs_on_every_kind_of_ffn_and_meets_the_same_budget(name, model_type, request) -> None:
+def test_every_method_runs_on_every_kind_of_ffn_and_meets_the_same_budget(
+    name, model_type, request
+) -> None:
     first, last = METHODS[name].protects
     if first + last:
         request.getfixturevalue("twelve_layers")
@@ -61,17 +69,25 @@ def test_every_method_runs_on_every_kind_of_ffn_and_meets_the_same_budget(name, 
     assert budget.cost(made.widths) == budget.parameters == budget.cost([32] * layers)
     had_bias = down_linears(model)[0].bias is not None
     added = layers * D_MODEL if made.biases is not None and not had_bias else 0
-    assert count_parameters(model)[0] - count_parameters(narrow)[0] == budget.cost([16] * layers) - added
+    assert (
+        count_parameters(model)[0] - count_parameters(narrow)[0]
+        == budget.cost([16] * layers) - added
+    )
     assert all(width == D_FF for width in [*made.widths[:first], *made.widths[layers - last :]])
     assert bool(torch.isfinite(logits(narrow)).all())
-    assert all(before[key].equal(value) for key, value in model.state_dict().items()), "the dense model changed"
+    assert all(before[key].equal(value) for key, value in model.state_dict().items()), (
+        "the dense model changed"
+    )
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_reproduces_a_cut_and_another_one_changes_what_is_drawn(name) -> None:
     model = tiny_model("llama")
-    same = [logits(pruned_model(Evidence(model, BLOCKS, seed), name, 0.3, allocation="uniform")) for seed in (0, 0, 1)]
+    same = [
+        logits(pruned_model(Evidence(model, BLOCKS, seed), name, 0.3, allocation="uniform"))
+        for seed in (0, 0, 1)
+    ]
     assert same[0].equal(same[1])
     assert same[0].equal(same[2]) == (name not in DRAWS and METHODS[name].needs != "gradients")
 
@@ -89,16 +105,26 @@ def test_scores_and_allocations_combine_freely(name, allocation, twelve_layers) 
     made = cut(Evidence(tiny_model("llama"), BLOCKS), name, 0.3, allocation=allocation, round_to=1)
     assert sum(made.widths) == 12 * 34
     even = made.widths == [34] * 12
-    assert even == (allocation == "uniform" or (allocation == "protected" and METHODS[name].protects == (0, 0)))
+    assert even == (
+        allocation == "uniform" or (allocation == "protected" and METHODS[name].protects == (0, 0))
+    )
 
 
 @pytest.mark.parametrize("comparable", [False, True])
-def test_a_global_sort_sees_the_scale_of_a_layer_only_where_scores_are_comparable(comparable) -> None:
+def test_a_global_sort_sees_the_scale_of_a_layer_only_where_scores_are_comparable(
+    comparable,
+) -> None:
     evidence = Evidence(tiny_model("llama"))
     rows = [torch.rand(D_FF, generator=torch.Generator().manual_seed(i)) for i in range(LAYERS)]
     scales = [(1, 1, 1), (1, 100, 10)]
     own = [
-        Method("own", "weights", "-", lambda _, s=s: [row * x for row, x in zip(rows, s, strict=True)], comparable=comparable)
+        Method(
+            "own",
+            "weights",
+            "-",
+            lambda _, s=s: [row * x for row, x in zip(rows, s, strict=True)],
+            comparable=comparable,
+        )
         for s in scales
     ]
     widths = [cut(evidence, method, 0.3, allocation="global", round_to=1).widths for method in own]
@@ -132,7 +158,11 @@ def test_magnitude_multiplies_the_norms_that_the_family_has() -> None:
     for model_type in ("llama", "opt"):
         ffn = next(iter_ffns(model := tiny_model(model_type)))
         j = 7
-        expected = ffn.up[j].norm() * ffn.down[:, j].norm() * (1 if ffn.gate is None else ffn.gate[j].norm())
+        expected = (
+            ffn.up[j].norm()
+            * ffn.down[:, j].norm()
+            * (1 if ffn.gate is None else ffn.gate[j].norm())
+        )
         torch.testing.assert_close(METHODS["magnitude"].score(Evidence(model))[0][j], expected)
 
 
@@ -141,11 +171,19 @@ def test_wanda_and_flap_scores_are_those_of_the_activations_by_brute_force(model
     model = tiny_model(model_type, bias=True)
     evidence = Evidence(model, BLOCKS)
     wanda, fluctuation = wanda_sp.scores(evidence), flap.scores(evidence)
-    for layer, (linear, h) in enumerate(zip(down_linears(model), activations(model, BLOCKS.ids), strict=True)):
-        expected = torch.stack([linear.weight[:, j].abs().mean() * h[:, j].norm() for j in range(D_FF)]).detach()
+    for layer, (linear, h) in enumerate(
+        zip(down_linears(model), activations(model, BLOCKS.ids), strict=True)
+    ):
+        expected = torch.stack(
+            [linear.weight[:, j].abs().mean() * h[:, j].norm() for j in range(D_FF)]
+        ).detach()
         torch.testing.assert_close(wanda[layer], expected, rtol=1e-4, atol=1e-5)
-        raw = torch.stack([h[:, j].var(correction=0) * linear.weight[:, j].square().sum() for j in range(D_FF)]).detach()
-        torch.testing.assert_close(fluctuation[layer], (raw - raw.mean()) / raw.std(), rtol=1e-3, atol=1e-3)
+        raw = torch.stack(
+            [h[:, j].var(correction=0) * linear.weight[:, j].square().sum() for j in range(D_FF)]
+        ).detach()
+        torch.testing.assert_close(
+            fluctuation[layer], (raw - raw.mean()) / raw.std(), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_channels_that_never_fluctuate_score_alike() -> None:
@@ -180,7 +218,8 @@ def test_wanda_measures_each_layer_behind_the_cut_ones() -> None:
 
 # Norms and softmax of Llama and Phi-3 work in float32 whatever the model's dtype.
 @pytest.mark.parametrize(
-    ("model_type", "step", "tolerance"), [("llama", 2e-2, 2e-3), ("phi3", 2e-2, 2e-3), ("opt", 1e-4, 1e-6)]
+    ("model_type", "step", "tolerance"),
+    [("llama", 2e-2, 2e-3), ("phi3", 2e-2, 2e-3), ("opt", 1e-4, 1e-6)],
 )
 def test_taylor_sums_are_those_of_finite_differences(model_type, step, tolerance) -> None:
     model = tiny_model(model_type, bias=True).double()
@@ -209,9 +248,14 @@ def test_taylor_sums_are_those_of_finite_differences(model_type, step, tolerance
         first = torch.stack([weight * slope.mean() for weight, slope in found])
         second = torch.stack([weight**2 * slope.square().mean() for weight, slope in found])
         expected = [first.sum(), first.abs().sum(), second.sum(), (first - second / 2).abs().sum()]
-        measured = [getattr(sums, name)[number, channel] for name in ("vector", "element1", "element2", "mix")]
+        measured = [
+            getattr(sums, name)[number, channel]
+            for name in ("vector", "element1", "element2", "mix")
+        ]
         scale = float(first.abs().sum())
-        torch.testing.assert_close(torch.stack(measured), torch.stack(expected), rtol=tolerance, atol=tolerance * scale)
+        torch.testing.assert_close(
+            torch.stack(measured), torch.stack(expected), rtol=tolerance, atol=tolerance * scale
+        )
 
 
 def test_llm_pruner_adds_up_the_size_of_its_slices() -> None:
@@ -219,7 +263,8 @@ def test_llm_pruner_adds_up_the_size_of_its_slices() -> None:
     vector = evidence.taylor[0].vector
     assert vector.shape == (3, D_FF)
     torch.testing.assert_close(
-        METHODS["llm_pruner_vector"].score(evidence)[0], vector[0].abs() + vector[1].abs() + vector[2].abs()
+        METHODS["llm_pruner_vector"].score(evidence)[0],
+        vector[0].abs() + vector[1].abs() + vector[2].abs(),
     )
 
 

@@ -7,9 +7,11 @@ import torch
 from families import D_FF, tiny_model, token_ids
 from scipy.stats import ks_2samp
 
-from prunenet.layers import FFN, iter_ffns
-from prunenet.policies.methods import METHODS, Evidence, cut, folding, lila, pruned_model, published
-from prunenet.surgery import narrowed
+from prunenet.models.layers import FFN, iter_ffns
+from prunenet.models.surgery import narrowed
+from prunenet.policies.methods import METHODS, Evidence, cut, pruned_model
+from prunenet.policies.methods.papers import folding, lila
+from prunenet.policies.methods.papers import prunenet_published as published
 
 
 def logits(model) -> torch.Tensor:
@@ -25,7 +27,9 @@ def matrices() -> dict[str, torch.Tensor]:
         "tall": tall,
         "wide": tall.T.contiguous(),
         "repeated singular values": repeated,
-        "equal and zero rows": torch.cat([tall[:30], tall[:3], torch.zeros(2, 20, dtype=torch.float64)]),
+        "equal and zero rows": torch.cat(
+            [tall[:30], tall[:3], torch.zeros(2, 20, dtype=torch.float64)]
+        ),
         "rank one": tall[:, :1] * tall[:1],
         "axes": torch.diag(torch.arange(1.0, 21.0, dtype=torch.float64)),
         "huge": 1e8 * tall,
@@ -51,23 +55,32 @@ def test_leave_one_out_singular_values_are_those_of_the_matrix_without_the_row(n
     for row in range(len(matrix)):
         expected = without(matrix, row, count)
         # Squares first: a Gram matrix knows small singular values only to the square root of eps.
-        torch.testing.assert_close((eigenvalues - drops[row]) / top, expected.square() / top, rtol=0, atol=2e-14)
+        torch.testing.assert_close(
+            (eigenvalues - drops[row]) / top, expected.square() / top, rtol=0, atol=2e-14
+        )
         if name in ("tall", "huge", "axes"):
             values = (eigenvalues - drops[row]).clamp_min(0).sqrt()
             leading = expected > 1e-2 * expected[0]
-            torch.testing.assert_close(values[leading] / top**0.5, expected[leading] / top**0.5, rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                values[leading] / top**0.5, expected[leading] / top**0.5, rtol=0, atol=1e-12
+            )
 
 
 def test_lila_scores_by_brute_force() -> None:
     up = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
     absolute = up.double().abs()
     before = torch.linalg.svdvals(absolute)[:8]
-    mass, two_sample = lila.layer_score(up, count=8), lila.layer_score(up, count=8, form="two_sample")
+    mass, two_sample = (
+        lila.layer_score(up, count=8),
+        lila.layer_score(up, count=8, form="two_sample"),
+    )
     for row in range(50):
         after = without(absolute, row, 8)
         spread = (before.cumsum(0) / before.sum() - after.cumsum(0) / after.sum()).abs().max()
         assert float(mass[row]) == pytest.approx(float(spread), abs=1e-12)
-        assert float(two_sample[row]) == pytest.approx(ks_2samp(before.numpy(), after.numpy()).statistic)
+        assert float(two_sample[row]) == pytest.approx(
+            ks_2samp(before.numpy(), after.numpy()).statistic
+        )
 
 
 def test_the_two_sample_distance_ranks_nothing() -> None:
@@ -81,7 +94,9 @@ def test_the_two_sample_distance_ranks_nothing() -> None:
 
 def test_a_zero_matrix_has_zero_scores() -> None:
     for form in ("mass", "two_sample"):
-        assert lila.layer_score(torch.zeros(9, 4), form=form).equal(torch.zeros(9, dtype=torch.float64))
+        assert lila.layer_score(torch.zeros(9, 4), form=form).equal(
+            torch.zeros(9, dtype=torch.float64)
+        )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "phi3"])
@@ -117,30 +132,37 @@ def test_a_cluster_becomes_the_mean_of_its_rows_and_the_sum_of_its_columns() -> 
 @pytest.mark.parametrize("k", [1, 7, 40, 60])
 def test_k_means_ends_where_every_point_is_nearest_to_its_own_centre(k) -> None:
     points = torch.randn(60, 5, generator=torch.Generator().manual_seed(k))
-    labels = folding.clusters(points, k, torch.Generator().manual_seed(0))
+    labels = folding.kmeans(points, k, torch.Generator().manual_seed(0))
     assert labels.unique().tolist() == list(range(k))
     centres = torch.stack([points[labels == c].mean(0) for c in range(k)])
     distances = torch.cdist(points, centres)
     own = distances.gather(1, labels[:, None])
     assert (own <= distances.min(1, keepdim=True).values + 1e-5).all()
-    assert labels.equal(folding.clusters(points, k, torch.Generator().manual_seed(0)))
+    assert labels.equal(folding.kmeans(points, k, torch.Generator().manual_seed(0)))
 
 
 def test_k_means_finds_clusters_that_lie_apart() -> None:
     truth = torch.arange(40) % 8
-    points = 10 * torch.eye(8)[truth] + 0.1 * torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    labels = folding.clusters(points, 8, torch.Generator().manual_seed(0))
+    points = 10 * torch.eye(8)[truth] + 0.1 * torch.randn(
+        40, 8, generator=torch.Generator().manual_seed(0)
+    )
+    labels = folding.kmeans(points, 8, torch.Generator().manual_seed(0))
     assert (labels[:, None] == labels).equal(truth[:, None] == truth)
 
 
 def test_k_means_of_copies_leaves_no_cluster_empty() -> None:
-    assert folding.clusters(torch.ones(6, 3), 4, torch.Generator().manual_seed(0)).unique().tolist() == [0, 1, 2, 3]
+    assert folding.kmeans(
+        torch.ones(6, 3), 4, torch.Generator().manual_seed(0)
+    ).unique().tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="got 7"):
-        folding.clusters(torch.ones(6, 3), 7, torch.Generator())
+        folding.kmeans(torch.ones(6, 3), 7, torch.Generator())
 
 
 def test_an_empty_cluster_takes_the_point_farthest_from_its_centre_that_is_not_alone() -> None:
-    labels, distances = torch.tensor([0, 0, 0, 2]), torch.tensor([1.0, 3.0, 2.0, 9.0], dtype=torch.float64)
+    labels, distances = (
+        torch.tensor([0, 0, 0, 2]),
+        torch.tensor([1.0, 3.0, 2.0, 9.0], dtype=torch.float64),
+    )
     assert folding._filled(labels, distances, 4).tolist() == [0, 1, 3, 2]
 
 
@@ -170,10 +192,16 @@ def test_the_published_scorer_is_the_formula_of_the_paper_with_its_gradients() -
 def test_log_keep_weights_are_binary_concrete() -> None:
     logit = torch.tensor([-1.0, 0.0, 2.0])
     draws = torch.stack(
-        [published.log_keep_weights(logit, g) for g in [torch.Generator().manual_seed(0)] for _ in range(20_000)]
+        [
+            published.log_keep_weights(logit, g)
+            for g in [torch.Generator().manual_seed(0)]
+            for _ in range(20_000)
+        ]
     )
     # P(p > 1/2) = P(logit(eps) > -logit(alpha)) = alpha.
-    torch.testing.assert_close((draws.exp() > 0.5).float().mean(0), torch.sigmoid(logit), atol=0.015, rtol=0)
+    torch.testing.assert_close(
+        (draws.exp() > 0.5).float().mean(0), torch.sigmoid(logit), atol=0.015, rtol=0
+    )
 
 
 def test_published_training_keeps_the_policy_of_its_best_episode_and_moves_from_its_start() -> None:
@@ -185,7 +213,9 @@ def test_published_training_keeps_the_policy_of_its_best_episode_and_moves_from_
     best = runs[0].rewards.index(max(runs[0].rewards)) + 1
     with torch.no_grad():  # as a caller may have it who only wants the masks
         again = published.trained(evidence, evidence.generator(), episodes=best).scorer
-    assert all(a.equal(b) for a, b in zip(runs[1].scorer.parameters(), again.parameters(), strict=True))
+    assert all(
+        a.equal(b) for a, b in zip(runs[1].scorer.parameters(), again.parameters(), strict=True)
+    )
     start = published.started(evidence, evidence.generator())
     assert not start.a.equal(again.a)
 

@@ -1,4 +1,6 @@
-"""Moments: of all tokens or without the first ones, paired with the dense model's, and from inputs that are no text."""
+"""Moments: of all tokens or without the first ones, paired with the dense model's, and from inputs
+that are no text.
+"""
 
 import copy
 
@@ -6,10 +8,10 @@ import pytest
 import torch
 from families import D_FF, D_MODEL, FAMILIES, VOCABULARY, tiny_model, token_ids
 
-from prunenet.architectures import ARCHITECTURES
-from prunenet.layers import decoder_layers, down_linears
-from prunenet.moments import LayerWalk, Moments, ffn_moments, paired_moments
-from prunenet.synthetic import random_blocks, sphere_moments
+from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.layers import decoder_layers, down_linears
+from prunenet.refit.moments import LayerWalk, Moments, ffn_moments, paired_moments
+from prunenet.text.random_tokens import random_blocks, sphere_moments
 
 BLOCKS = token_ids(6, 10)
 
@@ -18,7 +20,9 @@ def activations(model, blocks: torch.Tensor = BLOCKS) -> list[torch.Tensor]:
     """h of every layer, (tokens, d_ff), as the whole model computes it."""
     seen: dict[int, torch.Tensor] = {}
     hooks = [
-        linear.register_forward_pre_hook(lambda _, inputs, i=i: seen.__setitem__(i, inputs[0].flatten(0, -2)))
+        linear.register_forward_pre_hook(
+            lambda _, inputs, i=i: seen.__setitem__(i, inputs[0].flatten(0, -2))
+        )
         for i, linear in enumerate(down_linears(model))
     ]
     with torch.no_grad():
@@ -44,7 +48,9 @@ def counted(h: torch.Tensor, skip: int) -> torch.Tensor:
 @pytest.mark.parametrize("skip", [0, 3])
 def test_the_first_positions_can_be_left_out_but_are_still_read(family, skip):
     model = tiny_model(family)
-    for moments, h in zip(ffn_moments(model, BLOCKS, batch=4, skip=skip), activations(model), strict=True):
+    for moments, h in zip(
+        ffn_moments(model, BLOCKS, batch=4, skip=skip), activations(model), strict=True
+    ):
         assert_moments(moments, counted(h, skip))
         assert torch.equal(moments.second, moments.second.T)
 
@@ -80,7 +86,10 @@ def test_skips_beyond_the_block_are_refused():
 def test_paired_moments_relate_the_pruned_model_to_the_dense_one_token_by_token(family):
     dense = tiny_model(family)
     pruned = copy.deepcopy(dense)
-    walks = LayerWalk(dense, BLOCKS, batch=4, skip=1), LayerWalk(pruned, BLOCKS, batch=4, changing=True, skip=1)
+    walks = (
+        LayerWalk(dense, BLOCKS, batch=4, skip=1),
+        LayerWalk(pruned, BLOCKS, batch=4, changing=True, skip=1),
+    )
     measured = []
     for index, _ in zip(*walks, strict=False):
         measured.append(paired_moments(*walks, index))
@@ -102,18 +111,26 @@ def test_paired_moments_relate_the_pruned_model_to_the_dense_one_token_by_token(
 def test_a_model_paired_with_itself_has_its_own_moments_as_target():
     model = tiny_model("opt", bias=True)
     walks = LayerWalk(model, BLOCKS), LayerWalk(model, BLOCKS)
-    for (index, _), alone in zip(zip(*walks, strict=False), ffn_moments(model, BLOCKS), strict=False):
+    for (index, _), alone in zip(
+        zip(*walks, strict=False), ffn_moments(model, BLOCKS), strict=False
+    ):
         moments, target = paired_moments(*walks, index)
         torch.testing.assert_close(target.cross, moments.second)
         torch.testing.assert_close(target.mean, moments.mean)
         assert torch.equal(moments.second, alone.second)
         weight = down_linears(model)[index].weight.detach()
-        assert target.energy == pytest.approx(float(torch.trace(weight @ alone.second @ weight.T)), rel=1e-4)
+        assert target.energy == pytest.approx(
+            float(torch.trace(weight @ alone.second @ weight.T)), rel=1e-4
+        )
 
 
 def test_walks_that_do_not_go_together_are_refused():
     model = tiny_model("llama")
-    for other in (LayerWalk(model, BLOCKS.flip(0)), LayerWalk(model, BLOCKS, batch=3), LayerWalk(model, BLOCKS, skip=1)):
+    for other in (
+        LayerWalk(model, BLOCKS.flip(0)),
+        LayerWalk(model, BLOCKS, batch=3),
+        LayerWalk(model, BLOCKS, skip=1),
+    ):
         with pytest.raises(ValueError, match="give both walks the same blocks, batch and skip"):
             paired_moments(LayerWalk(model, BLOCKS), other, 0)
 
@@ -140,7 +157,9 @@ def test_sphere_moments_are_those_of_the_family_s_own_ffn(family):
         x = z / z.norm(dim=1, keepdim=True) * D_MODEL**0.5
         name = next((name for name in norms if getattr(layer, name, None) is not None), None)
         if name is not None:
-            x = x * (layer.get_submodule(name).weight.detach() + (1 if family.startswith("gemma") else 0))
+            x = x * (
+                layer.get_submodule(name).weight.detach() + (1 if family.startswith("gemma") else 0)
+            )
         seen: list[torch.Tensor] = []
         hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         with torch.no_grad():
@@ -151,7 +170,10 @@ def test_sphere_moments_are_those_of_the_family_s_own_ffn(family):
 
 def test_sphere_moments_are_drawn_with_the_generator_and_computed_in_float32():
     model = tiny_model("llama")
-    first, again, other = ([m.second for m in sphere_moments(model, samples=9, generator=g)] for g in map(seeded, (0, 0, 1)))
+    first, again, other = (
+        [m.second for m in sphere_moments(model, samples=9, generator=g)]
+        for g in map(seeded, (0, 0, 1))
+    )
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], other[0])
     half = next(sphere_moments(model.bfloat16(), samples=9, generator=seeded(0)))

@@ -1,4 +1,6 @@
-"""Two processes do what one does: the same policy, the same checkpoint, the same lines; and none waits for a dead one."""
+"""Two processes do what one does: the same policy, the same checkpoint, the same lines; and none
+waits for a dead one.
+"""
 
 import json
 import os
@@ -15,9 +17,9 @@ from test_compare import words
 from test_recover import save_cut
 from test_train import SHORT, WHERE
 
-from prunenet import parallel
-from prunenet.calibration import Blocks
 from prunenet.policies.artifact import Policy, PolicyConfig
+from prunenet.runtime import parallel
+from prunenet.text.calibration import CalibrationSet
 
 LEARNING = replace(SHORT, reward="reconstruction", features="moments", updates=3, evaluate_every=2)
 WIDTHS = replace(WHERE, updates=3, masks=3)
@@ -37,7 +39,7 @@ def home(tmp_path_factory) -> Path:
 def command(home: Path, *args: object) -> None:
     """The command line, as in a process of its own."""
     os.environ["PRUNENET_CACHE"] = str(home / "cache")
-    from prunenet import cli
+    from prunenet.cli import app as cli
 
     sys.argv = ["prunenet", *map(str, args)]
     cli.main()
@@ -45,17 +47,26 @@ def command(home: Path, *args: object) -> None:
 
 def learn(out: Path, resume: bool = False, death: int = 0) -> None:
     """Both stages of a training, with a rank that dies in the second, and the spectral reward."""
-    from prunenet.console import one_job
+    from prunenet.cli.console import one_job
     from prunenet.envs import divergence
-    from prunenet.policies.train import train
+    from prunenet.policies.training.train import train
 
     if death:
         dies_at(divergence, "divergences", death, rank=1)
     with one_job("cpu"):
-        blocks = Blocks(token_ids(8, 16), "self", {"text": "self-generated"})
-        train(tiny_model("llama"), LEARNING, where=WIDTHS, blocks=blocks, out=out / "text", resume=resume)
+        blocks = CalibrationSet(token_ids(8, 16), "self", {"text": "self-generated"})
+        train(
+            tiny_model("llama"),
+            LEARNING,
+            where=WIDTHS,
+            blocks=blocks,
+            out=out / "text",
+            resume=resume,
+        )
         if not resume:
-            found = train(tiny_model("llama"), replace(SHORT, distance="ks", masks=3), out=out / "spectral")
+            found = train(
+                tiny_model("llama"), replace(SHORT, distance="ks", masks=3), out=out / "spectral"
+            )
             assert len(found.history) == 3, "every rank has the whole result"
 
 
@@ -66,7 +77,8 @@ def weights(folder: Path) -> bytes:
 def said(ended: Ended, text: str) -> bool:
     """Whether exactly one process has said it, and nobody has said more."""
     return (
-        sorted(text in error for error in ended.errors) == [False] * (len(ended.errors) - 1) + [True]
+        sorted(text in error for error in ended.errors)
+        == [False] * (len(ended.errors) - 1) + [True]
         and sum(bool(error.strip()) for error in ended.errors) == 1
     )
 
@@ -83,12 +95,12 @@ def test_in_one_process_everything_is_the_identity(monkeypatch):
         assert seen == [1]
         assert device == "cpu"
         assert (parallel.rank(), parallel.size(), parallel.is_first()) == (0, 1, True)
-        assert list(parallel.turns(3)) == [0, 1, 2]
+        assert list(parallel.work_queue(3)) == [0, 1, 2]
         assert parallel.share(5) == slice(0, 5)
-        assert parallel.gathered(tensor, 6) is tensor
-        assert parallel.from_rank(0, lambda: tensor) is tensor
-        assert parallel.from_owners({0: [tensor], 1: []}, 2) == [[tensor], []]
-        assert parallel.told_by(0, lambda: (1, 2)) == (1, 2)
+        assert parallel.all_gather(tensor, 6) is tensor
+        assert parallel.broadcast(0, lambda: tensor) is tensor
+        assert parallel.gather_from_owners({0: [tensor], 1: []}, 2) == [[tensor], []]
+        assert parallel.broadcast_object(0, lambda: (1, 2)) == (1, 2)
 
 
 # --- the parts ---
@@ -100,36 +112,47 @@ def exchange() -> None:
     with parallel.joined("cpu"):
         rank, size = parallel.rank(), parallel.size()
         rows = torch.arange(14.0).view(7, 2)
-        assert parallel.gathered(rows[parallel.share(7)], 7).equal(rows)
-        assert parallel.gathered(rows[:2][parallel.share(2)], 2).equal(rows[:2]), "with nothing on the last rank"
-        for sent in (torch.tensor(3.5).double(), torch.ones(2, 0), torch.eye(3).bool(), torch.randn(2, 3).bfloat16().T):
-            got = parallel.from_rank(1, lambda sent=sent: sent if rank == 1 else pytest.fail("called elsewhere"))
+        assert parallel.all_gather(rows[parallel.share(7)], 7).equal(rows)
+        assert parallel.all_gather(rows[:2][parallel.share(2)], 2).equal(rows[:2]), (
+            "with nothing on the last rank"
+        )
+        for sent in (
+            torch.tensor(3.5).double(),
+            torch.ones(2, 0),
+            torch.eye(3).bool(),
+            torch.randn(2, 3).bfloat16().T,
+        ):
+            got = parallel.broadcast(
+                1, lambda sent=sent: sent if rank == 1 else pytest.fail("called elsewhere")
+            )
             assert (got.dtype, got.shape) == (sent.dtype, sent.shape)
             assert rank != 1 or got.equal(sent)
-        owned = {index: [torch.tensor(index)] * index for index in range(5) if parallel.mine(index)}
-        assert [len(found) for found in parallel.from_owners(owned, 5)] == [0, 1, 2, 3, 4]
-        assert parallel.told_by(0, lambda: {"rank": rank}) == {"rank": 0}
+        owned = {
+            index: [torch.tensor(index)] * index for index in range(5) if parallel.is_owner(index)
+        }
+        assert [len(found) for found in parallel.gather_from_owners(owned, 5)] == [0, 1, 2, 3, 4]
+        assert parallel.broadcast_object(0, lambda: {"rank": rank}) == {"rank": 0}
         with parallel.apart():
-            assert (parallel.size(), list(parallel.turns(2))) == (1, [0, 1])
+            assert (parallel.size(), list(parallel.work_queue(2))) == (1, [0, 1])
         with parallel.posted(taken.append) as post:
-            for turn in parallel.turns(20):
+            for turn in parallel.work_queue(20):
                 post({"turn": turn, "rank": rank})
         assert sorted(line["turn"] for line in taken) == (list(range(20)) if rank == 0 else [])
-        assert parallel.told_by(size - 1, lambda: rank) == size - 1
+        assert parallel.broadcast_object(size - 1, lambda: rank) == size - 1
 
 
 def stuck(rank: int) -> None:
     """One rank fails; another is busy and asks nobody; the first waits."""
     import time
 
-    from prunenet.console import one_job
+    from prunenet.cli.console import one_job
 
     with one_job("cpu"):
         if parallel.rank() == rank:
             raise ValueError("3 is not a ratio; give 0.3")
         if parallel.rank() == 2:
             time.sleep(30)
-        parallel.told_by(rank, lambda: 0)
+        parallel.broadcast_object(rank, lambda: 0)
 
 
 def test_three_processes_hand_tensors_objects_and_turns_to_each_other(home):
@@ -147,9 +170,25 @@ def test_a_rank_that_fails_ends_the_whole_job_with_its_one_sentence(home):
 
 
 def test_several_processes_cannot_share_one_placed_model_and_say_so_once(home):
-    ended = job(2, home, command, home, "prune", home / "tiny", "--ratio", 0.5, "--device", "auto", "--out", home / "placed")
+    ended = job(
+        2,
+        home,
+        command,
+        home,
+        "prune",
+        home / "tiny",
+        "--ratio",
+        0.5,
+        "--device",
+        "auto",
+        "--out",
+        home / "placed",
+    )
     assert ended.codes == [1, 1]
-    assert said(ended, "error: --device auto is for one process, which has all devices: leave torchrun or auto out")
+    assert said(
+        ended,
+        "error: --device auto is for one process, which has all devices: leave torchrun or auto out",
+    )
 
 
 def test_training_is_the_same_bit_for_bit_and_goes_on_with_another_number_of_processes(home):
@@ -157,7 +196,9 @@ def test_training_is_the_same_bit_for_bit_and_goes_on_with_another_number_of_pro
     assert job(2, home, learn, home / "two").codes == [0, 0]
     for name in ("text", "spectral"):
         assert weights(home / "one" / name) == weights(home / "two" / name)
-        assert (home / "one" / name / "config.json").read_bytes() == (home / "two" / name / "config.json").read_bytes()
+        assert (home / "one" / name / "config.json").read_bytes() == (
+            home / "two" / name / "config.json"
+        ).read_bytes()
     died = job(2, home, learn, home / "died", False, 2)
     assert died.codes[1] == -9
     assert died.codes[0] == 1
@@ -167,7 +208,11 @@ def test_training_is_the_same_bit_for_bit_and_goes_on_with_another_number_of_pro
     assert weights(home / "died" / "text") == weights(home / "one" / "text")
 
 
-PRUNED = (("self",), ("data", "--channels", "elimination", "--widths", "uniform"), ("none", "--stream"))
+PRUNED = (
+    ("self",),
+    ("data", "--channels", "elimination", "--widths", "uniform"),
+    ("none", "--stream"),
+)
 
 
 def cut(home: Path, out: Path) -> None:
@@ -179,7 +224,18 @@ def cut(home: Path, out: Path) -> None:
         patch.setattr(apply, "AUTO_GAIN", -1)  # per-layer widths, where two ways are compared
         for moments, *more in PRUNED:
             text = ["--text", home / "calibration.txt"] if moments == "data" else []
-            given = ["--policy", policy, "--ratio", 0.3, "--round", 4, "--moments", moments, *text, *more]
+            given = [
+                "--policy",
+                policy,
+                "--ratio",
+                0.3,
+                "--round",
+                4,
+                "--moments",
+                moments,
+                *text,
+                *more,
+            ]
             with pytest.raises(SystemExit) as ended:
                 command(home, "prune", home / "tiny", "--out", out / moments, *given)
             assert not ended.value.code
@@ -198,7 +254,10 @@ def test_pruned_checkpoints_are_the_same_byte_for_byte_and_a_mistake_is_said_onc
         assert "none exists already" in "".join(ended.errors)
         assert [text.count("pruned model") for text in ended.output] == [3, 0][:ranks]
     for moments, *_ in PRUNED:
-        one, two = ({file.name: file.read_bytes() for file in (home / f"cut{n}" / moments).iterdir()} for n in (1, 2))
+        one, two = (
+            {file.name: file.read_bytes() for file in (home / f"cut{n}" / moments).iterdir()}
+            for n in (1, 2)
+        )
         assert one == two
         assert len(one) > 3
 
@@ -209,9 +268,34 @@ def compared(home: Path, out: Path, death: int = 0, rank: int = 1) -> None:
 
     if death:
         dies_at(run, "_measure", death, rank)
-    specs = ("random", "wanda_sp@words", "flap", "prunenet", "wanda_sp@seed:words", "llm_pruner_element1")
-    sizes = ["--ratios", "0.5", "--window", 16, "--calibration-tokens", 128, "--calibration-window", 16, "--round", 4]
-    texts = ["--text", home / "test.txt", "--calibration", f"words={home / 'calibration.txt'}", "--policy", home / "policy"]
+    specs = (
+        "random",
+        "wanda_sp@words",
+        "flap",
+        "prunenet",
+        "wanda_sp@seed:words",
+        "llm_pruner_element1",
+    )
+    sizes = [
+        "--ratios",
+        "0.5",
+        "--window",
+        16,
+        "--calibration-tokens",
+        128,
+        "--calibration-window",
+        16,
+        "--round",
+        4,
+    ]
+    texts = [
+        "--text",
+        home / "test.txt",
+        "--calibration",
+        f"words={home / 'calibration.txt'}",
+        "--policy",
+        home / "policy",
+    ]
     command(home, "compare", home / "tiny", *specs, *sizes, *texts, "--out", out, "--json")
 
 
@@ -220,13 +304,18 @@ def lines(path: Path) -> dict[str, dict[str, object]]:
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({line["cell"] for line in found}) == len(found)
     return {
-        line["cell"]: {name: value for name, value in line.items() if not name.startswith(("seconds", "peak"))}
+        line["cell"]: {
+            name: value for name, value in line.items() if not name.startswith(("seconds", "peak"))
+        }
         for line in found
     }
 
 
-def test_a_comparison_has_the_same_lines_and_a_killed_one_goes_on_with_another_number_of_processes(home):
-    assert job(1, home, compared, home, home / "one.jsonl").codes == [1]  # LLM-Pruner protects more layers than there are
+def test_a_comparison_has_the_same_lines_and_a_killed_one_goes_on_with_another_number_of_processes(
+    home,
+):
+    # LLM-Pruner protects more layers than there are
+    assert job(1, home, compared, home, home / "one.jsonl").codes == [1]
     expected = lines(home / "one.jsonl")
     assert sorted(line["error"] is None for line in expected.values()) == [False, *[True] * 6]
     ended = job(2, home, compared, home, home / "two.jsonl", 2)
@@ -238,7 +327,11 @@ def test_a_comparison_has_the_same_lines_and_a_killed_one_goes_on_with_another_n
     assert ended.codes == [1, 1, 1]
     assert not any(ended.errors[1:])
     assert lines(home / "two.jsonl") == expected
-    assert [bool(json.loads(text)["cells"]) if text else None for text in ended.output] == [True, None, None]
+    assert [bool(json.loads(text)["cells"]) if text else None for text in ended.output] == [
+        True,
+        None,
+        None,
+    ]
 
 
 def recovered(home: Path, out: Path, death: int = 0, *more: str) -> None:
@@ -247,11 +340,28 @@ def recovered(home: Path, out: Path, death: int = 0, *more: str) -> None:
 
     if death:
         dies_at(training, "teaching_loss", death, rank=1)
-    sizes = ("--steps", 3, "--batch", 5, "--micro-batch", 2, "--tokens", 1024, "--rank", 2, "--learning-rate", 0.01)
-    command(home, "recover", home / "narrow", "--teacher", home / "tiny", "--out", out, *sizes, *more)
+    sizes = (
+        "--steps",
+        3,
+        "--batch",
+        5,
+        "--micro-batch",
+        2,
+        "--tokens",
+        1024,
+        "--rank",
+        2,
+        "--learning-rate",
+        0.01,
+    )
+    command(
+        home, "recover", home / "narrow", "--teacher", home / "tiny", "--out", out, *sizes, *more
+    )
 
 
-def test_a_recovery_has_the_same_bytes_and_a_killed_one_goes_on_with_another_number_of_processes(home):
+def test_a_recovery_has_the_same_bytes_and_a_killed_one_goes_on_with_another_number_of_processes(
+    home,
+):
     save_cut(home / "tiny", home / "narrow", [24] * LAYERS)
     assert job(1, home, recovered, home, home / "recovered" / "one").codes == [0]
     assert job(2, home, recovered, home, home / "recovered" / "two", 2).codes == [1, -9]

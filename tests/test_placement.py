@@ -1,4 +1,6 @@
-"""Models that accelerate spreads over devices and disk: what they give is what the model in memory gives, to the bit."""
+"""Models that accelerate spreads over devices and disk: what they give is what the model in memory
+gives, to the bit.
+"""
 
 import gc
 import json
@@ -12,21 +14,24 @@ from families import FAMILIES, random_keep, tiny_model, token_ids
 from test_cli import facts, refused, run, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunenet import calibration, offload
-from prunenet.activation_stats import channel_features
-from prunenet.calibration import Blocks, weights_sha256
-from prunenet.checkpoint import CheckpointError, load_model
-from prunenet.compensate import Refits, cut_layers, refit_kept, refit_sequentially
-from prunenet.divergence import divergences
-from prunenet.generate import generate_blocks
-from prunenet.layers import count_parameters, ffn_widths, iter_ffns
-from prunenet.moments import LayerWalk, ffn_moments, paired_moments
-from prunenet.placement import is_placed, parse_max_memory, present, where
+from prunenet.checkpoints import offload
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.checkpoints.load import load_model
+from prunenet.evaluation.divergence import divergences
+from prunenet.features.from_activations import channel_features
+from prunenet.features.from_weights import layer_context, observe
+from prunenet.models.layers import count_parameters, ffn_widths, iter_ffns
+from prunenet.models.surgery import masking, narrowed
 from prunenet.policies import artifact
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
-from prunenet.stats import layer_context, observe
-from prunenet.surgery import masking, narrowed
+from prunenet.refit.cut import Refits, cut_layers, refit_kept, refit_sequentially
+from prunenet.refit.moments import LayerWalk, ffn_moments, paired_moments
+from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
+from prunenet.text import calibration
+from prunenet.text.calibration import CalibrationSet
+from prunenet.text.generate import generate_blocks
 
 pytest.importorskip("accelerate")
 
@@ -66,7 +71,9 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_placed_model_of_every_family_has_the_weights_logits_and_narrow_form_of_the_one_in_memory(tmp_path, family):
+def test_a_placed_model_of_every_family_has_the_weights_logits_and_narrow_form_of_the_one_in_memory(
+    tmp_path, family
+):
     memory, placed = both(stored(tmp_path / "dense", family, bias=True), "cpu=10KB")
     assert devices(placed) == {"meta"}
     assert weights_sha256(placed) == weights_sha256(memory)
@@ -143,10 +150,18 @@ def test_cuts_refits_and_what_they_cost_are_those_in_memory(tmp_path, family, li
         (cut,) = cut_layers(model, BLOCKS, [[24] * 3])
         moments = list(ffn_moments(model, BLOCKS))
         again = refit_kept(model, cut.keep, [(one, one) for one in moments])
-        sequential = [refit_sequentially(model, cut, BLOCKS, dense_targets=dense) for dense in (True, False)]
+        sequential = [
+            refit_sequentially(model, cut, BLOCKS, dense_targets=dense) for dense in (True, False)
+        ]
         cuts = [cut, again, *sequential]
         costs = divergences(model, [one.down for one in cuts], BLOCKS)
-        results.append(([*costs], [d for one in cuts for d in one.downs], [logits(one.model(model)) for one in cuts]))
+        results.append(
+            (
+                [*costs],
+                [d for one in cuts for d in one.downs],
+                [logits(one.model(model)) for one in cuts],
+            )
+        )
         assert torch.equal(logits(model), logits(memory))
     for mine, theirs in zip(*results, strict=True):
         assert all(map(torch.equal, mine, theirs))
@@ -166,20 +181,25 @@ def test_levels_of_refits_and_paired_walks_are_those_in_memory(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_placed_model_writes_the_same_text(tmp_path, family):
     mine, theirs = (
-        generate_blocks(model, 1, sequences=3, tokens=10, batch=3) for model in both(stored(tmp_path / "dense", family))
+        generate_blocks(model, 1, sequences=3, tokens=10, batch=3)
+        for model in both(stored(tmp_path / "dense", family))
     )
     assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize(("family", "tied", "widths"), [("llama", True, "per-layer"), ("opt", None, "uniform")])
+@pytest.mark.parametrize(
+    ("family", "tied", "widths"), [("llama", True, "per-layer"), ("opt", None, "uniform")]
+)
 def test_a_placed_model_is_pruned_to_the_same_bytes(tmp_path, family, tied, widths, limit):
     policy = Policy.untrained(PolicyConfig(hidden=(8,)))
     with torch.no_grad():
         policy.scorer.widths.out.weight.normal_(generator=torch.Generator().manual_seed(0))
     folders = []
     for number, model in enumerate(both(stored(tmp_path / "dense", family, tied=tied), limit)):
-        pruned = prune(model, policy, ratio=0.4, widths=widths, blocks=Blocks(BLOCKS, "data", {}))
+        pruned = prune(
+            model, policy, ratio=0.4, widths=widths, blocks=CalibrationSet(BLOCKS, "data", {})
+        )
         folders.append(pruned.save_pretrained(tmp_path / str(number)))
         assert len(set(ffn_widths(pruned.model))) == (1 if widths == "uniform" else 3)
     assert contents(folders[0]) == contents(folders[1])
@@ -196,7 +216,9 @@ def written(folder: Path) -> str:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("moments", "refit"), [("self", "layerwise"), ("data", "sequential")])
-def test_prune_gives_the_same_bytes_whether_weights_are_in_memory_or_on_disk(tmp_path, monkeypatch, family, moments, refit):
+def test_prune_gives_the_same_bytes_whether_weights_are_in_memory_or_on_disk(
+    tmp_path, monkeypatch, family, moments, refit
+):
     monkeypatch.setattr(calibration, "self_blocks", partial(calibration.self_blocks, sequences=6))
     model = save_tiny(tmp_path / "dense", family)
     text = ("--text", written(tmp_path)) if moments == "data" else ()
@@ -212,8 +234,23 @@ def test_prune_gives_the_same_bytes_whether_weights_are_in_memory_or_on_disk(tmp
 @pytest.mark.parametrize("preset", ["default", "spectral"])
 def test_a_policy_trained_on_a_placed_model_is_the_one_trained_in_memory(tmp_path, preset):
     model = save_tiny(tmp_path / "dense")
-    ask: tuple[Any, ...] = ("train", model, "--updates", 1, "--masks", 2, "--preset", preset, "--widths", "uniform")
-    ask += ("--distance", "energy") if preset == "spectral" else ("--moments", "data", "--text", written(tmp_path))
+    ask: tuple[Any, ...] = (
+        "train",
+        model,
+        "--updates",
+        1,
+        "--masks",
+        2,
+        "--preset",
+        preset,
+        "--widths",
+        "uniform",
+    )
+    ask += (
+        ("--distance", "energy")
+        if preset == "spectral"
+        else ("--moments", "data", "--text", written(tmp_path))
+    )
     facts(*ask, "--out", tmp_path / "memory")
     facts(*ask, "--out", tmp_path / "placed", "--device", "auto", "--max-memory", "cpu=60KB")
     mine, theirs = (tmp_path / name / "model.safetensors" for name in ("memory", "placed"))
@@ -222,7 +259,17 @@ def test_a_policy_trained_on_a_placed_model_is_the_one_trained_in_memory(tmp_pat
 
 def test_eval_gives_the_same_perplexity_and_says_where_the_weights_were(tmp_path):
     models = [save_tiny(tmp_path / "one"), save_tiny(tmp_path / "two", "opt")]
-    ask = ("eval", *models, "--text", written(tmp_path), "--window", 32, "--no-speed", "--max-windows", 4)
+    ask = (
+        "eval",
+        *models,
+        "--text",
+        written(tmp_path),
+        "--window",
+        32,
+        "--no-speed",
+        "--max-windows",
+        4,
+    )
     memory, placed = facts(*ask), facts(*ask, "--device", "auto", "--max-memory", "cpu=10KB")
     for mine, theirs in zip(memory["models"], placed["models"], strict=True):
         assert mine["device"] == "cpu"
@@ -233,14 +280,32 @@ def test_eval_gives_the_same_perplexity_and_says_where_the_weights_were(tmp_path
 def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(tmp_path):
     model = save_tiny(tmp_path / "dense")
     (tmp_path / "scored.txt").write_text(" ".join(f"w{i * 7 % 61}" for i in range(100)))
-    methods = ("flap:owl@words", "elimination@words+sequential", "folding", "llm_pruner_element1:uniform@words")
-    ask = ("compare", model, *methods, "--calibration", f"words={written(tmp_path)}", "--ratios", 0.5)
+    methods = (
+        "flap:owl@words",
+        "elimination@words+sequential",
+        "folding",
+        "llm_pruner_element1:uniform@words",
+    )
+    ask = (
+        "compare",
+        model,
+        *methods,
+        "--calibration",
+        f"words={written(tmp_path)}",
+        "--ratios",
+        0.5,
+    )
     ask += ("--text", tmp_path / "scored.txt", "--window", 32, "--max-windows", 2)
     ask += ("--calibration-tokens", 256, "--calibration-window", 32, "--json")
     lines = []
     for place in ((), ("--device", "auto", "--max-memory", "cpu=60KB")):
         run(*ask, *place, "--out", tmp_path / f"{len(place)}.jsonl")
-        lines.append([json.loads(line) for line in (tmp_path / f"{len(place)}.jsonl").read_text().splitlines()])
+        lines.append(
+            [
+                json.loads(line)
+                for line in (tmp_path / f"{len(place)}.jsonl").read_text().splitlines()
+            ]
+        )
     refusals = 0
     for mine, theirs in zip(*lines, strict=True):
         assert mine["error"] is None
@@ -249,20 +314,24 @@ def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(
             assert mine["parameters"] == theirs["parameters"]
         else:
             refusals += 1
-            assert theirs["error"].endswith("needs all weights on one device, and --device auto has placed them on several")
+            assert theirs["error"].endswith(
+                "needs all weights on one device, and --device auto has placed them on several"
+            )
     assert refusals == 2
 
 
 def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     _, placed = both(stored(tmp_path / "dense"))
-    pruned = prune(placed, ratio=0.5, blocks=Blocks(BLOCKS, "data", {}))
+    pruned = prune(placed, ratio=0.5, blocks=CalibrationSet(BLOCKS, "data", {}))
     real = offload.write_shard
 
     def bent(path, tensors, rows):
         return real(path, tensors, lambda name: [rows_of + 1 for rows_of in rows(name)])
 
     monkeypatch.setattr(offload, "write_shard", bent)
-    with pytest.raises(CheckpointError, match=r"was not saved: tensor model\.\S+ differs after a reload"):
+    with pytest.raises(
+        CheckpointError, match=r"was not saved: tensor model\.\S+ differs after a reload"
+    ):
         pruned.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -270,7 +339,10 @@ def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("cpu", "--max-memory 'cpu' is not a device and a size: give it as in cuda:0=20GiB,cpu=60GiB"),
+        (
+            "cpu",
+            "--max-memory 'cpu' is not a device and a size: give it as in cuda:0=20GiB,cpu=60GiB",
+        ),
         ("cpu=much", "--max-memory 'cpu=much' is not a device and a size"),
         ("cpu=1GB;disk=2GB", "is not a device and a size"),
         ("cpu=1GB,cpu=2GB", "--max-memory names cpu twice"),
@@ -279,7 +351,10 @@ def test_a_reload_that_differs_is_an_error_and_leaves_nothing(tmp_path, monkeypa
 )
 def test_a_wrong_max_memory_is_one_sentence(tmp_path, given, message):
     model = save_tiny(tmp_path / "dense")
-    for command in (("prune", model, "--ratio", 0.5, "--out", tmp_path / "out"), ("eval", model, "--text", written(tmp_path))):
+    for command in (
+        ("prune", model, "--ratio", 0.5, "--out", tmp_path / "out"),
+        ("eval", model, "--text", written(tmp_path)),
+    ):
         assert message in refused(*command, "--device", "auto", "--max-memory", given)
 
 
@@ -314,14 +389,20 @@ def test_a_model_that_fits_one_device_is_an_ordinary_one(tmp_path):
 @pytest.mark.gpu
 def test_a_model_larger_than_its_limit_is_pruned_within_one_layer_and_one_batch_of_it(tmp_path):
     layers, d_ff = 32, 2816
-    config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=d_ff, num_hidden_layers=layers, vocab_size=2048)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=1024, intermediate_size=d_ff, num_hidden_layers=layers, vocab_size=2048
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     weights = sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
-    limit, blocks = weights // 4, torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0))
+    limit, blocks = (
+        weights // 4,
+        torch.randint(2048, (16, 256), generator=torch.Generator().manual_seed(0)),
+    )
     torch.cuda.reset_peak_memory_stats()
     placed = load_model(tmp_path / "dense", device="auto", max_memory=f"cuda:0={limit},cpu=8GB")
     assert "cuda:0" in where(placed)
-    pruned = prune(placed, ratio=0.5, blocks=Blocks(blocks, "data", {}))
+    pruned = prune(placed, ratio=0.5, blocks=CalibrationSet(blocks, "data", {}))
     pruned.save_pretrained(tmp_path / "out")
-    allowed = limit + 3 * (weights // layers) + 8 * (8 * d_ff**2)  # the elimination and the refit hold some float64 d_ff x d_ff
+    # the elimination and the refit hold some float64 d_ff x d_ff
+    allowed = limit + 3 * (weights // layers) + 8 * (8 * d_ff**2)
     assert torch.cuda.max_memory_allocated() < allowed < weights

@@ -1,4 +1,6 @@
-"""A saved policy: exact on reload, deterministic, nested over ratios, and clear about what it cannot read."""
+"""A saved policy: exact on reload, deterministic, nested over ratios, and clear about what it
+cannot read.
+"""
 
 import json
 import math
@@ -10,14 +12,14 @@ import torch
 from families import FAMILIES, tiny_model, token_ids
 
 import prunenet
-from prunenet.calibration import Blocks
-from prunenet.layers import down_linears, ffn_widths
-from prunenet.masks import top_channels
+from prunenet.checkpoints.regimes import REGIMES, Regime
+from prunenet.features.from_weights import CONTEXT, STATISTICS
+from prunenet.models.layers import down_linears, ffn_widths
+from prunenet.models.masks import top_channels
 from prunenet.policies import apply, artifact
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.provenance import REGIMES, Regime
-from prunenet.stats import CONTEXT, STATISTICS
+from prunenet.text.calibration import CalibrationSet
 
 RATIOS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
@@ -32,11 +34,14 @@ def some_policy(**config) -> Policy:
     return policy
 
 
-def some_blocks(regime: str = "self") -> Blocks:
-    return Blocks(token_ids(10, 24), regime, {"text": "random"})
+def some_blocks(regime: str = "self") -> CalibrationSet:
+    return CalibrationSet(token_ids(10, 24), regime, {"text": "random"})
 
 
-@pytest.mark.parametrize(("family", "per_layer"), [*((family, False) for family in FAMILIES), ("llama", True), ("opt", True)])
+@pytest.mark.parametrize(
+    ("family", "per_layer"),
+    [*((family, False) for family in FAMILIES), ("llama", True), ("opt", True)],
+)
 def test_masks_nest_as_the_ratio_rises_and_ratio_zero_keeps_all(family, per_layer):
     policy, model = some_policy(), tiny_model(family)
     by_ratio = [policy.masks(model, ratio, per_layer=per_layer) for ratio in RATIOS]
@@ -187,9 +192,13 @@ def test_per_layer_widths_add_up_to_as_many_channels_as_uniform_ones():
             assert len(set(learned)) > 1
 
 
-@pytest.mark.parametrize(("gain", "chosen"), [(-0.1, "uniform"), (0.05, "uniform"), (0.051, "per-layer")])
+@pytest.mark.parametrize(
+    ("gain", "chosen"), [(-0.1, "uniform"), (0.05, "uniform"), (0.051, "per-layer")]
+)
 @pytest.mark.parametrize("measured", [False, True])
-def test_auto_takes_per_layer_widths_for_a_predicted_gain_above_5_percent(monkeypatch, measured, gain, chosen):
+def test_auto_takes_per_layer_widths_for_a_predicted_gain_above_5_percent(
+    monkeypatch, measured, gain, chosen
+):
     policy = some_policy(gain=None if measured else gain)
     if measured:
         monkeypatch.setattr(apply, "_gain", lambda *_: gain)
@@ -202,7 +211,10 @@ def test_auto_takes_per_layer_widths_for_a_predicted_gain_above_5_percent(monkey
 
 
 def test_auto_is_uniform_where_nothing_else_was_learned():
-    assert prunenet.prune(tiny_model("llama"), some_policy(), ratio=0.5).provenance.how["widths"] == "uniform"
+    assert (
+        prunenet.prune(tiny_model("llama"), some_policy(), ratio=0.5).provenance.how["widths"]
+        == "uniform"
+    )
     untrained = Policy.untrained(PolicyConfig(gain=0.5))
     how = prunenet.prune(tiny_model("llama"), untrained, ratio=0.5).provenance.how
     assert (how["widths"], how["predicted_gain"]) == ("uniform", None)
@@ -212,14 +224,20 @@ def test_the_predicted_gain_is_that_of_the_pruned_models_before_their_refit_on_b
     model, blocks = tiny_model("llama"), some_blocks()
 
     def loss(widths: str) -> float:
-        narrow = prunenet.prune(model, some_policy(), ratio=0.5, blocks=blocks, widths=widths, refit="off").model
+        narrow = prunenet.prune(
+            model, some_policy(), ratio=0.5, blocks=blocks, widths=widths, refit="off"
+        ).model
         with torch.no_grad():
-            dense, pruned = (m(blocks.ids[-2:]).logits.double().log_softmax(-1) for m in (model, narrow))
+            dense, pruned = (
+                m(blocks.ids[-2:]).logits.double().log_softmax(-1) for m in (model, narrow)
+            )
         return float((dense.exp() * (dense - pruned)).sum(-1).mean())
 
     gain = 1 - math.exp(loss("per-layer") - loss("uniform"))
     for refit in ("off", "layerwise"):
-        how = prunenet.prune(model, some_policy(), ratio=0.5, blocks=blocks, refit=refit).provenance.how
+        how = prunenet.prune(
+            model, some_policy(), ratio=0.5, blocks=blocks, refit=refit
+        ).provenance.how
         assert how["predicted_gain"] == pytest.approx(gain, abs=1e-4)
 
 
@@ -267,15 +285,20 @@ def test_measuring_and_refitting_leave_the_dense_model_alone(channels, refit):
         (what, 3, 3) for what in ("cutting", *(["refitting"] if refit == "sequential" else []))
     ]
     narrow = [linear.weight for linear in down_linears(pruned.model)]
-    kept = [linear.weight[:, keep] for linear, keep in zip(down_linears(model), pruned.keep, strict=True)]
+    kept = [
+        linear.weight[:, keep]
+        for linear, keep in zip(down_linears(model), pruned.keep, strict=True)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(narrow, kept, strict=True)) == (refit == "off")
     if channels == "policy":
         scores = zip(policy.scores(model), ffn_widths(pruned.model), strict=True)
-        assert all(torch.equal(top_channels(*a), b) for a, b in zip(scores, pruned.keep, strict=True))
+        assert all(
+            torch.equal(top_channels(*a), b) for a, b in zip(scores, pruned.keep, strict=True)
+        )
 
 
 def test_a_refit_comes_nearer_to_the_dense_model_than_none():
-    model, blocks = tiny_model("llama"), Blocks(token_ids(40, 24), "self", {})
+    model, blocks = tiny_model("llama"), CalibrationSet(token_ids(40, 24), "self", {})
     ids = token_ids(8, 24, seed=1)
 
     def distance(refit: str) -> float:
@@ -305,9 +328,15 @@ def test_scores_that_the_caller_has_are_not_computed_again(monkeypatch):
         ({"refit": "layerwise"}, "give text"),
         ({"channels": "elimination"}, "give text"),
         ({"policy": None}, "no policy to choose the channels"),
-        ({"policy": None, "blocks": some_blocks(), "channels": "policy"}, "no policy to choose the channels"),
-        ({"policy": None, "blocks": some_blocks(), "widths": "per-layer"}, "no policy to say where to cut"),
-        ({"blocks": Blocks(token_ids(1, 24), "self", {})}, "give 2 blocks or more, got 1"),
+        (
+            {"policy": None, "blocks": some_blocks(), "channels": "policy"},
+            "no policy to choose the channels",
+        ),
+        (
+            {"policy": None, "blocks": some_blocks(), "widths": "per-layer"},
+            "no policy to say where to cut",
+        ),
+        ({"blocks": CalibrationSet(token_ids(1, 24), "self", {})}, "give 2 blocks or more, got 1"),
     ],
 )
 def test_choices_that_cannot_be_met_are_one_sentence(choices, message):
@@ -326,21 +355,33 @@ def shipped(tmp_path, monkeypatch):
 
 def test_the_zoo_is_found_by_name_and_by_family(shipped):
     assert zoo() == {"llama": shipped / "llama"}
-    assert Policy.from_pretrained("llama").sha256 == some_policy(trained_on={"model_type": "llama"}).sha256
-    asked = ((None, "llama", True), ("llama", "opt", True), (None, "opt", False), ("none", "llama", False))
+    assert (
+        Policy.from_pretrained("llama").sha256
+        == some_policy(trained_on={"model_type": "llama"}).sha256
+    )
+    asked = (
+        (None, "llama", True),
+        ("llama", "opt", True),
+        (None, "opt", False),
+        ("none", "llama", False),
+    )
     for choice, family, found in asked:
         policy, name = policy_for(choice, family)
         assert (policy is not None, name) == (found, "llama" if found else "none")
 
 
 def test_a_policy_that_is_neither_a_folder_nor_in_the_zoo_lists_what_is(shipped, tmp_path):
-    with pytest.raises(PolicyError, match=r"policy 'alpaca' does not exist; .*\(or take one that ships: llama\)"):
+    with pytest.raises(
+        PolicyError, match=r"policy 'alpaca' does not exist; .*\(or take one that ships: llama\)"
+    ):
         policy_for("alpaca", "llama")
     with pytest.raises(PolicyError, match="holds no policy"):
         policy_for(str(tmp_path), "llama")
 
 
-def test_a_folder_of_the_same_name_does_not_hide_the_family_s_policy(shipped, tmp_path, monkeypatch):
+def test_a_folder_of_the_same_name_does_not_hide_the_family_s_policy(
+    shipped, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     tiny_model("llama").save_pretrained("llama")
     policy, _ = policy_for(None, "llama")

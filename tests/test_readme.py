@@ -8,12 +8,16 @@ import pytest
 from families import tiny_model
 from typer.testing import CliRunner
 
-from prunenet.cli import app
+from prunenet.cli.app import app
 from prunenet.policies.artifact import Policy, PolicyConfig
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+]
 
 
 @pytest.mark.parametrize("code", PYTHON)

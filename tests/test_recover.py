@@ -1,4 +1,6 @@
-"""Recovery: updates that change nothing at first, never make a model worse, and end in an ordinary checkpoint."""
+"""Recovery: updates that change nothing at first, never make a model worse, and end in an ordinary
+checkpoint.
+"""
 
 import dataclasses
 import json
@@ -12,15 +14,18 @@ from safetensors.torch import load_file
 from test_cli import contents, facts, refused, run, save_tiny
 from transformers import AutoModelForCausalLM
 
-from prunenet.calibration import Blocks
-from prunenet.checkpoint import Provenance, identify, load_masks, load_model, load_provenance, save_pruned
+from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import load_masks, load_provenance, save_pruned
+from prunenet.evaluation.losses import next_token_loss
+from prunenet.models.surgery import narrowed
 from prunenet.policies.artifact import PolicyError
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.gradients import next_token_loss
-from prunenet.policies.methods.slicegpt import sliced
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
-from prunenet.surgery import narrowed
+from prunenet.text.calibration import CalibrationSet
 
 PER_LAYER = [16, 40, 8]
 QUICK = Tuning(steps=6, batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
@@ -32,8 +37,8 @@ def cut(family: str = "llama", widths: list[int] | None = None):
     return dense, narrowed(dense, random_keep(widths or [24] * LAYERS))
 
 
-def text(count: int = 20, regime: str = "self") -> Blocks:
-    return Blocks(token_ids(count, 16), regime, {"text": "random"})
+def text(count: int = 20, regime: str = "self") -> CalibrationSet:
+    return CalibrationSet(token_ids(count, 16), regime, {"text": "random"})
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -45,11 +50,17 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_updates_that_have_learned_nothing_change_nothing_and_touch_every_linear_of_the_layers(family):
+def test_updates_that_have_learned_nothing_change_nothing_and_touch_every_linear_of_the_layers(
+    family,
+):
     _, narrow = cut(family, PER_LAYER)
     before, flags = state(narrow), [p.requires_grad for p in narrow.parameters()]
     student = adapted(narrow, 2, seed=0)
-    linears = [m for m in narrow.modules() if isinstance(m, torch.nn.Linear) and m is not narrow.get_output_embeddings()]
+    linears = [
+        m
+        for m in narrow.modules()
+        if isinstance(m, torch.nn.Linear) and m is not narrow.get_output_embeddings()
+    ]
     assert len(updates_of(student)) == 2 * len(linears)
     assert torch.equal(student(token_ids()).logits, narrow(token_ids()).logits)
     assert same(state(merged(student)), before)
@@ -74,14 +85,20 @@ def test_a_merged_update_computes_what_it_did_beside_the_linear(dtype):
 @pytest.mark.parametrize("widths", [None, PER_LAYER])
 def test_training_lowers_the_loss_on_text_held_back_and_leaves_both_models_alone(taught, widths):
     dense, narrow = cut("opt", widths)
-    blocks = text() if taught else Blocks(torch.arange(3, 19).repeat(10, 1), "data", {"text": "one line"})
+    blocks = (
+        text()
+        if taught
+        else CalibrationSet(torch.arange(3, 19).repeat(10, 1), "data", {"text": "one line"})
+    )
     before = state(dense), state(narrow)
     found = tuned(narrow, blocks, QUICK, teacher=dense if taught else None)
     held = blocks.ids[-round(0.2 * len(blocks.ids)) :]
 
     def loss(model) -> float:
         with torch.no_grad():
-            return float(teaching_loss(model, dense, held) if taught else next_token_loss(model, held))
+            return float(
+                teaching_loss(model, dense, held) if taught else next_token_loss(model, held)
+            )
 
     assert found.best_step > 0
     assert (loss(narrow), loss(found.model)) == pytest.approx((found.before, found.after), rel=1e-5)
@@ -93,14 +110,18 @@ def test_training_lowers_the_loss_on_text_held_back_and_leaves_both_models_alone
 
 def test_where_nothing_is_better_the_model_stays_as_it_is():
     dense, _ = cut()
-    found = tuned(dense, text(), QUICK, teacher=dense)  # nothing is nearer to the teacher than the teacher
+    # nothing is nearer to the teacher than the teacher
+    found = tuned(dense, text(), QUICK, teacher=dense)
     assert found.model is dense
     assert (found.best_step, found.after) == (0, found.before)
 
 
 def test_micro_batches_change_memory_and_not_what_is_learned():
     dense, narrow = cut()
-    whole, parts = (tuned(narrow, text(), dataclasses.replace(QUICK, micro_batch=size), teacher=dense).after for size in (4, 3))
+    whole, parts = (
+        tuned(narrow, text(), dataclasses.replace(QUICK, micro_batch=size), teacher=dense).after
+        for size in (4, 3)
+    )
     assert whole == pytest.approx(parts, rel=1e-3)
 
 
@@ -110,7 +131,7 @@ def test_every_block_is_learned_from_equally_often(monkeypatch):
         "prunenet.recover.training.next_token_loss",
         lambda model, ids: seen.extend(ids[:, 0].tolist()) or next_token_loss(model, ids),
     )
-    blocks = Blocks(torch.arange(10, 20)[:, None].repeat(1, 4), "data", {})
+    blocks = CalibrationSet(torch.arange(10, 20)[:, None].repeat(1, 4), "data", {})
     tuned(cut()[1], blocks, dataclasses.replace(QUICK, steps=4))
     learned = sorted(token for token in seen if token < 18)  # the last two are held back
     assert learned == sorted([*range(10, 18)] * 2)
@@ -133,7 +154,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, taught):
             tuned(narrow, text(), other, teacher=teacher, folder=tmp_path, resume=True)
     steps = []
     gone_on = tuned(
-        narrow, text(), QUICK, teacher=teacher, folder=tmp_path, resume=True, progress=lambda done, *_: steps.append(done)
+        narrow,
+        text(),
+        QUICK,
+        teacher=teacher,
+        folder=tmp_path,
+        resume=True,
+        progress=lambda done, *_: steps.append(done),
     )
     assert steps == [4, 5, 6]
     assert same(state(whole.model), state(gone_on.model))
@@ -144,12 +171,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, taught):
 def test_a_loss_that_explodes_is_one_clear_sentence():
     dense, narrow = cut()
     with pytest.raises(ValueError, match="give a smaller --learning-rate than 1e"):
-        tuned(narrow, text(), dataclasses.replace(QUICK, learning_rate=1e30, steps=20), teacher=dense)
+        tuned(
+            narrow, text(), dataclasses.replace(QUICK, learning_rate=1e30, steps=20), teacher=dense
+        )
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("batch", 0), ("micro_batch", 0), ("rank", 0), ("learning_rate", 0.0), ("seed", -1)],
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("micro_batch", 0),
+        ("rank", 0),
+        ("learning_rate", 0.0),
+        ("seed", -1),
+    ],
 )
 def test_a_number_out_of_range_is_named_with_its_value(field, value):
     with pytest.raises(ValueError, match=f"{field.replace('_', '.')} must be .*got {value}"):
@@ -161,7 +197,7 @@ def test_text_and_teacher_must_suit_the_model():
     with pytest.raises(ValueError, match="2 blocks or more"):
         tuned(narrow, text(1), QUICK, teacher=dense)
     with pytest.raises(ValueError, match="beyond the model's 64 embeddings"):
-        tuned(narrow, Blocks(torch.full((4, 4), 64), "data", {}), QUICK)
+        tuned(narrow, CalibrationSet(torch.full((4, 4), 64), "data", {}), QUICK)
     other = tiny_model("llama")
     other.resize_token_embeddings(70)
     with pytest.raises(ValueError, match="vocabulary of 70 tokens and the pruned model one of 64"):
@@ -186,7 +222,13 @@ def dense(tmp_path_factory) -> Path:
 def save_cut(dense: Path, out: Path, widths: list[int], **fields) -> Path:
     model, keep = load_model(dense), random_keep(widths)
     narrow, (name, revision) = narrowed(model, keep), identify(dense)
-    facts = {"base_model": name, "revision": revision, "policy": "test", "policy_sha256": None, "regime": "weights"}
+    facts = {
+        "base_model": name,
+        "revision": revision,
+        "policy": "test",
+        "policy_sha256": None,
+        "regime": "weights",
+    }
     story = Provenance.of(model, narrow, ratio=0.5, seed=0, **facts | fields)
     return save_pruned(narrow, out, keep, story)
 
@@ -207,7 +249,9 @@ SMALL = ("--steps", 4, "--batch", 4, "--rank", 4, "--tokens", 2048, "--learning-
 
 
 @pytest.mark.parametrize("widths", [[24] * LAYERS, PER_LAYER])
-def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(dense, tmp_path, widths):
+def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(
+    dense, tmp_path, widths
+):
     pruned = save_cut(dense, tmp_path / "narrow", widths)
     inputs = contents(dense), contents(pruned)
     said = facts("recover", pruned, "--teacher", dense, "--out", tmp_path / "a", *SMALL)
@@ -233,17 +277,28 @@ def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(den
     assert "Recovered by low-rank training" in (tmp_path / "a" / "README.md").read_text()
     assert all(map(torch.equal, load_masks(tmp_path / "a"), load_masks(pruned)))
     if widths != PER_LAYER:
-        stock, stored = AutoModelForCausalLM.from_pretrained(tmp_path / "a"), load_file(tmp_path / "a" / "model.safetensors")
+        stock, stored = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "a"),
+            load_file(tmp_path / "a" / "model.safetensors"),
+        )
         assert type(stock).__name__ == "LlamaForCausalLM"
         assert all(torch.equal(tensor, stored[name]) for name, tensor in stock.state_dict().items())
-        assert torch.equal(stock(token_ids()).logits, load_model(tmp_path / "a")(token_ids()).logits)
+        assert torch.equal(
+            stock(token_ids()).logits, load_model(tmp_path / "a")(token_ids()).logits
+        )
 
 
 def test_text_from_outside_needs_no_teacher_and_the_story_says_so(dense, pruned, words, tmp_path):
-    from prunenet.checkpoint import load_tokenizer
+    from prunenet.checkpoints.load import load_tokenizer
 
     model = load_model(pruned)
-    named = save_pruned(model, tmp_path / "p", load_masks(pruned), load_provenance(pruned), tokenizer=load_tokenizer(dense))
+    named = save_pruned(
+        model,
+        tmp_path / "p",
+        load_masks(pruned),
+        load_provenance(pruned),
+        tokenizer=load_tokenizer(dense),
+    )
     ask = ("--moments", "data", "--text", words, *SMALL)
     said = facts("recover", named, "--out", tmp_path / "once", *ask)
     assert said["regime"] == "data"
@@ -257,14 +312,23 @@ def test_text_from_outside_needs_no_teacher_and_the_story_says_so(dense, pruned,
     assert (tmp_path / "twice" / "tokenizer.json").exists()
 
 
-def test_where_nothing_is_better_the_checkpoint_has_the_pruned_model_s_own_weights_and_says_so(dense, pruned, tmp_path):
+def test_where_nothing_is_better_the_checkpoint_has_the_pruned_model_s_own_weights_and_says_so(
+    dense, pruned, tmp_path
+):
     ask = ("--teacher", dense, *SMALL, "--learning-rate", 1e-30)
-    assert "weights are those of the pruned model" in run("recover", pruned, "--out", tmp_path / "out", *ask).stderr
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+    assert (
+        "weights are those of the pruned model"
+        in run("recover", pruned, "--out", tmp_path / "out", *ask).stderr
+    )
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        pruned / "model.safetensors"
+    ).read_bytes()
     assert "nothing was better" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(dense, pruned, tmp_path, monkeypatch):
+def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
+    dense, pruned, tmp_path, monkeypatch
+):
     from prunenet.recover import training
 
     ask = ("recover", pruned, "--teacher", dense, *SMALL)
@@ -296,12 +360,21 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
         ((pruned, "--out", out), "learns nothing from text of its own: give the dense model"),
         ((pruned, "--out", out, "--text", words), "--text is read with --moments data only"),
         ((pruned, "--teacher", other, "--out", out), "is not the model that was pruned, tiny ("),
-        ((unknown, "--teacher", tmp_path / "qwen2", "--out", out), "has other sizes than the model that was pruned"),
+        (
+            (unknown, "--teacher", tmp_path / "qwen2", "--out", out),
+            "has other sizes than the model that was pruned",
+        ),
         ((dense, *taught), "is not a checkpoint of prunenet: it has no prunenet.json"),
         ((pruned, *taught, "--rank", 0), "rank must be at least 1, got 0"),
         ((pruned, *taught, "--steps", 0), "steps must be at least 1, got 0"),
-        ((pruned, *taught, "--tokens", 100), "--tokens must be at least 128, 2 blocks of 64, got 100"),
-        ((pruned, *taught, "--moments", "data", "--text", words, "--tokens", 4096), "give more text"),
+        (
+            (pruned, *taught, "--tokens", 100),
+            "--tokens must be at least 128, 2 blocks of 64, got 100",
+        ),
+        (
+            (pruned, *taught, "--moments", "data", "--text", words, "--tokens", 4096),
+            "give more text",
+        ),
         ((pruned, *taught, "--resume"), "nothing to resume in"),
         ((pruned, *taught, "--device", "auto"), "one device"),
         ((pruned, "--teacher", dense, "--out", words), "exists already"),
@@ -315,9 +388,19 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
 
 
 def test_cut_heads_and_sliced_residual_streams_are_kept(dense, tmp_path):
-    model, keep, groups = load_model(dense), random_keep([24] * LAYERS), [torch.tensor([True, False])] * LAYERS
+    model, keep, groups = (
+        load_model(dense),
+        random_keep([24] * LAYERS),
+        [torch.tensor([True, False])] * LAYERS,
+    )
     narrow, (name, revision) = narrowed(model, keep, groups), identify(dense)
-    facts_of = {"base_model": name, "revision": revision, "policy": "test", "policy_sha256": None, "regime": "data"}
+    facts_of = {
+        "base_model": name,
+        "revision": revision,
+        "policy": "test",
+        "policy_sha256": None,
+        "regime": "data",
+    }
     story = Provenance.of(model, narrow, ratio=0.5, seed=0, **facts_of)
     save_pruned(narrow, tmp_path / "heads", keep, story, groups=groups)
     sliced(Evidence(model, text(8)), slicing=0.25).save_pretrained(tmp_path / "sliced")
@@ -331,13 +414,19 @@ def test_cut_heads_and_sliced_residual_streams_are_kept(dense, tmp_path):
 
 
 def same_shapes(one, other) -> bool:
-    return [(name, p.shape) for name, p in one.named_parameters()] == [(n, p.shape) for n, p in other.named_parameters()]
+    return [(name, p.shape) for name, p in one.named_parameters()] == [
+        (n, p.shape) for n, p in other.named_parameters()
+    ]
 
 
 def test_what_is_filled_up_with_zeros_is_refused(dense, tmp_path):
     narrow = save_cut(dense, tmp_path / "narrow", PER_LAYER)
-    assert facts("export", narrow, "--pad", "--out", tmp_path / "padded")["padded_to"] == max(PER_LAYER)
-    assert "filled up with zeros" in refused("recover", tmp_path / "padded", "--teacher", dense, "--out", tmp_path / "out")
+    assert facts("export", narrow, "--pad", "--out", tmp_path / "padded")["padded_to"] == max(
+        PER_LAYER
+    )
+    assert "filled up with zeros" in refused(
+        "recover", tmp_path / "padded", "--teacher", dense, "--out", tmp_path / "out"
+    )
 
 
 def test_a_checkpoint_without_recovery_says_nothing_of_it(pruned):

@@ -1,20 +1,34 @@
-"""Refit is least squares, elimination is refit one channel at a time: both against brute force, solvers and closed forms."""
+"""Refit is least squares, elimination is refit one channel at a time: both against brute force,
+solvers and closed forms.
+"""
 
 import pytest
 import torch
 
-from prunenet.eliminate import eliminate, score_order
-from prunenet.masks import top_channels
-from prunenet.moments import Moments, Target
-from prunenet.refit import choose_damping, choose_shrinkage, lost, mean_bias, ridge, ridge_with_bias, shrink
+from prunenet.models.masks import top_channels
+from prunenet.refit.eliminate import eliminate, score_order
+from prunenet.refit.moments import Moments, Target
+from prunenet.refit.ridge import (
+    choose_damping,
+    choose_shrinkage,
+    lost,
+    mean_bias,
+    ridge,
+    ridge_with_bias,
+    shrink,
+)
 
 D_MODEL, D_FF, TOKENS = 7, 20, 300
 
 
 def draws(seed: int = 0, tokens: int = TOKENS) -> torch.Tensor:
     """Correlated activations of unequal size whose mean is not zero: (tokens, D_FF), float64."""
-    mixing = torch.randn(D_FF, D_FF, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    noise = torch.randn(tokens, D_FF, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mixing = torch.randn(
+        D_FF, D_FF, generator=torch.Generator().manual_seed(99), dtype=torch.float64
+    )
+    noise = torch.randn(
+        tokens, D_FF, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return noise @ mixing * torch.linspace(0.1, 2, D_FF) + torch.linspace(-1, 3, D_FF)
 
 
@@ -27,7 +41,9 @@ def target_of(t: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> Target:
 
 
 def down(seed: int = 0) -> torch.Tensor:
-    return torch.randn(D_MODEL, D_FF, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        D_MODEL, D_FF, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def some_keep(width: int = 12, seed: int = 0) -> torch.Tensor:
@@ -41,11 +57,13 @@ def brute_lost(weight, h, keep, refitted, bias=0.0, t=None) -> float:
 
 
 def test_a_refit_worked_out_by_hand():
-    # Channel 1 is half of channel 0 plus noise of variance 3/4: H = [[1, 1/2], [1/2, 1]]. Without it, channel 0 takes over.
+    # Channel 1 is half of channel 0 plus noise of variance 3/4: H = [[1, 1/2], [1/2, 1]]. Without
+    # it, channel 0 takes over.
     weight, second = torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     keep = torch.tensor([True, False])
     torch.testing.assert_close(ridge(weight, second, keep, damping=0.0), torch.tensor([[4.0]]))
-    torch.testing.assert_close(ridge(weight, second, keep, damping=1.0), torch.tensor([[3.0]]))  # 2 + 4 * 0.5 / (1 + 1)
+    # 2 + 4 * 0.5 / (1 + 1)
+    torch.testing.assert_close(ridge(weight, second, keep, damping=1.0), torch.tensor([[3.0]]))
     # tr(W H W^T) = 4 + 16 + 2 * 8 / 2 = 28; lost 16 * 3/4 = 12 after the refit, 16 * 1 before.
     assert lost(weight, second, keep, torch.tensor([[4.0]])) == pytest.approx(12 / 28)
     assert lost(weight, second, keep) == pytest.approx(16 / 28)
@@ -59,17 +77,22 @@ def test_a_refit_worked_out_by_hand():
 def test_the_refit_is_ridge_regression_on_the_tokens_themselves(damping):
     h, weight, keep = draws(), down(), some_keep()
     root = (damping * h[:, keep].square().mean(0)).sqrt()
-    # min |W h - W' h_K|^2 / n + sum_j lam_j |W'_j - W_j|^2 as an ordinary least-squares problem with extra rows.
+    # min |W h - W' h_K|^2 / n + sum_j lam_j |W'_j - W_j|^2 as an ordinary least-squares problem
+    # with extra rows.
     rows = torch.cat([h[:, keep] / TOKENS**0.5, root.diag()])
     wanted = torch.cat([h @ weight.T / TOKENS**0.5, root[:, None] * weight[:, keep].T])
     expected = torch.linalg.lstsq(rows, wanted).solution.T
-    torch.testing.assert_close(ridge(weight, moments_of(h).second, keep, damping=damping), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        ridge(weight, moments_of(h).second, keep, damping=damping), expected, rtol=1e-8, atol=1e-8
+    )
 
 
 def test_the_gradient_of_the_objective_is_zero_at_the_solution():
     h, weight, keep = draws(), down(), some_keep()
     moments = moments_of(h)
-    refitted, bias = (tensor.requires_grad_() for tensor in ridge_with_bias(weight, moments, keep, damping=0.2))
+    refitted, bias = (
+        tensor.requires_grad_() for tensor in ridge_with_bias(weight, moments, keep, damping=0.2)
+    )
     lam = 0.2 * (moments.second.diagonal() - moments.mean.square())[keep]
     error = (h @ weight.T - h[:, keep] @ refitted.T - bias).square().sum() / len(h)
     (error + (lam * (refitted - weight[:, keep]).square()).sum()).backward()
@@ -82,12 +105,20 @@ def test_the_energy_lost_is_what_the_tokens_say():
     moments, target = moments_of(h), target_of(t, h, weight)
     refitted, bias = down(3)[:, :12], down(4)[:, 0]
     given = {"bias": bias, "mean": moments.mean}
-    assert lost(weight, moments.second, keep, refitted) == pytest.approx(brute_lost(weight, h, keep, refitted))
-    assert lost(weight, moments.second, keep) == pytest.approx(brute_lost(weight, h, keep, weight[:, keep]))
-    assert lost(weight, moments.second, keep, refitted, **given) == pytest.approx(brute_lost(weight, h, keep, refitted, bias))
+    assert lost(weight, moments.second, keep, refitted) == pytest.approx(
+        brute_lost(weight, h, keep, refitted)
+    )
+    assert lost(weight, moments.second, keep) == pytest.approx(
+        brute_lost(weight, h, keep, weight[:, keep])
+    )
+    assert lost(weight, moments.second, keep, refitted, **given) == pytest.approx(
+        brute_lost(weight, h, keep, refitted, bias)
+    )
     for b, arguments in ((0.0, {}), (bias, given)):
         expected = brute_lost(weight, h, keep, refitted, b, t)
-        assert lost(weight, moments.second, keep, refitted, target=target, **arguments) == pytest.approx(expected)
+        assert lost(
+            weight, moments.second, keep, refitted, target=target, **arguments
+        ) == pytest.approx(expected)
     with pytest.raises(ValueError, match="give mean="):
         lost(weight, moments.second, keep, bias=bias)
     assert lost(torch.zeros(D_MODEL, D_FF), moments.second, keep) == 0
@@ -101,11 +132,19 @@ def test_a_refit_never_loses_more_and_a_bias_helps(seed):
     plain = lost(weight, moments.second, keep, ridge(weight, moments.second, keep, damping=0.0))
     refitted, bias = ridge_with_bias(weight, moments, keep, damping=0.0)
     both = lost(weight, moments.second, keep, refitted, bias=bias, mean=moments.mean)
-    flap = lost(weight, moments.second, keep, bias=mean_bias(weight, moments.mean, keep), mean=moments.mean)
+    flap = lost(
+        weight, moments.second, keep, bias=mean_bias(weight, moments.mean, keep), mean=moments.mean
+    )
     assert both < plain < bare
     assert both < flap < bare
     for damping in (1e-3, 0.1, 10.0):
-        assert plain <= lost(weight, moments.second, keep, ridge(weight, moments.second, keep, damping=damping)) <= bare
+        assert (
+            plain
+            <= lost(
+                weight, moments.second, keep, ridge(weight, moments.second, keep, damping=damping)
+            )
+            <= bare
+        )
 
 
 @pytest.mark.parametrize("damping", [0.0, 1.0])
@@ -114,7 +153,9 @@ def test_with_a_bias_the_mean_output_is_exact(damping):
     moments = moments_of(h)
     refitted, bias = ridge_with_bias(weight, moments, keep, damping=damping)
     torch.testing.assert_close(h[:, keep].mean(0) @ refitted.T + bias, h.mean(0) @ weight.T)
-    refitted, bias = ridge_with_bias(weight, moments, keep, damping=damping, target=target_of(t, h, weight))
+    refitted, bias = ridge_with_bias(
+        weight, moments, keep, damping=damping, target=target_of(t, h, weight)
+    )
     torch.testing.assert_close(h[:, keep].mean(0) @ refitted.T + bias, t.mean(0) @ weight.T)
     bias = mean_bias(weight, moments.mean, keep)
     torch.testing.assert_close(h[:, keep].mean(0) @ weight[:, keep].T + bias, h.mean(0) @ weight.T)
@@ -123,7 +164,10 @@ def test_with_a_bias_the_mean_output_is_exact(damping):
 def test_the_layer_s_own_activations_as_target_change_nothing():
     h, weight, keep = draws(), down(), some_keep()
     moments = moments_of(h)
-    assert torch.equal(ridge(weight, moments.second, keep, cross=moments.second), ridge(weight, moments.second, keep))
+    assert torch.equal(
+        ridge(weight, moments.second, keep, cross=moments.second),
+        ridge(weight, moments.second, keep),
+    )
     for mine, theirs in zip(
         ridge_with_bias(weight, moments, keep),
         ridge_with_bias(weight, moments, keep, target=target_of(h, h, weight)),
@@ -137,12 +181,20 @@ def test_a_refit_towards_the_dense_layer_is_least_squares_on_its_output():
     t = h + 0.3 * draws(1)
     second, target = moments_of(h).second, target_of(t, h, weight)
     refitted = ridge(weight, second, keep, damping=0.0, cross=target.cross)
-    torch.testing.assert_close(refitted, torch.linalg.lstsq(h[:, keep], t @ weight.T).solution.T, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        refitted, torch.linalg.lstsq(h[:, keep], t @ weight.T).solution.T, rtol=1e-8, atol=1e-8
+    )
     refitted_too, bias = ridge_with_bias(weight, moments_of(h), keep, damping=0.0, target=target)
-    with_one = torch.linalg.lstsq(torch.cat([h[:, keep], torch.ones_like(h[:, :1])], 1), t @ weight.T).solution.T
-    torch.testing.assert_close(torch.cat([refitted_too, bias[:, None]], 1), with_one, rtol=1e-8, atol=1e-8)
+    with_one = torch.linalg.lstsq(
+        torch.cat([h[:, keep], torch.ones_like(h[:, :1])], 1), t @ weight.T
+    ).solution.T
+    torch.testing.assert_close(
+        torch.cat([refitted_too, bias[:, None]], 1), with_one, rtol=1e-8, atol=1e-8
+    )
     blind = ridge(weight, second, keep, damping=0.0)
-    assert lost(weight, second, keep, refitted, target=target) < lost(weight, second, keep, blind, target=target)
+    assert lost(weight, second, keep, refitted, target=target) < lost(
+        weight, second, keep, blind, target=target
+    )
     whole = torch.ones(D_FF, dtype=torch.bool)
     assert torch.equal(ridge(weight, second, whole), weight)
     assert not torch.allclose(ridge(weight, second, whole, cross=target.cross), weight)
@@ -151,8 +203,12 @@ def test_a_refit_towards_the_dense_layer_is_least_squares_on_its_output():
 def test_endless_damping_or_full_shrinkage_is_no_refit():
     h, weight, keep = draws(), down(), some_keep()
     second = moments_of(h).second
-    torch.testing.assert_close(ridge(weight, second, keep, damping=1e12), weight[:, keep], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(ridge(weight, shrink(second, 1.0), keep, damping=0.1), weight[:, keep])
+    torch.testing.assert_close(
+        ridge(weight, second, keep, damping=1e12), weight[:, keep], rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        ridge(weight, shrink(second, 1.0), keep, damping=0.1), weight[:, keep]
+    )
     torch.testing.assert_close(shrink(second, 0.25).diagonal(), second.diagonal())
     torch.testing.assert_close(shrink(second, 0.25)[0, 1], 0.75 * second[0, 1])
     with pytest.raises(ValueError, match=r"shrinkage must be in \[0, 1\], got 2"):
@@ -165,25 +221,42 @@ def test_damping_and_shrinkage_lose_least_where_each_fold_is_judged_on_the_other
     folds, candidates = [moments_of(h) for h in texts], (1e-4, 1e-2, 1e-1, 1.0, 100.0)
 
     def across(refit, targets=(None, None)):
-        """The loss, token by token, of what is fitted to one fold on the other, in both directions."""
+        """The loss, token by token, of what is fitted to one fold on the other, in both
+        directions.
+        """
         pairs = ((0, 1), (1, 0))
         return sum(brute_lost(weight, texts[b], keep, refit(a), t=targets[b]) for a, b in pairs)
 
-    losses = {c: across(lambda a, c=c: ridge(weight, folds[a].second, keep, damping=c)) for c in candidates}
+    losses = {
+        c: across(lambda a, c=c: ridge(weight, folds[a].second, keep, damping=c))
+        for c in candidates
+    }
     best = min(candidates, key=losses.__getitem__)
     assert choose_damping(weight, folds, keep, candidates) == best
     assert best not in (1e-4, 100.0)  # or the test could not fail
     assert choose_damping(weight, [folds[0]] * 2, keep, candidates) == 1e-4
     amounts = (0.0, 0.1, 0.5, 1.0)
-    losses = {a: across(lambda f, a=a: ridge(weight, shrink(folds[f].second, a), keep, damping=1e-4)) for a in amounts}
-    assert choose_shrinkage(weight, folds, keep, amounts, damping=1e-4) == min(amounts, key=losses.__getitem__) != 0
+    losses = {
+        a: across(lambda f, a=a: ridge(weight, shrink(folds[f].second, a), keep, damping=1e-4))
+        for a in amounts
+    }
+    assert (
+        choose_shrinkage(weight, folds, keep, amounts, damping=1e-4)
+        == min(amounts, key=losses.__getitem__)
+        != 0
+    )
     wanted = [3 * h for h in texts]
     targets = [target_of(t, h, weight) for t, h in zip(wanted, texts, strict=True)]
     losses = {
-        c: across(lambda a, c=c: ridge(weight, folds[a].second, keep, damping=c, cross=targets[a].cross), wanted)
+        c: across(
+            lambda a, c=c: ridge(weight, folds[a].second, keep, damping=c, cross=targets[a].cross),
+            wanted,
+        )
         for c in candidates
     }
-    assert choose_damping(weight, folds, keep, candidates, targets=targets) == min(candidates, key=losses.__getitem__)
+    assert choose_damping(weight, folds, keep, candidates, targets=targets) == min(
+        candidates, key=losses.__getitem__
+    )
     with pytest.raises(ValueError, match="no damping to choose from; give at least one candidate"):
         choose_damping(weight, folds, keep, ())
     with pytest.raises(ValueError, match="damping must be 0 or more, got -2"):
@@ -198,8 +271,12 @@ def test_rescaling_channels_changes_neither_the_refit_nor_the_order(damping):
     scale = torch.logspace(-2, 2, D_FF, dtype=h.dtype)  # h_j s and W_:j / s: the same layer
     plain, scaled = moments_of(h).second, moments_of(h * scale).second
     refitted = ridge(weight / scale, scaled, keep, damping=damping) * scale[keep]
-    torch.testing.assert_close(refitted, ridge(weight, plain, keep, damping=damping), rtol=1e-6, atol=1e-9)
-    one, other = (eliminate(*pair, damping=damping) for pair in ((weight, plain), (weight / scale, scaled)))
+    torch.testing.assert_close(
+        refitted, ridge(weight, plain, keep, damping=damping), rtol=1e-6, atol=1e-9
+    )
+    one, other = (
+        eliminate(*pair, damping=damping) for pair in ((weight, plain), (weight / scale, scaled))
+    )
     assert torch.equal(one.order, other.order)
     torch.testing.assert_close(one.loss, other.loss, rtol=1e-6, atol=1e-9)
 
@@ -226,7 +303,9 @@ def test_results_come_in_the_weight_s_dtype():
         mean_bias(weight, fitted.mean, keep).dtype,
     } == {torch.bfloat16}
     exact = ridge(weight.double(), moments.second, keep)
-    torch.testing.assert_close(ridge(weight, fitted.second, keep).double(), exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        ridge(weight, fitted.second, keep).double(), exact, rtol=1e-2, atol=1e-2
+    )
     assert eliminate(weight, fitted.second).loss.dtype == torch.float64
 
 
@@ -235,9 +314,13 @@ def test_moments_that_cannot_be_solved_are_refused():
     flat = moments_of(draws(tokens=5)).second  # rank 5 of 20
     singular = torch.zeros(D_FF, D_FF, dtype=torch.float64)
     for second in (singular, flat * torch.nan):
-        with pytest.raises(ValueError, match="not positive definite; raise it, or measure more tokens"):
+        with pytest.raises(
+            ValueError, match="not positive definite; raise it, or measure more tokens"
+        ):
             ridge(weight, second, keep, damping=0.0)
-        with pytest.raises(ValueError, match="not positive definite; raise it, or measure more tokens"):
+        with pytest.raises(
+            ValueError, match="not positive definite; raise it, or measure more tokens"
+        ):
             eliminate(weight, second, damping=0.0)
     assert torch.isfinite(ridge(weight, flat, some_keep(), damping=1e-3)).all()
     with pytest.raises(ValueError, match="damping must be 0 or more, got -1"):
@@ -248,8 +331,12 @@ def test_moments_that_cannot_be_solved_are_refused():
         mean_bias(weight, flat[0], ~keep)
 
 
-def naive(weight: torch.Tensor, second: torch.Tensor, damping: float, least: int) -> tuple[list[int], list[torch.Tensor]]:
-    """Optimal Brain Surgeon as it stands in the papers: W and H^-1 updated in full after each drop."""
+def naive(
+    weight: torch.Tensor, second: torch.Tensor, damping: float, least: int
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Optimal Brain Surgeon as it stands in the papers: W and H^-1 updated in full after each
+    drop.
+    """
     w = weight.clone()
     inverse = torch.linalg.inv(second + damping * second.diagonal().diag())
     order: list[int] = []
@@ -305,7 +392,9 @@ def test_masks_of_an_elimination_nest_and_follow_its_order():
         keep = top_channels(scores, width)
         assert not (keep & ~wider).any()
         if width >= 5:
-            assert set((~keep).nonzero().flatten().tolist()) == set(path.order[: D_FF - width].tolist())
+            assert set((~keep).nonzero().flatten().tolist()) == set(
+                path.order[: D_FF - width].tolist()
+            )
         wider = keep
     assert (path.loss.diff() > 0).all()
 
@@ -315,7 +404,8 @@ def test_channels_that_do_nothing_go_first_and_cost_nothing():
     h[:, 4] = 0
     weight[:, 11] = 0
     path = eliminate(weight, moments_of(h).second, damping=1e-6)
-    # A channel that is never active loses nothing, but its damped cost is not quite zero; the other's is.
+    # A channel that is never active loses nothing, but its damped cost is not quite zero; the
+    # other's is.
     assert path.order[0] == 11
     assert set(path.order[:2].tolist()) == {4, 11}
     assert path.loss[:2].tolist() == pytest.approx([0, 0], abs=1e-12)

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.image import imread
 
-from prunenet.report import draw_report
+from prunenet.evaluation.report import draw_report
 
 
 def row(ratio: float, parameters: int, perplexity: float | None = 20.0) -> dict[str, Any]:
@@ -47,7 +47,9 @@ def test_a_report_of_one_model_and_of_nothing_measured_can_be_drawn(tmp_path: Pa
 
 def test_rows_that_lack_something_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks perplexity, decode_tokens_per_second"):
-        draw_report([{"ratio": 0, "parameters": 1, "prefill_tokens_per_second": 1.0}], tmp_path / "x.png")
+        draw_report(
+            [{"ratio": 0, "parameters": 1, "prefill_tokens_per_second": 1.0}], tmp_path / "x.png"
+        )
     with pytest.raises(ValueError, match="at least one row"):
         draw_report([], tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []

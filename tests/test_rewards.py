@@ -6,7 +6,7 @@ from families import tiny_model
 from scipy.stats import ks_2samp, wasserstein_distance
 
 from prunenet.envs.rewards import SpectralReward
-from prunenet.layers import iter_ffns
+from prunenet.models.layers import iter_ffns
 
 
 def masks(d_ff: int, count: int = 5) -> torch.Tensor:
@@ -34,7 +34,9 @@ def test_the_published_reward_is_one_over_the_ks_distance_of_the_gate_matrix():
     for keep in masks(48):
         dense, narrow = torch.linalg.svdvals(gate), torch.linalg.svdvals(gate[keep])
         expected = 1 / ks_2samp(dense, narrow).statistic
-        assert float(reward.layer(0, keep[None])["spectral_ks"]) == pytest.approx(expected, rel=1e-6)
+        assert float(reward.layer(0, keep[None])["spectral_ks"]) == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
 def test_the_reward_is_the_mean_over_the_matrices():
@@ -44,8 +46,13 @@ def test_the_reward_is_the_mean_over_the_matrices():
     distances = []
     for weight in (ffn.gate, ffn.up, ffn.down.T):
         dense = torch.linalg.svdvals(weight.double())
-        distances.append(wasserstein_distance(dense, torch.linalg.svdvals(weight.double()[keep[0]])) / float(dense.mean()))
-    paid = float(SpectralReward(model, distance="wasserstein").layer(0, keep)["spectral_wasserstein"])
+        distances.append(
+            wasserstein_distance(dense, torch.linalg.svdvals(weight.double()[keep[0]]))
+            / float(dense.mean())
+        )
+    paid = float(
+        SpectralReward(model, distance="wasserstein").layer(0, keep)["spectral_wasserstein"]
+    )
     assert paid == pytest.approx(1 - sum(distances) / 3, abs=1e-6)
 
 

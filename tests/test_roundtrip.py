@@ -1,4 +1,6 @@
-"""From a dense model to a folder that a process without prunenet loads to the same logits, bit for bit."""
+"""From a dense model to a folder that a process without prunenet loads to the same logits, bit for
+bit.
+"""
 
 import json
 import os
@@ -11,11 +13,13 @@ import torch
 from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from safetensors.torch import load_file
 
-from prunenet.architectures import ARCHITECTURES
-from prunenet.checkpoint import Provenance, export_padded, load_model, load_tokenizer, save_pruned
-from prunenet.layers import ffn_widths
-from prunenet.masks import width_at
-from prunenet.surgery import narrowed
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.save import export_padded, save_pruned
+from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.layers import ffn_widths
+from prunenet.models.masks import width_at
+from prunenet.models.surgery import narrowed
 
 UNIFORM = [width_at(D_FF, 0.3)] * LAYERS
 PER_LAYER = [16, 40, 24]
@@ -63,7 +67,9 @@ def save(dense, widths, out: Path) -> tuple[Path, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> tuple[dict[str, Path], dict[str, torch.Tensor], Path]:
-    """Every family, cut in every way, plus one padded export: folders and logits in memory by name."""
+    """Every family, cut in every way, plus one padded export: folders and logits in memory by
+    name.
+    """
     home = tmp_path_factory.mktemp("roundtrip")
     made, answers = {}, {}
     for model_type in FAMILIES:
@@ -103,17 +109,23 @@ def strange_logits(checkpoints) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_process_without_prunenet_computes_the_same_logits_bit_for_bit(checkpoints, strange_logits, model_type, kind) -> None:
+def test_a_process_without_prunenet_computes_the_same_logits_bit_for_bit(
+    checkpoints, strange_logits, model_type, kind
+) -> None:
     name = f"{model_type} {kind}"
     answer = checkpoints[1][name]
     assert answer.dtype == torch.float32
     assert float((strange_logits[name] - answer).abs().max()) == 0
 
 
-def test_a_process_without_prunenet_loads_the_padded_export_without_foreign_code(checkpoints, strange_logits) -> None:
+def test_a_process_without_prunenet_loads_the_padded_export_without_foreign_code(
+    checkpoints, strange_logits
+) -> None:
     _, answers, _ = checkpoints
     assert strange_logits["llama padded"].equal(answers["llama padded"])
-    torch.testing.assert_close(answers["llama padded"], answers["llama per-layer"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        answers["llama padded"], answers["llama per-layer"], atol=2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -123,8 +135,13 @@ def test_we_load_what_we_saved_bit_for_bit(checkpoints, model_type) -> None:
         model = load_model(made[f"{model_type} {kind}"])
         assert ffn_widths(model) == widths
         assert model(token_ids()).logits.equal(answers[f"{model_type} {kind}"])
-        assert [getattr(layer, ARCHITECTURES[model_type].width) for layer in model.config.per_layer_config] == widths
-        assert model.config._attn_implementation == tiny_model(model_type).config._attn_implementation
+        assert [
+            getattr(layer, ARCHITECTURES[model_type].width)
+            for layer in model.config.per_layer_config
+        ] == widths
+        assert (
+            model.config._attn_implementation == tiny_model(model_type).config._attn_implementation
+        )
 
 
 def test_a_loaded_per_layer_model_saves_itself_again_with_its_code(checkpoints, tmp_path) -> None:
@@ -143,7 +160,9 @@ def test_ratio_0_stores_the_dense_model(checkpoints, tmp_path, model_type) -> No
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_cutting_and_saving_again_writes_the_same_weights(checkpoints, tmp_path, model_type) -> None:
+def test_cutting_and_saving_again_writes_the_same_weights(
+    checkpoints, tmp_path, model_type
+) -> None:
     again, _ = save(tiny_model(model_type, bias=True), UNIFORM, tmp_path / "again")
     first = checkpoints[0][f"{model_type} uniform"]
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
@@ -152,7 +171,9 @@ def test_cutting_and_saving_again_writes_the_same_weights(checkpoints, tmp_path,
 def test_only_per_layer_checkpoints_carry_code(checkpoints) -> None:
     for name, folder in checkpoints[0].items():
         assert (folder / "modeling.py").exists() == ("per-layer" in name)
-        assert ("auto_map" in json.loads((folder / "config.json").read_text())) == ("per-layer" in name)
+        assert ("auto_map" in json.loads((folder / "config.json").read_text())) == (
+            "per-layer" in name
+        )
 
 
 def test_the_name_of_a_folder_says_nothing_about_its_family(tmp_path) -> None:

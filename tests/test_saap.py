@@ -7,12 +7,14 @@ import pytest
 import torch
 from families import D_FF, LAYERS, tiny_model, token_ids
 
-from prunenet.calibration import Blocks
-from prunenet.layers import count_parameters, decoder_layers, down_linears, iter_ffns
-from prunenet.policies.methods import METHODS, Evidence, cut, gradients, group_tuned, pruned_model, saap
-from prunenet.policies.methods.group_tuning import Adapter, pooled, quantised, spread
+from prunenet.models.layers import count_parameters, decoder_layers, down_linears, iter_ffns
+from prunenet.policies.methods import METHODS, Evidence, cut, group_tuned, pruned_model
+from prunenet.policies.methods.evidence import gradients
+from prunenet.policies.methods.papers import saap
+from prunenet.policies.methods.papers.saap_tuning import Adapter, pooled, quantised, spread
+from prunenet.text.calibration import CalibrationSet
 
-BLOCKS = Blocks(token_ids(12, 20), "data", {})
+BLOCKS = CalibrationSet(token_ids(12, 20), "data", {})
 
 each_family = pytest.mark.parametrize("model_type", ["llama", "opt", "phi3"])
 
@@ -26,7 +28,12 @@ def doubles(*rows: list[float]) -> torch.Tensor:
 
 
 def linears(model) -> list[torch.nn.Linear]:
-    return [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    return [
+        m
+        for layer in decoder_layers(model)
+        for m in layer.modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
 
 
 def test_importances_are_fused_with_the_scale_of_their_layer_by_hand() -> None:
@@ -44,7 +51,8 @@ def test_the_fusion_does_not_depend_on_the_scale_of_the_loss() -> None:
 
 
 def test_the_fluctuation_is_a_spread_over_sequences_by_hand() -> None:
-    # Sums over s^2 = (1/2, 1/4): channel 0 has 1 + 2 and 5 + 2, channel 1 has 4 + 0 twice, channel 2 nothing.
+    # Sums over s^2 = (1/2, 1/4): channel 0 has 1 + 2 and 5 + 2, channel 1 has 4 + 0 twice, channel
+    # 2 nothing.
     each = torch.stack([doubles([1, 4, 0], [1, 0, 0]), doubles([5, 4, 0], [1, 0, 0])])
     found = saap.fluctuation(each, doubles([0.5, 0.25])[0])
     torch.testing.assert_close(found, doubles([2 / 5, 0, 0])[0])
@@ -62,7 +70,11 @@ def test_the_score_is_that_of_gradients_by_backward(model_type) -> None:
         if model_type == "phi3":
             joint = of(modules["mlp.gate_up_proj"].weight)
             return [joint[:D_FF], joint[D_FF:], of(modules["mlp.down_proj"].weight).T]
-        names = ["fc1", "fc2"] if ffn.gate is None else ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        names = (
+            ["fc1", "fc2"]
+            if ffn.gate is None
+            else ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        )
         rows = [of(modules[name].weight) for name in names]
         if ffn.up_bias is not None:
             rows[0] = torch.cat([rows[0], of(modules[names[0]].bias)[:, None]], 1)
@@ -73,7 +85,10 @@ def test_the_score_is_that_of_gradients_by_backward(model_type) -> None:
         model.zero_grad()
         model(window[None], labels=window[None]).loss.backward()
         layers = range(LAYERS)
-        pairs = [list(zip(slices(i, lambda p: p.detach()), slices(i, lambda p: p.grad), strict=True)) for i in layers]
+        pairs = [
+            list(zip(slices(i, lambda p: p.detach()), slices(i, lambda p: p.grad), strict=True))
+            for i in layers
+        ]
         per_sequence.append([[(w.double(), g.double().clone()) for w, g in pair] for pair in pairs])
     model.zero_grad()
 
@@ -89,7 +104,10 @@ def test_the_score_is_that_of_gradients_by_backward(model_type) -> None:
     whole = [importance(i, per_sequence) for i in range(LAYERS)]
     s2 = torch.stack([row.mean(1) for row in whole])
     logs = (s2 / s2.amin(0)).sqrt().log().sum(1)
-    fused = [sum(row[m] / (2 * s[m]) for m in (0, 1)) + log for row, s, log in zip(whole, s2, logs, strict=True)]
+    fused = [
+        sum(row[m] / (2 * s[m]) for m in (0, 1)) + log
+        for row, s, log in zip(whole, s2, logs, strict=True)
+    ]
     ranked = torch.cat(fused).log()
     ranked = ((ranked - ranked.mean()) / ranked.std()).view(LAYERS, D_FF)
     for layer, row in enumerate(saap.scores(evidence, beta=0.25)):
@@ -102,7 +120,9 @@ def test_the_score_is_that_of_gradients_by_backward(model_type) -> None:
 
 def test_the_sign_of_the_stability_term_can_be_turned_over() -> None:
     evidence = Evidence(tiny_model("llama"), BLOCKS)
-    plain, flipped, fusion = (METHODS[name].score(evidence) for name in ("saap", "saap_flipped", "saap_fusion"))
+    plain, flipped, fusion = (
+        METHODS[name].score(evidence) for name in ("saap", "saap_flipped", "saap_fusion")
+    )
     strong = saap.scores(evidence, beta=1.0)
     for a, b, middle, far in zip(plain, flipped, fusion, strong, strict=True):
         torch.testing.assert_close((a + b) / 2, middle)
@@ -127,7 +147,9 @@ def test_one_sort_cuts_all_layers_but_the_first_three_and_the_last_two(monkeypat
     assert made.widths[:3] + made.widths[-2:] == [D_FF] * 5
     assert count_parameters(made.applied(model)) == count_parameters(other.applied(model))
     inner = list(zip(METHODS["saap"].score(evidence), made.keep, strict=True))[3:-2]
-    kept, dropped = (torch.cat([row[keep == side] for row, keep in inner]) for side in (True, False))
+    kept, dropped = (
+        torch.cat([row[keep == side] for row, keep in inner]) for side in (True, False)
+    )
     assert kept.min() >= dropped.max()
 
 
@@ -179,14 +201,18 @@ def test_an_adapter_and_its_merge_compute_the_same(d_in) -> None:
 
 
 @each_family
-def test_group_tuning_lowers_the_loss_moves_group_offsets_only_and_leaves_the_model(model_type) -> None:
+def test_group_tuning_lowers_the_loss_moves_group_offsets_only_and_leaves_the_model(
+    model_type,
+) -> None:
     dense = tiny_model(model_type)
     model = pruned_model(Evidence(dense), "random", 0.3, allocation=[40, 16, 40])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     tuned = partial(group_tuned, model, BLOCKS.ids, rank=4, learning_rate=3e-2)
     untrained, trained = tuned(seeded(), steps=0).model, tuned(seeded(), steps=15)
     with torch.no_grad():
-        losses = [float(gradients.next_token_loss(m, BLOCKS.ids)) for m in (untrained, trained.model)]
+        losses = [
+            float(gradients.next_token_loss(m, BLOCKS.ids)) for m in (untrained, trained.model)
+        ]
     assert len(trained.losses) == 15
     assert losses[1] < losses[0] - 0.2
     assert sum(trained.losses[-3:]) < sum(trained.losses[:3])
@@ -204,7 +230,10 @@ def test_group_tuning_lowers_the_loss_moves_group_offsets_only_and_leaves_the_mo
 def test_a_seed_reproduces_group_tuning_and_no_bits_and_no_steps_change_nothing() -> None:
     model, ids = tiny_model("llama"), token_ids()
     with torch.no_grad():
-        found = [group_tuned(model, BLOCKS.ids, seeded(seed), steps=3).model(ids).logits for seed in (0, 0, 1)]
+        found = [
+            group_tuned(model, BLOCKS.ids, seeded(seed), steps=3).model(ids).logits
+            for seed in (0, 0, 1)
+        ]
         same = group_tuned(model, BLOCKS.ids, seeded(), steps=0, bits=None).model(ids).logits
         assert same.equal(model(ids).logits)
     assert found[0].equal(found[1])

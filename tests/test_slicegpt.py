@@ -1,4 +1,6 @@
-"""SliceGPT: rotation leaves the function as it is, slices are as large as promised, principal directions are the right ones."""
+"""SliceGPT: rotation leaves the function as it is, slices are as large as promised, principal
+directions are the right ones.
+"""
 
 import json
 import re
@@ -9,20 +11,32 @@ from families import D_MODEL, LAYERS, VOCABULARY, random_keep, tiny_model, token
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prunenet import sliced_modeling
-from prunenet.architectures import ARCHITECTURES, UnsupportedArchitecture
-from prunenet.calibration import Blocks, token_blocks
-from prunenet.checkpoint import CheckpointError, export_padded, load_masks, load_model, load_provenance
-from prunenet.layers import count_parameters, ffn_widths
+from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.save import export_padded, load_masks, load_provenance
+from prunenet.checkpoints.streaming import StreamedCheckpoint
+from prunenet.features.from_weights import channel_statistics
+from prunenet.models import sliced_modeling
+from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.rotation import (
+    covariance,
+    eigenbasis,
+    parameters_at,
+    residual_widths,
+    unrotated,
+)
+from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
-from prunenet.policies.methods.slicegpt import parameters_left, slice_stream, width_at_slicing
-from prunenet.rotation import covariance, eigenbasis, parameters_at, residual_widths, unrotated
-from prunenet.stats import channel_statistics
-from prunenet.streaming import StreamedCheckpoint
-from prunenet.surgery import narrowed
+from prunenet.policies.methods.papers.slicegpt import (
+    parameters_left,
+    slice_stream,
+    width_at_slicing,
+)
+from prunenet.runtime.files import CheckpointError
+from prunenet.text.calibration import CalibrationSet, token_blocks
 
-BLOCKS = Blocks(token_ids(6, 20), "data", {"text": "random ids"})
+BLOCKS = CalibrationSet(token_ids(6, 20), "data", {"text": "random ids"})
 ROTATABLE = sorted(name for name, row in ARCHITECTURES.items() if row.rotates)
 
 
@@ -54,19 +68,27 @@ def of_low_rank(rank: int):
 
 @pytest.mark.parametrize("model_type", ROTATABLE)
 @pytest.mark.parametrize(("bias", "tied"), [(False, True), (True, False)])
-def test_a_rotated_model_of_which_nothing_is_sliced_computes_what_the_dense_one_does(model_type, bias, tied):
+def test_a_rotated_model_of_which_nothing_is_sliced_computes_what_the_dense_one_does(
+    model_type, bias, tied
+):
     model = tiny_model(model_type, bias=bias, tied=tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     made = sliced(evidence(model), slicing=0.0).model
     assert made.config.residual_widths == [D_MODEL] * (2 * LAYERS + 1)
     torch.testing.assert_close(logits(made), logits(model), rtol=1e-4, atol=1e-4)
-    assert not made.model.layers[1].mlp.down_proj.weight.allclose(model.model.layers[1].mlp.down_proj.weight, atol=0.1)
-    assert all(before[name].equal(value) for name, value in model.state_dict().items()), "the dense model changed"
+    assert not made.model.layers[1].mlp.down_proj.weight.allclose(
+        model.model.layers[1].mlp.down_proj.weight, atol=0.1
+    )
+    assert all(before[name].equal(value) for name, value in model.state_dict().items()), (
+        "the dense model changed"
+    )
 
 
 def test_directions_that_the_stream_never_takes_are_sliced_off_for_nothing():
     model = of_low_rank(16)
-    torch.testing.assert_close(logits(sliced(evidence(model), slicing=0.5).model), logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(sliced(evidence(model), slicing=0.5).model), logits(model), rtol=1e-4, atol=1e-4
+    )
     worse = logits(sliced(evidence(model), slicing=0.75).model)
     assert (worse - logits(model)).abs().max() > 0.1
 
@@ -74,11 +96,14 @@ def test_directions_that_the_stream_never_takes_are_sliced_off_for_nothing():
 def test_covariance_and_basis_are_those_of_a_hand_computed_example():
     parts = [torch.tensor([[[3.0, 1.0], [1.0, 3.0]]]), torch.tensor([[[1.0, 1.0]]])]
     found = covariance(parts)
-    # X^T X = [[11, 7], [7, 11]]: eigenvalues 18 and 4, directions (1, 1) and (1, -1); 1 % of the mean diagonal is 0.11.
+    # X^T X = [[11, 7], [7, 11]]: eigenvalues 18 and 4, directions (1, 1) and (1, -1); 1 % of the
+    # mean diagonal is 0.11.
     assert found.tolist() == [[pytest.approx(11.11), 7.0], [7.0, pytest.approx(11.11)]]
     basis = eigenbasis(found)
     torch.testing.assert_close(basis.abs(), torch.full((2, 2), 0.5).sqrt().double())
-    torch.testing.assert_close((basis.T @ found @ basis).diagonal(), torch.tensor([18.11, 4.11]).double())
+    torch.testing.assert_close(
+        (basis.T @ found @ basis).diagonal(), torch.tensor([18.11, 4.11]).double()
+    )
 
 
 def test_numbers_that_are_not_finite_are_an_error():
@@ -98,7 +123,9 @@ def test_principal_directions_beat_random_ones_and_sequential_covariances_are_th
         return float((logits(made, BLOCKS.ids) - logits(model, BLOCKS.ids)).square().mean())
 
     principal = error(slice_stream(model, BLOCKS.ids, widths))
-    assert principal < 0.9 * min(error(slice_stream(model, BLOCKS.ids, widths, basis=random)) for _ in range(3))
+    assert principal < 0.9 * min(
+        error(slice_stream(model, BLOCKS.ids, widths, basis=random)) for _ in range(3)
+    )
 
 
 def test_each_point_is_measured_behind_what_is_sliced_in_front_of_it():
@@ -115,13 +142,20 @@ def test_each_point_is_measured_behind_what_is_sliced_in_front_of_it():
         torch.testing.assert_close(seen[0], covariance([hidden]))
         kept = eigenbasis(seen[0])[:, :8].float()
         torch.testing.assert_close(made.model.embed_tokens(BLOCKS.ids), hidden @ kept)
-        # What the sliced layer writes, turned back, is the part of the measured stream that its basis keeps.
+        # What the sliced layer writes, turned back, is the part of the measured stream that its
+        # basis keeps.
         found = []
-        hook = first.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        hook = first.post_attention_layernorm.register_forward_pre_hook(
+            lambda _, inputs: found.append(inputs[0])
+        )
         made(input_ids=BLOCKS.ids)
         hook.remove()
     basis = eigenbasis(seen[1])[:, :16]
-    expected = basis.T @ (seen[1] - 0.01 / 1.01 * seen[1].diagonal().mean() * torch.eye(D_MODEL).double()) @ basis
+    expected = (
+        basis.T
+        @ (seen[1] - 0.01 / 1.01 * seen[1].diagonal().mean() * torch.eye(D_MODEL).double())
+        @ basis
+    )
     rows = found[0].flatten(0, 1).double()
     torch.testing.assert_close(rows.T @ rows, expected, rtol=1e-4, atol=1e-3)
 
@@ -129,19 +163,25 @@ def test_each_point_is_measured_behind_what_is_sliced_in_front_of_it():
 # --- sizes ---
 
 
-@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("qwen3", False), ("phi3", False)])
+@pytest.mark.parametrize(
+    ("model_type", "tied"), [("llama", True), ("qwen3", False), ("phi3", False)]
+)
 @pytest.mark.parametrize("slice_head", [False, True])
 def test_parameters_are_counted_before_anything_is_made(model_type, tied, slice_head):
     model = tiny_model(model_type, bias=True, tied=tied)
     widths = residual_widths(LAYERS, D_MODEL, 24, slice_head=slice_head)
-    assert parameters_at(model, widths) == sum(p.numel() for p in unrotated(model, widths).parameters())
+    assert parameters_at(model, widths) == sum(
+        p.numel() for p in unrotated(model, widths).parameters()
+    )
     assert widths[-1] == (24 if slice_head else D_MODEL)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("ratio", [0.0, 0.35])
 @pytest.mark.parametrize("slice_head", [False, True])
-def test_a_ratio_gives_the_largest_slice_within_the_parameters_of_a_uniform_cut(tied, ratio, slice_head):
+def test_a_ratio_gives_the_largest_slice_within_the_parameters_of_a_uniform_cut(
+    tied, ratio, slice_head
+):
     model = tiny_model("llama", tied=tied)
     budget = count_parameters(pruned_model(Evidence(model), "random", ratio))[0]
     assert parameters_left(model, ratio) == budget
@@ -149,7 +189,12 @@ def test_a_ratio_gives_the_largest_slice_within_the_parameters_of_a_uniform_cut(
     width = made.provenance.how["residual_width"]
     more = residual_widths(LAYERS, D_MODEL, width + 4, slice_head=slice_head)
     assert width % 4 == 0
-    assert count_parameters(made.model)[0] == made.provenance.parameters_after <= budget < parameters_at(model, more)
+    assert (
+        count_parameters(made.model)[0]
+        == made.provenance.parameters_after
+        <= budget
+        < parameters_at(model, more)
+    )
 
 
 def test_attention_as_wide_as_its_heads_and_not_as_d_model_is_sliced():
@@ -157,7 +202,9 @@ def test_attention_as_wide_as_its_heads_and_not_as_d_model_is_sliced():
     config.head_dim = 12  # 4 x 12 = 48 in place of 32
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    torch.testing.assert_close(logits(sliced(evidence(model), slicing=0.0).model), logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(sliced(evidence(model), slicing=0.0).model), logits(model), rtol=1e-4, atol=1e-4
+    )
     made = sliced(evidence(model), slicing=0.25).model
     assert made.model.layers[0].self_attn.o_proj.weight.shape == (24, 48)
     assert parameters_at(model, made.config.residual_widths) == count_parameters(made)[0]
@@ -178,7 +225,9 @@ def saved(tmp_path_factory):
     return made, made.save_pretrained(tmp_path_factory.mktemp("sliced") / "model")
 
 
-def test_a_saved_slice_is_reloaded_bit_for_bit_by_us_and_by_transformers_with_the_code_beside_it(saved):
+def test_a_saved_slice_is_reloaded_bit_for_bit_by_us_and_by_transformers_with_the_code_beside_it(
+    saved,
+):
     made, folder = saved
     ours = load_model(folder)
     assert type(ours) is type(made.model) is sliced_modeling.SlicedQwen2ForCausalLM
@@ -190,15 +239,26 @@ def test_a_saved_slice_is_reloaded_bit_for_bit_by_us_and_by_transformers_with_th
         assert all(value.equal(state.pop(name)) for name, value in made.model.state_dict().items())
         assert not state
     code = (folder / "sliced_modeling.py").read_text()
-    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {"functools", "typing", "torch", "transformers"}
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {
+        "functools",
+        "typing",
+        "torch",
+        "transformers",
+    }
 
 
 def test_generation_with_a_cache_is_generation_without_one(saved):
     model, prompt = load_model(saved[1]), token_ids(2, 5)
-    found = [model.generate(prompt, max_new_tokens=10, do_sample=False, use_cache=cache) for cache in (True, False)]
+    found = [
+        model.generate(prompt, max_new_tokens=10, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
     assert found[0].equal(found[1])
     assert found[0].shape == (2, 15)
-    assert model(prompt, output_hidden_states=True).hidden_states[0].shape[-1] == model.config.residual_widths[0]
+    assert (
+        model(prompt, output_hidden_states=True).hidden_states[0].shape[-1]
+        == model.config.residual_widths[0]
+    )
 
 
 def test_the_folder_says_how_it_was_made_and_counts_what_untying_costs(saved):
@@ -225,7 +285,10 @@ def test_the_folder_says_how_it_was_made_and_counts_what_untying_costs(saved):
 
 @pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - set(ROTATABLE)))
 def test_a_family_that_cannot_be_rotated_is_one_sentence_that_says_which_can(model_type):
-    with pytest.raises(UnsupportedArchitecture, match=rf"'{model_type}' cannot be sliced.*llama, mistral, phi3, qwen2"):
+    with pytest.raises(
+        UnsupportedArchitecture,
+        match=rf"'{model_type}' cannot be sliced.*llama, mistral, phi3, qwen2",
+    ):
         sliced(evidence(tiny_model(model_type)), 0.3)
 
 
@@ -245,7 +308,11 @@ def test_a_sliced_model_is_neither_cut_nor_sliced_again(saved):
 
 @pytest.mark.parametrize("widths", [[16, 40, 24], [48, 48, 48]])
 def test_layers_of_different_shapes_are_refused(widths):
-    groups = None if len(set(widths)) > 1 else [torch.tensor(mask) for mask in ([True, False], [True, True], [True, True])]
+    groups = (
+        None
+        if len(set(widths)) > 1
+        else [torch.tensor(mask) for mask in ([True, False], [True, True], [True, True])]
+    )
     narrow = narrowed(tiny_model("llama"), random_keep(widths), groups)
     with pytest.raises(UnsupportedArchitecture, match="layers of different shapes"):
         sliced(evidence(narrow), 0.3)
@@ -259,11 +326,20 @@ def test_layers_of_different_shapes_are_refused(widths):
         (lambda text: sliced(text, 1.0), "ratio must be in"),
         (lambda text: sliced(text, slicing=1.0), r"slicing must be in \[0, 1\), got 1.0"),
         (lambda text: sliced(text, slicing=0.9), "leaves no multiple of 8"),
-        (lambda text: sliced(text, 0.7, round_to=24), r"no slice .* fits .* parameters.*remove less"),
+        (
+            lambda text: sliced(text, 0.7, round_to=24),
+            r"no slice .* fits .* parameters.*remove less",
+        ),
         (lambda text: sliced(Evidence(text.model), 0.3), "needs text"),
         (lambda text: cut(text, "slicegpt", 0.3), "cuts no FFN channels"),
-        (lambda text: pruned_model(text, "slicegpt", 0.3, allocation="owl"), "one allocation, uniform"),
-        (lambda text: pruned_model(text, "slicegpt", 0.3, compensate="mean_bias"), "no options but round_to"),
+        (
+            lambda text: pruned_model(text, "slicegpt", 0.3, allocation="owl"),
+            "one allocation, uniform",
+        ),
+        (
+            lambda text: pruned_model(text, "slicegpt", 0.3, compensate="mean_bias"),
+            "no options but round_to",
+        ),
         (lambda text: unrotated(text.model, [8] * LAYERS), f"has {2 * LAYERS + 1} widths"),
     ],
 )
@@ -277,7 +353,9 @@ def test_the_table_s_row_is_the_function_and_sees_nothing_but_its_text():
     found = [pruned_model(evidence(model), "slicegpt", 0.35), sliced(evidence(model), 0.35).model]
     assert logits(found[0]).equal(logits(found[1]))
     assert ffn_widths(found[0]) == ffn_widths(model)
-    other = pruned_model(evidence(model, Blocks(token_ids(6, 20, seed=1), "data", {})), "slicegpt", 0.35)
+    other = pruned_model(
+        evidence(model, CalibrationSet(token_ids(6, 20, seed=1), "data", {})), "slicegpt", 0.35
+    )
     assert not logits(other).equal(logits(found[0]))
 
 

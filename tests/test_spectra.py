@@ -1,4 +1,6 @@
-"""Spectral distances: exact against full decompositions and scipy, on every shape and every degenerate case."""
+"""Spectral distances: exact against full decompositions and scipy, on every shape and every
+degenerate case.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
-from prunenet import spectra
-from prunenet.distances import ks_distance, wasserstein_distance
-from prunenet.spectra import (
-    DISTANCES,
-    SpectralReference,
-    energy_kept,
-    gram,
-)
-from prunenet.tridiagonal import counts_below, tridiagonal
+from prunenet.spectra import exact as spectra
+from prunenet.spectra.distances import ks_distance, wasserstein_distance
+from prunenet.spectra.exact import DISTANCES, SpectralReference, energy_kept, gram
+from prunenet.spectra.tridiagonal import counts_below, tridiagonal
 
 SHAPES = [(96, 40), (40, 40), (24, 40), (60, 1), (1, 12)]
 
@@ -33,7 +30,9 @@ def _masks(d_ff: int, widths: list[int], seed: int = 1) -> torch.Tensor:
 
 
 def _masked_values(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Singular values of each W[K] in float64, falling, padded with zeros, and how many count: behind every distance."""
+    """Singular values of each W[K] in float64, falling, padded with zeros, and how many count:
+    behind every distance.
+    """
     eigenvalues, counts = spectra._masked_eigenvalues(weight, gram(weight), keep, torch.float64)
     return spectra._roots(eigenvalues), counts
 
@@ -64,7 +63,8 @@ def test_masked_singular_values_are_those_of_the_kept_rows(shape: tuple[int, int
 @pytest.mark.parametrize("shape", SHAPES)
 def test_removing_rows_never_raises_a_singular_value(shape: tuple[int, int]) -> None:
     weight = _weight(*shape)
-    keep = _masks(shape[0], [shape[0]]).repeat(shape[0], 1).tril()  # nested: 1 row, 2 rows, ... all rows
+    # nested: 1 row, 2 rows, ... all rows
+    keep = _masks(shape[0], [shape[0]]).repeat(shape[0], 1).tril()
     values, _ = _masked_values(weight, keep)
     assert (values.diff(dim=0) > -1e-9 * values.max()).all()
 
@@ -86,19 +86,27 @@ def test_masks_solved_together_as_on_a_gpu_have_the_values_of_each_alone(
 @pytest.mark.parametrize("ties", [False, True])
 def test_ks_distance_equals_scipy(ties: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    reference, candidates = torch.rand(30, generator=generator), torch.rand(7, 25, generator=generator)
+    reference, candidates = (
+        torch.rand(30, generator=generator),
+        torch.rand(7, 25, generator=generator),
+    )
     if ties:
         reference, candidates = (reference * 6).round(), (candidates * 6).round()
     counts = torch.tensor([25, 1, 2, 10, 17, 24, 3])
     distances = ks_distance(reference, candidates, counts)
     for row, count, distance in zip(candidates, counts, distances, strict=True):
-        assert float(distance) == pytest.approx(stats.ks_2samp(reference, row[:count]).statistic, rel=1e-15, abs=1e-15)
+        assert float(distance) == pytest.approx(
+            stats.ks_2samp(reference, row[:count]).statistic, rel=1e-15, abs=1e-15
+        )
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_wasserstein_distance_equals_scipy(ties: bool) -> None:
     generator = torch.Generator().manual_seed(1)
-    reference, candidates = torch.rand(30, generator=generator), torch.rand(4, 25, generator=generator) * 2
+    reference, candidates = (
+        torch.rand(30, generator=generator),
+        torch.rand(4, 25, generator=generator) * 2,
+    )
     if ties:
         reference, candidates = (reference * 6).round(), (candidates * 6).round()
     counts = torch.tensor([25, 1, 10, 24])
@@ -107,11 +115,15 @@ def test_wasserstein_distance_equals_scipy(ties: bool) -> None:
     for row, count, distance, share in zip(candidates, counts, distances, relative, strict=True):
         expected = stats.wasserstein_distance(reference.double(), row[:count].double())
         assert float(distance) == pytest.approx(expected, rel=1e-12)
-        assert float(share) == pytest.approx(min(expected / float(reference.double().mean()), 1), rel=1e-9)
+        assert float(share) == pytest.approx(
+            min(expected / float(reference.double().mean()), 1), rel=1e-9
+        )
 
 
 def test_relative_wasserstein_is_clipped_and_zero_for_a_zero_reference() -> None:
-    assert wasserstein_distance(torch.ones(3), torch.full((1, 3), 9.0), relative=True).tolist() == [1.0]
+    assert wasserstein_distance(torch.ones(3), torch.full((1, 3), 9.0), relative=True).tolist() == [
+        1.0
+    ]
     assert wasserstein_distance(torch.zeros(3), torch.ones(1, 3), relative=True).tolist() == [0.0]
 
 
@@ -125,15 +137,21 @@ def test_distances_of_a_mask_are_scipys_on_full_decompositions(shape: tuple[int,
     for index, mask in enumerate(keep):
         kept = torch.linalg.svdvals(weight[mask].double())
         if not bool(mask.all()):  # rounding breaks the ties of a full mask in scipy's input
-            assert float(ks[index]) == pytest.approx(stats.ks_2samp(dense, kept).statistic, abs=1e-6)
+            assert float(ks[index]) == pytest.approx(
+                stats.ks_2samp(dense, kept).statistic, abs=1e-6
+            )
         expected = stats.wasserstein_distance(dense, kept) / float(dense.mean())
         assert float(wasserstein[index]) == pytest.approx(min(expected, 1), abs=1e-5)
-        assert float(energy[index]) == pytest.approx(1 - float(kept.square().sum() / dense.square().sum()), abs=1e-6)
+        assert float(energy[index]) == pytest.approx(
+            1 - float(kept.square().sum() / dense.square().sum()), abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_keeping_everything_is_distance_exactly_zero_and_every_distance_is_in_range(shape: tuple[int, int], kind: str) -> None:
+def test_keeping_everything_is_distance_exactly_zero_and_every_distance_is_in_range(
+    shape: tuple[int, int], kind: str
+) -> None:
     keep = _masks(shape[0], _widths(shape[0]))
     distances = SpectralReference.of(_weight(*shape)).distance(keep, kind)
     assert distances[keep.all(-1)].tolist() == [0.0]
@@ -159,7 +177,10 @@ def test_removing_channels_that_are_zero_costs_nothing(kind: str) -> None:
 
 
 def test_rank_deficient_weights_compare_their_zeros_as_equal() -> None:
-    weight = torch.cat([_weight(96, 20), torch.zeros(96, 20)], dim=1) @ torch.linalg.qr(_weight(40, 40, seed=3)).Q
+    weight = (
+        torch.cat([_weight(96, 20), torch.zeros(96, 20)], dim=1)
+        @ torch.linalg.qr(_weight(40, 40, seed=3)).Q
+    )
     keep = _masks(96, [70, 50])
     dense = torch.linalg.svdvals(weight.double())
     distances = SpectralReference.of(weight.double()).distance(keep)
@@ -177,15 +198,22 @@ def test_equal_singular_values_are_ties() -> None:
     assert SpectralReference.of(weight).distance(keep).tolist() == pytest.approx([10 / 40])
 
 
-def test_a_doubtful_float32_spectrum_is_solved_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_doubtful_float32_spectrum_is_solved_again_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight, keep = _weight(96, 40), _masks(96, [70, 60, 50])
     reference = SpectralReference.of(weight)
     expected = reference.distance(keep)
-    # An absurd bound makes every mask doubtful; the answer may not change, and float64 must have been used.
+    # An absurd bound makes every mask doubtful; the answer may not change, and float64 must have
+    # been used.
     monkeypatch.setitem(spectra._ERROR_UNITS, torch.float32, 1e6)
     solved_in = []
     eigenvalues = spectra._masked_eigenvalues
-    monkeypatch.setattr(spectra, "_masked_eigenvalues", lambda *args: solved_in.append(args[3]) or eigenvalues(*args))
+    monkeypatch.setattr(
+        spectra,
+        "_masked_eigenvalues",
+        lambda *args: solved_in.append(args[3]) or eigenvalues(*args),
+    )
     assert torch.equal(reference.distance(keep), expected)
     assert solved_in == [torch.float64]  # in float32 values were only counted
 
@@ -195,7 +223,11 @@ def test_values_that_are_only_counted_give_the_distance_of_computed_ones(seed: i
     weight = _weight(96, 40, seed)
     weight[:, 30:] *= 1e-3 if seed % 2 else 0
     reference, keep = SpectralReference.of(weight), _masks(96, [95, 70, 48, 40], seed)
-    slack = spectra._ERROR_UNITS[torch.float32] * torch.finfo(torch.float32).eps * reference.eigenvalues[0]
+    slack = (
+        spectra._ERROR_UNITS[torch.float32]
+        * torch.finfo(torch.float32).eps
+        * reference.eigenvalues[0]
+    )
     counted, computed = reference._ks_counted(keep, slack), reference._ks_between(keep, slack)
     torch.testing.assert_close(torch.stack(counted), torch.stack(computed), rtol=0, atol=1e-12)
 
@@ -204,7 +236,8 @@ def test_values_that_are_only_counted_give_the_distance_of_computed_ones(seed: i
 def test_counts_survive_pivots_that_are_zero_or_infinite(side: int) -> None:
     generator = np.random.default_rng(side)
     diagonal, beside = (generator.integers(-1, 2, (3, n)).astype(float) for n in (side, side - 1))
-    points = np.array([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])  # minors of T - x vanish at most of them
+    # minors of T - x vanish at most of them
+    points = np.array([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
     counts = counts_below(diagonal, beside, points)
     for row, d, e in zip(counts, diagonal, beside, strict=True):
         values = np.linalg.eigvalsh(np.diag(d) + np.diag(e, 1) + np.diag(e, -1))
@@ -234,7 +267,9 @@ def test_half_precision_weights_give_the_distances_of_their_float32_copies() -> 
 
 def test_energy_kept_is_the_share_of_squared_norm() -> None:
     weight = torch.diag(torch.tensor([3.0, 4.0]))
-    assert energy_kept(weight, torch.tensor([[True, False], [True, True]])).tolist() == pytest.approx([9 / 25, 1])
+    assert energy_kept(
+        weight, torch.tensor([[True, False], [True, True]])
+    ).tolist() == pytest.approx([9 / 25, 1])
     assert energy_kept(torch.zeros(2, 2), torch.tensor([[True, False]])).tolist() == [1.0]
 
 

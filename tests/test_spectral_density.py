@@ -1,4 +1,6 @@
-"""Estimated spectral distances: within their stated bound of the exact ones, on every shape and every degenerate case."""
+"""Estimated spectral distances: within their stated bound of the exact ones, on every shape and
+every degenerate case.
+"""
 
 import os
 from dataclasses import replace
@@ -8,13 +10,13 @@ import pytest
 import torch
 from families import tiny_model
 
-from prunenet import spectral_density
 from prunenet.envs import rewards
 from prunenet.envs.rewards import SpectralReward
-from prunenet.layers import iter_ffns
-from prunenet.policies.recipe import PRESETS, Recipe, as_json
-from prunenet.spectra import SpectralReference
-from prunenet.spectral_density import SpectralSketch
+from prunenet.models.layers import iter_ffns
+from prunenet.policies.training.recipe import PRESETS, Recipe, as_json
+from prunenet.spectra import estimated as spectral_density
+from prunenet.spectra.estimated import SpectralSketch
+from prunenet.spectra.exact import SpectralReference
 
 SHAPES = [(320, 120), (120, 120), (80, 120)]
 SPECTRA = {
@@ -22,7 +24,9 @@ SPECTRA = {
     "falling": lambda d: torch.linspace(1, 0.1, d),
     "power law": lambda d: torch.arange(1, d + 1) ** -1.0,
     "one outlier": lambda d: torch.cat((torch.full((1,), 30.0), torch.linspace(1, 0.5, d - 1))),
-    "half of it zero": lambda d: torch.cat((torch.linspace(1, 0.5, d // 2), torch.zeros(d - d // 2))),
+    "half of it zero": lambda d: torch.cat(
+        (torch.linspace(1, 0.5, d // 2), torch.zeros(d - d // 2))
+    ),
 }
 
 
@@ -35,7 +39,11 @@ def weight_with(values: torch.Tensor, d_ff: int, d_model: int, seed: int = 0) ->
 
 
 def masks(d_ff: int, widths: list[int], seed: int = 1) -> torch.Tensor:
-    order = torch.rand(len(widths), d_ff, generator=torch.Generator().manual_seed(seed)).argsort(-1).argsort(-1)
+    order = (
+        torch.rand(len(widths), d_ff, generator=torch.Generator().manual_seed(seed))
+        .argsort(-1)
+        .argsort(-1)
+    )
     return order < torch.tensor(widths)[:, None]
 
 
@@ -46,7 +54,9 @@ def widths_of(d_ff: int) -> list[int]:
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("held", [True, False])
-def test_ks_distances_are_within_the_stated_bound(shape: tuple[int, int], spectrum: str, held: bool) -> None:
+def test_ks_distances_are_within_the_stated_bound(
+    shape: tuple[int, int], spectrum: str, held: bool
+) -> None:
     side = min(shape)
     weight = weight_with(SPECTRA[spectrum](side), *shape)
     keep = masks(shape[0], widths_of(shape[0]))
@@ -58,19 +68,27 @@ def test_ks_distances_are_within_the_stated_bound(shape: tuple[int, int], spectr
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spectrum", ["falling", "power law", "one outlier"])
-def test_wasserstein_distances_are_within_their_bound(shape: tuple[int, int], spectrum: str) -> None:
+def test_wasserstein_distances_are_within_their_bound(
+    shape: tuple[int, int], spectrum: str
+) -> None:
     side = min(shape)
     weight = weight_with(SPECTRA[spectrum](side), *shape)
     keep = masks(shape[0], widths_of(shape[0]))
     exact = SpectralReference.of(weight).distance(keep, "wasserstein")
     sketch = SpectralSketch.of(weight)
-    off, bound = (sketch.distance(keep, "wasserstein") - exact).abs(), sketch.bound(keep, "wasserstein")
+    off, bound = (
+        (sketch.distance(keep, "wasserstein") - exact).abs(),
+        sketch.bound(keep, "wasserstein"),
+    )
     assert (off <= bound).all(), (off, bound)
 
 
 def test_the_bound_is_narrow_where_values_are_spread_and_says_where_they_are_not() -> None:
     keep = masks(640, [448])
-    spread, alike = (SpectralSketch.of(weight_with(SPECTRA[name](240), 640, 240)) for name in ("falling", "power law"))
+    spread, alike = (
+        SpectralSketch.of(weight_with(SPECTRA[name](240), 640, 240))
+        for name in ("falling", "power law")
+    )
     assert spread.bound(keep) < 0.1 < alike.bound(keep)
     assert spread.bound(keep, "energy") == 0
 
@@ -81,7 +99,9 @@ def test_more_probes_bring_the_estimate_nearer() -> None:
         weight = weight_with(SPECTRA["falling"](120), 320, 120, seed)
         few, many = (SpectralSketch.of(weight, probes=probes) for probes in (1, 64))
         exact = SpectralReference.of(weight).distance(keep)
-        off += torch.stack([(sketch.distance(keep) - exact).square().mean() for sketch in (few, many)])
+        off += torch.stack(
+            [(sketch.distance(keep) - exact).square().mean() for sketch in (few, many)]
+        )
         assert (many.bound(keep) < few.bound(keep)).all()
     assert off[0] > 4 * off[1]
 
@@ -89,15 +109,20 @@ def test_more_probes_bring_the_estimate_nearer() -> None:
 def test_energy_is_exact() -> None:
     weight, keep = weight_with(SPECTRA["falling"](40), 96, 40), masks(96, [70, 30])
     assert torch.equal(
-        SpectralSketch.of(weight).distance(keep, "energy"), SpectralReference.of(weight).distance(keep, "energy")
+        SpectralSketch.of(weight).distance(keep, "energy"),
+        SpectralReference.of(weight).distance(keep, "energy"),
     )
 
 
 @pytest.mark.parametrize("kind", ["ks", "wasserstein", "energy"])
 @pytest.mark.parametrize("shape", [*SHAPES, (60, 1), (1, 12)])
-def test_keeping_everything_is_distance_exactly_zero_and_every_distance_is_in_range(shape: tuple[int, int], kind: str) -> None:
+def test_keeping_everything_is_distance_exactly_zero_and_every_distance_is_in_range(
+    shape: tuple[int, int], kind: str
+) -> None:
     keep = masks(shape[0], [shape[0], *widths_of(shape[0])])
-    distances = SpectralSketch.of(weight_with(SPECTRA["falling"](min(shape)), *shape)).distance(keep, kind)
+    distances = SpectralSketch.of(weight_with(SPECTRA["falling"](min(shape)), *shape)).distance(
+        keep, kind
+    )
     assert distances[keep.all(-1)].unique().tolist() == [0.0]
     assert ((distances >= 0) & (distances <= 1)).all()
 
@@ -111,7 +136,10 @@ def test_removing_channels_that_are_zero_costs_nothing() -> None:
 
 def test_a_zero_matrix_moves_nowhere() -> None:
     sketch = SpectralSketch.of(torch.zeros(24, 8))
-    assert [sketch.distance(masks(24, [12]), kind).tolist() for kind in ("ks", "wasserstein")] == [[0.0], [0.0]]
+    assert [sketch.distance(masks(24, [12]), kind).tolist() for kind in ("ks", "wasserstein")] == [
+        [0.0],
+        [0.0],
+    ]
 
 
 def test_both_routes_of_the_product_give_the_same_distances() -> None:
@@ -122,7 +150,9 @@ def test_both_routes_of_the_product_give_the_same_distances() -> None:
         torch.testing.assert_close(by_rows, through, rtol=0, atol=1e-3)
 
 
-def test_a_batch_of_masks_agrees_with_one_mask_at_a_time_in_any_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_masks_agrees_with_one_mask_at_a_time_in_any_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sketch = SpectralSketch.of(weight_with(SPECTRA["falling"](40), 96, 40))
     keep = masks(96, [96, 90, 48, 30, 1])
     together = sketch.distance(keep)
@@ -132,7 +162,9 @@ def test_a_batch_of_masks_agrees_with_one_mask_at_a_time_in_any_parts(monkeypatc
     torch.testing.assert_close(together, sketch.distance(keep), rtol=0, atol=1e-4)
 
 
-def test_the_same_matrix_gives_the_same_distances_to_the_bit_and_leaves_the_global_generator_alone() -> None:
+def test_the_same_matrix_gives_the_same_distances_to_the_bit_and_leaves_the_global_generator_alone() -> (
+    None
+):
     weight, keep = weight_with(SPECTRA["falling"](40), 96, 40), masks(96, [70, 30])
     before = torch.get_rng_state()
     first, second = (SpectralSketch.of(weight).distance(keep) for _ in range(2))
@@ -157,7 +189,9 @@ def test_estimated_rewards_are_within_the_bounds_of_their_matrices(family: str) 
     ffn = next(iter_ffns(model))
     weights = [weight for weight in (ffn.gate, ffn.up, ffn.down.T) if weight is not None]
     bound = torch.stack([SpectralSketch.of(weight).bound(keep) for weight in weights]).mean(0)
-    exact, estimated = (SpectralReward(model, spectrum=spectrum) for spectrum in ("exact", "stochastic"))
+    exact, estimated = (
+        SpectralReward(model, spectrum=spectrum) for spectrum in ("exact", "stochastic")
+    )
     (right,), (close,) = exact.layer(0, keep).values(), estimated.layer(0, keep).values()
     assert ((close - right).abs() <= bound).all()
     assert not torch.equal(close, right)
@@ -169,7 +203,9 @@ def test_auto_is_exact_up_to_a_side_and_estimates_above(monkeypatch: pytest.Monk
     monkeypatch.setattr(rewards, "EXACT_UP_TO", 31)
     assert SpectralReward(model).spectrum == "stochastic"
     assert SpectralReward(model, spectrum="exact").spectrum == "exact"
-    with pytest.raises(ValueError, match="unknown spectrum 'guessed'; it is one of auto, exact, stochastic"):
+    with pytest.raises(
+        ValueError, match="unknown spectrum 'guessed'; it is one of auto, exact, stochastic"
+    ):
         SpectralReward(model, spectrum="guessed")
 
 
@@ -186,8 +222,8 @@ def test_a_record_says_how_spectra_were_found_only_where_that_was_chosen() -> No
 
 @pytest.mark.slow
 def test_on_a_real_model_every_layer_is_within_the_bound() -> None:
-    from prunenet.checkpoint import load_model
-    from prunenet.demo_model import cache_folder
+    from prunenet.checkpoints.load import load_model
+    from prunenet.runtime.files import cache_folder
 
     folder = Path(os.environ.get("PRUNENET_MODEL", cache_folder() / "SmolLM2-135M-Instruct"))
     if not folder.is_dir():
@@ -197,4 +233,7 @@ def test_on_a_real_model_every_layer_is_within_the_bound() -> None:
             assert weight is not None
             keep = masks(len(weight), [1382, 1229, 1075, 768], seed=ffn.index)
             sketch = SpectralSketch.of(weight)
-            assert ((sketch.distance(keep) - SpectralReference.of(weight).distance(keep)).abs() <= sketch.bound(keep)).all()
+            assert (
+                (sketch.distance(keep) - SpectralReference.of(weight).distance(keep)).abs()
+                <= sketch.bound(keep)
+            ).all()

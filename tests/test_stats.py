@@ -1,4 +1,6 @@
-"""Channel statistics: bounded, finite, blind to channel order and to a layer's scale, and each what its name says."""
+"""Channel statistics: bounded, finite, blind to channel order and to a layer's scale, and each what
+its name says.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model
 
-from prunenet import residual, stats
-from prunenet.layers import activation, iter_ffns
-from prunenet.stats import CONTEXT, STATISTICS, channel_statistics, layer_context
+from prunenet.features import from_weights as stats
+from prunenet.features import residual
+from prunenet.features.from_weights import CONTEXT, STATISTICS, channel_statistics, layer_context
+from prunenet.models.layers import activation, iter_ffns
 
 COLUMN = {name: index for index, name in enumerate(STATISTICS)}
 
@@ -24,7 +27,9 @@ def _raw(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[torch.
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_of_every_family_are_finite_bounded_and_one_row_a_channel(family: str, bias: bool) -> None:
+def test_statistics_of_every_family_are_finite_bounded_and_one_row_a_channel(
+    family: str, bias: bool
+) -> None:
     model = tiny_model(family, bias=bias)
     statistics = channel_statistics(model)
     assert [tuple(layer.shape) for layer in statistics] == [(D_FF, len(STATISTICS))] * LAYERS
@@ -35,7 +40,9 @@ def test_statistics_of_every_family_are_finite_bounded_and_one_row_a_channel(fam
         missing = {name for name in STATISTICS if not layer[:, COLUMN[name]].any()}
         ffn = next(iter_ffns(model))
         expected = {name for name in STATISTICS if ffn.gate is None and name.startswith("gate")}
-        expected |= {f"{side}_bias" for side in ("gate", "up") if getattr(ffn, f"{side}_bias") is None}
+        expected |= {
+            f"{side}_bias" for side in ("gate", "up") if getattr(ffn, f"{side}_bias") is None
+        }
         assert missing == expected
         present = layer[:, [column for name, column in COLUMN.items() if name not in missing]]
         assert present.median(0).values.abs().max() < 1e-5
@@ -50,16 +57,22 @@ def test_context_of_every_family_is_finite_bounded_and_tells_layers_apart(family
     depth = CONTEXT.index("depth")
     assert context[:, depth].tolist() == pytest.approx([0, 0.5, 1])
     assert context[:, depth + 1].tolist() == pytest.approx([1, 0.5, 0])
-    assert context[:, CONTEXT.index("from_first")].tolist() == pytest.approx([1, math.exp(-1), math.exp(-2)])
+    assert context[:, CONTEXT.index("from_first")].tolist() == pytest.approx(
+        [1, math.exp(-1), math.exp(-2)]
+    )
 
 
 @pytest.mark.parametrize("block", [1, 3, 8])
-def test_symmetric_products_taken_block_by_block_are_the_whole_products(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symmetric_products_taken_block_by_block_are_the_whole_products(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, half = torch.randn(5, 8), torch.randn(8, 8)
     symmetric = half + half.T
     monkeypatch.setattr(residual, "_BLOCK", block)
     torch.testing.assert_close(residual.self_product(rows), rows.T @ rows)
-    torch.testing.assert_close(residual.quadratic(rows, symmetric), ((rows @ symmetric) * rows).sum(-1))
+    torch.testing.assert_close(
+        residual.quadratic(rows, symmetric), ((rows @ symmetric) * rows).sum(-1)
+    )
 
 
 def test_context_measures_the_layers_own_spectrum_and_write() -> None:
@@ -72,7 +85,9 @@ def test_context_measures_the_layers_own_spectrum_and_write() -> None:
         assert float(row[CONTEXT.index("stable_rank")]) == pytest.approx(expected, abs=0.01)
         share = math.log(squared[:8].sum() / squared.sum())
         assert float(row[CONTEXT.index("down_top_share")]) == pytest.approx(share, abs=0.01)
-        assert float(row[CONTEXT.index("write_size")]) == pytest.approx(math.log(squared.sum() / written), abs=1e-4)
+        assert float(row[CONTEXT.index("write_size")]) == pytest.approx(
+            math.log(squared.sum() / written), abs=1e-4
+        )
         written += float(squared.sum())
 
 
@@ -115,11 +130,15 @@ def test_raw_statistics_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch
     first = _raw(model, monkeypatch)[0]
     ffn = next(iter_ffns(model))
     gate, up, down = ffn.gate * ffn.norm_scale, ffn.up * ffn.norm_scale, ffn.down.T
-    embedding, unembedding = (side().weight.detach() for side in (model.get_input_embeddings, model.get_output_embeddings))
+    embedding, unembedding = (
+        side().weight.detach() for side in (model.get_input_embeddings, model.get_output_embeddings)
+    )
     attention = ffn.attention_out @ ffn.attention_out.T
     left = torch.linalg.svd(gate, full_matrices=False).U
     dot = (gate * up).sum(-1)
-    cosines = torch.nn.functional.normalize(down, dim=-1) @ torch.nn.functional.normalize(down, dim=-1).T
+    cosines = (
+        torch.nn.functional.normalize(down, dim=-1) @ torch.nn.functional.normalize(down, dim=-1).T
+    )
 
     def quotient(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         moment = moment * D_MODEL / moment.trace()
@@ -129,12 +148,16 @@ def test_raw_statistics_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch
     expected = {f"{name}_norm": norm.log() for name, norm in norms.items()} | {
         "product_norm": (norms["gate"] * norms["up"] * norms["down"]).log(),
         "gate_up_cosine": dot / norms["gate"] / norms["up"],
-        "sphere_energy": (((norms["gate"] * norms["up"]) ** 2 + 2 * dot**2) * norms["down"] ** 2).log(),
+        "sphere_energy": (
+            ((norms["gate"] * norms["up"]) ** 2 + 2 * dot**2) * norms["down"] ** 2
+        ).log(),
         "gate_embedding": quotient(gate, embedding.T @ embedding),
-        "gate_residual": quotient(gate, embedding.T @ embedding),  # nothing has written before the first FFN
+        # nothing has written before the first FFN
+        "gate_residual": quotient(gate, embedding.T @ embedding),
         "down_unembedding": quotient(down, unembedding.T @ unembedding),
         "up_attention": quotient(up, attention),
-        "down_mean": torch.nn.functional.normalize(down, dim=-1) @ torch.nn.functional.normalize(embedding.mean(0), dim=0),
+        "down_mean": torch.nn.functional.normalize(down, dim=-1)
+        @ torch.nn.functional.normalize(embedding.mean(0), dim=0),
         "up_kurtosis": (up.pow(4).mean(-1) / up.square().mean(-1) ** 2).log(),
         "up_peak": (up.abs().amax(-1) / up.square().mean(-1).sqrt()).log(),
         "down_twin": cosines.abs().fill_diagonal_(0).amax(-1),
@@ -142,19 +165,30 @@ def test_raw_statistics_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch
     for name, values in expected.items():
         torch.testing.assert_close(first[:, COLUMN[name]], values, rtol=1e-3, atol=1e-3, msg=name)
     leverage = left[:, : D_MODEL // 8].square().sum(-1)
-    assert torch.corrcoef(torch.stack([first[:, COLUMN["gate_leverage"]].exp(), leverage]))[0, 1] > 0.95
+    assert (
+        torch.corrcoef(torch.stack([first[:, COLUMN["gate_leverage"]].exp(), leverage]))[0, 1]
+        > 0.95
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_the_activation_energy_is_that_of_a_gaussian_residual_stream(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_activation_energy_is_that_of_a_gaussian_residual_stream(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(family, bias=True)
     first = _raw(model, monkeypatch)[0][:, COLUMN["activation_energy"]]
     ffn = next(iter_ffns(model))
     table = model.get_input_embeddings().weight.detach()
     moment = table.T @ table
     factor = torch.linalg.cholesky(moment * D_MODEL / moment.trace() + 1e-6 * torch.eye(D_MODEL))
-    stream = torch.randn(400_000, D_MODEL, generator=torch.Generator().manual_seed(0)) @ factor.T * ffn.norm_scale
-    hidden = activation(model)(stream @ (ffn.up if ffn.gate is None else ffn.gate).T + _bias(ffn, "gate"))
+    stream = (
+        torch.randn(400_000, D_MODEL, generator=torch.Generator().manual_seed(0))
+        @ factor.T
+        * ffn.norm_scale
+    )
+    hidden = activation(model)(
+        stream @ (ffn.up if ffn.gate is None else ffn.gate).T + _bias(ffn, "gate")
+    )
     if ffn.gate is not None:
         hidden = hidden * (stream @ ffn.up.T + ffn.up_bias)
     expected = (hidden.square().mean(0) * ffn.down.square().sum(0)).log()
@@ -165,9 +199,13 @@ def _bias(ffn: object, side: str) -> torch.Tensor:
     return ffn.up_bias if ffn.gate is None else getattr(ffn, f"{side}_bias")
 
 
-def test_what_an_ffn_writes_is_in_the_residual_stream_of_the_next_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_ffn_writes_is_in_the_residual_stream_of_the_next_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model("llama")
-    direction = torch.nn.functional.normalize(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)), dim=0)
+    direction = torch.nn.functional.normalize(
+        torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)), dim=0
+    )
     first, second = list(iter_ffns(model))[:2]
     first.down.copy_(1000 * direction[:, None] * torch.ones(D_FF))
     second.gate[7] = direction / second.norm_scale  # effective row: the direction itself

@@ -1,11 +1,13 @@
-"""The distributions over keep masks are exact: checked by enumerating every mask of a small layer."""
+"""The distributions over keep masks are exact: checked by enumerating every mask of a small
+layer.
+"""
 
 from itertools import product
 
 import pytest
 import torch
 
-from prunenet.policies.subset import Bernoulli, FixedWidth, solve_offset
+from prunenet.policies.training.subset import Bernoulli, FixedWidth, solve_offset
 
 KINDS = [Bernoulli, FixedWidth]
 
@@ -15,7 +17,9 @@ def all_masks(d_ff: int) -> torch.Tensor:
 
 
 def small(kind: type[Bernoulli], *, grad: bool = False) -> Bernoulli:
-    logits = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=grad)
+    logits = torch.randn(
+        2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=grad
+    )
     return kind(2 * logits, torch.tensor([3, 5]))
 
 
@@ -30,12 +34,16 @@ def test_probabilities_of_all_masks_sum_to_one(kind):
 def test_expected_width_is_the_target(kind):
     masks = all_masks(7)
     weights = torch.stack([small(kind).log_prob(mask.expand(2, -1)) for mask in masks]).exp()
-    torch.testing.assert_close((weights * masks.sum(1, keepdim=True)).sum(0), torch.tensor([3.0, 5.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        (weights * masks.sum(1, keepdim=True)).sum(0), torch.tensor([3.0, 5.0], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_of_the_log_probability_matches_finite_differences(kind):
-    logits = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    logits = torch.randn(
+        2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True
+    )
     width = torch.tensor([2, 5])
     keep = kind(logits, width).mode()
     assert torch.autograd.gradcheck(lambda z: kind(z, width).log_prob(keep), logits)

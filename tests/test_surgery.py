@@ -5,10 +5,16 @@ import pytest
 import torch
 from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids, variants
 
-from prunenet import modeling
-from prunenet.architectures import ARCHITECTURES
-from prunenet.layers import count_parameters, decoder_layers, down_linears, ffn_widths, iter_ffns
-from prunenet.surgery import masking, narrowed, zero_padded
+from prunenet.models import modeling
+from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.layers import (
+    count_parameters,
+    decoder_layers,
+    down_linears,
+    ffn_widths,
+    iter_ffns,
+)
+from prunenet.models.surgery import masking, narrowed, zero_padded
 
 WIDTHS = {"uniform": [32] * LAYERS, "per-layer": [16, 40, 1]}
 
@@ -28,14 +34,18 @@ def same_state(first, second) -> bool:
 
 @each_variant
 @each_widths
-def test_the_narrow_model_computes_what_the_masked_dense_model_computes(model_type, bias, tied, widths) -> None:
+def test_the_narrow_model_computes_what_the_masked_dense_model_computes(
+    model_type, bias, tied, widths
+) -> None:
     dense = tiny_model(model_type, bias=bias, tied=tied)
     keep = random_keep(widths)
     narrow = narrowed(dense, keep)
     with masking(dense, keep):
         masked = logits(dense)
     torch.testing.assert_close(logits(narrow), masked, atol=2e-5, rtol=0)
-    assert (masked - logits(dense)).abs().max() > 0.1, "the cut must matter, or the comparison says nothing"
+    assert (masked - logits(dense)).abs().max() > 0.1, (
+        "the cut must matter, or the comparison says nothing"
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -49,7 +59,9 @@ def test_the_narrow_model_has_the_widths_asked_for_everywhere(model_type, widths
     if len(set(widths)) == 1:
         assert getattr(narrow.config, field) == widths[0]
         assert type(narrow) is type(dense)
-    for layer, linear, ffn, width in zip(decoder_layers(narrow), down_linears(narrow), iter_ffns(narrow), widths, strict=True):
+    for layer, linear, ffn, width in zip(
+        decoder_layers(narrow), down_linears(narrow), iter_ffns(narrow), widths, strict=True
+    ):
         assert linear.in_features == width
         assert ffn.up.is_contiguous()
         assert ffn.down.is_contiguous()
@@ -57,7 +69,10 @@ def test_the_narrow_model_has_the_widths_asked_for_everywhere(model_type, widths
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
                 assert (module.out_features, module.in_features) == module.weight.shape
-    removed = sum(ffn.channel_parameters * (D_FF - width) for ffn, width in zip(iter_ffns(dense), widths, strict=True))
+    removed = sum(
+        ffn.channel_parameters * (D_FF - width)
+        for ffn, width in zip(iter_ffns(dense), widths, strict=True)
+    )
     assert count_parameters(dense)[0] - count_parameters(narrow)[0] == removed
 
 
@@ -86,7 +101,11 @@ def test_the_dense_model_is_left_as_it_was(model_type) -> None:
 def test_everything_outside_the_ffns_is_shared_and_tied_embeddings_stay_tied(tied) -> None:
     dense = tiny_model("llama", bias=True, tied=tied)
     narrow = narrowed(dense, random_keep(WIDTHS["uniform"]))
-    shared = {name for name, tensor in narrow.named_parameters() if tensor is dict(dense.named_parameters())[name]}
+    shared = {
+        name
+        for name, tensor in narrow.named_parameters()
+        if tensor is dict(dense.named_parameters())[name]
+    }
     own = {name for name, _ in narrow.named_parameters()} - shared
     # The bias of the down linear has no channels.
     assert {name.split(".", 3)[-1] for name in own} == {
@@ -114,7 +133,9 @@ def test_cutting_twice_is_cutting_once(widths) -> None:
     dense = tiny_model("phi3")
     first, final = random_keep([44, 46, 47]), random_keep(widths)
     final = [mask & outer for mask, outer in zip(final, first, strict=True)]
-    twice = narrowed(narrowed(dense, first), [mask[outer] for mask, outer in zip(final, first, strict=True)])
+    twice = narrowed(
+        narrowed(dense, first), [mask[outer] for mask, outer in zip(final, first, strict=True)]
+    )
     once = narrowed(dense, final)
     assert same_state(twice, once)
     assert type(twice) is type(once)
@@ -189,7 +210,11 @@ BAD = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("use", [narrowed, lambda model, keep: masking(model, keep).__enter__()], ids=["narrowed", "masking"])
+@pytest.mark.parametrize(
+    "use",
+    [narrowed, lambda model, keep: masking(model, keep).__enter__()],
+    ids=["narrowed", "masking"],
+)
 def test_masks_that_do_not_fit_are_refused_before_anything_changes(use, spoil, message) -> None:
     dense = tiny_model("llama")
     before = copy.deepcopy(dense)

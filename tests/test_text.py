@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prunenet import text as text_module
-from prunenet.text import (
+from prunenet.text import corpora as text_module
+from prunenet.text.corpora import (
     CalibrationText,
     TestText,
     TextError,
@@ -35,8 +35,13 @@ def words(count: int) -> str:
     return " ".join(str(i % 64) for i in range(count))
 
 
-@pytest.mark.parametrize(("tokens", "window", "stride"), [(100, 10, 10), (103, 10, 4), (50, 7, 1), (12, 12, 3), (40, 2, 2)])
-def test_each_token_is_scored_at_most_once_and_has_context(tokens: int, window: int, stride: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "window", "stride"),
+    [(100, 10, 10), (103, 10, 4), (50, 7, 1), (12, 12, 3), (40, 2, 2)],
+)
+def test_each_token_is_scored_at_most_once_and_has_context(
+    tokens: int, window: int, stride: int
+) -> None:
     scored: Counter[int] = Counter()
     for part, count in token_windows(torch.arange(tokens), window, stride):
         assert len(part) == window
@@ -55,7 +60,10 @@ def test_windows_do_not_overlap_by_default() -> None:
 
 
 def test_a_text_shorter_than_one_window_is_an_error_with_a_remedy() -> None:
-    with pytest.raises(TextError, match=r"has 9 tokens, fewer than one window of 10; give more text or a smaller --window"):
+    with pytest.raises(
+        TextError,
+        match=r"has 9 tokens, fewer than one window of 10; give more text or a smaller --window",
+    ):
         token_windows(torch.arange(9), 10)
 
 
@@ -98,7 +106,11 @@ def test_a_plain_file_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_rows_of_a_jsonl_file_are_joined_by_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "text": row}) + "\n" for i, row in enumerate(["one", "", "two"])))
+    path.write_text(
+        "".join(
+            json.dumps({"id": i, "text": row}) + "\n" for i, row in enumerate(["one", "", "two"])
+        )
+    )
     assert load_text(str(path), CalibrationText).content == "one\n\n\n\ntwo"
 
 
@@ -118,7 +130,9 @@ def test_a_row_of_a_jsonl_file_ends_where_its_line_does(tmp_path: Path) -> None:
         ("column.jsonl", b'{"txt": "a"}\n', 'line 1 of .* has no "text" column'),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_clear_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_cannot_be_used_is_one_clear_sentence(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(TextError, match=message) as caught:
@@ -139,7 +153,9 @@ def dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     rows = {"train": ["a b\n", "", "c"], "test": ["z"], "validation": ["v"]}
     for split, texts in rows.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"n": 1, "text": row}) + "\n" for row in texts))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"n": 1, "text": row}) + "\n" for row in texts)
+        )
     return folder
 
 
@@ -149,7 +165,9 @@ def test_the_split_of_a_dataset_follows_the_kind(dataset_folder: Path) -> None:
     assert load_text(f"{dataset_folder}::validation", CalibrationText).content == "v"
 
 
-def test_a_huge_dataset_is_read_only_as_far_as_needed(dataset_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_dataset_is_read_only_as_far_as_needed(
+    dataset_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_module, "MAX_CHARACTERS", 3)
     assert load_text(dataset_folder, CalibrationText).content == "a b\n"
 
@@ -158,7 +176,9 @@ def test_the_text_column_is_found_or_asked_for(dataset_folder: Path) -> None:
     (dataset_folder / "train.jsonl").write_text('{"n": 1, "story": "once"}\n')
     assert load_text(dataset_folder, CalibrationText).content == "once"
     (dataset_folder / "train.jsonl").write_text('{"question": "x", "answer": "y"}\n')
-    with pytest.raises(TextError, match="no 'text' column and 2 columns of strings: question, answer"):
+    with pytest.raises(
+        TextError, match="no 'text' column and 2 columns of strings: question, answer"
+    ):
         load_text(dataset_folder, CalibrationText)
 
 
@@ -169,7 +189,8 @@ def test_a_split_that_does_not_exist_is_one_clear_sentence(dataset_folder: Path)
 
 
 def test_a_dataset_out_of_reach_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)  # the client itself stays offline
+    # the client itself stays offline
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     with pytest.raises(TextError, match="not reachable; give a local file or 'builtin'"):
         load_text("wikitext:wikitext-2-raw-v1", TestText)
     with pytest.raises(TextError, match="check the spelling"):
@@ -181,19 +202,31 @@ def test_a_test_split_is_refused_as_calibration_text() -> None:
         load_text("wikitext:wikitext-2-raw-v1:test", CalibrationText)
 
 
-def test_test_text_is_refused_where_calibration_text_is_needed(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_test_text_is_refused_where_calibration_text_is_needed(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     draw = {"count": 1, "window": 4, "generator": torch.Generator()}
     with pytest.raises(TypeError):  # under pytest, by the annotation
         calibration_blocks(tokenizer, TestText("t", words(20)), **draw)  # type: ignore[arg-type]
-    unchecked = calibration_blocks.__wrapped__ if hasattr(calibration_blocks, "__wrapped__") else calibration_blocks
-    with pytest.raises(TypeError, match="test text is only ever scored"):  # in the field, by the function
+    unchecked = (
+        calibration_blocks.__wrapped__
+        if hasattr(calibration_blocks, "__wrapped__")
+        else calibration_blocks
+    )
+    # in the field, by the function
+    with pytest.raises(TypeError, match="test text is only ever scored"):
         unchecked(tokenizer, TestText("t", words(20)), **draw)  # type: ignore[arg-type]
 
 
-def test_calibration_blocks_are_distinct_windows_and_follow_the_generator(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_calibration_blocks_are_distinct_windows_and_follow_the_generator(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     text = CalibrationText("t", words(64))
     draws = [
-        calibration_blocks(tokenizer, text, count=5, window=8, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+        calibration_blocks(
+            tokenizer, text, count=5, window=8, generator=torch.Generator().manual_seed(s)
+        )
+        for s in (0, 0, 1)
     ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
@@ -204,10 +237,24 @@ def test_calibration_blocks_are_distinct_windows_and_follow_the_generator(tokeni
 
 
 def test_too_few_calibration_windows_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(TextError, match="'t' has 0 windows of 21 tokens, fewer than the 1 asked for"):
-        calibration_blocks(tokenizer, CalibrationText("t", words(20)), count=1, window=21, generator=torch.Generator())
+    with pytest.raises(
+        TextError, match="'t' has 0 windows of 21 tokens, fewer than the 1 asked for"
+    ):
+        calibration_blocks(
+            tokenizer,
+            CalibrationText("t", words(20)),
+            count=1,
+            window=21,
+            generator=torch.Generator(),
+        )
     with pytest.raises(TextError, match="has 2 windows of 8 tokens, fewer than the 3 asked for"):
-        calibration_blocks(tokenizer, CalibrationText("t", words(20)), count=3, window=8, generator=torch.Generator())
+        calibration_blocks(
+            tokenizer,
+            CalibrationText("t", words(20)),
+            count=3,
+            window=8,
+            generator=torch.Generator(),
+        )
 
 
 def test_a_text_is_tokenised_whole_and_once(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,13 +13,15 @@ import pytest
 import torch
 from families import tiny_model, token_ids
 
-from prunenet.calibration import Blocks
-from prunenet.layers import down_linears
+from prunenet.models.layers import down_linears
 from prunenet.policies.artifact import Policy, PolicyError
-from prunenet.policies.recipe import PRESETS, Recipe, recipe_for
-from prunenet.policies.train import train
+from prunenet.policies.training.recipe import PRESETS, Recipe, recipe_for
+from prunenet.policies.training.train import train
+from prunenet.text.calibration import CalibrationSet
 
-SHORT = Recipe(reward="spectral", updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy")
+SHORT = Recipe(
+    reward="spectral", updates=4, masks=4, hidden=(8,), evaluate_every=2, distance="energy"
+)
 WHERE = Recipe(
     reward="divergence",
     subset="widths",
@@ -38,8 +40,8 @@ def state(folder: Path, stage: str = "channels") -> Path:
     return folder / "training" / stage / "state.safetensors"
 
 
-def own_text(n: int = 5, tokens: int = 16) -> Blocks:
-    return Blocks(token_ids(n, tokens), "self", {"text": "self-generated"})
+def own_text(n: int = 5, tokens: int = 16) -> CalibrationSet:
+    return CalibrationSet(token_ids(n, tokens), "self", {"text": "self-generated"})
 
 
 def long_run(algorithm: str, out: Path, resume: bool = False) -> None:
@@ -50,7 +52,9 @@ def long_run(algorithm: str, out: Path, resume: bool = False) -> None:
 
 
 def kill_in(stage: str, out: Path, algorithm: str) -> None:
-    """Starts the run, or resumes it, in another process, and kills that at some moment of the stage."""
+    """Starts the run, or resumes it, in another process, and kills that at some moment of the
+    stage.
+    """
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -98,18 +102,23 @@ def test_the_policy_returned_is_the_best_one_seen():
     model = tiny_model("llama")
     from prunenet.envs import SpectralReward
     from prunenet.envs.sweep import View
-    from prunenet.policies.run import mode_reward
+    from prunenet.policies.training.run import mode_reward
 
-    value = mode_reward(trained.policy.scorer, View.of(model), SpectralReward(model, distance="energy"), SHORT)
+    value = mode_reward(
+        trained.policy.scorer, View.of(model), SpectralReward(model, distance="energy"), SHORT
+    )
     assert value == max(reward for _, reward in trained.history)
     assert value > trained.history[0][1]
 
 
 def test_a_policy_does_not_tell_where_its_model_lay(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "secret" / "tiny")
-    from prunenet.checkpoint import load_model
+    from prunenet.checkpoints.load import load_model
 
-    assert train(load_model(tmp_path / "secret" / "tiny"), SHORT).policy.config.trained_on["model"] == "tiny"
+    assert (
+        train(load_model(tmp_path / "secret" / "tiny"), SHORT).policy.config.trained_on["model"]
+        == "tiny"
+    )
 
 
 def test_the_model_is_as_it_was_after_training():
@@ -121,15 +130,21 @@ def test_the_model_is_as_it_was_after_training():
 
 
 @pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
-def test_a_run_killed_in_each_stage_in_turn_resumes_to_the_same_policy_bit_for_bit(tmp_path, algorithm):
+def test_a_run_killed_in_each_stage_in_turn_resumes_to_the_same_policy_bit_for_bit(
+    tmp_path, algorithm
+):
     for stage in STAGES:
         kill_in(stage, tmp_path / "killed", algorithm)
-        assert [state(tmp_path / "killed", name).exists() for name in STAGES].count(True) == STAGES.index(stage) + 1
+        assert [state(tmp_path / "killed", name).exists() for name in STAGES].count(
+            True
+        ) == STAGES.index(stage) + 1
         assert not (tmp_path / "killed" / "model.safetensors").exists()
     long_run(algorithm, tmp_path / "killed", resume=True)
     long_run(algorithm, tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert (tmp_path / "killed" / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
+    assert (tmp_path / "killed" / "config.json").read_bytes() == (
+        tmp_path / "whole" / "config.json"
+    ).read_bytes()
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
@@ -167,7 +182,9 @@ def test_tensorboard_shows_the_reward(tmp_path):
     train(tiny_model("llama"), SHORT, out=tmp_path)
     (log,) = state(tmp_path).parent.glob("run_*")
     events = EventAccumulator(str(log)).Reload()
-    assert [event.step for event in events.Scalars("prunenet/reward_of_mode")][-1] == SHORT.updates * SHORT.masks * 3
+    assert [event.step for event in events.Scalars("prunenet/reward_of_mode")][
+        -1
+    ] == SHORT.updates * SHORT.masks * 3
 
 
 @pytest.mark.parametrize(
@@ -191,7 +208,10 @@ def test_recipes_out_of_range_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reward": "specktral"}, "unknown reward 'specktral'; it is one of spectral, reconstruction, divergence"),
+        (
+            {"reward": "specktral"},
+            "unknown reward 'specktral'; it is one of spectral, reconstruction, divergence",
+        ),
         ({"algorithm": "sac"}, "unknown algorithm 'sac'; it is one of a2c, ppo"),
         ({"subset": "best"}, "unknown subset 'best'; it is one of fixed, bernoulli, widths"),
     ],
@@ -203,7 +223,9 @@ def test_names_that_a_recipe_does_not_know_are_refused(unchecked, changes, messa
 
 def test_presets_are_found_by_name():
     assert recipe_for("paper", {"seed": 3}) == replace(PRESETS["paper"], seed=3)
-    with pytest.raises(ValueError, match="unknown preset 'fast'; presets: default, widths, spectral, paper"):
+    with pytest.raises(
+        ValueError, match="unknown preset 'fast'; presets: default, widths, spectral, paper"
+    ):
         recipe_for("fast", {})
 
 
@@ -223,9 +245,15 @@ def test_the_second_stage_leaves_most_channels_to_the_layer_that_matters_most(im
     trained = train(model, SHORT, where=WHERE, blocks=own_text())
     config = trained.policy.config
     widths = trained.policy.widths(model, 0.5, per_layer=True, round_to=4)
-    assert widths[important] > 24 > max(width for layer, width in enumerate(widths) if layer != important)
+    assert (
+        widths[important]
+        > 24
+        > max(width for layer, width in enumerate(widths) if layer != important)
+    )
     assert sum(widths) == 3 * 24
-    assert config.gain == pytest.approx(1 - trained.widths_history[0][1] / max(reward for _, reward in trained.widths_history))
+    assert config.gain == pytest.approx(
+        1 - trained.widths_history[0][1] / max(reward for _, reward in trained.widths_history)
+    )
     assert config.gain > 0
 
 
@@ -233,9 +261,16 @@ def test_the_second_stage_leaves_the_channels_scores_as_they_are():
     model = tiny_model("llama")
     first = train(model, SHORT)
     whole = train(model, SHORT, where=WHERE, blocks=own_text())
-    assert all(torch.equal(a, b) for a, b in zip(first.policy.scores(model), whole.policy.scores(model), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.policy.scores(model), whole.policy.scores(model), strict=True)
+    )
     assert first.history == whole.history
-    assert (first.widths_history, first.policy.config.gain, first.policy.offsets(model)) == ([], None, [0.0] * 3)
+    assert (first.widths_history, first.policy.config.gain, first.policy.offsets(model)) == (
+        [],
+        None,
+        [0.0] * 3,
+    )
 
 
 def test_a_policy_that_has_learned_where_to_cut_reloads_to_the_same_bits(tmp_path):
@@ -243,7 +278,9 @@ def test_a_policy_that_has_learned_where_to_cut_reloads_to_the_same_bits(tmp_pat
     trained = train(model, SHORT, where=WHERE, blocks=own_text(), out=tmp_path / "a").policy
     again = Policy.from_pretrained(tmp_path / "a")
     assert again.offsets(model) == trained.offsets(model) != [0.0] * 3
-    assert all(torch.equal(a, b) for a, b in zip(again.scores(model), trained.scores(model), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.scores(model), trained.scores(model), strict=True)
+    )
     assert again.sha256 == trained.sha256
     assert again.config.gain == trained.config.gain
     again.save_pretrained(tmp_path / "b")
@@ -257,12 +294,16 @@ def test_the_regime_is_the_most_that_either_stage_looked_at():
     model, data = tiny_model("llama"), replace(own_text(), regime="data")
     assert train(model, SHORT, blocks=data).policy.config.regime == "weights"
     assert train(model, SHORT, where=WHERE, blocks=own_text()).policy.config.regime == "self"
-    own = train(model, SHORT, where=WHERE, blocks=data, reward=SpectralReward(model), regime="weights")
+    own = train(
+        model, SHORT, where=WHERE, blocks=data, reward=SpectralReward(model), regime="weights"
+    )
     assert own.policy.config.regime == "data"
 
 
 def test_a_second_stage_without_text_is_refused_before_the_first_one_runs(tmp_path):
-    with pytest.raises(ValueError, match="the divergence reward is measured on text: give token blocks"):
+    with pytest.raises(
+        ValueError, match="the divergence reward is measured on text: give token blocks"
+    ):
         train(tiny_model("llama"), SHORT, where=WHERE, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -271,7 +312,14 @@ def test_resuming_with_another_second_stage_is_refused(tmp_path):
     train(tiny_model("llama"), SHORT, where=WHERE, blocks=own_text(), out=tmp_path)
     for other in (None, replace(WHERE, updates=5)):
         with pytest.raises(PolicyError, match="was started with recipe"):
-            train(tiny_model("llama"), SHORT, where=other, blocks=own_text(), out=tmp_path, resume=True)
+            train(
+                tiny_model("llama"),
+                SHORT,
+                where=other,
+                blocks=own_text(),
+                out=tmp_path,
+                resume=True,
+            )
 
 
 def test_a_reward_of_one_s_own_says_its_regime_and_is_recorded():

@@ -1,4 +1,6 @@
-"""What searches over widths stand on: random architectures, what was measured, and KL(dense || pruned) of widths."""
+"""What searches over widths stand on: random architectures, what was measured, and KL(dense ||
+pruned) of widths.
+"""
 
 import json
 
@@ -7,12 +9,21 @@ import torch
 from families import D_FF, LAYERS, tiny_model, token_ids
 from planted import Planted, room
 
-from prunenet.calibration import Blocks
-from prunenet.compensate import Cut, Refits
-from prunenet.divergence import divergence
-from prunenet.masks import top_channels
-from prunenet.policies.methods import Budget, Evidence, Space, WidthDivergence, best_of_random, cut, magnitude, uniform
-from prunenet.policies.methods.evaluations import Evaluations
+from prunenet.evaluation.divergence import divergence
+from prunenet.models.masks import top_channels
+from prunenet.policies.methods import (
+    Budget,
+    Evidence,
+    Space,
+    WidthDivergence,
+    best_of_random,
+    cut,
+    uniform,
+)
+from prunenet.policies.methods.papers import magnitude
+from prunenet.policies.methods.widths.evaluations import Evaluations
+from prunenet.refit.cut import Cut, Refits
+from prunenet.text.calibration import CalibrationSet
 
 IDS = token_ids(6, 20)
 
@@ -24,8 +35,12 @@ def generator(seed: int = 0) -> torch.Generator:
 # Random architectures.
 
 
-@pytest.mark.parametrize(("ratio", "round_to", "step"), [(0.3, 8, 64), (0.3, 8, 8), (0.1, 64, None), (0.7, 1, None)])
-def test_random_architectures_spend_the_budget_exactly_on_levels_but_for_one_layer(ratio, round_to, step) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "round_to", "step"), [(0.3, 8, 64), (0.3, 8, 8), (0.1, 64, None), (0.7, 1, None)]
+)
+def test_random_architectures_spend_the_budget_exactly_on_levels_but_for_one_layer(
+    ratio, round_to, step
+) -> None:
     budget = room(9, 1536, ratio, round_to=round_to)
     space = Space.around(budget, step=step)
     drawn = space.draw(300, generator())
@@ -42,11 +57,21 @@ def test_random_architectures_spend_the_budget_exactly_on_levels_but_for_one_lay
 def test_layers_and_costs_that_differ_spend_all_but_less_than_one_step(seed) -> None:
     d_ff = tuple(torch.randint(40, 300, (6,), generator=generator(seed)).tolist())
     costs = tuple(torch.randint(1, 9, (6,), generator=generator(seed)).tolist())
-    budget = Budget(d_ff, costs, int(0.6 * sum(c * w for c, w in zip(costs, d_ff, strict=True))), round_to=8, floor=11)
+    budget = Budget(
+        d_ff,
+        costs,
+        int(0.6 * sum(c * w for c, w in zip(costs, d_ff, strict=True))),
+        round_to=8,
+        floor=11,
+    )
     for widths in Space.around(budget).draw(50, generator(seed)):
-        assert all(width % 8 == 0 or width == full for width, full in zip(widths, d_ff, strict=True))
+        assert all(
+            width % 8 == 0 or width == full for width, full in zip(widths, d_ff, strict=True)
+        )
         assert all(width >= min(16, full) for width, full in zip(widths, d_ff, strict=True))
-        steps = [c * min(8 - w % 8, f - w) for c, w, f in zip(costs, widths, d_ff, strict=True) if w < f]
+        steps = [
+            c * min(8 - w % 8, f - w) for c, w, f in zip(costs, widths, d_ff, strict=True) if w < f
+        ]
         assert 0 <= budget.parameters - budget.cost(widths) < min(steps)
 
 
@@ -106,10 +131,17 @@ def test_a_file_serves_several_evaluators_and_survives_a_cut_last_line(tmp_path)
     assert [Evaluations(loss, path)([widths]) for loss in (one, other)] == values
     assert len(one.calls) == len(other.calls) == 1
     Evaluations(one, path)([(48, 64, 80)])
-    assert [json.loads(line)["evaluator"] for line in path.read_text().splitlines()] == ["planted 1", "planted 2", "planted 1"]
+    assert [json.loads(line)["evaluator"] for line in path.read_text().splitlines()] == [
+        "planted 1",
+        "planted 2",
+        "planted 1",
+    ]
 
 
-@pytest.mark.parametrize("line", ["no json", "[]", '{"evaluator": "", "widths": 3, "loss": 1}', '{"widths": [1], "loss": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    ["no json", "[]", '{"evaluator": "", "widths": 3, "loss": 1}', '{"widths": [1], "loss": 1}'],
+)
 def test_a_damaged_line_in_the_file_is_an_error_that_names_it(tmp_path, line) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"evaluator": "", "widths": [8], "loss": 1.5}\n' + line + "\n")
@@ -164,7 +196,9 @@ def test_with_refits_the_loss_is_that_of_the_refitted_layers_at_the_level_below(
     assert judge([16, 48, 32]) == pytest.approx(divergence(model, refitted, IDS), rel=1e-6)
     assert judge([16, 48, 32]) == judge([23, 48, 39])
     assert judge([16, 16, 16]) < WidthDivergence(model, IDS, scores)([16, 16, 16])
-    with pytest.raises(ValueError, match="below the narrowest refitted level; give a budget with floor=8"):
+    with pytest.raises(
+        ValueError, match="below the narrowest refitted level; give a budget with floor=8"
+    ):
         judge([7, 48, 32])
 
 
@@ -205,7 +239,7 @@ def test_searched_allocations_are_reached_by_name_and_are_no_worse_than_uniform(
     if how == "predictor":
         pytest.importorskip("sklearn")
     model = tiny_model("llama")
-    evidence = Evidence(model, Blocks(IDS, "data", {}))
+    evidence = Evidence(model, CalibrationSet(IDS, "data", {}))
     budget = Budget.of(model, 0.3)
     made = cut(evidence, "magnitude", 0.3, allocation=how)
     assert budget.cost(made.widths) == budget.parameters
@@ -221,7 +255,9 @@ def test_a_search_needs_text_and_scores() -> None:
     with pytest.raises(ValueError, match="needs text"):
         cut(Evidence(model), "magnitude", 0.3, allocation="evolution")
     with pytest.raises(ValueError, match="folding has no scores"):
-        cut(Evidence(model, Blocks(IDS, "data", {})), "folding", 0.3, allocation="evolution")
+        cut(
+            Evidence(model, CalibrationSet(IDS, "data", {})), "folding", 0.3, allocation="evolution"
+        )
 
 
 def test_refits_of_given_scores_keep_the_channels_that_these_rank_highest() -> None:

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from prunenet.masks import width_at, widths_for_budget
-from prunenet.policies.widths import SweptWidths, WidthHead, mean_shares
+from prunenet.models.masks import width_at, widths_for_budget
+from prunenet.policies.scorer import WidthHead
+from prunenet.policies.training.swept_widths import SweptWidths, mean_shares
 
 
 def test_equal_offsets_are_uniform_widths():
@@ -71,12 +72,21 @@ def test_the_gradient_of_the_shares_is_that_of_finite_differences():
             moved = offsets.detach().clone()
             moved[index] += step
             values.append((mean_shares(moved, layer, budget) * weights).sum())
-        assert float(offsets.grad[index]) == pytest.approx(float(values[0] - values[1]) / 2e-5, abs=1e-6)
+        assert float(offsets.grad[index]) == pytest.approx(
+            float(values[0] - values[1]) / 2e-5, abs=1e-6
+        )
 
 
 def swept(left, layer, offsets=(0.5, -0.5, 0.0), spread=0.2):
     logits = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
-    return SweptWidths(logits, torch.tensor(offsets), torch.tensor(layer), torch.tensor(left), round_to=2, spread=spread)
+    return SweptWidths(
+        logits,
+        torch.tensor(offsets),
+        torch.tensor(layer),
+        torch.tensor(left),
+        round_to=2,
+        spread=spread,
+    )
 
 
 def all_masks(distribution):

@@ -1,4 +1,6 @@
-"""Zero-shot accuracy: forward passes against brute force, prompts and results against lm-eval's own, errors of task files."""
+"""Zero-shot accuracy: forward passes against brute force, prompts and results against lm-eval's
+own, errors of task files.
+"""
 
 import importlib.util
 import json
@@ -16,12 +18,21 @@ from families import FAMILIES, tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prunenet import zeroshot
-from prunenet.surgery import narrowed
-from prunenet.zeroshot import COLUMNS, Question, TaskError, answer_all, read_task, task_files, zero_shot
+from prunenet.evaluation import zeroshot
+from prunenet.evaluation.zeroshot import (
+    COLUMNS,
+    Question,
+    TaskError,
+    answer_all,
+    read_task,
+    task_files,
+    zero_shot,
+)
+from prunenet.models.surgery import narrowed
 
 needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed; pip install 'prunenet[eval]'"
+    importlib.util.find_spec("lm_eval") is None,
+    reason="lm-eval is not installed; pip install 'prunenet[eval]'",
 )
 DEFINITIONS = Path(zeroshot.__file__).with_name("tasks")
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,9 +42,14 @@ def choices(*texts: str) -> dict[str, list[str]]:
     return {"text": list(texts), "label": list("ABCDE"[: len(texts)])}
 
 
-# Rows like those of the datasets, with what breaks templates: quotes, brackets, braces, digits, blanks, several gaps.
+# Rows like those of the datasets, with what breaks templates: quotes, brackets, braces, digits,
+# blanks, several gaps.
 EXAM = [
-    {"question": "Which is a 'gas'?", "choices": choices("ice", "steam", 'the "sea"', "[rock]"), "answerKey": "B"},
+    {
+        "question": "Which is a 'gas'?",
+        "choices": choices("ice", "steam", 'the "sea"', "[rock]"),
+        "answerKey": "B",
+    },
     {"question": "2 + 2 = {{x}}?", "choices": choices("4", "5", "it's 22"), "answerKey": "A"},
     {
         "question": "Why does it rain so much\nin the north?",
@@ -46,24 +62,64 @@ SAMPLES: dict[str, list[dict]] = {
     "arc_easy": EXAM,
     "arc_challenge": EXAM[::-1],
     "piqa": [
-        {"goal": "dresser", "sol1": "replace drawer with pin ", "sol2": 'finish, woodgrain\'s "pin" ', "label": 1},
-        {"goal": "How do I cut [a] tree?", "sol1": "saw", "sol2": "eat it, slowly and with care", "label": 0},
+        {
+            "goal": "dresser",
+            "sol1": "replace drawer with pin ",
+            "sol2": 'finish, woodgrain\'s "pin" ',
+            "label": 1,
+        },
+        {
+            "goal": "How do I cut [a] tree?",
+            "sol1": "saw",
+            "sol2": "eat it, slowly and with care",
+            "label": 0,
+        },
     ],
     "winogrande": [
-        {"sentence": "Ann beat Bea, so _ won the cup.", "option1": "Ann", "option2": "Bea", "answer": "1"},
-        {"sentence": "The cup didn't fit the bag as  _ 's \"too_big\".", "option1": "cup's", "option2": "bag", "answer": "2"},
+        {
+            "sentence": "Ann beat Bea, so _ won the cup.",
+            "option1": "Ann",
+            "option2": "Bea",
+            "answer": "1",
+        },
+        {
+            "sentence": "The cup didn't fit the bag as  _ 's \"too_big\".",
+            "option1": "cup's",
+            "option2": "bag",
+            "answer": "2",
+        },
     ],
     "copa": [
-        {"premise": "The man fell. ", "choice1": "It's icy.", "choice2": 'He ran "off".', "question": "cause", "label": 0},
-        {"premise": "She ate.", "choice1": "She slept.", "choice2": "A dog barked.", "question": "effect", "label": 1},
+        {
+            "premise": "The man fell. ",
+            "choice1": "It's icy.",
+            "choice2": 'He ran "off".',
+            "question": "cause",
+            "label": 0,
+        },
+        {
+            "premise": "She ate.",
+            "choice1": "She slept.",
+            "choice2": "A dog barked.",
+            "question": "effect",
+            "label": 1,
+        },
     ],
     "boolq": [
         {"passage": "Ice -- frozen water.", "question": "is ice water", "label": 1},
         {"passage": "Iron is 'heavy'.", "question": "does iron float", "label": 0},
     ],
     "openbookqa": [
-        {"question_stem": "The sun is", "choices": choices("hot", "it's cold", "wet", "7"), "answerKey": " A"},
-        {"question_stem": "A fish can", "choices": choices("fly", "swim", "read", "[sing]"), "answerKey": "B"},
+        {
+            "question_stem": "The sun is",
+            "choices": choices("hot", "it's cold", "wet", "7"),
+            "answerKey": " A",
+        },
+        {
+            "question_stem": "A fish can",
+            "choices": choices("fly", "swim", "read", "[sing]"),
+            "answerKey": "B",
+        },
     ],
     "sciq": [
         {"support": " Cells divide.", "question": "What divides?", "correct_answer": "cells"}
@@ -84,30 +140,45 @@ SAMPLES: dict[str, list[dict]] = {
             "choices": ["a sum", "1 + 1", "it's 3", "7"],
             "answer": 1,
         },
-        {"question": "Is 0 even?", "subject": "abstract_algebra", "choices": ["no", "at times", '"odd"', "yes "], "answer": 3},
+        {
+            "question": "Is 0 even?",
+            "subject": "abstract_algebra",
+            "choices": ["no", "at times", '"odd"', "yes "],
+            "answer": 3,
+        },
     ],
 }
 
 
 def write(folder: Path, task: str, rows: list[dict] | None = None) -> Path:
     file = folder / f"{task}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in (SAMPLES[task] if rows is None else rows)))
+    file.write_text(
+        "".join(json.dumps(row) + "\n" for row in (SAMPLES[task] if rows is None else rows))
+    )
     return file
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, 64 in all, like the vocabulary of the tiny models."""
     letters = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:'?\n"
-    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)} | {"<s>": 61, "</s>": 62, "?": 63}, unk_token="?"))
+    core = Tokenizer(
+        models.WordLevel(
+            {c: i for i, c in enumerate(letters)} | {"<s>": 61, "</s>": 62, "?": 63}, unk_token="?"
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="?", bos_token="<s>", eos_token="</s>"
+    )
 
 
 # --- forward passes ---
 
 
 def some_questions(n: int = 7, seed: int = 0) -> list[Question]:
-    """Contexts of 1 to 30 tokens, 2 to 4 choices of 1 to 6 tokens; some contexts differ between the choices."""
+    """Contexts of 1 to 30 tokens, 2 to 4 choices of 1 to 6 tokens; some contexts differ between the
+    choices.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(least: int, most: int) -> list[int]:
@@ -121,28 +192,45 @@ def some_questions(n: int = 7, seed: int = 0) -> list[Question]:
         for _ in range(2 + number % 3):
             own = context + tokens(1, 3) if number % 3 == 2 else context
             pairs.append((own, tokens(1, 6)))
-        questions.append(Question([(own + choice)[:-1] for own, choice in pairs], [choice for _, choice in pairs]))
+        questions.append(
+            Question(
+                [(own + choice)[:-1] for own, choice in pairs], [choice for _, choice in pairs]
+            )
+        )
     return questions
 
 
 @torch.no_grad()
-def by_brute_force(model: PreTrainedModel, questions: list[Question]) -> list[list[tuple[float, bool]]]:
-    """Each choice alone in one forward pass without cache or padding, in float64 from the logits on."""
+def by_brute_force(
+    model: PreTrainedModel, questions: list[Question]
+) -> list[list[tuple[float, bool]]]:
+    """Each choice alone in one forward pass without cache or padding, in float64 from the logits
+    on.
+    """
     answers = []
     for question in questions:
         row = []
         for read, target in zip(question.inputs, question.targets, strict=True):
-            table = model(input_ids=torch.tensor([read]), use_cache=False).logits[0].double().log_softmax(-1)[-len(target) :]
+            table = (
+                model(input_ids=torch.tensor([read]), use_cache=False)
+                .logits[0]
+                .double()
+                .log_softmax(-1)[-len(target) :]
+            )
             greedy = table.argmax(-1).tolist() == target
             row.append((sum(float(table[i, token]) for i, token in enumerate(target)), greedy))
         answers.append(row)
     return answers
 
 
-def assert_same(found: list[list[tuple[float, bool]]], expected: list[list[tuple[float, bool]]]) -> None:
+def assert_same(
+    found: list[list[tuple[float, bool]]], expected: list[list[tuple[float, bool]]]
+) -> None:
     assert [len(row) for row in found] == [len(row) for row in expected]
     for found_row, expected_row in zip(found, expected, strict=True):
-        assert [value for value, _ in found_row] == pytest.approx([value for value, _ in expected_row], abs=2e-4)
+        assert [value for value, _ in found_row] == pytest.approx(
+            [value for value, _ in expected_row], abs=2e-4
+        )
         assert [greedy for _, greedy in found_row] == [greedy for _, greedy in expected_row]
 
 
@@ -187,7 +275,8 @@ def test_the_shared_prefix_ends_before_the_first_position_that_counts() -> None:
 
 def test_a_prompt_too_long_for_the_model_is_cut_from_the_left_and_a_choice_never() -> None:
     question = zeroshot._question([(list(range(10)), [20, 21, 22]), ([1, 2], [20])], positions=8)
-    assert question.inputs == [[4, 5, 6, 7, 8, 9, 20, 21], [1, 2]]  # the last token is only predicted
+    # the last token is only predicted
+    assert question.inputs == [[4, 5, 6, 7, 8, 9, 20, 21], [1, 2]]
     assert question.targets == [[20, 21, 22], [20]]
     for choice in ([], [0] * 9):
         with pytest.raises(TaskError, match=rf"has {len(choice)} tokens; the model takes 1 to 8"):
@@ -195,7 +284,9 @@ def test_a_prompt_too_long_for_the_model_is_cut_from_the_left_and_a_choice_never
 
 
 @pytest.mark.parametrize("overhead", [0, 5, 1000])
-def test_batches_are_the_cheapest_cuts_of_the_sorted_questions(overhead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_the_cheapest_cuts_of_the_sorted_questions(
+    overhead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(zeroshot, "_PASS_ON_CPU", overhead)
     model, questions, most = tiny_model("llama"), some_questions(8, seed=2), 5
 
@@ -257,18 +348,40 @@ def test_good_rows_are_read_and_every_column_is_needed(task: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("arc_easy", {"answerKey": "Z"}, r"'Z' in column 'answerKey', not one of \['A', 'B', 'C', 'D'\]"),
-        ("arc_easy", {"choices": {"text": ["a"], "label": []}}, "no lists 'text' and 'label' of equal length"),
-        ("piqa", {"label": -1}, r"has -1 in column 'label', not one of \[0, 1\] \(test splits have no answers\)"),
+        (
+            "arc_easy",
+            {"answerKey": "Z"},
+            r"'Z' in column 'answerKey', not one of \['A', 'B', 'C', 'D'\]",
+        ),
+        (
+            "arc_easy",
+            {"choices": {"text": ["a"], "label": []}},
+            "no lists 'text' and 'label' of equal length",
+        ),
+        (
+            "piqa",
+            {"label": -1},
+            r"has -1 in column 'label', not one of \[0, 1\] \(test splits have no answers\)",
+        ),
         ("winogrande", {"answer": ""}, r"has '' in column 'answer', not one of \['1', '2'\]"),
         ("winogrande", {"sentence": "no gap"}, "has no gap '_' in column 'sentence'"),
-        ("copa", {"question": "why"}, r"'why' in column 'question', not one of \['cause', 'effect'\]"),
-        ("hellaswag", {"label": ""}, r"has '' in column 'label', not one of \['0', '1', '2', '3'\]"),
+        (
+            "copa",
+            {"question": "why"},
+            r"'why' in column 'question', not one of \['cause', 'effect'\]",
+        ),
+        (
+            "hellaswag",
+            {"label": ""},
+            r"has '' in column 'label', not one of \['0', '1', '2', '3'\]",
+        ),
         ("mmlu", {"answer": 4}, r"has 4 in column 'answer', not one of \[0, 1, 2, 3\]"),
         ("mmlu", {"choices": ["yes", "no"]}, "has 2 choices in column 'choices', not 4"),
     ],
 )
-def test_a_row_without_a_right_answer_says_so(task: str, change: dict, message: str, tmp_path: Path) -> None:
+def test_a_row_without_a_right_answer_says_so(
+    task: str, change: dict, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(TaskError, match=message):
         read_task(task, write(tmp_path, task, [SAMPLES[task][0] | change]))
 
@@ -309,17 +422,24 @@ def test_tasks_are_found_in_a_folder_or_named_one_by_one(tmp_path: Path) -> None
 
 def test_lines_that_only_other_alphabets_break_are_one_row(tmp_path: Path) -> None:
     file = tmp_path / "copa.jsonl"
-    file.write_text(json.dumps(SAMPLES["copa"][0] | {"premise": "One\u2028two."}, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps(SAMPLES["copa"][0] | {"premise": "One\u2028two."}, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
     assert read_task("copa", file)[0][0]["premise"] == "One\u2028two."
 
 
 @pytest.mark.parametrize("arguments", [{"limit": 0}, {"batch_size": 0}])
 def test_a_limit_or_batch_below_one_is_refused(arguments: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be 1 or more, got"):
-        zero_shot(tiny_model("llama"), letter_tokenizer(), {"piqa": write(tmp_path, "piqa")}, **arguments)
+        zero_shot(
+            tiny_model("llama"), letter_tokenizer(), {"piqa": write(tmp_path, "piqa")}, **arguments
+        )
 
 
-def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_lm_eval_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -328,7 +448,10 @@ def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.Monk
 
 
 def test_every_task_has_a_definition_and_every_definition_a_task() -> None:
-    names = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))["task"] for file in DEFINITIONS.glob("*.yaml")}
+    names = {
+        file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))["task"]
+        for file in DEFINITIONS.glob("*.yaml")
+    }
     assert names == {task: task for task in COLUMNS}
 
 
@@ -349,13 +472,27 @@ OWN = {
 
 
 def harness_task(task: str, file: Path, tmp_path: Path) -> dict:
-    """lm-eval's own definition; only where it would fetch the data from the hub, it reads `file` with its own json loader."""
+    """lm-eval's own definition; only where it would fetch the data from the hub, it reads `file`
+    with its own json loader.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    local = {"path": "json", "name": None, "kwargs": {"data_files": {"own": str(file)}, "cache_dir": str(tmp_path / "cache")}}
-    splits = {"training_split": None, "validation_split": "own", "test_split": None, "fewshot_split": None}
-    include = {"include": str(Path(lm_eval.__file__).parent / "tasks" / f"{OWN[task]}.yaml"), "task": task}
+    local = {
+        "path": "json",
+        "name": None,
+        "kwargs": {"data_files": {"own": str(file)}, "cache_dir": str(tmp_path / "cache")},
+    }
+    splits = {
+        "training_split": None,
+        "validation_split": "own",
+        "test_split": None,
+        "fewshot_split": None,
+    }
+    include = {
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / f"{OWN[task]}.yaml"),
+        "task": task,
+    }
     (tmp_path / "own").mkdir(exist_ok=True)
     definition = include | {f"dataset_{key}": value for key, value in local.items()} | splits
     (tmp_path / "own" / f"{task}.yaml").write_text(json.dumps(definition))
@@ -374,7 +511,12 @@ def assert_same_prompts(task: str, file: Path, tmp_path: Path) -> None:
             # "1" and 1 both stand for the second choice
             assert (str(found), type(found)) == (str(expected), type(found)), part
         asked = [
-            [request.args for request in of.construct_requests(doc=row, ctx=of.fewshot_context(row, num_fewshot=0))]
+            [
+                request.args
+                for request in of.construct_requests(
+                    doc=row, ctx=of.fewshot_context(row, num_fewshot=0)
+                )
+            ]
             for of, row in ((ours, our_row), (theirs, their_row))
         ]
         assert asked[0] == asked[1]
@@ -397,12 +539,16 @@ def test_the_prompt_names_every_subject_of_mmlu_as_lm_eval_does(tmp_path: Path) 
         ours = zeroshot._task("mmlu", read_task("mmlu", write(tmp_path, "mmlu", rows))[0])
     prompts = [ours.fewshot_context(row, num_fewshot=0) for row in ours.eval_docs]
     assert len(files) == 57
-    assert all(prompt.startswith(description) for prompt, description in zip(prompts, theirs, strict=True))
+    assert all(
+        prompt.startswith(description) for prompt, description in zip(prompts, theirs, strict=True)
+    )
 
 
 @needs_harness
 @pytest.mark.parametrize("task", ["arc_easy", "copa", "piqa", "winogrande"])
-def test_prompts_and_targets_of_the_real_questions_are_those_of_lm_eval(task: str, data_dir: Path, tmp_path: Path) -> None:
+def test_prompts_and_targets_of_the_real_questions_are_those_of_lm_eval(
+    task: str, data_dir: Path, tmp_path: Path
+) -> None:
     rows = (data_dir / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
     file = tmp_path / f"{task}.jsonl"
     file.write_text("\n".join(rows[::29]) + "\n", encoding="utf-8")
@@ -415,7 +561,8 @@ def test_accuracy_and_standard_error_are_those_of_lm_eval(task: str, tmp_path: P
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    # Models answer differently, so that equal accuracies are no accident. 64 positions: some prompts are cut.
+    # Models answer differently, so that equal accuracies are no accident. 64 positions: some
+    # prompts are cut.
     file = write(tmp_path, task, SAMPLES[task] * 2)
     rows = len(SAMPLES[task]) * 2
     with zeroshot._quiet_harness():
@@ -423,9 +570,19 @@ def test_accuracy_and_standard_error_are_those_of_lm_eval(task: str, tmp_path: P
         for seed in range(3):
             model = tiny_model("llama", seed=seed)
             (found,) = zero_shot(model, letter_tokenizer(), {task: file})
-            theirs = lm_eval.evaluate(HFLM(pretrained=model, tokenizer=letter_tokenizer()), own)["results"][task]
-            expected = [theirs.get(f"{key},none") for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")]
-            ours = [found.accuracy, found.standard_error, found.accuracy_norm, found.standard_error_norm]
+            theirs = lm_eval.evaluate(HFLM(pretrained=model, tokenizer=letter_tokenizer()), own)[
+                "results"
+            ][task]
+            expected = [
+                theirs.get(f"{key},none")
+                for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+            ]
+            ours = [
+                found.accuracy,
+                found.standard_error,
+                found.accuracy_norm,
+                found.standard_error_norm,
+            ]
             assert ours == pytest.approx(expected)
             assert (found.task, found.n, found.limit) == (task, rows, None)
 
@@ -442,7 +599,11 @@ def test_nothing_is_written_and_model_tokenizer_and_logging_stay_as_they_were(
     monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.INFO)
     logging.getLogger("lm_eval").setLevel(logging.INFO)  # clears what loggers remember of levels
     weights = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
-    zero_shot(model, tokenizer, {"piqa": write(tmp_path, "piqa"), "hellaswag": write(tmp_path, "hellaswag")})
+    zero_shot(
+        model,
+        tokenizer,
+        {"piqa": write(tmp_path, "piqa"), "hellaswag": write(tmp_path, "hellaswag")},
+    )
     assert capfd.readouterr() == ("", "")
     assert model.training
     assert (tokenizer.pad_token, len(tokenizer)) == tokenizer_before
@@ -454,14 +615,22 @@ def test_nothing_is_written_and_model_tokenizer_and_logging_stay_as_they_were(
 
 
 @needs_harness
-def test_a_limit_takes_the_first_questions_and_progress_counts_over_the_tasks(tmp_path: Path) -> None:
+def test_a_limit_takes_the_first_questions_and_progress_counts_over_the_tasks(
+    tmp_path: Path,
+) -> None:
     model, tokenizer, seen = tiny_model("llama"), letter_tokenizer(), []
-    # The same question, its answer turned round after the second row: the last rows would give another accuracy.
+    # The same question, its answer turned round after the second row: the last rows would give
+    # another accuracy.
     rows = [SAMPLES["piqa"][0] | {"label": label} for label in (0, 0, 1, 1, 1, 1)]
     files = {"piqa": write(tmp_path, "piqa", rows), "arc_easy": write(tmp_path, "arc_easy", EXAM)}
-    limited = zero_shot(model, tokenizer, files, limit=2, batch_size=1, progress=lambda *step: seen.append(step))
+    limited = zero_shot(
+        model, tokenizer, files, limit=2, batch_size=1, progress=lambda *step: seen.append(step)
+    )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert [(result.task, result.n, result.limit) for result in limited] == [("piqa", 2, 2), ("arc_easy", 2, 2)]
+    assert [(result.task, result.n, result.limit) for result in limited] == [
+        ("piqa", 2, 2),
+        ("arc_easy", 2, 2),
+    ]
     (short,) = zero_shot(model, tokenizer, {"piqa": write(tmp_path, "piqa", rows[:2])})
     assert (short.accuracy, short.accuracy_norm) == (limited[0].accuracy, limited[0].accuracy_norm)
     assert short.sha256 != limited[0].sha256
@@ -480,7 +649,18 @@ def test_the_runner_writes_a_line_per_model_and_task_and_skips_what_is_there(
     write(tasks, "piqa")
 
     def run() -> list[dict]:
-        command = ["zeroshot.py", str(folder), "--tasks", str(tasks), "--limit", "2", "--out", str(out), "--device", "cpu"]
+        command = [
+            "zeroshot.py",
+            str(folder),
+            "--tasks",
+            str(tasks),
+            "--limit",
+            "2",
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+        ]
         monkeypatch.setattr(sys, "argv", command)
         runpy.run_path(str(ROOT / "benchmarks" / "zeroshot.py"), run_name="__main__")
         return [json.loads(line) for line in out.read_text().splitlines()]
@@ -507,9 +687,12 @@ def test_the_runner_writes_a_line_per_model_and_task_and_skips_what_is_there(
 @needs_harness
 @pytest.mark.slow
 def test_the_real_model_answers_better_than_chance(smollm2: Path, data_dir: Path) -> None:
-    from prunenet.checkpoint import load_model, load_tokenizer
+    from prunenet.checkpoints.load import load_model, load_tokenizer
 
-    files = {"arc_easy": data_dir / "tasks" / "arc_easy.jsonl", "piqa": data_dir / "tasks" / "piqa.jsonl"}
+    files = {
+        "arc_easy": data_dir / "tasks" / "arc_easy.jsonl",
+        "piqa": data_dir / "tasks" / "piqa.jsonl",
+    }
     easy, piqa = zero_shot(load_model(smollm2), load_tokenizer(smollm2), files, limit=60)
     assert easy.accuracy > 0.35  # 0.25 by chance
     assert piqa.accuracy > 0.58  # 0.5 by chance

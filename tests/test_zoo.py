@@ -1,11 +1,13 @@
-"""The policies that ship: they load by name, say where they come from, and cut a model of another width and depth."""
+"""The policies that ship: they load by name, say where they come from, and cut a model of another
+width and depth.
+"""
 
 import pytest
 import torch
 from families import tiny_model
 
 import prunenet
-from prunenet.layers import ffn_widths
+from prunenet.models.layers import ffn_widths
 from prunenet.policies.artifact import Policy, PolicyError, policy_for, zoo
 
 
@@ -40,7 +42,11 @@ def test_it_says_where_to_cut_at_ratios_it_was_not_trained_at():
 
 def test_it_cuts_another_width_and_depth_from_weights_alone():
     model = tiny_model("llama")
-    pruned = prunenet.prune(model, Policy.from_pretrained("llama"), ratio=0.5, widths="uniform", policy_name="llama")
+    pruned = prunenet.prune(
+        model, Policy.from_pretrained("llama"), ratio=0.5, widths="uniform", policy_name="llama"
+    )
     assert pruned.provenance.policy == "llama"
-    assert all(bool(torch.isfinite(row).all()) for row in Policy.from_pretrained("llama").scores(model))
+    assert all(
+        bool(torch.isfinite(row).all()) for row in Policy.from_pretrained("llama").scores(model)
+    )
     assert set(ffn_widths(pruned.model)) == {24}

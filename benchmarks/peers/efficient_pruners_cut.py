@@ -1,8 +1,10 @@
-"""Runs `efficient-pruners` 0.1.0, PruneNet's authors' package, in its own environment; called by `efficient_pruners_row.py`.
+"""Runs `efficient-pruners` 0.1.0, PruneNet's authors' package, in its own environment; called by
+`efficient_pruners_row.py`.
 
-Knows nothing of prunenet. Writes which rows of each gate matrix each `compress()` kept, and how training went. As
-installed, its losses are scaled in half precision and overflow on a CPU: `--float32` takes autocast away, `--svdvals` the
-singular vectors that it does not use. Both patch torch for this process; the package's files stay as they came.
+Knows nothing of prunenet. Writes which rows of each gate matrix each `compress()` kept, and how
+training went. As installed, its losses are scaled in half precision and overflow on a CPU:
+`--float32` takes autocast away, `--svdvals` the singular vectors that it does not use. Both patch
+torch for this process; the package's files stay as they came.
 """
 
 from __future__ import annotations
@@ -20,8 +22,16 @@ from safetensors.torch import save_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder; its path must hold 'llama', and neither 'opt' nor 'phi': the package goes by it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        help=(
+            "folder; its path must hold 'llama', and neither 'opt' nor 'phi': the package goes"
+            " by it"
+        ),
+    )
     parser.add_argument("--episodes", type=int, required=True)
     parser.add_argument("--ratios", type=float, nargs="+", required=True)
     parser.add_argument("--draws", type=int, required=True)
@@ -34,12 +44,19 @@ def main() -> None:
     if arguments.svdvals:
         torch.svd = lambda matrix: (None, torch.linalg.svdvals(matrix), None)
     start, cpu = time.perf_counter(), _cpu_seconds()
-    pruner = PruneNet(PruningConfig(num_episodes=arguments.episodes, device="cpu", save_dir=str(arguments.out / "policies")))
+    pruner = PruneNet(
+        PruningConfig(
+            num_episodes=arguments.episodes, device="cpu", save_dir=str(arguments.out / "policies")
+        )
+    )
     first, setup = {}, {}
     pruner._compute_reference_svds = _then_noting(pruner._compute_reference_svds, setup, start, cpu)
     with _first_state(first):
         history = pruner.fit(arguments.model, compression_ratio=0.3)
-    changed = any(not torch.equal(value, first[name]) for name, value in pruner.policy_model.state_dict().items())
+    changed = any(
+        not torch.equal(value, first[name])
+        for name, value in pruner.policy_model.state_dict().items()
+    )
     facts = {
         "episodes": arguments.episodes,
         "float32": arguments.float32,
@@ -70,7 +87,12 @@ def _then_noting(reference_svds, into: dict[str, float], start: float, cpu: floa
 
     def noting():
         result = reference_svds()
-        into.update({"seconds_setup": time.perf_counter() - start, "cpu_seconds_setup": _cpu_seconds() - cpu})
+        into.update(
+            {
+                "seconds_setup": time.perf_counter() - start,
+                "cpu_seconds_setup": _cpu_seconds() - cpu,
+            }
+        )
         return result
 
     return noting

@@ -1,12 +1,15 @@
-"""`efficient-pruners` 0.1.0, by PruneNet's authors, beside the policy that we ship: one JSON line per cut; resumable.
+"""`efficient-pruners` 0.1.0, by PruneNet's authors, beside the policy that we ship: one JSON line
+per cut; resumable.
 
-    python benchmarks/peers/efficient_pruners_row.py MODEL --data ../shared/data --out benchmarks/results/peers.jsonl
+    python benchmarks/peers/efficient_pruners_row.py MODEL --data ../shared/data --out
+    benchmarks/results/peers.jsonl
 
-The peer runs in an environment of its own (made in the cache folder from `requirements.txt`), on the same model at the same
-ratios, as it comes (`--episodes 2`: no episode changes its policy on a CPU, which is checked) and trained in float32 with
-svdvals for its 20 episodes; each `compress()` draws a new mask, so there are several. Its masks are handed over and cut by
-our surgery, because its own checkpoints do not load. Perplexity: WikiText-2 test, first windows of 1024, and the built-in
-test text, windows of 512.
+The peer runs in an environment of its own (made in the cache folder from `requirements.txt`), on
+the same model at the same ratios, as it comes (`--episodes 2`: no episode changes its policy on a
+CPU, which is checked) and trained in float32 with svdvals for its 20 episodes; each `compress()`
+draws a new mask, so there are several. Its masks are handed over and cut by our surgery, because
+its own checkpoints do not load. Perplexity: WikiText-2 test, first windows of 1024, and the
+built-in test text, windows of 512.
 """
 
 from __future__ import annotations
@@ -27,14 +30,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet import __version__
-from prunenet.checkpoint import load_model, load_tokenizer
-from prunenet.demo_model import cache_folder
-from prunenet.evaluate import perplexity
-from prunenet.layers import count_parameters, ffn_widths
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
-from prunenet.surgery import narrowed
-from prunenet.text import TestText, load_text
+from prunenet.runtime.files import cache_folder
+from prunenet.text.corpora import TestText, load_text
 
 HERE = Path(__file__).parent
 PEER = "efficient-pruners 0.1.0"
@@ -69,9 +72,15 @@ def peer_cuts(
         out = Path(scratch) / "out"
         out.mkdir()
         asked = ["--ratios", *map(str, ratios), "--draws", str(draws), "--out", str(out)]
-        subprocess.run([environment(), HERE / "efficient_pruners_cut.py", named, *way, *asked], check=True)
+        subprocess.run(
+            [environment(), HERE / "efficient_pruners_cut.py", named, *way, *asked], check=True
+        )
         facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
-        return facts, {(r, draw): load_file(out / f"{r:g}-{draw}.safetensors") for r in ratios for draw in range(draws)}
+        return facts, {
+            (r, draw): load_file(out / f"{r:g}-{draw}.safetensors")
+            for r in ratios
+            for draw in range(draws)
+        }
 
 
 def masks(model: PreTrainedModel, rows: dict[str, Tensor]) -> list[Tensor]:
@@ -91,19 +100,29 @@ def lines(
         start = time.perf_counter()
         pruned = prune(model, policy, ratio=ratio, widths="per-layer", policy_name=name)
         seconds = time.perf_counter() - start
-        yield {"method": "prunenet-weights", "ratio": ratio, "draw": 0, "seconds_compress": seconds}, pruned.model
+        yield (
+            {"method": "prunenet-weights", "ratio": ratio, "draw": 0, "seconds_compress": seconds},
+            pruned.model,
+        )
     for method, way in WAYS.items():
         if method in done:
             continue
         facts, cuts = peer_cuts(arguments.model, way, arguments.ratios, arguments.draws)
         compress = iter(facts.pop("seconds_compress"))
         for (ratio, draw), rows in cuts.items():
-            line = {"method": method, "ratio": ratio, "draw": draw, "seconds_compress": next(compress)} | facts
+            line = {
+                "method": method,
+                "ratio": ratio,
+                "draw": draw,
+                "seconds_compress": next(compress),
+            } | facts
             yield line, narrowed(model, masks(model, rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
@@ -127,7 +146,11 @@ def main() -> None:
             most = min(arguments.windows, 6) if name == "builtin" else arguments.windows
             scored = perplexity(narrow, tokenizer, text, window=window, max_windows=most)
             line |= {f"perplexity_{name}": scored.value}
-        line |= {"parameters": count_parameters(narrow)[0], "model": arguments.model.name, "prunenet": __version__}
+        line |= {
+            "parameters": count_parameters(narrow)[0],
+            "model": arguments.model.name,
+            "prunenet": __version__,
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         with arguments.out.open("a") as file:
             file.write(json.dumps(line) + "\n")

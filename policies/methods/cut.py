@@ -13,19 +13,27 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.heads import out_linears
-from prunenet.layers import FFN, down_linears, iter_ffns
-from prunenet.masks import top_channels
-from prunenet.moments import LayerWalk
-from prunenet.placement import check_together, derive, is_placed, present
-from prunenet.policies.methods.allocation import Budget, global_sort, outlier_share, owl, protected, uniform
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.flap import group_mean_bias, mean_bias, standardised
-from prunenet.policies.methods.influence import by_influence
+from prunenet.models.heads import out_linears
+from prunenet.models.hooks import zeroing
+from prunenet.models.layers import FFN, down_linears, iter_ffns
+from prunenet.models.masks import top_channels
+from prunenet.models.surgery import narrowed
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores, StructurePool, ranked, shared
+from prunenet.policies.methods.papers.flap import group_mean_bias, mean_bias, zscore
 from prunenet.policies.methods.searched_widths import searched_widths
-from prunenet.policies.methods.structures import Pool, Scores, ranked, shared
 from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
-from prunenet.surgery import narrowed
+from prunenet.policies.methods.widths.allocation import (
+    Budget,
+    global_sort,
+    outlier_share,
+    owl,
+    protected,
+    uniform,
+)
+from prunenet.policies.methods.widths.influence import by_influence
+from prunenet.refit.moments import LayerWalk
+from prunenet.runtime.placement import check_together, derive, is_placed, present
 
 WITH_HEADS = ("uniform", "protected", "global")
 """Allocations that are defined for attention heads too."""
@@ -33,15 +41,18 @@ _BY_SCORES = ("global", "predictor", "evolution")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cut:
+class BaselineCut:
     """What a method makes of a model at one size.
 
     Attributes:
         widths: channels left in each layer.
-        keep: (d_ff,) mask of each layer. For a merge, a template of the right width and no choice of channels.
+        keep: (d_ff,) mask of each layer. For a merge, a template of the right width and no choice
+            of channels.
         merged: the FFN of each layer where channels were merged; None where they were chosen.
-        biases: (d_model,) of each layer, to be added behind the down linear; None without compensation.
-        groups: (groups,) mask of the attention heads of each layer; None where heads were left whole.
+        biases: (d_model,) of each layer, to be added behind the down linear; None without
+            compensation.
+        groups: (groups,) mask of the attention heads of each layer; None where heads were left
+            whole.
         group_biases: (d_model,) of each layer, to be added behind attention's output linear.
     """
 
@@ -54,11 +65,13 @@ class Cut:
 
     @torch.no_grad()
     def applied(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The narrow model, for evaluation in memory; the dense one stays as it is (see `prunenet.surgery.narrowed`).
+        """The narrow model, for evaluation in memory; the dense one stays as it is (see
+        `prunenet.models.surgery.narrowed`).
 
-        A bias is added to the down linear (and to attention's output linear where heads are cut), whether or not the family's
-        configuration knows of one. It costs d_model parameters a layer, and can be saved and loaded only where the
-        configuration has it (OPT, Phi, GPT-NeoX; Llama with `mlp_bias`, for heads with `attention_bias`).
+        A bias is added to the down linear (and to attention's output linear where heads are cut),
+        whether or not the family's configuration knows of one. It costs d_model parameters a layer,
+        and can be saved and loaded only where the configuration has it (OPT, Phi, GPT-NeoX; Llama
+        with `mlp_bias`, for heads with `attention_bias`).
 
         Args:
             model: the model that the cut was made for.
@@ -79,7 +92,9 @@ class Cut:
                     continue
                 added = bias.to(linear.weight)
                 # A new parameter: the old one, where there is one, is shared with the dense model.
-                linear.bias = nn.Parameter(added if linear.bias is None else linear.bias + added, requires_grad=False)
+                linear.bias = nn.Parameter(
+                    added if linear.bias is None else linear.bias + added, requires_grad=False
+                )
         return narrow
 
 
@@ -94,40 +109,51 @@ def cut(
     round_to: int = 8,
     floor: int = 1,
     heads: bool = False,
-) -> Cut:
-    """Chooses, or merges, the FFN channels of every layer; with `heads`, chooses attention heads too.
+) -> BaselineCut:
+    """Chooses, or merges, the FFN channels of every layer; with `heads`, chooses attention heads
+    too.
 
-    All cuts at one ratio leave equal total parameters, biases of a compensation not counted: see `allocation`, `structures`.
+    All cuts at one ratio leave equal total parameters, biases of a compensation not counted: see
+        `allocation`, `structures`.
 
     Args:
         evidence: the model and the text.
         method: a name in `METHODS`, or a method of one's own.
         ratio: share of the FFN channels of all layers removed, in [0, 1).
-        allocation: how widths are chosen, or the widths themselves (within the budget); default the method's own. For "global",
-            scores that are not comparable between layers are standardised in each layer first. "owl" and "influence" read text.
-            "predictor" and "evolution" judge about 60 architectures on 1024 tokens of it, see `searched_widths`.
-        compensate: "mean_bias" adds what the removed channels write on average in the dense model; default the method's own.
-        sequential: measure each layer behind the cut ones, where the method is published so; False measures the dense model.
+        allocation: how widths are chosen, or the widths themselves (within the budget); default the
+            method's own. For "global", scores that are not comparable between layers are
+            zscore in each layer first. "owl" and "influence" read text. "predictor" and
+            "evolution" judge about 60 architectures on 1024 tokens of it, see `searched_widths`.
+        compensate: "mean_bias" adds what the removed channels write on average in the dense model;
+            default the method's own.
+        sequential: measure each layer behind the cut ones, where the method is published so; False
+            measures the dense model.
         round_to: widths are multiples of this.
         floor: channels that each layer keeps at least.
-        heads: cut groups of attention heads as well, at least one stays in a layer. The budget does not change: the more of
-            them go, the more channels stay. By allocation "uniform" or "protected" the layers that are cut lose the same share
-            of both (LLM-Pruner); by "global" both are ranked together (FLAP, SAAP); no other is defined.
+        heads: cut groups of attention heads as well, at least one stays in a layer. The budget does
+            not change: the more of them go, the more channels stay. By allocation "uniform" or
+            "protected" the layers that are cut lose the same share of both (LLM-Pruner); by
+            "global" both are ranked together (FLAP, SAAP); no other is defined.
 
     Raises:
         UnsupportedArchitecture: `heads`, and those of the model's family cannot be cut.
-        ValueError: an unknown method or allocation, text that is missing, a ratio out of range, widths that do not fit, or
-            `heads` with a method or an allocation that knows of channels alone.
+        ValueError: an unknown method or allocation, text that is missing, a ratio out of range,
+            widths that do not fit, or `heads` with a method or an allocation that knows of channels
+            alone.
     """
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; it is one of {', '.join(METHODS)}")
         method = METHODS[method]
     if method.rebuild is not None:
-        raise ValueError(f"{method.name} cuts no FFN channels and has no masks of them; ask pruned_model for its model")
+        raise ValueError(
+            f"{method.name} cuts no FFN channels and has no masks of them; ask pruned_model for its"
+            " model"
+        )
     budget = Budget.of(evidence.model, ratio, round_to=round_to, floor=floor)
     allocation = method.allocation if allocation is None else allocation
-    on_the_way = sequential and method.layer_score is not None  # scores of the dense model then only serve the widths
+    # scores of the dense model then only serve the widths
+    on_the_way = sequential and method.layer_score is not None
     groups, scores = None, None
     if heads:
         groups, scores, budget = _groups(evidence, method, budget, allocation)
@@ -136,7 +162,7 @@ def cut(
     widths = _widths(evidence, method, budget, allocation, scores)
     if method.merge is not None:
         keep = [torch.arange(d_ff) < width for d_ff, width in zip(budget.d_ff, widths, strict=True)]
-        return Cut(widths, keep, merged=method.merge(evidence, widths))
+        return BaselineCut(widths, keep, merged=method.merge(evidence, widths))
     if on_the_way:
         keep = _sequential(evidence, method, widths)
     else:
@@ -146,14 +172,20 @@ def cut(
     if (method.compensate if compensate is None else compensate) == "mean_bias":
         biases = list(map(mean_bias, evidence.ffns, evidence.energies, keep))
         if groups is not None:
-            group_biases = list(map(group_mean_bias, evidence.attentions, evidence.head_outputs, groups))
-    return Cut(widths, keep, biases=biases, groups=groups, group_biases=group_biases)
+            group_biases = list(
+                map(group_mean_bias, evidence.attentions, evidence.head_outputs, groups)
+            )
+    return BaselineCut(widths, keep, biases=biases, groups=groups, group_biases=group_biases)
 
 
-def pruned_model(evidence: Evidence, method: str | Method, ratio: float, **options: Any) -> PreTrainedModel:
-    """The narrow model of `cut` with the same arguments, for evaluation in memory; see `Cut.applied`.
+def pruned_model(
+    evidence: Evidence, method: str | Method, ratio: float, **options: Any
+) -> PreTrainedModel:
+    """The narrow model of `cut` with the same arguments, for evaluation in memory; see
+    `BaselineCut.applied`.
 
-    A method that cuts no FFN channels (slicegpt) makes a model of no more parameters; of the options it takes `round_to`.
+    A method that cuts no FFN channels (slicegpt) makes a model of no more parameters; of the
+    options it takes `round_to`.
 
     Raises:
         ValueError: as `cut`.
@@ -162,7 +194,10 @@ def pruned_model(evidence: Evidence, method: str | Method, ratio: float, **optio
     if row is not None and row.rebuild is not None:
         round_to = options.pop("round_to", 8)
         if options.pop("allocation", "uniform") != "uniform" or options:
-            raise ValueError(f"{row.name} has one allocation, uniform, and no options but round_to; leave the others out")
+            raise ValueError(
+                f"{row.name} has one allocation, uniform, and no options but round_to; leave the"
+                " others out"
+            )
         return row.rebuild(evidence, ratio, round_to)
     return cut(evidence, method, ratio, **options).applied(evidence.model)
 
@@ -175,11 +210,17 @@ def _groups(
         able = ", ".join(name for name, row in METHODS.items() if row.with_heads is not None)
         raise ValueError(f"{method.name} scores no attention heads; the methods that do: {able}")
     if not isinstance(allocation, str) or allocation not in WITH_HEADS:
-        raise ValueError(f"attention heads are cut by allocation {', '.join(WITH_HEADS)}, got {allocation!r}")
-    pool = Pool.of(evidence.model, budget)
+        raise ValueError(
+            f"attention heads are cut by allocation {', '.join(WITH_HEADS)}, got {allocation!r}"
+        )
+    pool = StructurePool.of(evidence.model, budget)
     scores = method.with_heads(evidence)
     if allocation == "global":
-        both = scores if method.comparable else Scores(*map(_standardised, (scores.channels, scores.groups)))
+        both = (
+            scores
+            if method.comparable
+            else Scores(*map(_zscores, (scores.channels, scores.groups)))
+        )
         first, last = method.protects if method.allocation == "global" else (0, 0)
         counts = ranked(pool, both, first=first, last=last)
     else:
@@ -189,8 +230,8 @@ def _groups(
     return groups, scores.channels, pool.rest(counts)
 
 
-def _standardised(rows: list[Float[Tensor, " _"]]) -> list[Float[Tensor, " _"]]:
-    return [standardised(row.float()) for row in rows]
+def _zscores(rows: list[Float[Tensor, " _"]]) -> list[Float[Tensor, " _"]]:
+    return [zscore(row.float()) for row in rows]
 
 
 def _widths(
@@ -203,25 +244,34 @@ def _widths(
     if not isinstance(allocation, str):
         widths = list(allocation)
         if len(widths) != len(budget.d_ff) or budget.cost(widths) > budget.parameters:
-            raise ValueError(f"widths {widths} do not fit {len(budget.d_ff)} layers and {budget.parameters} FFN parameters")
+            raise ValueError(
+                f"widths {widths} do not fit {len(budget.d_ff)} layers and {budget.parameters} FFN"
+                " parameters"
+            )
         return widths
     if allocation == "uniform":
         return uniform(budget)
     if allocation == "protected":
         return protected(budget, *method.protects)
     if allocation == "owl":
-        layers = ([(_weight(linear), norm) for linear, norm in layer] for layer in evidence.input_norms)
+        layers = (
+            [(_weight(linear), norm) for linear, norm in layer] for layer in evidence.input_norms
+        )
         return owl(budget, [outlier_share(*zip(*layer, strict=True)) for layer in layers])
     if allocation == "influence":
         return by_influence(budget, evidence.influence)
     if allocation not in _BY_SCORES:
         known = ", ".join(get_args(Allocation))
-        raise ValueError(f"an allocation is one of {known}, or a list of widths, got {allocation!r}")
+        raise ValueError(
+            f"an allocation is one of {known}, or a list of widths, got {allocation!r}"
+        )
     if scores is None:
-        raise ValueError(f"{method.name} has no scores to sort; use another allocation than {allocation!r}")
+        raise ValueError(
+            f"{method.name} has no scores to sort; use another allocation than {allocation!r}"
+        )
     if allocation != "global":
         return searched_widths(evidence, budget, scores, allocation)
-    rows = scores if method.comparable else _standardised(scores)
+    rows = scores if method.comparable else _zscores(scores)
     first, last = method.protects if method.allocation == "global" else (0, 0)
     return global_sort(budget, rows, first=first, last=last)
 
@@ -231,7 +281,9 @@ def _weight(linear: nn.Linear) -> Tensor:
         return linear.weight.detach()
 
 
-def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> list[Bool[Tensor, " _"]]:
+def _sequential(
+    evidence: Evidence, method: Method, widths: Sequence[int]
+) -> list[Bool[Tensor, " _"]]:
     """Each layer is scored behind the layers in front of it as they are after their cut."""
     assert method.layer_score is not None
     downs, keep = down_linears(evidence.model), []
@@ -240,16 +292,9 @@ def _sequential(evidence: Evidence, method: Method, widths: Sequence[int]) -> li
         for index in walk:
             scores = method.layer_score(evidence.ffns[index], walk.energies(index))
             keep.append(top_channels(scores, widths[index]))
-            hooks.enter_context(downs[index].register_forward_pre_hook(_zeroing(~keep[-1])))
+            hooks.enter_context(downs[index].register_forward_pre_hook(zeroing(~keep[-1])))
     return keep
 
 
 def _plus(bias: Tensor, tensor: Tensor) -> Tensor:
     return tensor + bias.to(tensor)
-
-
-def _zeroing(dropped: Bool[Tensor, " _"]) -> Any:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].masked_fill(dropped, 0), *inputs[1:])
-
-    return hook

@@ -1,4 +1,6 @@
-"""Searched allocations by name: the accuracy predictor and evolution with modest budgets, judged by KL(dense || pruned)."""
+"""Searched allocations by name: the accuracy predictor and evolution with modest budgets, judged by
+KL(dense || pruned).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from prunenet.policies.methods.allocation import Budget
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.evolution import evolution_search
-from prunenet.policies.methods.predictor import predictor_search
-from prunenet.policies.methods.width_divergence import WidthDivergence
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.widths.allocation import Budget
+from prunenet.policies.methods.widths.evolution import evolution_search
+from prunenet.policies.methods.widths.predictor import predictor_search
+from prunenet.policies.methods.widths.width_divergence import WidthDivergence
 
 _TOKENS = 1024
 
@@ -28,22 +30,26 @@ def searched_widths(
 ) -> list[int]:
     """The best widths of about 60 architectures, for one ranking of channels.
 
-    Architectures are judged without refit or bias, on the first 1024 tokens of the evidence's text (whole blocks, at least
-    one), and by the scores of the dense model, also where the method scores a layer behind the cut ones. For other text,
-    refitted layers or more evaluations, call `predictor_search` or `evolution_search` with a `WidthDivergence` of one's own.
+    Architectures are judged without refit or bias, on the first 1024 tokens of the evidence's text
+    (whole blocks, at least one), and by the scores of the dense model, also where the method scores
+    a layer behind the cut ones. For other text, refitted layers or more evaluations, call
+    `predictor_search` or `evolution_search` with a `WidthDivergence` of one's own.
 
     Args:
         evidence: its model, text and seed.
         budget: of all layers.
         scores: (d_ff,) of each layer, higher stays longer.
-        how: see `prunenet.policies.methods.predictor` and `prunenet.policies.methods.evolution`.
+        how: see `prunenet.policies.methods.widths.predictor` and
+            `prunenet.policies.methods.widths.evolution`.
         path: JSON-lines file that a killed search goes on from.
 
     Raises:
         ValueError: there is no text; see also the two searches.
         ImportError: "predictor" without scikit-learn.
     """
-    judge = WidthDivergence(evidence.model, evidence.ids[: max(1, _TOKENS // evidence.ids.shape[1])], scores)
+    judge = WidthDivergence(
+        evidence.model, evidence.ids[: max(1, _TOKENS // evidence.ids.shape[1])], scores
+    )
     if how == "predictor":
         return predictor_search(budget, judge, seed=evidence.seed, path=path).best.widths
     return evolution_search(budget, judge, seed=evidence.seed, path=path).widths

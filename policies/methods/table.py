@@ -1,4 +1,6 @@
-"""The methods that PruneNet is compared with: one row each. To add one, write its file and add its row."""
+"""The methods that PruneNet is compared with: one row each. To add one, write its file and add its
+row.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,26 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.layers import FFN
-from prunenet.moments import Energies
-from prunenet.policies.methods import (
+from prunenet.models.layers import FFN
+from prunenet.models.rotation import check_rotatable
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores
+from prunenet.policies.methods.papers import (
     adapruner,
     flap,
     folding,
     lila,
     llm_pruner,
     magnitude,
-    published,
     random_channels,
     saap,
     slicegpt,
     wanda_sp,
 )
-from prunenet.policies.methods.evidence import Evidence
-from prunenet.policies.methods.structures import Scores
-from prunenet.rotation import check_rotatable
+from prunenet.policies.methods.papers import (
+    prunenet_published as published,
+)
+from prunenet.refit.moments import Energies
 
 Needs = Literal["weights", "text", "gradients"]
 Allocation = Literal["uniform", "global", "protected", "owl", "influence", "predictor", "evolution"]
@@ -37,7 +41,8 @@ Compensation = Literal["none", "mean_bias"]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How to choose the FFN channels that stay, to merge them, or to make another model of equal size.
+    """How to choose the FFN channels that stay, to merge them, or to make another model of equal
+    size.
 
     Exactly one of `score`, `merge` and `rebuild` is given.
 
@@ -48,17 +53,20 @@ class Method:
         score: one score per channel of each layer, higher stays longer.
         merge: the FFN of each layer, narrowed to the given widths.
         with_heads: scores of channels and of groups of attention heads, where the method cuts both.
-        rebuild: the model at a ratio, widths a multiple of `round_to`, where it is no matter of FFN channels; it has no more
-            parameters than a cut at the ratio leaves. Raises UnsupportedArchitecture where `able` does.
+        rebuild: the model at a ratio, widths a multiple of `round_to`, where it is no matter of FFN
+            channels; it has no more parameters than a cut at the ratio leaves. Raises
+            UnsupportedArchitecture where `able` does.
         able: raises UnsupportedArchitecture for a model that `rebuild` cannot take.
-        layer_score: the score of one layer, where the method is published as sequential (each layer measured behind the already
-            cut ones); None otherwise.
-        comparable: whether scores of different layers, and those of channels and groups, may be ranked together as they are.
+        layer_score: the score of one layer, where the method is published as sequential (each layer
+            measured behind the already cut ones); None otherwise.
+        comparable: whether scores of different layers, and those of channels and groups, may be
+            ranked together as they are.
         compensate: what the published method does about what it removed.
         allocation: the published one.
-        protects: layers at both ends (first, last) that allocation "protected" leaves whole; "global" too, where that is the
-            published one.
-        searches: whether `score` searches at a size and takes it, as `ratio`: the one of the cut is meant.
+        protects: layers at both ends (first, last) that allocation "protected" leaves whole;
+            "global" too, where that is the published one.
+        searches: whether `score` searches at a size and takes it, as `ratio`: the one of the cut is
+            meant.
     """
 
     name: str
@@ -79,7 +87,10 @@ class Method:
 
 _PRUNENET = "Sengupta et al., ICLR 2025, arXiv 2501.15296"
 _LILA = "LILA, 2026, as in METHODS.md section 6; the distance is a reconstruction, see lila.py"
-_SAAP_SOURCE = "SAAP, Zheng et al., 2024, arXiv 2412.15127, as in METHODS.md section 8; mostly a reconstruction, see saap.py"
+_SAAP_SOURCE = (
+    "SAAP, Zheng et al., 2024, arXiv 2412.15127, as in METHODS.md section 8; mostly a"
+    " reconstruction, see saap.py"
+)
 
 
 def _taylor(variant: llm_pruner.Variant) -> Method:
@@ -115,10 +126,19 @@ _ADAPRUNER: dict[str, Any] = {
     "protects": adapruner.PROTECTS,
 }
 _TRIALS = 60  # as many as the searched allocations measure architectures
-_ADAPRUNER_SOURCE = "AdaPruner, AAAI 2025, arXiv 2503.06184, as in METHODS.md section 7; a reconstruction, see adapruner.py"
+_ADAPRUNER_SOURCE = (
+    "AdaPruner, AAAI 2025, arXiv 2503.06184, as in METHODS.md section 7; a reconstruction, see"
+    " adapruner.py"
+)
 _SLICEGPT = "Ashkboos et al., ICLR 2024, arXiv 2401.15024"
 _ROWS = (
-    Method("random", "weights", "uniform draws", random_channels.scores, with_heads=random_channels.with_heads),
+    Method(
+        "random",
+        "weights",
+        "uniform draws",
+        random_channels.scores,
+        with_heads=random_channels.with_heads,
+    ),
     Method(
         "magnitude",
         "weights",
@@ -126,18 +146,39 @@ _ROWS = (
         magnitude.scores,
         with_heads=magnitude.with_heads,
     ),
-    Method("magnitude_gate", "weights", "norm of the gate row", partial(magnitude.scores, matrix="gate")),
+    Method(
+        "magnitude_gate",
+        "weights",
+        "norm of the gate row",
+        partial(magnitude.scores, matrix="gate"),
+    ),
     Method("magnitude_up", "weights", "norm of the up row", partial(magnitude.scores, matrix="up")),
-    Method("magnitude_down", "weights", "norm of the down column", partial(magnitude.scores, matrix="down")),
+    Method(
+        "magnitude_down",
+        "weights",
+        "norm of the down column",
+        partial(magnitude.scores, matrix="down"),
+    ),
     Method("lila", "weights", _LILA, lila.scores),
     Method("lila_two_sample", "weights", _LILA, partial(lila.scores, form="two_sample")),
     Method("folding", "weights", "Wang et al., ICLR 2025, arXiv 2502.10216", merge=folding.merge),
-    Method("prunenet_published", "weights", f"{_PRUNENET}: random start, all that its package does on a CPU", published.scores),
-    Method("prunenet_published_trained", "weights", f"{_PRUNENET}, trained in float32", partial(published.scores, train=True)),
+    Method(
+        "prunenet_published",
+        "weights",
+        f"{_PRUNENET}: random start, all that its package does on a CPU",
+        published.scores,
+    ),
+    Method(
+        "prunenet_published_trained",
+        "weights",
+        f"{_PRUNENET}, trained in float32",
+        partial(published.scores, train=True),
+    ),
     Method(
         "wanda_sp",
         "text",
-        "Sun et al., ICLR 2024, arXiv 2306.11695; structured in An et al., AAAI 2024, arXiv 2312.11983",
+        "Sun et al., ICLR 2024, arXiv 2306.11695; structured in An et al., AAAI 2024, arXiv"
+        " 2312.11983",
         wanda_sp.scores,
         layer_score=wanda_sp.layer_score,
     ),
@@ -158,7 +199,12 @@ _ROWS = (
     _saap("saap", ""),
     _saap("saap_flipped", "; the sign of the stability term turned over", removes="stable"),
     _saap("saap_fusion", "; without the stability term", beta=0.0),
-    Method("adapruner", source=_ADAPRUNER_SOURCE, score=partial(adapruner.scores, trials=_TRIALS), **_ADAPRUNER),
+    Method(
+        "adapruner",
+        source=_ADAPRUNER_SOURCE,
+        score=partial(adapruner.scores, trials=_TRIALS),
+        **_ADAPRUNER,
+    ),
     Method(
         "adapruner_random",
         source=f"{_ADAPRUNER_SOURCE}; the best of as many random draws, its control",

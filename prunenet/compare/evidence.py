@@ -1,4 +1,6 @@
-"""What methods look at, every measurement of it priced: `Evidence` with a ledger, and with what refit and elimination need."""
+"""What methods look at, every measurement of it priced: `Evidence` with a ledger, and with what
+refit and elimination need.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunenet.compare.ledger import Ledger
-from prunenet.eliminate import eliminate, score_order
-from prunenet.folds import folds_of, pooled
-from prunenet.layers import iter_ffns
-from prunenet.moments import Moments, ffn_moments
+from prunenet.models.layers import iter_ffns
 from prunenet.policies.methods import Evidence
+from prunenet.refit.eliminate import eliminate, score_order
+from prunenet.refit.folds import folds_of, pooled
+from prunenet.refit.moments import Moments, ffn_moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +34,15 @@ class SharedEvidence(Evidence):
     @cached_property
     def folds(self) -> list[tuple[Moments, Moments]]:
         """Of each layer, on both folds of the blocks that a refit looks at."""
-        return list(zip(*(ffn_moments(self.model, fold) for fold in folds_of(self.ids)), strict=True))
+        return list(
+            zip(*(ffn_moments(self.model, fold) for fold in folds_of(self.ids)), strict=True)
+        )
 
     @cached_property
     def elimination(self) -> list[Float[Tensor, " _"]]:
-        """Scores of each layer's channels in the order of greedy elimination, all the way; see `prunenet.eliminate`."""
+        """Scores of each layer's channels in the order of greedy elimination, all the way; see
+        `prunenet.refit.eliminate`.
+        """
         pairs = zip(iter_ffns(self.model), self.folds, strict=True)
         return [score_order(eliminate(ffn.down, pooled(folds)), ffn.d_ff) for ffn, folds in pairs]
 

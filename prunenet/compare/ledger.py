@@ -1,4 +1,6 @@
-"""What shared measurements cost. A cell that finds a measurement done still owes its price, so that times can be compared."""
+"""What shared measurements cost. A cell that finds a measurement done still owes its price, so that
+times can be compared.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Use:
 
 
 class Ledger:
-    """The seconds of every measurement, each second counted once, and what each of them is made of."""
+    """The seconds of every measurement, each second counted once, and what each of them is made
+    of.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[Key, float] = {}
@@ -49,7 +53,9 @@ class Ledger:
             use.shared = sum(seconds for key, seconds in before.items() if key in use.keys)
 
     def measured(self, key: Key, make: Callable[[], T]) -> T:
-        """What `make` gives. The first time, how long it took is recorded, without measurements inside it."""
+        """What `make` gives. The first time, how long it took is recorded, without measurements
+        inside it.
+        """
         for use in self._open:
             use.keys |= {key} | self._made_of.get(key, frozenset())
         if key in self._seconds:

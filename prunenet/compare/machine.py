@@ -28,21 +28,28 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the package's own checkout, with "+" behind it where files differ from it; None in an installation."""
+    """The git commit of the package's own checkout, with "+" behind it where files differ from it;
+    None in an installation.
+    """
     file = Path(__file__).resolve()
-    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:  # some other project's repository around us
+    # some other project's repository around us
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return None
-    found, changed = _git(file.parent, "rev-parse", "HEAD"), _git(file.parent, "status", "--porcelain", "--untracked-files=no")
+    found, changed = (
+        _git(file.parent, "rev-parse", "HEAD"),
+        _git(file.parent, "status", "--porcelain", "--untracked-files=no"),
+    )
     return None if found is None else found + ("+" if changed else "")
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yields {"host_bytes", "device_bytes"}, filled in at the end of the block: the most that was in use at once inside it.
+    """Yields {"host_bytes", "device_bytes"}, filled in at the end of the block: the most that was
+    in use at once inside it.
 
-    Host: resident memory of the whole process, what earlier cells left in it included; where the system cannot start its count
-    anew (anything but Linux), the most since the process began, and None where it has no such count. Device: what tensors take;
-    None on a CPU.
+    Host: resident memory of the whole process, what earlier cells left in it included; where the
+    system cannot start its count anew (anything but Linux), the most since the process began, and
+    None where it has no such count. Device: what tensors take; None on a CPU.
     """
     found: dict[str, Any] = {"host_bytes": None, "device_bytes": None}
     on_gpu = device.type == "cuda"
@@ -80,11 +87,15 @@ def _restart() -> None:
 def _resident() -> int | None:
     try:
         status = Path("/proc/self/status").read_text()
-        return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+        return next(
+            1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")
+        )
     except (OSError, StopIteration):
         pass
     try:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -1,4 +1,6 @@
-"""What is compared: methods x ratios x seeds on one model. Which cells that makes, and how a cell's question is put."""
+"""What is compared: methods x ratios x seeds on one model. Which cells that makes, and how a cell's
+question is put.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
-from prunenet.compare.workshop import Amount, Workshop
-from prunenet.text import TestText, content_sha256
-from prunenet.zeroshot import read_task
+from prunenet.evaluation.zeroshot import read_task
+from prunenet.text.corpora import TestText, content_sha256
 
 _FORMAT = 1
 
@@ -23,8 +25,8 @@ class Evaluation:
 
     Attributes:
         texts: for perplexity, at least one.
-        window, stride, max_windows: see `prunenet.evaluate.perplexity`.
-        tasks: task -> its file, for `prunenet.zeroshot.zero_shot`; none by default.
+        window, stride, max_windows: see `prunenet.evaluation.perplexity.perplexity`.
+        tasks: task -> its file, for `prunenet.evaluation.zeroshot.zero_shot`; none by default.
         limit: questions of each task; default all.
     """
 
@@ -80,26 +82,45 @@ class Cell:
 
 
 def cells(plan: Plan) -> list[Cell]:
-    """The dense model, then those that read no text, then text by text and seed by seed: each is measured and dropped once."""
+    """The dense model, then those that read no text, then text by text and seed by seed: each is
+    measured and dropped once.
+    """
     moments = list(dict.fromkeys([None, *(spec.moments for spec in plan.specs)]))
     order = sorted(plan.specs, key=lambda spec: moments.index(spec.moments))
     found = [Cell(None, 0.0, 0)]
     for source in moments:
         for seed in plan.seeds:
-            found += [Cell(spec, ratio, seed) for ratio in plan.ratios for spec in order if spec.moments == source]
+            found += [
+                Cell(spec, ratio, seed)
+                for ratio in plan.ratios
+                for spec in order
+                if spec.moments == source
+            ]
     return found
 
 
-def asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
+def asked(plan: Plan, cell: Cell, pruner: Pruner) -> Line:
     """What was asked for, in the words of a line."""
     spec, scored = cell.spec, plan.evaluation
-    fields: dict[str, str | bool | None] = dict.fromkeys(("score", "allocation", "moments", "refit"))
+    fields: dict[str, str | bool | None] = dict.fromkeys(
+        ("score", "allocation", "moments", "refit")
+    )
     policy = None
     if spec is not None:
-        fields = {"score": spec.method, "allocation": spec.allocation, "moments": spec.moments, "refit": spec.refit}
-        fields |= {"heads": True} if spec.heads else {}  # not a field of the others: their cells keep their keys
-        policy = workshop.policy if spec.asks_policy else None
-    amount = None if spec is None or spec.moments is None else asdict(plan.amount) | {"sha256": workshop.sha256(spec)}
+        fields = {
+            "score": spec.method,
+            "allocation": spec.allocation,
+            "moments": spec.moments,
+            "refit": spec.refit,
+        }
+        # not a field of the others: their cells keep their keys
+        fields |= {"heads": True} if spec.heads else {}
+        policy = pruner.policy if spec.asks_policy else None
+    amount = (
+        None
+        if spec is None or spec.moments is None
+        else asdict(plan.amount) | {"sha256": pruner.sha256(spec)}
+    )
     return {
         "format": _FORMAT,
         "method": "dense" if spec is None else spec.name,
@@ -111,7 +132,8 @@ def asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
         "calibration_asked": amount,
         "evaluation": {
             "texts": [
-                {"text": label, "sha256": content_sha256(text)} for label, text in zip(scored.labels, scored.texts, strict=True)
+                {"text": label, "sha256": content_sha256(text)}
+                for label, text in zip(scored.labels, scored.texts, strict=True)
             ],
             "window": scored.window,
             "stride": scored.window if scored.stride is None else scored.stride,
@@ -124,7 +146,16 @@ def asked(plan: Plan, cell: Cell, workshop: Workshop) -> Line:
 
 def key_of(facts: Line) -> str:
     """The same for the same question, whatever its texts are called."""
-    evaluation = facts["evaluation"] | {"texts": [text["sha256"] for text in facts["evaluation"]["texts"]]}
-    kind = facts["moments"] if facts["moments"] in (None, "self", "random") else facts["moments"].startswith("seed:")
-    question = {name: value for name, value in facts.items() if name != "method"} | {"evaluation": evaluation, "moments": kind}
+    evaluation = facts["evaluation"] | {
+        "texts": [text["sha256"] for text in facts["evaluation"]["texts"]]
+    }
+    kind = (
+        facts["moments"]
+        if facts["moments"] in (None, "self", "random")
+        else facts["moments"].startswith("seed:")
+    )
+    question = {name: value for name, value in facts.items() if name != "method"} | {
+        "evaluation": evaluation,
+        "moments": kind,
+    }
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,6 @@
-"""The cells of a comparison: methods x ratios x seeds on one model, one after the other, each into one JSON line."""
+"""The cells of a comparison: methods x ratios x seeds on one model, one after the other, each into
+one JSON line.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +13,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunenet import parallel
-from prunenet.calibration import check_seed
-from prunenet.checkpoint import identify
+from prunenet.checkpoints.identity import identify
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
+from prunenet.compare.pruner import Made, Pruner
 from prunenet.compare.results import Line, Results
-from prunenet.compare.workshop import Made, Workshop
-from prunenet.evaluate import perplexity
-from prunenet.heads import attentions
-from prunenet.latency import check_positions
-from prunenet.layers import count_parameters, ffn_widths
-from prunenet.masks import check_ratio, width_at
-from prunenet.placement import home, where
-from prunenet.policies.artifact import check_measured
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.evaluation.speed import check_positions
+from prunenet.evaluation.zeroshot import TaskResult, read_task, zero_shot
+from prunenet.models.heads import attentions
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.masks import check_ratio, width_at
 from prunenet.policies.methods import METHODS
-from prunenet.text import token_windows, tokenise
-from prunenet.zeroshot import TaskResult, read_task, zero_shot
+from prunenet.runtime import parallel
+from prunenet.runtime.placement import home, where
+from prunenet.text.calibration import check_seed
+from prunenet.text.corpora import token_windows, tokenise
 
 # What every line has, besides what identifies its cell; None until it is known.
 _MEASURED = (
@@ -39,57 +40,62 @@ _MEASURED = (
 )
 
 
-def check(plan: Plan, workshop: Workshop) -> None:
-    """Raises ValueError (or a kind of it) for what no cell of the plan could do, before any work."""
-    model, scored = workshop.model, plan.evaluation
+def check(plan: Plan, pruner: Pruner) -> None:
+    """Raises ValueError (or a kind of it) for what no cell of the plan could do, before any
+    work.
+    """
+    model, scored = pruner.model, plan.evaluation
     if not plan.ratios or not plan.seeds or not scored.texts:
         raise ValueError("a comparison has a ratio, a seed and a text to score at least")
     if scored.limit is not None and scored.limit < 1:
-        raise ValueError(f"--limit must be 1 or more, got {scored.limit}")
+        raise ValueError(f"`limit` must be 1 or more, got {scored.limit}")
     if scored.max_windows is not None and scored.max_windows < 1:
-        raise ValueError(f"--max-windows must be 1 or more, got {scored.max_windows}")
+        raise ValueError(f"`max_windows` must be 1 or more, got {scored.max_windows}")
     for seed in plan.seeds:
         check_seed(seed)
     for ratio in plan.ratios:
         for d_ff in set(ffn_widths(model)):
             width_at(d_ff, check_ratio(ratio), plan.round_to)
     for spec in plan.specs:
-        if spec.needs_policy and workshop.policy is None:
+        if spec.needs_policy and pruner.policy is None:
             raise ValueError(
-                f"{spec.name!r} asks a policy, and none ships for model type {model.config.model_type!r}; train one "
-                "(prunenet train) and give its folder as --policy"
+                f"{spec.name!r} asks a policy, and none ships for model type"
+                f" {model.config.model_type!r}; train one (prunenet train) and give its folder as"
+                " `policy`"
             )
         if spec.heads:
             attentions(model)
-        if workshop.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
-            check_measured(workshop.policy, spec.moments is not None)
+        if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
+            pruner.policy.check_measured(spec.moments is not None)
         able = METHODS[spec.method].able if spec.method in METHODS else None
         if able is not None:
             able(model)
     check_positions(model, scored.window, "window")
-    workshop.check_texts(plan.specs)
+    pruner.check_texts(plan.specs)
     for text in scored.texts:
-        token_windows(tokenise(workshop.tokenizer, text), scored.window, scored.stride)
+        token_windows(tokenise(pruner.tokenizer, text), scored.window, scored.stride)
     for task, file in scored.tasks.items():
         read_task(task, file)
 
 
 def compare(
     plan: Plan,
-    workshop: Workshop,
+    pruner: Pruner,
     results: Results,
     *,
     report: Callable[[Line], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Line]:
-    """Does what is not in the results yet, and what failed before. A cell that fails is one line with its error.
+    """Does what is not in the results yet, and what failed before. A cell that fails is one line
+    with its error.
 
-    Of several processes (`prunenet.parallel`) each takes the next cell when it is free; the first writes the lines of all.
-    Each measures what its own cells read: shared measurements are made once a process, texts are written once.
+    Of several processes (`prunenet.runtime.parallel`) each takes the next cell when it is free; the
+    first writes the lines of all. Each measures what its own cells read: shared measurements are
+    made once a process, texts are written once.
 
     Args:
         plan: see `check`.
-        workshop: of the plan's model.
+        pruner: of the plan's model.
         results: each line is in the file before the next cell begins.
         report: called with each line that is new.
         progress: called with (cell, cells done, cells in all).
@@ -100,14 +106,20 @@ def compare(
     if parallel.is_first():
         results.prepare()
     name, revision = identify(plan.source)
-    shared = {"model": name, "revision": revision, "dtype": str(workshop.model.dtype).removeprefix("torch.")}
-    questions = {cell: asked(plan, cell, workshop) | shared for cell in cells(plan)}
+    shared = {
+        "model": name,
+        "revision": revision,
+        "dtype": str(pruner.model.dtype).removeprefix("torch."),
+    }
+    questions = {cell: asked(plan, cell, pruner) | shared for cell in cells(plan)}
     keys = {cell: key_of(question) for cell, question in questions.items()}
-    left = parallel.told_by(0, lambda: [key for key in keys.values() if not results.done(key)])
+    left = parallel.broadcast_object(
+        0, lambda: [key for key in keys.values() if not results.done(key)]
+    )
     todo = [cell for cell in questions if keys[cell] in left]
-    workshop.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
+    pruner.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
     about = {
-        "device": where(workshop.model),
+        "device": where(pruner.model),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
@@ -120,22 +132,30 @@ def compare(
 
     last: Cell | None = None
     with parallel.posted(take) as add:
-        for number in parallel.turns(len(todo)):
+        for number in parallel.work_queue(len(todo)):
             cell = todo[number]
-            _forget(workshop, last, cell)
+            _forget(pruner, last, cell)
             last = cell
             if progress is not None:
                 progress(cell.name, number, len(todo))
-            line = {"cell": keys[cell], "error": None, **questions[cell], **dict.fromkeys(_MEASURED), **about}
+            line = {
+                "cell": keys[cell],
+                "error": None,
+                **questions[cell],
+                **dict.fromkeys(_MEASURED),
+                **about,
+            }
             with parallel.apart():
-                _measure(cell, plan.evaluation, workshop, line)
+                _measure(cell, plan.evaluation, pruner, line)
             add(line)
-    _forget(workshop, last, None)
-    lines: list[Line] = parallel.told_by(0, lambda: [results[key] for key in keys.values()])
+    _forget(pruner, last, None)
+    lines: list[Line] = parallel.broadcast_object(
+        0, lambda: [results[key] for key in keys.values()]
+    )
     return lines
 
 
-def _forget(workshop: Workshop, last: Cell | None, following: Cell | None) -> None:
+def _forget(pruner: Pruner, last: Cell | None, following: Cell | None) -> None:
     """Drops what the last cell read, unless the next one reads it too: cells come text by text."""
     if last is None or last.spec is None or last.spec.moments is None:
         return
@@ -144,34 +164,43 @@ def _forget(workshop: Workshop, last: Cell | None, following: Cell | None) -> No
         or following.spec is None
         or (following.spec.moments, following.seed) != (last.spec.moments, last.seed)
     ):
-        workshop.forget(last.spec.moments, last.seed)
+        pruner.forget(last.spec.moments, last.seed)
 
 
-def _measure(cell: Cell, scored: Evaluation, workshop: Workshop, line: Line) -> None:
+def _measure(cell: Cell, scored: Evaluation, pruner: Pruner, line: Line) -> None:
     """Makes the model and scores it; fills in the line as far as that goes."""
     try:
-        narrow = _prune(cell, workshop, line)
-        _score(narrow, scored, workshop, line)
+        narrow = _prune(cell, pruner, line)
+        _score(narrow, scored, pruner, line)
     except Exception as error:  # a cell may fail in any way; the others go on
         line["error"] = _sentence(error)
 
 
-def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
-    spec, device = cell.spec, home(workshop.model)
+def _prune(cell: Cell, pruner: Pruner, line: Line) -> PreTrainedModel:
+    spec, device = cell.spec, home(pruner.model)
     if spec is None:
-        made = Made(workshop.model, ffn_widths(workshop.model), 0, "weights", "weights", None, None)
+        made = Made(pruner.model, ffn_widths(pruner.model), 0, "weights", "weights", None, None)
         line |= {"seconds_pruning": 0.0, "seconds_shared": 0.0}
     else:
         if spec.moments is not None:
-            line["seconds_calibration"] = workshop.blocks(spec.moments, cell.seed)[1]
-        with workshop.ledger.cell() as use, peak_memory(device) as peak:
+            line["seconds_calibration"] = pruner.blocks(spec.moments, cell.seed)[1]
+        with pruner.ledger.cell() as use, peak_memory(device) as peak:
             start = time.perf_counter()
-            made = workshop.make(spec, cell.ratio, cell.seed)
+            made = pruner.make(spec, cell.ratio, cell.seed)
             synchronise(device)
             seconds = time.perf_counter() - start
-        line |= {"seconds_pruning": seconds + use.shared, "seconds_shared": use.shared, "peak_memory_pruning": peak}
+        line |= {
+            "seconds_pruning": seconds + use.shared,
+            "seconds_shared": use.shared,
+            "peak_memory_pruning": peak,
+        }
     total, inner = count_parameters(made.model)
-    line |= {"regime": made.regime, "applied_regime": made.applied_regime, "policy": made.policy, "widths": made.widths}
+    line |= {
+        "regime": made.regime,
+        "applied_regime": made.applied_regime,
+        "policy": made.policy,
+        "widths": made.widths,
+    }
     line |= {} if made.groups is None else {"head_groups": made.groups}
     line |= {"calibration": None if made.calibration is None else dict(made.calibration)}
     line["residual_widths"] = getattr(made.model.config, "residual_widths", None)
@@ -179,27 +208,41 @@ def _prune(cell: Cell, workshop: Workshop, line: Line) -> PreTrainedModel:
     return made.model
 
 
-def _score(narrow: PreTrainedModel, scored: Evaluation, workshop: Workshop, line: Line) -> None:
-    limits: dict[str, Any] = {"window": scored.window, "stride": scored.stride, "max_windows": scored.max_windows}
+def _score(narrow: PreTrainedModel, scored: Evaluation, pruner: Pruner, line: Line) -> None:
+    limits: dict[str, Any] = {
+        "window": scored.window,
+        "stride": scored.stride,
+        "max_windows": scored.max_windows,
+    }
     with peak_memory(home(narrow)) as peak:
         start = time.perf_counter()
         line["perplexity"] = []
         for label, text in zip(scored.labels, scored.texts, strict=True):
-            found = asdict(perplexity(narrow, workshop.tokenizer, text, **limits))
-            value = found["value"] if math.isfinite(found["value"]) else None  # JSON knows no infinity; the loss says it
+            found = asdict(perplexity(narrow, pruner.tokenizer, text, **limits))
+            # JSON knows no infinity; the loss says it
+            value = found["value"] if math.isfinite(found["value"]) else None
             line["perplexity"].append(found | {"text": label, "value": value})
         if scored.tasks:
-            answers = zero_shot(narrow, workshop.tokenizer, scored.tasks, limit=scored.limit)
-            line |= {"tasks": [asdict(answer) for answer in answers], "accuracy": _mean_accuracy(answers)}
+            answers = zero_shot(narrow, pruner.tokenizer, scored.tasks, limit=scored.limit)
+            line |= {
+                "tasks": [asdict(answer) for answer in answers],
+                "accuracy": _mean_accuracy(answers),
+            }
         line["seconds_evaluation"] = time.perf_counter() - start
     line["peak_memory_evaluation"] = peak
 
 
 def _mean_accuracy(answers: Sequence[TaskResult]) -> float:
     """Over tasks; of each, per character where lm-eval defines that."""
-    return sum(a.accuracy if a.accuracy_norm is None else a.accuracy_norm for a in answers) / len(answers)
+    return sum(a.accuracy if a.accuracy_norm is None else a.accuracy_norm for a in answers) / len(
+        answers
+    )
 
 
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    return (
+        text
+        if text and isinstance(error, ValueError)
+        else f"{type(error).__name__}: {text}".rstrip(": ")
+    )

@@ -1,14 +1,16 @@
 """How a way to prune is named: `method[:allocation][@moments][+heads][+refit]`.
 
-    wanda_sp                              as published, on text that the model writes
+    wanda_sp                              as published, on text that the model samples
     flap:uniform                          another allocation
     llm_pruner_element1:owl@ptb           other text
-    wanda_sp:learned@seed:ptb+layerwise   where to cut from the policy, document prefixes of a text, and a refit
-    flap@ptb+heads                        attention heads are cut too, not FFN channels alone; the size stays the same
+    wanda_sp:learned@seed:ptb+layerwise   the policy's allocation, document prefixes of a text, and
+                                          a refit
+    flap@ptb+heads                        attention heads are cut too; the size stays the same
     prunenet                              what `prunenet prune` does by default
 
-What is left out is the method's own: its allocation, its compensation, and text that the model writes by itself where any part
-reads text. Names come from `METHODS` and `Allocation`; nothing is listed twice.
+What is left out is the method's own: its allocation, its compensation, and text that the model
+writes by itself where any part reads text. Names come from `METHODS` and `Allocation`; nothing is
+listed twice.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from typing import get_args
 from prunenet.policies.methods import METHODS, WITH_HEADS, Allocation
 
 REFITS = ("off", "mean_bias", "layerwise", "sequential")
-"""What is done about the channels removed: nothing, a bias (FLAP), least squares of each layer alone, or behind cut layers."""
+"""What is done about the channels removed: nothing, a bias (FLAP), least squares of each layer
+alone, or behind cut layers.
+"""
 WITHOUT_TEXT = ("uniform", "global", "protected", "learned")
 """Allocations that need no text of their own; every other one reads some."""
 RESERVED = ("self", "random", "seed", "builtin", "none")
@@ -31,7 +35,11 @@ WITHOUT_SCORES = ("uniform", "protected", "owl", "influence", "learned")
 _FORM = "method[:allocation][@moments][+heads][+refit]"
 _HEADS = "heads"
 # (allocation, refit) of the methods that are ours.
-_OWN = {"prunenet": ("auto", "layerwise"), "prunenet-weights": ("learned", "off"), "elimination": ("uniform", "layerwise")}
+_OWN = {
+    "prunenet": ("auto", "layerwise"),
+    "prunenet-weights": ("learned", "off"),
+    "elimination": ("uniform", "layerwise"),
+}
 _PRODUCT = ("auto", "uniform", "learned")
 
 
@@ -41,9 +49,10 @@ class Spec:
 
     Attributes:
         method: one of `methods()`.
-        allocation: one of `allocations()`, or "auto" (of `prunenet`: uniform or learned, whichever is predicted to be better).
-        moments: where activations and gradients are measured: "self", "random", "seed:TEXT" or TEXT, with TEXT a name,
-            "builtin", a file or a dataset; None where nothing reads text.
+        allocation: one of `allocations()`, or "auto" (of `prunenet`: uniform or learned, whichever
+            is predicted to be better).
+        moments: where activations and gradients are measured: "self", "random", "seed:TEXT" or
+            TEXT, with TEXT a name, "builtin", a file or a dataset; None where nothing reads text.
         refit: one of `REFITS`.
         heads: whether attention heads are cut as well as FFN channels.
     """
@@ -70,7 +79,10 @@ class Spec:
     def product(self) -> bool:
         """Whether `prunenet.policies.apply.prune` makes it, as `prunenet prune` does."""
         return (
-            self.method in _OWN and self.method != "elimination" and self.allocation in _PRODUCT and self.refit != "mean_bias"
+            self.method in _OWN
+            and self.method != "elimination"
+            and self.allocation in _PRODUCT
+            and self.refit != "mean_bias"
         )
 
     @property
@@ -80,8 +92,12 @@ class Spec:
 
     @property
     def needs_policy(self) -> bool:
-        """Whether it cannot be done without one. (Without one, `prunenet` cuts uniformly and by elimination.)"""
-        return self.asks_policy and not (self.method == "prunenet" and self.product and self.allocation != "learned")
+        """Whether it cannot be done without one. (Without one, `prunenet` cuts uniformly and by
+        elimination.)
+        """
+        return self.asks_policy and not (
+            self.method == "prunenet" and self.product and self.allocation != "learned"
+        )
 
     @property
     def text(self) -> str | None:
@@ -109,7 +125,8 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
         calibration: names given to calibration texts.
 
     Raises:
-        ValueError: a part that is unknown (the choices are listed), or parts that make no sense together.
+        ValueError: a part that is unknown (the choices are listed), or parts that make no sense
+            together.
     """
     head, at, tail = text.partition("@")
     rest = tail if at else head
@@ -133,7 +150,13 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
         _check_moments(text, tail, calibration)
     if heads:
         _check_heads(text, method, allocation or own_allocation, refit if plus else own_refit)
-    spec = _sensible(text, method, allocation or own_allocation, tail if at else None, refit if plus else own_refit)
+    spec = _sensible(
+        text,
+        method,
+        allocation or own_allocation,
+        tail if at else None,
+        refit if plus else own_refit,
+    )
     return replace(spec, heads=heads)
 
 
@@ -144,7 +167,9 @@ def parse_all(texts: Collection[str], calibration: Collection[str] = ()) -> list
         ValueError: as `parse`; or none given.
     """
     if not texts:
-        raise ValueError(f"nothing to compare: give methods as {_FORM}, or all; methods: {', '.join(methods())}")
+        raise ValueError(
+            f"nothing to compare: give methods as {_FORM}, or all; methods: {', '.join(methods())}"
+        )
     named = [name for text in texts for name in (methods() if text == "all" else [text])]
     return list(dict.fromkeys(parse(name, calibration) for name in named))
 
@@ -155,17 +180,36 @@ def _sensible(text: str, method: str, allocation: str, moments: str | None, refi
     if row is not None and row.merge is not None:
         if allocation not in WITHOUT_SCORES:
             choices = ", ".join(name for name in allocations() if name in WITHOUT_SCORES)
-            raise ValueError(f"{text!r}: {method} merges channels and has no scores for {allocation}; choose one of {choices}")
+            raise ValueError(
+                f"{text!r}: {method} merges channels and has no scores for {allocation}; choose one"
+                f" of {choices}"
+            )
         if refit != "off":
-            raise ValueError(f"{text!r}: {method} merges channels, and merged ones are not refitted; leave +{refit} out")
+            raise ValueError(
+                f"{text!r}: {method} merges channels, and merged ones are not refitted; leave"
+                f" +{refit} out"
+            )
     if row is not None and row.rebuild is not None and (allocation, refit) != ("uniform", "off"):
-        raise ValueError(f"{text!r}: {method} cuts no FFN channels, so there is nothing to allocate or to refit; say {method}")
+        raise ValueError(
+            f"{text!r}: {method} cuts no FFN channels, so there is nothing to allocate or to refit;"
+            f" say {method}"
+        )
     if allocation == "auto" and refit == "mean_bias":
-        raise ValueError(f"{text!r}: mean_bias goes with one allocation; say prunenet:learned or prunenet:uniform")
+        raise ValueError(
+            f"{text!r}: mean_bias goes with one allocation; say prunenet:learned or"
+            " prunenet:uniform"
+        )
     looks = row is not None and row.needs != "weights"
-    looks = looks or method in ("prunenet", "elimination") or allocation not in WITHOUT_TEXT or refit != "off"
+    looks = (
+        looks
+        or method in ("prunenet", "elimination")
+        or allocation not in WITHOUT_TEXT
+        or refit != "off"
+    )
     if method == "prunenet-weights" and looks:
-        raise ValueError(f"{text!r}: prunenet-weights reads the weights alone; say prunenet where text is read")
+        raise ValueError(
+            f"{text!r}: prunenet-weights reads the weights alone; say prunenet where text is read"
+        )
     if moments is not None and not looks:
         raise ValueError(f"{text!r}: no part of it reads text; leave @{moments} out")
     return Spec(method, allocation, (moments or "self") if looks else None, refit)
@@ -174,11 +218,18 @@ def _sensible(text: str, method: str, allocation: str, moments: str | None, refi
 def _check_heads(text: str, method: str, allocation: str, refit: str) -> None:
     able = [name for name, row in METHODS.items() if row.with_heads is not None]
     if method not in able:
-        raise ValueError(f"{text!r}: {method} scores no attention heads; +heads goes with {', '.join(able)}")
+        raise ValueError(
+            f"{text!r}: {method} scores no attention heads; +heads goes with {', '.join(able)}"
+        )
     if allocation not in WITH_HEADS:
-        raise ValueError(f"{text!r}: +heads goes with the allocations {', '.join(WITH_HEADS)}, got {allocation}")
+        raise ValueError(
+            f"{text!r}: +heads goes with the allocations {', '.join(WITH_HEADS)}, got {allocation}"
+        )
     if refit not in ("off", "mean_bias"):
-        raise ValueError(f"{text!r}: +heads goes with +off or +mean_bias; a {refit} refit is for FFN channels alone")
+        raise ValueError(
+            f"{text!r}: +heads goes with +off or +mean_bias; a {refit} refit is for FFN channels"
+            " alone"
+        )
 
 
 def _check_moments(text: str, moments: str, calibration: Collection[str]) -> None:
@@ -187,21 +238,31 @@ def _check_moments(text: str, moments: str, calibration: Collection[str]) -> Non
         return
     if moments == "seed" or (kind == "seed" and not inner):
         raise ValueError(
-            f"{text!r}: seed needs the text whose documents' first tokens are taken; say @seed:builtin or @seed:TEXT"
+            f"{text!r}: seed needs the text whose documents' first tokens are taken; say"
+            " @seed:builtin or @seed:TEXT"
         )
     source = inner if kind == "seed" and colon else moments
-    if source in calibration or source == "builtin" or Path(source).expanduser().is_file() or set(source) & set("/:"):
+    if (
+        source in calibration
+        or source == "builtin"
+        or Path(source).expanduser().is_file()
+        or set(source) & set("/:")
+    ):
         return
     names = "".join(f"{name}, " for name in calibration)
     raise ValueError(
-        f"{text!r}: unknown moments {source!r}; it is one of self, random, seed:TEXT or TEXT, with TEXT one of {names}"
-        "builtin, a file or a dataset as id:config:split (--calibration NAME=TEXT gives a name)"
+        f"{text!r}: unknown moments {source!r}; it is one of self, random, seed:TEXT or TEXT, with"
+        f" TEXT one of {names}builtin, a file or a dataset as id:config:split (`calibration`"
+        " gives a text a short name)"
     )
 
 
 def _known(text: str, what: str, given: str, choices: Collection[str]) -> None:
     if given not in choices:
-        raise ValueError(f"{text!r}: unknown {what} {given!r}; it is one of {', '.join(choices)} (the form is {_FORM})")
+        raise ValueError(
+            f"{text!r}: unknown {what} {given!r}; it is one of {', '.join(choices)} (the form is"
+            f" {_FORM})"
+        )
 
 
 def _defaults(method: str) -> tuple[str, str]:

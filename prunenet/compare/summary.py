@@ -1,4 +1,6 @@
-"""Lines of cells -> rows of a table: a method at a ratio, mean and standard deviation over seeds; as text and as Markdown."""
+"""Lines of cells -> rows of a table: a method at a ratio, mean and standard deviation over seeds;
+as text and as Markdown.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunenet.checkpoints.regimes import REGIMES
 from prunenet.compare.results import Line
-from prunenet.provenance import REGIMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Row:
     Attributes:
         method: its spec; "dense" for the model itself.
         ratio: share of FFN channels removed.
-        regime, applied_regime: what the whole way, and what cutting alone, looked at; None where every seed failed.
+        regime, applied_regime: what the whole way, and what cutting alone, looked at; None where
+            every seed failed.
         parameters: of the model, biases of a compensation included.
         perplexity: of each text, in the order of the lines.
         accuracy: mean over the tasks.
@@ -61,7 +64,11 @@ class Row:
         """The regime, in words."""
         if self.method == "dense" or self.regime is None:
             return "-"
-        return self.regime if self.regime == self.applied_regime else f"{self.applied_regime} (trained: {self.regime})"
+        return (
+            self.regime
+            if self.regime == self.applied_regime
+            else f"{self.applied_regime} (trained: {self.regime})"
+        )
 
 
 def summarise(lines: Sequence[Line]) -> list[Row]:
@@ -84,7 +91,11 @@ def cells_of(rows: Sequence[Row], *, each_task: bool = False) -> list[list[str]]
     texts, tasks = _texts(rows), _tasks(rows)
     shown = []
     for row in rows:
-        accuracy = [*([row.tasks.get(task) for task in tasks] if each_task else []), row.accuracy] if tasks else []
+        accuracy = (
+            [*([row.tasks.get(task) for task in tasks] if each_task else []), row.accuracy]
+            if tasks
+            else []
+        )
         shown.append(
             [
                 f"{row.ratio:g}",
@@ -93,7 +104,11 @@ def cells_of(rows: Sequence[Row], *, each_task: bool = False) -> list[list[str]]
                 _size(row.parameters),
                 *(_shown(row.perplexity.get(text), _perplexity) for text in texts),
                 *(_shown(value, lambda share: f"{100 * share:.1f}") for value in accuracy),
-                "-" if row.seconds is None or row.method == "dense" else f"{row.seconds.mean:,.1f} s",
+                (
+                    "-"
+                    if row.seconds is None or row.method == "dense"
+                    else f"{row.seconds.mean:,.1f} s"
+                ),
             ]
         )
     return shown
@@ -103,22 +118,36 @@ def markdown(rows: Sequence[Row], lines: Sequence[Line]) -> str:
     """A table with every task, what it was measured on, and what failed."""
     titles = headings(rows, each_task=True)
     body = [titles, ["---"] * len(titles), *cells_of(rows, each_task=True)]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body)
-    failed = [f"* {row.method} at {row.ratio:g} failed: {error}" for row in rows for error in dict.fromkeys(row.failed)]
+    table = "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body
+    )
+    failed = [
+        f"* {row.method} at {row.ratio:g} failed: {error}"
+        for row in rows
+        for error in dict.fromkeys(row.failed)
+    ]
     return "\n\n".join([caption(lines), table, *(["\n".join(failed)] if failed else [])]) + "\n"
 
 
 def caption(lines: Sequence[Line]) -> str:
     """The conditions, in a sentence or two."""
     line = next((line for line in lines if line["perplexity"]), lines[0])
-    scored, tokens = line["evaluation"], {text["text"]: text["tokens"] for text in line["perplexity"] or []}
-    texts = ", ".join(text["text"] + (f" ({tokens[text['text']]:,} tokens)" if tokens else "") for text in scored["texts"])
-    tasks = f"; tasks: accuracy in %, {scored['limit'] or 'all'} questions" if scored["tasks"] else ""
+    scored, tokens = (
+        line["evaluation"],
+        {text["text"]: text["tokens"] for text in line["perplexity"] or []},
+    )
+    texts = ", ".join(
+        text["text"] + (f" ({tokens[text['text']]:,} tokens)" if tokens else "")
+        for text in scored["texts"]
+    )
+    tasks = (
+        f"; tasks: accuracy in %, {scored['limit'] or 'all'} questions" if scored["tasks"] else ""
+    )
     seeds = sorted({line["seed"] for line in lines if line["method"] != "dense"})
     return (
-        f"{line['model']}, {line['dtype']}; perplexity on {texts} in windows of {scored['window']}, "
-        f"stride {scored['stride']}{tasks}; seeds {', '.join(map(str, seeds)) or '-'} (mean ± standard deviation); "
-        f"prunenet {line['versions']['prunenet']}."
+        f"{line['model']}, {line['dtype']}; perplexity on {texts} in windows of {scored['window']},"
+        f" stride {scored['stride']}{tasks}; seeds {', '.join(map(str, seeds)) or '-'} (mean ±"
+        f" standard deviation); prunenet {line['versions']['prunenet']}."
     )
 
 
@@ -128,10 +157,18 @@ def _row(method: str, ratio: float, lines: list[Line]) -> Row:
     tasks = list(lines[0]["evaluation"]["tasks"])
     at: dict[str, Any] = {
         "parameters": statistics.fmean(line["parameters"] for line in fine) if fine else None,
-        "perplexity": {text: Value.of([line["perplexity"][i]["value"] for line in fine]) for i, text in enumerate(texts)},
+        "perplexity": {
+            text: Value.of([line["perplexity"][i]["value"] for line in fine])
+            for i, text in enumerate(texts)
+        },
         "accuracy": Value.of([line["accuracy"] for line in fine]),
-        "tasks": {task: Value.of([_accuracy(line["tasks"][i]) for line in fine]) for i, task in enumerate(tasks)},
-        "seconds": Value.of([line["seconds_pruning"] + (line["seconds_calibration"] or 0) for line in fine]),
+        "tasks": {
+            task: Value.of([_accuracy(line["tasks"][i]) for line in fine])
+            for i, task in enumerate(tasks)
+        },
+        "seconds": Value.of(
+            [line["seconds_pruning"] + (line["seconds_calibration"] or 0) for line in fine]
+        ),
     }
     regime, applied = (fine[0]["regime"], fine[0]["applied_regime"]) if fine else (None, None)
     failed = tuple(line["error"] for line in lines if line["error"] is not None)
@@ -145,7 +182,12 @@ def _accuracy(task: dict[str, Any]) -> float:
 def _place(row: Row) -> tuple[float, int, float, str]:
     first = next(iter(row.perplexity.values()))
     regime = len(REGIMES) if row.regime is None else list(REGIMES).index(row.regime)
-    return row.ratio if row.method != "dense" else -1.0, regime, float("inf") if first is None else first.mean, row.method
+    return (
+        row.ratio if row.method != "dense" else -1.0,
+        regime,
+        float("inf") if first is None else first.mean,
+        row.method,
+    )
 
 
 def _texts(rows: Sequence[Row]) -> list[str]:

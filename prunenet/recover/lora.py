@@ -1,7 +1,7 @@
 """Low-rank updates beside the linears of a model, by peft: put there, and merged into the weights.
 
-Source: Hu et al., arXiv 2106.09685, section 4.1: W x + s B A x, with A drawn and B zeros at first. What differs:
-`prunenet.recover`.
+Source: Hu et al., arXiv 2106.09685, section 4.1: W x + s B A x, with A drawn and B zeros at first.
+What differs: `prunenet.recover`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunenet.layers import decoder_layers
+from prunenet.models.layers import decoder_layers
 
 _SCALE = 2  # s, of an update of any rank: peft's alpha over the rank
 
 
 def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """A copy with a low-rank update beside every linear of its decoder layers; it changes nothing yet.
+    """A copy with a low-rank update beside every linear of its decoder layers; it changes nothing
+    yet.
 
     The weights themselves lie where the given model's lie. Updates are held in float32 (or better).
 
@@ -27,13 +28,19 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
         ImportError: peft is not installed.
     """
     peft = load_peft()
-    # Other parameters on the same memory: peft switches gradients off, and the given model's flags stay as they are.
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    # Other parameters on the same memory: peft switches gradients off, and the given model's flags
+    # stay as they are.
+    shared: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
     student = copy.deepcopy(model, shared)
-    inside = {module for module in decoder_layers(student).modules() if isinstance(module, nn.Linear)}
+    inside = {
+        module for module in decoder_layers(student).modules() if isinstance(module, nn.Linear)
+    }
     names = [name for name, module in student.named_modules() if module in inside]
     config = peft.LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names)
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what it draws is replaced
+    # peft draws from the global generator; what it draws is replaced
+    with torch.random.fork_rng(devices=[]):
         peft.inject_adapter_in_model(config, student)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
@@ -46,13 +53,18 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
 
 
 def updates_of(student: PreTrainedModel) -> nn.ParameterList:
-    """The parameters of the updates of `adapted`, in the order of the linears: (rank, d_in) and (d_out, rank) in turn."""
-    return nn.ParameterList(parameter for name, parameter in student.named_parameters() if ".lora_" in name)
+    """The parameters of the updates of `adapted`, in the order of the linears: (rank, d_in) and
+    (d_out, rank) in turn.
+    """
+    return nn.ParameterList(
+        parameter for name, parameter in student.named_parameters() if ".lora_" in name
+    )
 
 
 @torch.no_grad()
 def merged(student: PreTrainedModel) -> PreTrainedModel:
-    """The model of `adapted` with its updates added to the weights, in float32 and rounded once; in place.
+    """The model of `adapted` with its updates added to the weights, in float32 and rounded once; in
+    place.
 
     New weights are made for those linears: the model that was given to `adapted` stays as it is.
     """
@@ -61,7 +73,9 @@ def merged(student: PreTrainedModel) -> PreTrainedModel:
             update: Any = module
             linear: nn.Linear = update.get_base_layer()
             delta = update.get_delta_weight("default")
-            linear.weight = nn.Parameter((linear.weight.to(delta) + delta).to(linear.weight), requires_grad=False)
+            linear.weight = nn.Parameter(
+                (linear.weight.to(delta) + delta).to(linear.weight), requires_grad=False
+            )
             parent, _, last = name.rpartition(".")
             setattr(student.get_submodule(parent), last, linear)
     vars(student).pop("peft_config", None)
@@ -73,5 +87,7 @@ def load_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"recovery needs peft ({error}); pip install 'prunenet[recover]'") from error
+        raise ImportError(
+            f"recovery needs peft ({error}); pip install 'prunenet[recover]'"
+        ) from error
     return peft

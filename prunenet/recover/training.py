@@ -1,7 +1,8 @@
-"""Trains the updates on token blocks, against the next tokens or the dense model's predictions, and keeps the best.
+"""Trains the updates on token blocks, against the next tokens or the dense model's predictions, and
+keeps the best.
 
-Every draw depends on the seed and on the number of the step alone, so that a run that is killed and resumed ends with the same
-weights, bit for bit.
+Every draw depends on the seed and on the number of the step alone, so that a run that is killed and
+resumed ends with the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from prunenet import parallel
-from prunenet.calibration import Blocks, check_seed, weights_sha256
-from prunenet.layers import check_tokens
-from prunenet.placement import home
-from prunenet.policies.methods.gradients import next_token_loss
-from prunenet.policies.resume import Progress, load_state, save_state
+from prunenet.checkpoints.identity import weights_sha256
+from prunenet.evaluation.losses import next_token_loss
+from prunenet.models.layers import check_tokens
+from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
+from prunenet.recover.options import Tuning
+from prunenet.runtime import parallel
+from prunenet.runtime.files import make_folders
+from prunenet.runtime.placement import home
+from prunenet.text.calibration import CalibrationSet
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,45 +42,14 @@ STATE = "state.safetensors"
 _HELD = 32  # blocks held back, at most: a fifth of all
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """How a pruned model is trained.
-
-    Attributes:
-        steps: of AdamW, at least 1.
-        batch: blocks of each step, at least 1.
-        micro_batch: blocks that are in memory at once; gradients add up.
-        rank: of an update, at least 1.
-        learning_rate: at the first step, above 0; it falls linearly to 0.
-        seed: of the updates' start and of the order of the blocks.
-
-    Raises:
-        ValueError: one is out of range.
-    """
-
-    steps: int = 100
-    batch: int = 8
-    micro_batch: int = 4
-    rank: int = 16
-    learning_rate: float = 5e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning rate must be above 0, got {self.learning_rate}; 0.0005 is the default")
-        check_seed(self.seed)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Tuned:
+class Recovered:
     """What training gives.
 
     Attributes:
         model: an ordinary model of the same shapes; the given one where no state was better.
-        before, after: loss on the blocks held back of the given model and of this one, as it is saved; nats per token.
+        before, after: loss on the blocks held back of the given model and of this one, as it is
+            saved; nats per token.
         best_step: after which the best state was seen; 0 where no state was better.
         history: (steps, loss on the blocks held back) at each evaluation.
     """
@@ -90,31 +63,33 @@ class Tuned:
 
 def tuned(
     model: PreTrainedModel,
-    blocks: Blocks,
+    blocks: CalibrationSet,
     tuning: Tuning,
     *,
     teacher: PreTrainedModel | None = None,
     folder: Path | None = None,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Tuned:
-    """Trains low-rank updates of all linears of the decoder layers and merges the best ones seen into the weights.
+) -> Recovered:
+    """Trains low-rank updates of all linears of the decoder layers and merges the best ones seen
+    into the weights.
 
-    The given models stay as they are. Of several processes (`prunenet.parallel`) each takes its share of every batch: the same
-    result, with the same number of threads each.
+    The given models stay as they are. Of several processes (`prunenet.runtime.parallel`) each takes
+    its share of every batch: the same result, with the same number of threads each.
 
     Args:
         model: usually a narrow one; in eval mode.
         blocks: of text, never test text. A fifth, at most 32, is held back to choose by.
         tuning: how.
-        teacher: of the same vocabulary. The loss is KL(teacher || model) with one, that of the next token without.
+        teacher: of the same vocabulary. The loss is KL(teacher || model) with one, that of the next
+            token without.
         folder: for the run's state and its TensorBoard log; None keeps all in memory.
         resume: go on with the run in `folder`.
         progress: called with (steps done, steps in all, loss on the blocks held back).
 
     Raises:
-        ValueError: too few blocks, blocks that the model cannot read, a teacher of another vocabulary, or a loss that is not
-            finite.
+        ValueError: too few blocks, blocks that the model cannot read, a teacher of another
+            vocabulary, or a loss that is not finite.
         PolicyError: nothing to resume, or another run in `folder`.
         ImportError: peft is not installed.
     """
@@ -124,16 +99,22 @@ def tuned(
     narrow = merged(run.student)
     after = run.held_loss(narrow)
     if not after < before:
-        return Tuned(model, before, before, 0, run.history)
-    return Tuned(narrow, before, after, best_step, run.history)
+        return Recovered(model, before, before, 0, run.history)
+    return Recovered(narrow, before, after, best_step, run.history)
 
 
-def teaching_loss(student: PreTrainedModel, teacher: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> Float[Tensor, ""]:
-    """KL(teacher || student) of next-token distributions, in nats per token; differentiable in the student."""
+def teaching_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel, ids: Int[Tensor, "n tokens"]
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) of next-token distributions, in nats per token; differentiable in the
+    student.
+    """
     with torch.no_grad():
         expected = _log_probabilities(teacher, ids)
     found = _log_probabilities(student, ids)
-    return F.kl_div(found.flatten(0, 1), expected.flatten(0, 1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        found.flatten(0, 1), expected.flatten(0, 1), reduction="batchmean", log_target=True
+    )
 
 
 class _Run:
@@ -143,7 +124,7 @@ class _Run:
         self,
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
-        blocks: Blocks,
+        blocks: CalibrationSet,
         tuning: Tuning,
         folder: Path | None,
         progress: Callable[[int, int, float], None] | None,
@@ -158,14 +139,19 @@ class _Run:
         self.file = None if folder is None else folder / STATE
         self.identity: dict[str, Any] = {"tuning": asdict(tuning), "text": dict(blocks.source)}
         if folder is not None:
-            self.identity |= {"model": weights_sha256(model), "teacher": teacher and weights_sha256(teacher)}
+            self.identity |= {
+                "model": weights_sha256(model),
+                "teacher": teacher and weights_sha256(teacher),
+            }
 
     @property
     def history(self) -> list[tuple[int, float]]:
         return [(steps, -value) for steps, value in self.state.history]
 
     def play(self, resume: bool) -> tuple[float, int]:
-        """All steps, or those that are left. Puts the best updates into the student; returns (first loss, step of the best)."""
+        """All steps, or those that are left. Puts the best updates into the student; returns (first
+        loss, step of the best).
+        """
         if resume and self.file is not None:
             self.state = load_state(self.file, self.updates, self.optimizer, self.identity)
         log = _log(self.file, self.state.updates)
@@ -190,7 +176,10 @@ class _Run:
         """On the blocks held back, nats per token."""
         loss = float(self._summed(model, self.held, [])[-1])
         if not math.isfinite(loss):
-            raise ValueError(f"the loss on the text held back is {loss}: damaged weights, or {model.dtype} overflows")
+            raise ValueError(
+                f"the loss on the text held back is {loss}: damaged weights, or {model.dtype}"
+                " overflows"
+            )
         return loss
 
     def _step(self, step: int) -> float:
@@ -200,7 +189,10 @@ class _Run:
         *gradients, loss = self._summed(self.student, self._batch(step), learned)
         if not math.isfinite(loss):
             rate = self.tuning.learning_rate
-            raise ValueError(f"the loss is {float(loss)} at step {step}; give a smaller --learning-rate than {rate}")
+            raise ValueError(
+                f"the loss is {float(loss)} at step {step}; give a smaller `learning_rate` than"
+                f" {rate}"
+            )
         for parameter, gradient in zip(learned, gradients, strict=True):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -208,8 +200,13 @@ class _Run:
         return float(loss)
 
     def _batch(self, step: int) -> Int[Tensor, "batch tokens"]:
-        """All blocks in a drawn order, then in another one, and so on; the batches go on over the seams."""
-        turns = [divmod(step * self.tuning.batch + number, len(self.fit)) for number in range(self.tuning.batch)]
+        """All blocks in a drawn order, then in another one, and so on; the batches go on over the
+        seams.
+        """
+        turns = [
+            divmod(step * self.tuning.batch + number, len(self.fit))
+            for number in range(self.tuning.batch)
+        ]
         orders = {turn: self._order(turn) for turn in {turn for turn, _ in turns}}
         return self.fit[torch.stack([orders[turn][place] for turn, place in turns])]
 
@@ -217,21 +214,38 @@ class _Run:
         seed = int(np.random.SeedSequence([self.tuning.seed, turn]).generate_state(1)[0])
         return torch.randperm(len(self.fit), generator=torch.Generator().manual_seed(seed))
 
-    def _summed(self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"], learned: list[nn.Parameter]) -> list[Tensor]:
-        """The gradients of the mean loss with respect to what is learned, and the loss, put together from micro-batches."""
+    def _summed(
+        self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"], learned: list[nn.Parameter]
+    ) -> list[Tensor]:
+        """The gradients of the mean loss with respect to what is learned, and the loss, put
+        together from micro-batches.
+        """
         parts = torch.split(ids, self.tuning.micro_batch)
-        own = {number: self._part(model, part, learned) for number, part in enumerate(parts) if parallel.mine(number)}
+        own = {
+            number: self._part(model, part, learned)
+            for number, part in enumerate(parts)
+            if parallel.is_owner(number)
+        }
         shares = [len(part) / len(ids) for part in parts]
-        found = zip(*parallel.from_owners(own, len(parts)), strict=True)
-        return [reduce(torch.add, [t * share for t, share in zip(column, shares, strict=True)]) for column in found]
+        found = zip(*parallel.gather_from_owners(own, len(parts)), strict=True)
+        return [
+            reduce(torch.add, [t * share for t, share in zip(column, shares, strict=True)])
+            for column in found
+        ]
 
-    def _part(self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"], learned: list[nn.Parameter]) -> list[Tensor]:
+    def _part(
+        self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"], learned: list[nn.Parameter]
+    ) -> list[Tensor]:
         place = home(model)
         # CUDA's faster kernels add up the gradients of attention in no fixed order.
         exact = sdpa_kernel(SDPBackend.MATH) if place.type == "cuda" else nullcontext()
         with torch.set_grad_enabled(bool(learned)), exact:
             ids = ids.to(place)
-            loss = next_token_loss(model, ids) if self.teacher is None else teaching_loss(model, self.teacher, ids)
+            loss = (
+                next_token_loss(model, ids)
+                if self.teacher is None
+                else teaching_loss(model, self.teacher, ids)
+            )
             return [*(torch.autograd.grad(loss, learned) if learned else ()), loss.detach()]
 
     def _judge(self, log: SummaryWriter | None) -> None:
@@ -240,19 +254,24 @@ class _Run:
         self.state.history.append((self.state.updates, -loss))
         if -loss > self.state.best_reward:
             self.state.best_reward = -loss
-            self.state.best = {name: tensor.detach().cpu().clone() for name, tensor in self.updates.state_dict().items()}
+            self.state.best = {
+                name: tensor.detach().cpu().clone()
+                for name, tensor in self.updates.state_dict().items()
+            }
         if log is not None:
             log.add_scalar("loss_held_back", loss, self.state.updates)
         if self.file is not None and parallel.is_first():
             save_state(self.file, self.state, self.updates, self.optimizer, self.identity)
 
 
-def _check_asked(model: PreTrainedModel, blocks: Blocks, teacher: PreTrainedModel | None) -> None:
+def _check_asked(
+    model: PreTrainedModel, blocks: CalibrationSet, teacher: PreTrainedModel | None
+) -> None:
     count, tokens = blocks.ids.shape
     if count < 2 or tokens < 2:
         raise ValueError(
-            "recovery trains on some blocks of text and chooses on others: give 2 blocks or more, of 2 tokens or more each, "
-            f"got {count} of {tokens}; give more text, or more --tokens"
+            "recovery trains on some blocks of text and chooses on others: give 2 blocks or more,"
+            f" of 2 tokens or more each, got {count} of {tokens}; give more text, or more `tokens`"
         )
     check_tokens(model, blocks.ids)
     if teacher is None:
@@ -261,13 +280,15 @@ def _check_asked(model: PreTrainedModel, blocks: Blocks, teacher: PreTrainedMode
     known, taught = (len(table.weight) for table in rows)
     if known != taught:
         raise ValueError(
-            f"the teacher has a vocabulary of {known} tokens and the pruned model one of {taught}, so their predictions cannot "
-            "be compared; give the dense model that was pruned"
+            f"the teacher has a vocabulary of {known} tokens and the pruned model one of {taught},"
+            " so their predictions cannot be compared; give the dense model that was pruned"
         )
     check_tokens(teacher, blocks.ids)
 
 
-def _log_probabilities(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> Float[Tensor, "n tokens vocabulary"]:
+def _log_probabilities(
+    model: PreTrainedModel, ids: Int[Tensor, "n tokens"]
+) -> Float[Tensor, "n tokens vocabulary"]:
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -278,5 +299,5 @@ def _log(file: Path | None, done: int) -> SummaryWriter | None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(file.parent)
     return SummaryWriter(str(file.parent), purge_step=done + 1)

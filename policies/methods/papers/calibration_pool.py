@@ -1,0 +1,118 @@
+"""Calibration windows in clusters, to be drawn by a mixture: the data subspace of AdaPruner's
+search (METHODS.md section 7).
+
+[rec], our reconstruction: AdaPruner (AAAI 2025, arXiv 2503.06184) filters out short or
+uninformative texts and searches a calibration-data subspace; what differs is listed in `adapruner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.policies.methods.papers import folding
+from prunenet.runtime.placement import home
+
+_BATCH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPool:
+    """Calibration windows to choose from.
+
+    Attributes:
+        windows: token ids.
+        labels: cluster of each, in [0, clusters); no cluster is empty.
+        clusters: how many.
+    """
+
+    windows: Int[Tensor, "n tokens"]
+    labels: Int[Tensor, " n"]
+    clusters: int
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        ids: Int[Tensor, "n tokens"],
+        generator: torch.Generator,
+        *,
+        tokens: int = 64,
+        clusters: int = 8,
+        most: int = 256,
+    ) -> CalibrationPool:
+        """Cuts blocks into windows, drops the least informative fifth and clusters the others by
+        mean hidden state.
+
+        Args:
+            model: in eval mode; read once on every window.
+            ids: token blocks.
+            generator: draws the windows, where there are too many, and the start of k-means.
+            tokens: length of a window, 2 or more; METHODS.md names 64 to 128. No more than a block
+                has.
+            clusters: METHODS.md names 8 to 16. No more than there are windows.
+            most: windows that are looked at, at least 1.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        if tokens < 2 or clusters < 1 or most < 1:
+            raise ValueError(
+                f"a pool needs tokens >= 2, clusters >= 1 and most >= 1, got {tokens}, {clusters}"
+                f" and {most}"
+            )
+        tokens = min(tokens, ids.shape[1])
+        windows = ids[:, : ids.shape[1] // tokens * tokens].reshape(-1, tokens)
+        windows = windows[torch.randperm(len(windows), generator=generator)[:most]]
+        distinct = torch.tensor([len(window.unique()) for window in windows])
+        windows = windows[
+            distinct.argsort(descending=True, stable=True)[: len(windows) - len(windows) // 5]
+        ]
+        clusters = min(clusters, len(windows))
+        points = mean_hidden_states(model, windows)
+        return cls(windows, folding.kmeans(points, clusters, generator).cpu(), clusters)
+
+    @property
+    def sizes(self) -> Int[Tensor, " clusters"]:
+        """Windows of each cluster."""
+        return torch.bincount(self.labels, minlength=self.clusters)
+
+    def drawn(
+        self, weights: Sequence[float], count: int, generator: torch.Generator
+    ) -> Int[Tensor, "drawn tokens"]:
+        """Different windows, drawn one by one: first a cluster in proportion to its weight, then
+        evenly one of its windows.
+
+        Args:
+            weights: of each cluster, 0 or more. Clusters of weight 0 serve when all others are used
+                up.
+            count: windows; no more than the pool has.
+            generator: on the CPU.
+        """
+        share = torch.tensor(weights, dtype=torch.float64) / self.sizes
+        probabilities = share[self.labels] + 1e-9
+        chosen = torch.multinomial(
+            probabilities, min(count, len(self.windows)), generator=generator
+        )
+        return self.windows[chosen]
+
+
+@torch.no_grad()
+def mean_hidden_states(
+    model: PreTrainedModel, windows: Int[Tensor, "n tokens"]
+) -> Float[Tensor, "n d_model"]:
+    """Mean over tokens of the last hidden states (behind the final norm) of each window,
+    float32.
+    """
+    parts = torch.split(windows.to(home(model)), _BATCH)
+    return torch.cat(
+        [
+            model.base_model(input_ids=p, use_cache=False).last_hidden_state.float().mean(1)
+            for p in parts
+        ]
+    )

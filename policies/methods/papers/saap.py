@@ -1,0 +1,143 @@
+"""SAAP: structurally-aware adaptive pruning. Its fine-tuning is in `group_tuning`.
+
+Source: Zheng et al., "Adaptive Pruning for Large Language Models with Structural Importance
+Awareness", arXiv 2412.15127; METHODS.md section 8. Documented: vector-wise and element-wise Taylor
+importances, fused as two outputs with homoscedastic Gaussian noise; an importance-fluctuation and a
+stability indicator make layers comparable; all structures are ranked together.
+
+What differs. All formulas below are [rec], our reconstruction, and nothing measured with them is
+the paper's number:
+- fused_j = sum_m I_m,j / (2 s_m^2) + log s_m, over the two importances m, with s_m^2 = mean_j I_m,j
+  of the layer: the optimum of the homoscedastic loss (Kendall, Gal and Cipolla, CVPR 2018, arXiv
+  1705.07115) for structures that share s. I_m is measured in the unit of the layer where its mean
+  is smallest, so that every log term is 0 or more and the logarithm of fused exists whatever the
+  scale of the loss;
+- fluctuation F_j = standard deviation / mean over calibration sequences of sum_m I_m,j / (2 s_m^2);
+  stability indicator A = F zscore within the layer; a channel's score is z(log fused) - beta
+  A, z over all channels of the model. So what fluctuates is removed, where FLAP removes what does
+  not: `removes` turns the sign over, to be measured;
+- a layer has one type of structure, FFN channels, or with heads a second one, groups of heads
+  (`with_heads`), with an s and a standardisation of F of its own, z over both; the first 3 and the
+  last 2 layers are left whole; beta is 0.5;
+- I_2 is LLM-Pruner's element-wise importance with both terms of the expansion ("mix").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from prunenet.policies.methods.evidence.gradients import TaylorSums
+from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.policies.methods.evidence.structures import Scores
+from prunenet.policies.methods.papers.flap import zscore
+
+Element = Literal["element1", "element2", "mix"]
+Removes = Literal["unstable", "stable"]
+# of a fused importance, whose mean in a layer is 1 or more: a dead channel must not shape z
+_LEAST = 1e-6
+
+
+def scores(
+    evidence: Evidence,
+    *,
+    beta: float = 0.5,
+    removes: Removes = "unstable",
+    element: Element = "mix",
+) -> list[Float[Tensor, " _"]]:
+    """z(log fused) - beta A of each channel; comparable between layers. With `removes="stable"`,
+    plus beta A.
+
+    Args:
+        evidence: gradients are measured on 10 sequences of 64 tokens of its text, together and one
+            by one.
+        beta: weight of the stability term, 0 or more; METHODS.md names 0, 0.25, 0.5 and 1.
+        removes: which channels the stability term disfavours.
+        element: the element-wise importance, see `llm_pruner.scores`.
+
+    Raises:
+        ValueError: a negative beta.
+    """
+    return _ranked(evidence, beta, removes, element, heads=False)
+
+
+def with_heads(
+    evidence: Evidence,
+    *,
+    beta: float = 0.5,
+    removes: Removes = "unstable",
+    element: Element = "mix",
+) -> Scores:
+    """The same of channels and groups of heads, ranked together. Arguments and errors: `scores`."""
+    found = _ranked(evidence, beta, removes, element, heads=True)
+    layers = len(evidence.taylor)
+    return Scores(found[:layers], found[layers:])
+
+
+def _ranked(
+    evidence: Evidence, beta: float, removes: Removes, element: Element, *, heads: bool
+) -> list[Float[Tensor, " _"]]:
+    """Of the channels of each layer, then of the groups of each."""
+    if beta < 0:
+        raise ValueError(
+            f"beta must be 0 or more, got {beta}; to remove stable channels say removes='stable'"
+        )
+    together = [*evidence.taylor, *(evidence.group_taylor if heads else [])]
+    importances = [_importances(sums, element) for sums in together]
+    ranked = zscore(torch.cat(fused(importances)).clamp_min(_LEAST).log())
+    found = list(torch.split(ranked, [row.shape[1] for row in importances]))
+    if beta > 0:
+        alone = evidence.taylor_by_sequence
+        if heads:
+            alone = [
+                [*a, *b] for a, b in zip(alone, evidence.group_taylor_by_sequence, strict=True)
+            ]
+        sequences = [[_importances(sums, element) for sums in layers] for layers in alone]
+        weight = -beta if removes == "unstable" else beta
+        for layer, importance in enumerate(importances):
+            each = torch.stack([layers[layer] for layers in sequences])
+            found[layer] = found[layer] + weight * zscore(fluctuation(each, importance.mean(1)))
+    return found
+
+
+def fused(importances: Sequence[Float64[Tensor, "2 _"]]) -> list[Float64[Tensor, " _"]]:
+    """sum_m I_m / (2 s_m^2) + log s_m, s_m^2 = mean I_m of the layer in units of the smallest such
+    mean; at least 0.
+
+    Args:
+        importances: of each layer, (2, d_ff), 0 or more.
+    """
+    means = torch.stack([importance.mean(1) for importance in importances])
+    # A layer without any importance gets the smallest scale that does not swamp the others.
+    means = means.maximum(1e-9 * means.amax(0)).clamp_min(torch.finfo(torch.float64).tiny)
+    logs = (means / means.amin(0)).log().sum(1) / 2
+    return [
+        (importance / (2 * mean[:, None])).sum(0) + log
+        for importance, mean, log in zip(importances, means, logs, strict=True)
+    ]
+
+
+def fluctuation(
+    importances: Float64[Tensor, "sequences 2 d_ff"], means: Float64[Tensor, " 2"]
+) -> Float64[Tensor, " d_ff"]:
+    """Standard deviation / mean, over sequences, of sum_m I_m / (2 s_m^2); 0 where a channel never
+    matters.
+
+    Args:
+        importances: of one layer, measured on each sequence alone.
+        means: s_m^2 of the layer.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    values = (importances / (2 * means.clamp_min(tiny)[:, None])).sum(1)
+    return values.std(0, correction=0) / values.mean(0).clamp_min(tiny)
+
+
+def _importances(sums: TaylorSums, element: str) -> Float64[Tensor, "2 d_ff"]:
+    """(vector-wise, element-wise), each added up over a channel's slices as LLM-Pruner does."""
+    return torch.stack(
+        [part.abs().sum(0).double() for part in (sums.vector, getattr(sums, element))]
+    )

@@ -1,0 +1,237 @@
+"""Where to cut: the width of each layer under one budget of parameters, for any scores (METHODS.md
+sections 1.2, 5 and 6).
+
+The budget is what a cut of the same ratio in every layer leaves, so that methods are compared at
+equal total parameters (METHODS.md section 10). Widths are multiples of `round_to` (or whole
+layers). Every allocation meets the budget exactly where all channels cost the same and layers are
+multiples of `round_to`; otherwise from below, by less than one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.models.layers import iter_ffns
+from prunenet.models.masks import width_at
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the FFN channels of a cut model may cost.
+
+    Attributes:
+        d_ff: channels of each layer of the dense model.
+        costs: parameters of one channel of each layer.
+        parameters: of all channels that stay, at most.
+        round_to: widths are multiples of this, or d_ff.
+        floor: channels that every layer keeps, at least 1; rounded up to a multiple.
+    """
+
+    d_ff: tuple[int, ...]
+    costs: tuple[int, ...]
+    parameters: int
+    round_to: int = 8
+    floor: int = 1
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, ratio: float, *, round_to: int = 8, floor: int = 1
+    ) -> Budget:
+        """What is left when `ratio` of the channels of every layer is removed.
+
+        Args:
+            model: the dense one.
+            ratio: share of FFN channels, in [0, 1).
+            round_to, floor: see `Budget`.
+
+        Raises:
+            ValueError: a number out of range; see `prunenet.models.masks.width_at`.
+        """
+        ffns = list(iter_ffns(model))
+        d_ff, costs = tuple(ffn.d_ff for ffn in ffns), tuple(ffn.channel_parameters for ffn in ffns)
+        kept = sum(
+            cost * width_at(width, ratio, round_to) for cost, width in zip(costs, d_ff, strict=True)
+        )
+        return cls(d_ff, costs, kept, round_to, floor)
+
+    @property
+    def share(self) -> float:
+        """Of the channels' parameters, how much stays, in (0, 1]."""
+        return self.parameters / self.cost(self.d_ff)
+
+    def cost(self, widths: Sequence[int]) -> int:
+        """Parameters of so many channels of each layer."""
+        return sum(cost * width for cost, width in zip(self.costs, widths, strict=True))
+
+    def least(self, layer: int) -> int:
+        """Channels that a layer keeps in any case."""
+        return min(-(-max(self.floor, 1) // self.round_to) * self.round_to, self.d_ff[layer])
+
+
+def uniform(budget: Budget) -> list[int]:
+    """The same share of every layer."""
+    return fitted(budget, [budget.share * d_ff for d_ff in budget.d_ff])
+
+
+def global_sort(
+    budget: Budget, scores: Sequence[Float[Tensor, " _"]], *, first: int = 0, last: int = 0
+) -> list[int]:
+    """One ranking of the channels of all layers (FLAP, arXiv 2312.11983, section 4.2).
+
+    Args:
+        budget: its floor is kept in every layer first.
+        scores: of each layer, comparable between layers; higher stays longer.
+        first, last: how many layers at each end are left whole.
+
+    Raises:
+        ValueError: not one score a channel, one that is not a number, or layers to be left whole
+            that cannot be paid for.
+    """
+    if [len(row) for row in scores] != list(budget.d_ff):
+        raise ValueError(
+            f"a global sort needs one score a channel, got {[len(row) for row in scores]} of"
+            f" {list(budget.d_ff)}"
+        )
+    ranked = [row.detach().double().cpu().clone() for row in scores]
+    if any(bool(row.isnan().any()) for row in ranked):
+        raise ValueError("scores contain NaN; the model's weights or activations are damaged")
+    inner = _inner(budget, first, last)
+    for layer, row in enumerate(ranked):
+        row[row.topk(budget.least(layer) if layer in inner else len(row)).indices] = torch.inf
+    layers = torch.cat([torch.full((d_ff,), layer) for layer, d_ff in enumerate(budget.d_ff)])
+    layers = layers[torch.cat(ranked).argsort(descending=True, stable=True)]
+    spent = torch.tensor(budget.costs)[layers].cumsum(0)
+    counts = torch.bincount(layers[spent <= budget.parameters], minlength=len(ranked))
+    return fitted(budget, counts.double().tolist())
+
+
+def protected(budget: Budget, first: int, last: int) -> list[int]:
+    """Layers at both ends left whole, the same share of all others (LLM-Pruner, arXiv 2305.11627).
+
+    Args:
+        budget: for all layers together.
+        first, last: how many layers at each end, 0 or more.
+
+    Raises:
+        ValueError: nothing is left to cut, or the layers left cannot make up for those left whole.
+    """
+    inner = _inner(budget, first, last)
+    whole = budget.cost([0 if layer in inner else d_ff for layer, d_ff in enumerate(budget.d_ff)])
+    left, room = budget.parameters - whole, budget.cost(budget.d_ff) - whole
+    return fitted(
+        budget,
+        [
+            left / room * d_ff if layer in inner else float(d_ff)
+            for layer, d_ff in enumerate(budget.d_ff)
+        ],
+    )
+
+
+def _inner(budget: Budget, first: int, last: int) -> range:
+    """The layers that may be cut; raises ValueError where they cannot make up for those left
+    whole.
+    """
+    inner = range(first, len(budget.d_ff) - last)
+    least = [
+        budget.least(layer) if layer in inner else d_ff for layer, d_ff in enumerate(budget.d_ff)
+    ]
+    if first + last > 0 and budget.cost(least) > budget.parameters:
+        raise ValueError(
+            f"{len(budget.d_ff)} layers with the first {first} and the last {last} left whole"
+            f" cannot be cut to {budget.share:.0%} of their channels; protect fewer layers or"
+            " remove less"
+        )
+    return inner
+
+
+def owl(budget: Budget, outliers: Sequence[float], *, lam: float = 0.08) -> list[int]:
+    """More channels for layers with more outliers (OWL: Yin et al., ICML 2024, arXiv 2310.05175,
+    section 4).
+
+    As in the authors' code, the shares kept span 2 lam and have the budget's share as their mean.
+    Where that asks for more than a whole layer, the rest goes to the others.
+
+    Args:
+        budget: of all layers.
+        outliers: of each layer, see `outlier_share`.
+        lam: half the span between the layers' shares.
+    """
+    found = torch.tensor(outliers, dtype=torch.float64)
+    spread = found.max() - found.min()
+    offset = 2 * lam * (found - found.min()) / spread if spread > 0 else torch.zeros_like(found)
+    shares = budget.share + offset - offset.mean()
+    return fitted(
+        budget, [share * d_ff for share, d_ff in zip(shares.tolist(), budget.d_ff, strict=True)]
+    )
+
+
+def outlier_share(
+    weights: Sequence[Float[Tensor, "_ _"]],
+    input_norms: Sequence[Float[Tensor, " _"]],
+    *,
+    m: float = 5.0,
+) -> float:
+    """Percentage of a layer's Wanda scores |W_ij| |X_j| above m times their mean, over all its
+    matrices together, in [0, 100].
+
+    Args:
+        weights: (d_out, d_in) of each linear of the layer.
+        input_norms: (d_in,) of each.
+        m: OWL's M.
+    """
+    scores = [
+        weight.float().abs() * norm.float()
+        for weight, norm in zip(weights, input_norms, strict=True)
+    ]
+    total = sum(score.numel() for score in scores)
+    threshold = m * sum(float(score.double().sum()) for score in scores) / total
+    return 100 * sum(int((score > threshold).sum()) for score in scores) / total
+
+
+def fitted(budget: Budget, wanted: Sequence[float]) -> list[int]:
+    """Widths nearest to the wanted ones that fill the budget: steps go where the shortfall is
+    largest, lower layers first.
+
+    Args:
+        budget: met from below, by less than the smallest step that is left.
+        wanted: channels of each layer, of any size and sum.
+
+    Raises:
+        ValueError: the floors alone cost more than the budget.
+    """
+    step = budget.round_to
+    widths = []
+    for layer, (target, d_ff) in enumerate(zip(wanted, budget.d_ff, strict=True)):
+        # 1e-9: a product that should be a whole number may fall just under it.
+        rounded = d_ff if target >= d_ff else int((target + 1e-9) // step) * step
+        widths.append(max(min(rounded, d_ff), budget.least(layer)))
+    left = budget.parameters - budget.cost(widths)
+    while left < 0:
+        open_ = [i for i, width in enumerate(widths) if width > budget.least(i)]
+        if not open_:
+            raise ValueError(
+                f"{budget.share:.1%} of the channels are fewer than every layer must keep; remove"
+                " less"
+            )
+        i = max(open_, key=lambda i: widths[i] - wanted[i])
+        lower = max((widths[i] - 1) // step * step, budget.least(i))
+        left += budget.costs[i] * (widths[i] - lower)
+        widths[i] = lower
+    while True:
+        raised = [
+            min((width // step + 1) * step, d_ff)
+            for width, d_ff in zip(widths, budget.d_ff, strict=True)
+        ]
+        prices = [c * (new - old) for c, new, old in zip(budget.costs, raised, widths, strict=True)]
+        open_ = [i for i, price in enumerate(prices) if 0 < price <= left]
+        if not open_:
+            return widths
+        i = max(open_, key=lambda i: wanted[i] - widths[i])
+        left -= prices[i]
+        widths[i] = raised[i]

@@ -1,0 +1,173 @@
+"""What a search over widths has measured: each architecture once, in a file that a killed search
+continues from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunenet.policies.methods.widths.allocation import Budget, uniform
+from prunenet.policies.methods.widths.space import Space
+
+Evaluator = Callable[[Sequence[int]], float]
+"""Widths of all layers -> loss, lower is better, the same at every call.
+
+It may have two attributes: `many(list of widths) -> list of losses`, where several at once are
+cheaper, and `key`, a string that tells its losses from those of other evaluators in one file.
+"""
+Widths = tuple[int, ...]
+_TOGETHER = 8  # architectures between two writes, where several at once are cheaper
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """The best architecture that a search has measured.
+
+    Attributes:
+        widths: channels of each layer.
+        loss: its loss.
+        pairs: all that the search has measured, each once, in order.
+    """
+
+    widths: list[int]
+    loss: float
+    pairs: list[tuple[Widths, float]]
+
+
+class Evaluations:
+    """An evaluator that is asked once for each architecture.
+
+    Args:
+        evaluate: see `Evaluator`.
+        path: a JSON-lines file of {"evaluator", "widths", "loss"}. What it holds of this evaluator
+            is not measured again; what is new is added at once, so that a killed search, started
+            again, takes the same way and goes on. Several searches may share a file.
+
+    Attributes:
+        pairs: what this search has asked for, in order.
+
+    Raises:
+        ValueError: the file holds a line that is not one of these (the last may be cut short).
+    """
+
+    def __init__(self, evaluate: Evaluator, path: str | Path | None = None) -> None:
+        self.pairs: dict[Widths, float] = {}
+        self._evaluate = evaluate
+        self._path = None if path is None else Path(path)
+        self._key = "" if path is None else str(getattr(evaluate, "key", ""))
+        self._known = {} if self._path is None else _read(self._path, self._key)
+
+    def __call__(self, candidates: Sequence[Widths]) -> list[float]:
+        """The loss of each.
+
+        Raises:
+            ValueError: a loss is not a finite number.
+        """
+        new = list(dict.fromkeys(widths for widths in candidates if widths not in self._known))
+        together = _TOGETHER if hasattr(self._evaluate, "many") else 1
+        for start in range(0, len(new), together):
+            self._measure(new[start : start + together])
+        self.pairs |= {
+            widths: self._known[widths] for widths in candidates if widths not in self.pairs
+        }
+        return [self._known[widths] for widths in candidates]
+
+    def _measure(self, new: Sequence[Widths]) -> None:
+        many = getattr(self._evaluate, "many", None)
+        losses = (
+            [float(self._evaluate(widths)) for widths in new]
+            if many is None
+            else [float(loss) for loss in many(new)]
+        )
+        for widths, loss in zip(new, losses, strict=True):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of widths {list(widths)} is {loss}: the cut model overflows; load it"
+                    " as float32 or bfloat16"
+                )
+            self._known[widths] = loss
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            rows = (
+                {"evaluator": self._key, "widths": list(widths), "loss": self._known[widths]}
+                for widths in new
+            )
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def best(self) -> Searched:
+        """Of what this search has asked for; of equal ones the first."""
+        widths = min(self.pairs, key=self.pairs.__getitem__)
+        return Searched(list(widths), self.pairs[widths], list(self.pairs.items()))
+
+
+def best_of_random(
+    budget: Budget,
+    evaluate: Evaluator,
+    count: int,
+    *,
+    space: Space | None = None,
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> Searched:
+    """The control of every search: the best of the uniform architecture and `count` - 1 different
+    random ones.
+
+    Args:
+        budget: of all layers.
+        evaluate: see `Evaluator`.
+        count: architectures measured, 1 or more; fewer where the space holds fewer.
+        space: to draw from; default `Space.around(budget)`.
+        seed: of the draws.
+        path: see `Evaluations`.
+    """
+    evaluations = Evaluations(evaluate, path)
+    generator = torch.Generator().manual_seed(seed)
+    evaluations([tuple(uniform(budget))])
+    evaluations(fresh(space or Space.around(budget), count - 1, generator, evaluations.pairs))
+    return evaluations.best()
+
+
+def fresh(
+    space: Space, count: int, generator: torch.Generator, known: Container[Widths], *, tied: int = 1
+) -> list[Widths]:
+    """Random architectures that differ from each other and from the known ones; fewer where the
+    space holds fewer.
+    """
+    found: dict[Widths, None] = {}
+    for _ in range(10):
+        drawn = space.draw(max(count - len(found), 0), generator, tied=tied)
+        found |= dict.fromkeys(widths for widths in drawn if widths not in known)
+        if len(found) >= count:
+            break
+    return list(found)[:count]
+
+
+def _read(path: Path, key: str) -> dict[Widths, float]:
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):  # a kill in the middle of a line
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    known: dict[Widths, float] = {}
+    for number, line in enumerate(content[:whole].decode("utf-8", "replace").splitlines(), 1):
+        try:
+            row: Any = json.loads(line)
+            widths, loss = tuple(int(width) for width in row["widths"]), float(row["loss"])
+            if row["evaluator"] == key:
+                known[widths] = loss
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} is no evaluated architecture ({error}); remove the line,"
+                " or give another file"
+            ) from None
+    return known

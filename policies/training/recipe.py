@@ -1,0 +1,209 @@
+"""Training recipes: every choice that shapes a policy, in one frozen record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from prunenet.envs.rewards import Form, Matrix, Spectrum
+from prunenet.envs.sweep import draw_ratio
+from prunenet.models.masks import check_ratio
+from prunenet.spectra.exact import Distance
+from prunenet.text.calibration import check_seed
+
+RewardName = Literal["spectral", "reconstruction", "divergence"]
+Algorithm = Literal["a2c", "ppo"]
+Baseline = Literal["group", "value", "none"]
+Subset = Literal["fixed", "bernoulli", "widths"]
+Features = Literal["weights", "moments"]
+
+MOMENT_PRIOR: Mapping[str, float] = {"moment_write": 1.0}
+"""Where a policy that reads moments starts: the order of Wanda-sp. No other of its statistics earns
+more `reconstruction` on other text (means over 20 tiny random models: 0.956; moment_fluctuation
+0.955, moment_unique 0.951; after a refit all 0.968)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a policy is trained. Equal recipes, models, texts, software and threads give equal
+    policies.
+
+    Attributes:
+        reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction"
+            (`ReconstructionReward`) or "divergence" (`prunenet.envs.divergence.DivergenceReward`),
+            both on token blocks.
+        features: what the scorer reads. "weights": statistics of the weights; the policy is applied
+            from weights alone, whatever its reward read. "moments": besides those, statistics of
+            activations (`prunenet.features.from_activations`), which it then needs wherever it is
+            applied.
+        distance, matrices, form, spectrum: of the spectral reward.
+        ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
+        updates: sweeps, each followed by one policy update.
+        masks: masks of the same layer played side by side.
+        algorithm: stable-baselines3's "a2c" (one gradient step a sweep) or "ppo" (`epochs` of them,
+            clipped).
+        learning_rate: of AdamW, falling linearly to 0.
+        gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier
+            masks, so 0 has the least variance.
+        baseline: what returns are compared with: "group", "value" or "none"
+            (`prunenet.policies.training.actor_critic`).
+        subset: "fixed" or "bernoulli" (`prunenet.policies.training.subset`) train the channels'
+            scores at uniform widths; "widths" (`prunenet.policies.training.swept_widths`) trains
+            where to cut, with the channels in the order of their scores.
+        round_to: widths are multiples of this.
+        blocks, tokens: how many blocks, and how many tokens of each, the divergence reward reads
+            for each mask.
+        entropy: weight of the entropy bonus.
+        hidden: widths of the scorer's hidden layers.
+        prior: weights of the closed-form score that the scorer starts from; with moments, none
+            given means `MOMENT_PRIOR`.
+        evaluate_every: updates between evaluations of the deterministic masks; the best policy seen
+            is the result.
+        evaluate_at: ratios of those evaluations.
+        seed: of everything random.
+    """
+
+    reward: RewardName = "reconstruction"
+    features: Features = "weights"
+    distance: Distance = "ks"
+    matrices: tuple[Matrix, ...] = ("gate", "up", "down")
+    form: Form = "bounded"
+    spectrum: Spectrum = "auto"
+    ratio: tuple[float, float] = (0.1, 0.6)
+    updates: int = 40
+    masks: int = 16
+    algorithm: Algorithm = "a2c"
+    epochs: int = 4
+    learning_rate: float = 1e-2
+    gamma: float = 0.0
+    baseline: Baseline = "group"
+    subset: Subset = "fixed"
+    round_to: int = 1
+    blocks: int = 4
+    tokens: int = 128
+    entropy: float = 0.0
+    hidden: tuple[int, ...] = (32, 32)
+    prior: Mapping[str, float] = field(default_factory=dict)
+    evaluate_every: int = 5
+    evaluate_at: tuple[float, ...] = (0.2, 0.4)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number out of range."""
+        draw_ratio(self.ratio, 0.5)
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; it is one of {', '.join(allowed)}"
+                )
+        for ratio in self.evaluate_at:
+            check_ratio(ratio)
+        check_seed(self.seed)
+        if self.entropy and self.subset == "fixed":
+            raise ValueError(
+                "an entropy bonus needs subset 'bernoulli': the entropy of fixed-width masks is"
+                " approximate"
+            )
+        for name in (
+            "updates",
+            "masks",
+            "epochs",
+            "evaluate_every",
+            "round_to",
+            "blocks",
+            "tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.baseline == "group" and self.masks < 2:
+            raise ValueError(
+                "the group baseline compares masks of one layer: take 2 masks or more, or baseline"
+                " 'none'"
+            )
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+
+_NAMES = {
+    "reward": get_args(RewardName),
+    "features": get_args(Features),
+    "spectrum": get_args(Spectrum),
+    "algorithm": get_args(Algorithm),
+    "baseline": get_args(Baseline),
+    "subset": get_args(Subset),
+}
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON holds it: what a saved policy's configuration says.
+
+    `spectrum` is left out where nobody chose: so are the records of before it existed, and their
+    runs can be resumed.
+    """
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    if recipe.spectrum == "auto":
+        del fields["spectrum"]
+    return fields
+
+
+PRESETS: dict[str, Recipe] = {
+    # Rewards what survives of each layer's output on text that the model wrote itself; applied from
+    # weights alone.
+    "default": Recipe(),
+    # Where to cut: the second half of a training, after the channels' scores. Layers depend on each
+    # other here, so the whole sweep's reward is every layer's return (gamma 1).
+    "widths": Recipe(
+        reward="divergence",
+        subset="widths",
+        round_to=8,
+        ratio=(0.2, 0.4),
+        updates=12,
+        masks=8,
+        gamma=1.0,
+        learning_rate=3e-2,
+        evaluate_every=2,
+        evaluate_at=(0.3,),
+    ),
+    # Weights only, in training too. Its reward does not track quality (benchmarks/README.md): for
+    # comparison.
+    "spectral": Recipe(reward="spectral", updates=20, masks=8),
+    # arXiv 2501.15296, section 3 and appendix. Differs from the published code where that is wrong
+    # (METHODS.md 1.2): exact log-probability, a return that is reward-to-go, gradients clipped
+    # before the step, a width-free scorer.
+    "paper": Recipe(
+        reward="spectral",
+        distance="ks",
+        matrices=("gate",),
+        form="inverse",
+        ratio=(0.3, 0.3),
+        updates=20,
+        masks=1,
+        learning_rate=1e-3,
+        gamma=0.99,
+        baseline="none",
+        subset="bernoulli",
+        hidden=(),
+        evaluate_every=5,
+        evaluate_at=(0.3,),
+    ),
+}
+
+
+def recipe_for(preset: str, changes: Mapping[str, Any]) -> Recipe:
+    """A preset with some fields changed.
+
+    Raises:
+        ValueError: unknown preset, or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; presets: {', '.join(PRESETS)}")
+    return replace(PRESETS[preset], **changes)
+
+
+def widths_recipe(seed: int) -> Recipe:
+    """Of the second stage of a training."""
+    return replace(PRESETS["widths"], seed=seed)

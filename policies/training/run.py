@@ -1,0 +1,204 @@
+"""One stage of a training: a stable-baselines3 algorithm, its checkpoints, and the best policy
+seen.
+
+Every random draw depends on the seed and on the number of the update alone, so that a run killed at
+any moment and resumed ends with the same policy, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
+
+from prunenet.envs.rewards import Reward
+from prunenet.envs.sweep import View
+from prunenet.envs.vector import LayerwisePruningVectorEnv
+from prunenet.models.layers import Weights
+from prunenet.models.masks import top_channels, width_at, widths_for_budget
+from prunenet.policies.scorer import ChannelScorer
+from prunenet.policies.training.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
+from prunenet.policies.training.recipe import Recipe
+from prunenet.policies.training.state import Progress, load_state, save_state
+from prunenet.policies.training.vec_env import SweepVecEnv
+from prunenet.runtime.files import make_folders
+
+
+def _algorithm(
+    env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
+) -> OnPolicyAlgorithm:
+    """Both algorithms with the same policy, buffer and optimiser."""
+    shared: dict[str, Any] = {
+        "learning_rate": lambda remaining: recipe.learning_rate * remaining,
+        "n_steps": view.layers,
+        "gamma": recipe.gamma,
+        "gae_lambda": 1.0,
+        "ent_coef": recipe.entropy,
+        "vf_coef": 0.5 if recipe.baseline == "value" else 0.0,
+        "rollout_buffer_class": SweepRolloutBuffer,
+        "rollout_buffer_kwargs": {"baseline": recipe.baseline},
+        "normalize_advantage": False,
+        "policy_kwargs": {
+            "view": view,
+            "scorer": scorer,
+            "subset": recipe.subset,
+            "round_to": recipe.round_to,
+            "generator": torch.Generator().manual_seed(recipe.seed),
+            "optimizer_class": torch.optim.AdamW,
+        },
+        "tensorboard_log": None if folder is None else str(folder),
+        "seed": recipe.seed,
+        "device": view.context.device,
+    }
+    if recipe.algorithm == "a2c":
+        return A2C(KeepMaskPolicy, env, use_rms_prop=False, **shared)
+    return PPO(
+        KeepMaskPolicy, env, n_epochs=recipe.epochs, batch_size=view.layers * recipe.masks, **shared
+    )
+
+
+class Run(BaseCallback):
+    """Seeds each update, evaluates the deterministic masks, keeps the best policy, saves the state.
+
+    Args:
+        view: of the model in training.
+        scorer: trained in place; afterwards it is the best that was seen.
+        reward: see `prunenet.envs.rewards`.
+        recipe: of this stage.
+        state: file of the run's state, in a folder of its own beside the TensorBoard log; None
+            keeps all in memory.
+        progress: called with (updates done, updates in all, best reward so far).
+        identity: what a resumed run must say alike.
+    """
+
+    model: OnPolicyAlgorithm
+
+    def __init__(
+        self,
+        view: View,
+        scorer: ChannelScorer,
+        reward: Reward,
+        recipe: Recipe,
+        state: Path | None,
+        progress: Callable[[int, int, float], None] | None,
+        identity: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.view = view
+        self.scorer = scorer.to(view.context.device)
+        self.reward = reward
+        self.recipe = recipe
+        self.file = state
+        self.progress = progress
+        self.identity = identity
+        self.state = Progress(0, -float("inf"), {}, [])
+
+    def learn(self, model: Weights, resume: bool) -> list[tuple[int, float]]:
+        """The whole run, or what is left of it. Returns the rewards at each evaluation, the first
+        before any update.
+        """
+        view, recipe = self.view, self.recipe
+        env = SweepVecEnv(
+            LayerwisePruningVectorEnv(
+                model,
+                recipe.masks,
+                reward=self.reward,
+                ratio=recipe.ratio,
+                view=view,
+                channels=False,
+            )
+        )
+        if self.file is not None:
+            make_folders(self.file.parent)
+        log = None if self.file is None else self.file.parent
+        algorithm = _algorithm(env, view, self.scorer, recipe, log)
+        if resume and self.file is not None:
+            self.restore(algorithm, self.file)
+            env.set_options({"sweep": self.state.updates})
+        left = (recipe.updates - self.state.updates) * view.layers * recipe.masks
+        algorithm.learn(
+            left, callback=self, log_interval=1, tb_log_name="run", reset_num_timesteps=not resume
+        )
+        env.close()
+        self.scorer.load_state_dict(self.state.best)
+        return self.state.history
+
+    def restore(self, algorithm: OnPolicyAlgorithm, path: Path) -> None:
+        """Continues where the state was saved."""
+        self.state = load_state(path, algorithm.policy, algorithm.policy.optimizer, self.identity)
+        algorithm.num_timesteps = self.state.updates * self.view.layers * self.recipe.masks
+
+    def _on_rollout_start(self) -> None:
+        self._after_update()
+        seed = np.random.SeedSequence([self.recipe.seed, self.state.updates]).generate_state(2)
+        self._policy.generator.manual_seed(int(seed[0]))
+        # stable-baselines3 shuffles its buffer with numpy's global generator.
+        np.random.seed(int(seed[1]))
+
+    def _on_training_end(self) -> None:
+        self._after_update()
+        self.logger.dump(self.model.num_timesteps)
+        self.logger.close()
+
+    def _on_step(self) -> bool:
+        return True
+
+    @property
+    def _policy(self) -> KeepMaskPolicy:
+        assert isinstance(self.model.policy, KeepMaskPolicy)
+        return self.model.policy
+
+    def _after_update(self) -> None:
+        updates = self.model.num_timesteps // (self.view.layers * self.recipe.masks)
+        if self.state.history and updates == self.state.updates:
+            return
+        self.state.updates = updates
+        if updates % self.recipe.evaluate_every == 0 or updates == self.recipe.updates:
+            self._evaluate()
+        if self.file is not None:
+            save_state(self.file, self.state, self._policy, self._policy.optimizer, self.identity)
+        if self.progress is not None:
+            self.progress(updates, self.recipe.updates, self.state.best_reward)
+
+    def _evaluate(self) -> None:
+        scorer = self._policy.scorer
+        value = mode_reward(scorer, self.view, self.reward, self.recipe)
+        self.state.history.append((self.state.updates, value))
+        self.logger.record("prunenet/reward_of_mode", value)
+        if value > self.state.best_reward:
+            self.state.best_reward = value
+            self.state.best = {
+                name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()
+            }
+
+
+@torch.no_grad()
+def mode_reward(scorer: ChannelScorer, view: View, reward: Reward, recipe: Recipe) -> float:
+    """What the masks that `apply` would play are paid: mean over the layers, plus the sweep's; over
+    `recipe.evaluate_at`.
+    """
+    scores = scorer(torch.stack(list(view.statistics)), view.context)
+    offsets = scorer.offsets(view.context).tolist()
+    widths = [_widths(view, offsets, ratio, recipe) for ratio in recipe.evaluate_at]
+    keep = [
+        torch.stack([top_channels(row, at[layer]) for at in widths])
+        for layer, row in enumerate(scores)
+    ]
+    layers: list[Tensor] = [
+        term for layer, masks in enumerate(keep) for term in reward.layer(layer, masks).values()
+    ]
+    layers = [term / view.layers for term in layers]
+    return float(torch.stack([*layers, *reward.sweep(keep).values()]).sum(0).mean())
+
+
+def _widths(view: View, offsets: Sequence[float], ratio: float, recipe: Recipe) -> list[int]:
+    if recipe.subset == "widths":
+        return widths_for_budget([view.d_ff] * view.layers, list(offsets), ratio, recipe.round_to)
+    return [width_at(view.d_ff, ratio, recipe.round_to)] * view.layers

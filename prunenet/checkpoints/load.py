@@ -1,0 +1,163 @@
+"""Loads a model and its tokenizer from a folder or the hub. Reads safetensors and JSON, and runs no
+code of a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prunenet.checkpoints.contents import (
+    CONFIG,
+    TOKENIZER,
+    is_file_name,
+    model_files,
+    tokenizer_files,
+)
+from prunenet.checkpoints.offload import read_placed
+from prunenet.checkpoints.shards import is_finite, not_finite
+from prunenet.checkpoints.skeleton import check_names, name_after, skeleton_of, staged
+from prunenet.checkpoints.sources import (
+    check_device,
+    find_folder,
+    in_short,
+    loading,
+    local_folder,
+    open_checkpoint,
+)
+from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.json_files import read_json, shown
+from prunenet.runtime.placement import AUTO, parameters, tensor_of
+
+
+def load_model(
+    source: str | Path, *, dtype: str = "auto", device: str = "cpu", max_memory: str | None = None
+) -> PreTrainedModel:
+    """A causal LM in eval mode, from a local folder or a hub id. Runs no code from the checkpoint,
+    reads no pickle.
+
+    Args:
+        source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
+        dtype: one of `prunenet.checkpoints.sources.DTYPES`; `auto` keeps the stored one.
+        device: a torch device; or "auto", all there are: accelerators first, then the CPU, then the
+            disk, see `prunenet.runtime.placement`.
+        max_memory: with "auto", how much of the weights each may hold, as in
+            "cuda:0=20GiB,cpu=60GiB"; default what is free.
+
+    Raises:
+        UnsupportedArchitecture: the model's type has no row in the table; checked before any weight
+            is read or fetched.
+        CheckpointError: nothing there, hub unreachable, quantised, damaged or incomplete weights,
+            or no such device.
+        ValueError: unknown dtype, or a `max_memory` that is not understood or not asked for.
+        ImportError: "auto" without accelerate.
+    """
+    if max_memory is not None and device != AUTO:
+        raise ValueError(
+            f"--max-memory says how --device auto places weights, and the device is {device}: leave"
+            " one out"
+        )
+    folder = open_checkpoint(source, dtype).folder
+    if device != AUTO:
+        check_device(device)
+    read = partial(read_model, folder, dtype)
+    model = (
+        read_placed(lambda placing: read(placing=placing), max_memory) if device == AUTO else read()
+    )
+    # what provenance records; loaded from the cache, the model would name a folder there
+    if local_folder(source) is None:
+        model.config._name_or_path, model.config._commit_hash = str(source), folder.name
+    if device != AUTO:
+        try:
+            model.to(device)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise  # said with its remedies: `console.one_sentence`
+        except RuntimeError as error:  # MPS: no room, or no such dtype
+            raise CheckpointError(
+                f"the model cannot be put on device {device!r}: {in_short(error)}"
+            ) from error
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    folder = find_folder(source, CONFIG, *TOKENIZER)
+    # transformers would make an empty one up
+    if not any(path.name.startswith(("tokenizer", "vocab")) for path in tokenizer_files(folder)):
+        raise CheckpointError(
+            f"{source} has no tokenizer that can be read: it holds no tokenizer file"
+        )
+    _check_tokenizer(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise CheckpointError(
+            f"{source} has no tokenizer that can be read: {in_short(error)}"
+        ) from error
+    return tokenizer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError where a tokenizer's configuration names files elsewhere."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    fields = read_json(
+        path, dict[str, Any], error=CheckpointError, remedy="correct it, or fetch it again"
+    )
+    for name, value in fields.items():
+        if name.endswith("_file") and value is not None and not is_file_name(value):
+            raise CheckpointError(
+                f"{path} is damaged: {name[:80]} is {shown(value)}, which is no file of its folder;"
+                " correct it, or fetch it again"
+            )
+
+
+def read_model(
+    folder: Path, dtype: str, attention: str | None = None, placing: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model of an opened folder, in eval mode; `placing`: arguments of accelerate's placement.
+
+    Raises:
+        CheckpointError: damaged or incomplete weights.
+    """
+    files = model_files(folder)
+    skeleton = skeleton_of(files, dtype)
+    with loading(folder), staged(files, (placing or {}).get("offload_folder")) as place:
+        model, found = skeleton.kind.from_pretrained(
+            place,
+            config=skeleton.config,
+            dtype=skeleton.model.dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            attn_implementation=attention,
+            **placing or {},
+        )
+    assert isinstance(model, PreTrainedModel)
+    check_names(files, model, set(found["missing_keys"]), set(found["unexpected_keys"]))
+    name_after(model, folder)
+    _check_finite(model, folder)
+    return model
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Raises CheckpointError for a weight that is not a finite number, named."""
+    stored = model.state_dict(keep_vars=True)
+    buffers = [name for name, _ in model.named_buffers() if name in stored]
+    for name in [*dict(parameters(model)), *buffers]:
+        tensor = tensor_of(model, name)
+        if not is_finite(tensor):
+            raise CheckpointError(not_finite(str(folder), name, tensor.dtype))

@@ -1,0 +1,44 @@
+"""The program `prunenet`: its commands and its entry point. Every command takes --json.
+
+Results go to standard output, progress and errors to standard error. A user's mistake is one
+sentence and exit code 1 (2 where the command line itself is off); PRUNENET_DEBUG=1 shows the
+traceback.
+"""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from prunenet.cli.compare import compare
+from prunenet.cli.demo import demo
+from prunenet.cli.evaluate import evaluate, report
+from prunenet.cli.export import export
+from prunenet.cli.options import grouped
+from prunenet.cli.prune import prune
+from prunenet.cli.recover import recover
+from prunenet.cli.train import train
+
+app = typer.Typer(
+    help="Learns once per model family which FFN channels matter, and cuts any model of that family"
+    " to any size.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (train, prune, evaluate, compare, recover, export, report, demo):
+    app.command("eval" if command is evaluate else command.__name__)(grouped(command))
+
+
+def main() -> None:
+    """Entry point of the `prunenet` command."""
+    # Quiet libraries: their warnings and bars are not results. Set here, where the process is ours.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    app()

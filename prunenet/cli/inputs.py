@@ -1,0 +1,168 @@
+"""What the commands read: a model in memory or streamed, its tokenizer, the text to measure
+activations on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from rich.markup import escape
+
+from prunenet.cli import tables
+from prunenet.cli.console import errors
+from prunenet.cli.options import Reading
+from prunenet.runtime.placement import AUTO
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prunenet.checkpoints.streaming import StreamedCheckpoint
+    from prunenet.text.calibration import CalibrationSet
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as a command knows it: opened once, its tokenizer loaded once.
+
+    Attributes:
+        source: folder or hub id.
+    """
+
+    source: str
+
+    @cached_property
+    def model_type(self) -> str:
+        """`config.model_type`. Raises as `load_model`, before any weight is read."""
+        from prunenet.checkpoints.sources import open_checkpoint
+
+        return open_checkpoint(self.source).architecture.model_type
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises CheckpointError where there is none."""
+        from prunenet.checkpoints.load import load_tokenizer
+
+        return load_tokenizer(self.source)
+
+    def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None and a note: a checkpoint without one can be cut all the same."""
+        from prunenet.runtime.files import CheckpointError
+
+        try:
+            return self.tokenizer
+        except CheckpointError as error:
+            note = f"note: {escape(str(error))}; the pruned checkpoint gets none either"
+            errors.print(note)
+            return None
+
+
+def open_model(source: str, reading: Reading, device: str) -> PreTrainedModel | StreamedCheckpoint:
+    """The model, loaded, or to be read layer by layer.
+
+    Args:
+        source: folder or hub id.
+        reading: how.
+        device: of this process.
+
+    Raises:
+        ValueError: streamed and placed at once; or as `load_model`.
+    """
+    if reading.stream:
+        if device == AUTO or reading.max_memory is not None:
+            raise ValueError(
+                "--stream leaves all weights on disk, so there is nothing to place: leave --device"
+                " auto out"
+            )
+        from prunenet.checkpoints.streaming import StreamedCheckpoint
+
+        return StreamedCheckpoint.open(source, dtype=reading.dtype, device=device)
+    from prunenet.checkpoints.load import load_model
+
+    return load_model(source, dtype=reading.dtype, device=device, max_memory=reading.max_memory)
+
+
+def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:
+    """Raises ValueError where activations would be measured on a model that is not in memory;
+    `remedy`: what to say instead.
+    """
+    if stream and reads_text:
+        raise ValueError(
+            "--stream holds one layer of the model at a time, so nothing can be measured on text:"
+            f" {remedy}"
+        )
+
+
+def blocks_for(
+    model: PreTrainedModel | StreamedCheckpoint,
+    checkpoint: Checkpoint,
+    moments: Literal["self", "data"],
+    text: str | None,
+    *,
+    seed: int = 0,
+    total: int | None = None,
+) -> CalibrationSet:
+    """The calibration set that a command reads; sampling it shows progress.
+
+    Args:
+        model: samples the text; in memory.
+        checkpoint: of its tokenizer.
+        moments: whose text.
+        text: source of external text; default the built-in one.
+        seed: of the sampling, or of the windows drawn.
+        total: tokens in all; default as in `calibration_for`.
+
+    Raises:
+        CheckpointError, TextError, ValueError: as `calibration_for`.
+    """
+    from transformers import PreTrainedModel
+
+    from prunenet.text.calibration import calibration_for
+
+    assert isinstance(model, PreTrainedModel), "check_streamable comes first"
+    with tables.progress(errors, "text") as advance:
+        return calibration_for(
+            model,
+            checkpoint.tokenizer,
+            moments,
+            text or "builtin",
+            seed=seed,
+            total=total,
+            progress=advance,
+        )
+
+
+def check_reward_inputs(
+    reward: str,
+    features: str,
+    moments: str | None,
+    text: str | None,
+    spectral: Mapping[str, str | None],
+) -> None:
+    """Raises ValueError for an option that this training would not read; `spectral`: those of the
+    spectral reward.
+    """
+    if reward == "spectral" and features == "weights" and (moments or text):
+        raise ValueError(
+            "the spectral reward reads weights alone: leave --moments and --text out, or say"
+            " --reward reconstruction"
+        )
+    given = [option for option, value in spectral.items() if value]
+    if reward == "reconstruction" and given:
+        raise ValueError(
+            f"{given[0]} belongs to the spectral reward: say --preset spectral without --reward, or"
+            " leave it out"
+        )
+    check_text(moments, text)
+
+
+def check_text(moments: str | None, text: str | None, tokens: int | None = None) -> None:
+    """Raises ValueError for a text, or an amount of it, that would not be read."""
+    if text and moments != "data":
+        raise ValueError("--text is read with --moments data only: add that, or leave --text out")
+    if tokens is not None and moments == "none":
+        raise ValueError(
+            f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self"
+        )

@@ -1,0 +1,140 @@
+"""What the command line prints: rich tables and progress bars, from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from prunenet.checkpoints.provenance import Provenance
+
+
+@contextmanager
+def progress(console: Console, what: str, measured: str = "") -> Iterator[Callable[..., None]]:
+    """A bar; call what it yields with (done, total) or (done, total, value of `measured`)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[value]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None, value="")
+
+        def advance(done: int, total: int, value: float | None = None, what: str = what) -> None:
+            shown = "" if value is None else f"{measured} {value:.4f}"
+            bar.update(task, description=what, completed=done, total=total, value=shown)
+
+        yield advance
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for work in several stages; call what it yields with (stage, done, total)."""
+    with progress(console, "") as advance:
+        yield lambda what, done, total: advance(done, total, what=what)
+
+
+def facts(title: str, values: dict[str, Any]) -> Table:
+    """One name and value a line."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), escape(_text(value)))
+    return table
+
+
+def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
+    """What a user wants to know of a new checkpoint."""
+    widths = sorted(set(provenance.widths))
+    return {
+        "folder": str(out),
+        "base_model": provenance.base_model,
+        "policy": provenance.policy,
+        "regime": provenance.regime,
+        **{
+            name: value
+            for name, value in provenance.how.items()
+            if name != "text" and value is not None
+        },
+        "ratio": provenance.ratio,
+        "width": widths[0] if len(widths) == 1 else list(provenance.widths),
+        **({"padded_to": provenance.padded_to} if provenance.padded_to else {}),
+        "parameters_before": provenance.parameters_before,
+        "parameters": provenance.parameters_after,
+        "removed": 1 - provenance.parameters_after / provenance.parameters_before,
+    }
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("name", "model", lambda v: v if len(v) <= 24 else f"{v[:23]}…"),
+    ("parameters", "params", lambda v: f"{v / 1e6:.1f} M"),
+    ("non_embedding_parameters", "no embed.", lambda v: f"{v / 1e6:.1f} M"),
+    ("bytes", "disk", lambda v: f"{v / 1e6:.0f} MB"),
+    ("perplexity", "perplexity", lambda v: f"{v:,.1f}"),
+    ("prefill_tokens_per_second", "prefill tok/s", lambda v: f"{v:,.0f}"),
+    ("decode_tokens_per_second", "decode tok/s", lambda v: f"{v:,.1f}"),
+)
+
+
+_COMPARED = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+def comparison(rows: Sequence[dict[str, Any]]) -> Table:
+    """Models side by side; the first is what the others are compared with."""
+    shown = [column for column in _COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    note = ""
+    if rows[0].get("perplexity") is not None:
+        first = rows[0]
+        note = (
+            f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
+        )
+    table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
+    for key, title, _ in shown:
+        table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(_cell(row, rows[0], key, form)) for key, _, form in shown))
+    return table
+
+
+def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
+    """Words to the left, numbers (under the fourth heading and all after it) to the right."""
+    table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
+    for index, title in enumerate(headings):
+        table.add_column(escape(title), justify="left" if index < 3 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _cell(row: dict[str, Any], first: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
+    value, base = row.get(key), first.get(key)
+    if value is None:
+        return "-"
+    if row is first or key not in _COMPARED or not base:
+        return form(value)
+    return f"{form(value)} ({value / base - 1:+.0%})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,385 @@
+"""One model: a spec, a ratio and a seed -> a narrow model. What several cells measure is measured
+once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunenet.checkpoints.regimes import most
+from prunenet.compare.evidence import SharedEvidence
+from prunenet.compare.ledger import Ledger
+from prunenet.compare.spec import Spec
+from prunenet.evaluation.speed import check_positions
+from prunenet.models.heads import group_counts, out_linears
+from prunenet.models.layers import down_linears, ffn_widths
+from prunenet.policies.apply import prune
+from prunenet.policies.artifact import Policy
+from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
+from prunenet.refit.cut import Cut, refit_kept, refit_sequentially
+from prunenet.runtime import parallel
+from prunenet.text.calibration import (
+    CalibrationSet,
+    blocks_from,
+    data_blocks,
+    openings,
+    prefix_blocks,
+    self_blocks,
+    token_blocks,
+)
+from prunenet.text.corpora import CalibrationText, content_sha256
+
+KEPT = 0.8
+"""Share of self-written sequences that the filter keeps."""
+_Scores = Float[Tensor, " _"]
+_PROTECTS = (4, 2)  # LLM-Pruner's, for methods that protect no layers of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much calibration text is read: `count` blocks of `window` tokens."""
+
+    count: int = 64
+    window: int = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A narrow model and what went into it.
+
+    Attributes:
+        model: shares what was not cut with the dense one.
+        widths: channels of each layer.
+        groups: groups of attention heads of each layer; None where heads are whole.
+        biases: parameters that a compensation added, which no allocation counts.
+        regime: what the whole way looked at, a policy's training included: weights, self or data.
+        applied_regime: what cutting this model looked at.
+        policy: name of the policy that was asked; None without one.
+        calibration: where the text comes from and how much of it was read; None where none was.
+    """
+
+    model: PreTrainedModel
+    widths: list[int]
+    biases: int
+    regime: str
+    applied_regime: str
+    policy: str | None
+    calibration: Mapping[str, Any] | None
+    groups: list[int] | None = None
+
+
+class Pruner:
+    """Makes narrow models of one dense model.
+
+    Holds the measurements of each text (moments: 3 d_ff^2 float32 a layer at most, for refits)
+    until `forget`.
+
+    Args:
+        model, tokenizer: the dense model, which must not change.
+        policy, policy_name: what `prunenet` specs and learned allocations ask; None: there is none.
+        texts: calibration texts by the names that specs have for them.
+        amount: of calibration text.
+        round_to: widths are multiples of this.
+
+    Attributes:
+        progress: called with (tokens, tokens in all) while the model writes text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        policy: Policy | None = None,
+        policy_name: str = "none",
+        texts: Mapping[str, CalibrationText] | None = None,
+        amount: Amount | None = None,
+        round_to: int = 8,
+    ) -> None:
+        self.model, self.tokenizer, self.policy, self.policy_name = (
+            model,
+            tokenizer,
+            policy,
+            policy_name,
+        )
+        self.ledger, self.round_to = Ledger(), round_to
+        self.progress: Callable[[int, int], None] | None = None
+        self._texts, self._amount = texts or {}, amount or Amount()
+        self._blocks: dict[tuple[str, int], tuple[CalibrationSet, float | None]] = {}
+        self._evidence: dict[tuple[str, int], SharedEvidence] = {}
+        self._scores: dict[tuple[str, int, str], Any] = {}
+
+    def blocks(self, moments: str, seed: int) -> tuple[CalibrationSet, float | None]:
+        """Text to measure on, and how many seconds it took to have it; None where the model had
+        written it before.
+
+        Raises:
+            TextError, ValueError: see `prunenet.text.calibration`.
+        """
+        if (moments, seed) not in self._blocks:
+            wrote = False
+
+            def progress(done: int, total: int) -> None:
+                nonlocal wrote
+                wrote = True
+                if self.progress is not None:
+                    self.progress(done, total)
+
+            start = time.perf_counter()
+            found = self._written(moments, seed, progress)
+            writes = moments == "self" or moments.startswith("seed:")
+            self._blocks[moments, seed] = (
+                found,
+                None if writes and not wrote else time.perf_counter() - start,
+            )
+        return self._blocks[moments, seed]
+
+    def check_texts(self, specs: Sequence[Spec]) -> None:
+        """Raises ValueError for calibration text that is too short, or windows that the model
+        cannot read.
+        """
+        check_positions(self.model, self._amount.window, "calibration window")
+        for moments, name in sorted(
+            {(spec.moments, spec.text) for spec in specs if spec.moments and spec.text}
+        ):
+            try:
+                if moments == name:
+                    self._written(name, 0, lambda done, of: None)
+                else:
+                    openings(self.tokenizer, self._texts[name], 1)
+            except ValueError as error:
+                raise ValueError(
+                    f"calibration text {name!r}: {error} (`calibration_tokens`,"
+                    " `calibration_window`)"
+                ) from None
+
+    def share_texts(self, wanted: Sequence[tuple[str | None, int]]) -> None:
+        """Of several processes, each has the model write some of the texts (moments, seed), for
+        all; one alone waits until a text is needed. What cannot be written fails the cells that
+        read it, in each process anew."""
+        if parallel.size() == 1:
+            return
+        writing = [
+            pair
+            for pair in dict.fromkeys(wanted)
+            if pair[0] == "self" or str(pair[0]).startswith("seed:")
+        ]
+        places = [(str(moments), seed) for moments, seed in writing]
+        for number, place in enumerate(places):
+            if parallel.is_owner(number):
+                with parallel.apart(), suppress(Exception):
+                    self.blocks(*place)
+        for number, place in enumerate(places):
+            found = [self._blocks[place]] if place in self._blocks else []
+            told = parallel.broadcast_object(
+                number % parallel.size(), partial(list, (seconds for _, seconds in found))
+            )
+            if told:
+                ids = blocks_from(
+                    number % parallel.size(), partial(next, (blocks for blocks, _ in found))
+                )
+                self._blocks[place] = ids, told[0]
+
+    def sha256(self, spec: Spec) -> str | None:
+        """Of the external text that a spec reads, if any."""
+        return None if spec.text is None else content_sha256(self._texts[spec.text])
+
+    def make(self, spec: Spec, ratio: float, seed: int) -> Made:
+        """The narrow model of a spec.
+
+        Raises:
+            ValueError: the method, its allocation or its refit cannot do this; the sentence says
+                why.
+        """
+        blocks = None if spec.moments is None else self.blocks(spec.moments, seed)[0]
+        evidence = self._evidence_of(spec.moments, blocks, seed)
+        row = METHODS.get(spec.method)
+        if row is not None and row.rebuild is not None:
+            narrow, biases = row.rebuild(evidence, ratio, self.round_to), 0
+        elif spec.product:
+            narrow, biases = self._product(spec, ratio, evidence), 0
+        else:
+            narrow, biases = self._assembled(spec, ratio, evidence)
+        asked = self.policy if spec.asks_policy else None
+        seen = ["weights"] if blocks is None else [blocks.regime]
+        regimes = [*seen, *([] if asked is None else [asked.config.regime])]
+        return Made(
+            model=narrow,
+            widths=ffn_widths(narrow),
+            biases=biases,
+            regime=most(regimes),
+            applied_regime=seen[0],
+            policy=None if asked is None else self.policy_name,
+            calibration=(
+                None
+                if blocks is None
+                else dict(blocks.source) | {"tokens_read": blocks.ids.numel()}
+            ),
+            groups=group_counts(narrow) if spec.heads else None,
+        )
+
+    def forget(self, moments: str | None, seed: int) -> None:
+        """Drops everything measured on a text."""
+        label = moments or ""
+        self.ledger.forget(label, seed)
+        self._blocks.pop((label, seed), None)
+        self._evidence.pop((label, seed), None)
+        for key in [key for key in self._scores if key[:2] == (label, seed)]:
+            del self._scores[key]
+
+    def _written(
+        self, moments: str, seed: int, progress: Callable[[int, int], None]
+    ) -> CalibrationSet:
+        count, window = self._amount.count, self._amount.window
+        sequences = 2 * round(count / KEPT / 2)
+        if moments == "self":
+            return self_blocks(
+                self.model,
+                self.tokenizer,
+                sequences=sequences,
+                tokens=window,
+                seed=seed,
+                progress=progress,
+            )
+        if moments == "random":
+            return token_blocks(self.model, count=count, window=window, seed=seed)
+        if moments.startswith("seed:"):
+            text = self._texts[moments.removeprefix("seed:")]
+            asked: dict[str, Any] = {
+                "sequences": sequences,
+                "tokens": window,
+                "seed": seed,
+                "progress": progress,
+            }
+            return prefix_blocks(self.model, self.tokenizer, text, **asked)
+        return data_blocks(
+            self.tokenizer, self._texts[moments], count=count, window=window, seed=seed
+        )
+
+    def _evidence_of(
+        self, moments: str | None, blocks: CalibrationSet | None, seed: int
+    ) -> SharedEvidence:
+        label = moments or ""
+        if (label, seed) not in self._evidence:
+            self._evidence[label, seed] = SharedEvidence(
+                self.model, blocks, seed, self.ledger, label
+            )
+        return self._evidence[label, seed]
+
+    def _product(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> PreTrainedModel:
+        widths = "per-layer" if spec.allocation == "learned" else spec.allocation
+        scores = None if self.policy is None else self._policy_scores(evidence)
+        options: dict[str, Any] = {
+            "blocks": evidence.blocks,
+            "widths": widths,
+            "refit": spec.refit,
+            "scores": scores,
+        }
+        with torch.no_grad():
+            return prune(
+                self.model, self.policy, ratio=ratio, round_to=self.round_to, **options
+            ).model
+
+    def _assembled(
+        self, spec: Spec, ratio: float, evidence: SharedEvidence
+    ) -> tuple[PreTrainedModel, int]:
+        """Scores, then widths, then refit; and how many parameters a bias adds."""
+        allocation: Any = spec.allocation
+        if allocation == "learned":
+            learned = cast(Policy, self.policy)
+            allocation = learned.widths(self.model, ratio, per_layer=True, round_to=self.round_to)
+        compensate: Any = "mean_bias" if spec.refit == "mean_bias" else "none"
+        found = cut(
+            evidence,
+            self._method(spec, ratio, evidence),
+            ratio,
+            allocation=cast(Allocation, allocation),
+            compensate=compensate,
+            round_to=self.round_to,
+            heads=spec.heads,
+        )
+        if spec.refit not in ("layerwise", "sequential"):
+            pairs = ((found.biases, down_linears), (found.group_biases, out_linears))
+            biases = sum(
+                _new_biases(linears(self.model)) for added, linears in pairs if added is not None
+            )
+            return found.applied(self.model), biases
+        return self._refitted(spec, found.keep, evidence).model(self.model), 0
+
+    def _refitted(
+        self, spec: Spec, keep: list[Bool[Tensor, " _"]], evidence: SharedEvidence
+    ) -> Cut:
+        if spec.refit == "layerwise":
+            return refit_kept(self.model, keep, evidence.folds)
+        return refit_sequentially(self.model, Cut(keep, None), evidence.ids, dense_targets=False)
+
+    def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
+        """The method's row, its scores shared between cells."""
+        if spec.method == "elimination":
+            return Method(
+                "elimination",
+                "text",
+                "greedy elimination, prunenet.refit.eliminate",
+                lambda _: evidence.elimination,
+            )
+        if spec.method in ("prunenet", "prunenet-weights"):
+            return Method(
+                spec.method, "weights", "the policy", lambda _: self._policy_scores(evidence)
+            )
+        row = METHODS[spec.method]
+        if spec.allocation == "protected" and row.protects == (0, 0):
+            row = replace(row, protects=_PROTECTS)
+        if row.score is None:
+            return row
+        if spec.heads:
+            return replace(
+                row,
+                with_heads=self._shared_scores(
+                    f"joint scores of {row.name}", row.with_heads, row, evidence
+                ),
+            )
+        given: Callable[..., list[_Scores]] = row.score
+        score = partial(given, ratio=ratio) if row.searches else given
+        name = f"scores of {row.name}" + (f" at {ratio:g}" if row.searches else "")
+        return replace(row, score=self._shared_scores(name, score, row, evidence))
+
+    def _shared_scores(
+        self, name: str, score: Any, row: Method, evidence: SharedEvidence
+    ) -> Callable[[Evidence], Any]:
+        """The scores of a method's row, computed once."""
+        # Scores of the weights are the same whatever text the allocation reads.
+        home = self._evidence_of(None, None, evidence.seed) if row.needs == "weights" else evidence
+        key = (home.label, home.seed, name)
+
+        def make() -> Any:
+            if key not in self._scores:
+                self._scores[key] = score(home)
+            return self._scores[key]
+
+        return lambda _: self.ledger.measured(key, make)
+
+    def _policy_scores(self, evidence: SharedEvidence) -> list[_Scores]:
+        policy = cast(Policy, self.policy)
+        place = (evidence.label, evidence.seed) if policy.config.moments else ("", 0)
+        key = (*place, "scores of the policy")
+
+        def make() -> Any:
+            if key not in self._scores:
+                self._scores[key] = policy.scores(self.model, evidence.blocks)
+            return self._scores[key]
+
+        return self.ledger.measured(key, make)
+
+
+def _new_biases(linears: list[nn.Linear]) -> int:
+    return sum(linear.out_features for linear in linears if linear.bias is None)

@@ -1,0 +1,18 @@
+"""Losses of a causal language model on token blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def next_token_loss(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of every token but the first of each sequence, in nats;
+    differentiable.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

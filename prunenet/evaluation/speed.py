@@ -1,0 +1,242 @@
+"""Tokens per second of prefill and decoding, side by side, and greedy continuations."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+
+from prunenet.runtime.placement import home
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second, medians over the repeats.
+
+    Attributes:
+        prefill: prompt tokens read per second, over the batch.
+        decode: new tokens written per second with the KV cache, over the batch.
+        prefill_spread, decode_spread: (fastest - slowest) / median of the repeats.
+        prompt, new_tokens: tokens per sequence.
+        batch: sequences.
+        repeats: measurements, without the warm-up.
+        compiled: whether `torch.compile` made the code that ran.
+    """
+
+    prefill: float
+    decode: float
+    prefill_spread: float
+    decode_spread: float
+    prompt: int
+    new_tokens: int
+    batch: int
+    repeats: int
+    compiled: bool = False
+
+
+def speed(
+    model: PreTrainedModel,
+    *,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 3,
+) -> Speed:
+    """Prefill and decode speed of one model. Arguments and errors: `speed_side_by_side`."""
+    return speed_side_by_side(
+        {"": model}, prompt=prompt, new_tokens=new_tokens, batch=batch, repeats=repeats
+    )[""]
+
+
+@torch.inference_mode()
+def speed_side_by_side(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 3,
+    compiled: bool = False,
+) -> dict[str, Speed]:
+    """Prefill and decode speed of several models; each repeat measures all of them in turn, so
+    noise hits them alike.
+
+    A plain greedy loop over `model(...)` with the KV cache, so that the overhead of `generate` is
+    not what is measured. One warm-up per model is thrown away.
+
+    Args:
+        models: name -> causal LM.
+        prompt: tokens of each prompt, at least 1. Which tokens they are does not matter.
+        new_tokens: decoding steps, at least 1.
+        batch: sequences at once, at least 1.
+        repeats: measurements per model, at least 1.
+        compiled: run what `torch.compile` makes of each model, with a KV cache of fixed size; the
+            warm-up compiles.
+
+    Raises:
+        ValueError: an argument below 1, more tokens than a model has positions for, or a model that
+            cannot be compiled here.
+    """
+    if min(prompt, new_tokens, batch, repeats) < 1:
+        raise ValueError(
+            f"prompt, new_tokens, batch and repeats must be 1 or more, got {prompt}, {new_tokens},"
+            f" {batch}, {repeats}"
+        )
+    for model in models.values():
+        check_positions(model, prompt + new_tokens, "prompt + new_tokens")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    with _callables(models, compiled) as callables:
+        for repeat in range(repeats + 1):
+            for name, model in models.items():
+                with evaluating(model):
+                    measured = _time_once(model, prompt, new_tokens, batch, callables[name])
+                if repeat > 0:
+                    times[name].append(measured)
+    result = {}
+    for name, pairs in times.items():
+        prefill = [batch * prompt / seconds for seconds, _ in pairs]
+        decode = [batch * new_tokens / seconds for _, seconds in pairs]
+        result[name] = Speed(
+            prefill=median(prefill),
+            decode=median(decode),
+            prefill_spread=(max(prefill) - min(prefill)) / median(prefill),
+            decode_spread=(max(decode) - min(decode)) / median(decode),
+            prompt=prompt,
+            new_tokens=new_tokens,
+            batch=batch,
+            repeats=repeats,
+            compiled=compiled,
+        )
+    return result
+
+
+@contextmanager
+def _callables(
+    models: Mapping[str, PreTrainedModel], compiled: bool
+) -> Iterator[Mapping[str, Callable[..., Any]]]:
+    """What to call for each model, which itself stays as it is."""
+    if not compiled:
+        yield models
+        return
+    # Models of one class share one cache of compiled code. Beyond its limit torch would go on
+    # uncompiled without a word.
+    room = torch._dynamo.config.patch(recompile_limit=16 * (len(models) + 1))
+    try:
+        with room:
+            yield {name: torch.compile(model, dynamic=False) for name, model in models.items()}
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"torch.compile failed ({reason}); it needs a C++ compiler (g++), or leave"
+            " --compile out"
+        ) from error
+
+
+@torch.inference_mode()
+def generate_sentence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32
+) -> str:
+    """The prompt and its greedy continuation, special tokens left out; stops at the end-of-sequence
+    token.
+
+    Raises:
+        ValueError: new_tokens below 1, an empty prompt, or more tokens than the model has positions
+            for.
+    """
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long, device=home(model))
+    if new_tokens < 1 or ids.shape[1] < 1:
+        raise ValueError(
+            f"generation needs a prompt and 1 new token or more, got {prompt!r} and {new_tokens}"
+        )
+    check_positions(model, ids.shape[1] + new_tokens, "prompt + new_tokens")
+    written = ids[0].tolist()
+    with evaluating(model):
+        cache, token = _step(model, ids, None, model)
+        for step in range(new_tokens):
+            if int(token) == tokenizer.eos_token_id:
+                break
+            written.append(int(token))
+            if step < new_tokens - 1:
+                cache, token = _step(model, token, cache, model)
+    return str(tokenizer.decode(written, skip_special_tokens=True))
+
+
+def _step(
+    model: PreTrainedModel, ids: Int[Tensor, "batch new"], cache: object, call: Callable[..., Any]
+) -> tuple[object, Int[Tensor, "batch 1"]]:
+    """Reads `ids` after what the cache holds; returns the cache and the most likely next token.
+    `call`: the model's code.
+    """
+    output = call(input_ids=ids, past_key_values=cache, use_cache=True, **last_logits(model, 1))
+    return output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _time_once(
+    model: PreTrainedModel, prompt: int, new_tokens: int, batch: int, call: Callable[..., Any]
+) -> tuple[float, float]:
+    """Seconds of one prefill and of `new_tokens` decoding steps."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        model.config.get_text_config().vocab_size, (batch, prompt), generator=generator
+    ).to(home(model))
+    # Compiled code is made for shapes, and those of an ordinary cache grow.
+    cache: object = (
+        None
+        if call is model
+        else StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
+    )
+    start = _now(home(model))
+    cache, token = _step(model, ids, cache, call)
+    middle = _now(home(model))
+    for _ in range(new_tokens):
+        cache, token = _step(model, token, cache, call)
+    return middle - start, _now(home(model)) - middle
+
+
+def last_logits(model: PreTrainedModel, rows: int) -> dict[str, int]:
+    """The argument that keeps the LM head from running on positions nobody reads, where the model
+    takes it.
+    """
+    return (
+        {"logits_to_keep": rows}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside, the mode it had after."""
+    was_training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Raises ValueError when `tokens` exceeds the model's positions; `what` names the argument to
+    lower.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"{what} is {tokens} tokens, more than the {positions} positions of this model; ask for"
+            " fewer"
+        )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

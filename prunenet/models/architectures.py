@@ -1,0 +1,163 @@
+"""Where the feed-forward network (FFN) of each supported model family lives: one frozen row per
+`config.model_type`.
+
+To add a family, add one row to `ARCHITECTURES` and its tiny configuration to `tests/families.py`.
+Dispatch is on `config.model_type` alone: the name of a folder or of a hub repository never matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class UnsupportedArchitecture(ValueError):
+    """The model type has no row in `ARCHITECTURES`, or it is a mixture of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Names that locate the FFN of a `*ForCausalLM` model.
+
+    Attributes:
+        model_type: `config.model_type`.
+        layers: dotted path of the decoder layers' `ModuleList`, from the causal LM.
+        up: path in a layer of the linear d_model -> d_ff (of the fused gate and up linear if
+            `fused`).
+        down: path in a layer of the linear d_ff -> d_model.
+        gate: path in a layer of the gate linear; None when the FFN has no gate or `fused` holds it.
+        fused: `up` holds the gate's rows first, then the up rows: (2 d_ff, d_model).
+        width: config field that holds d_ff.
+        norms: candidate paths in a layer of the norm in front of the FFN, first match wins; () when
+            the residual stream enters the FFN as it is.
+        attention_out: path in a layer of the linear by which attention writes to the residual
+            stream.
+        norm_offset: what the norm adds to its weight before scaling (1 for Gemma's RMSNorm).
+        rotates: whether rotating the residual stream leaves the model's function as it is: RMSNorms
+            in front of attention, FFN and LM head and none behind them, attention and FFN one after
+            the other, modules named as in Llama.
+        attention_in: paths in a layer of the query, key and value linears, where heads can be cut:
+            plain linears whose rows are head after head, read by code that asks them and not the
+            configuration how many there are, with no norm over all heads together. () where that is
+            not so.
+    """
+
+    model_type: str
+    layers: str = "model.layers"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    gate: str | None = "mlp.gate_proj"
+    fused: bool = False
+    width: str = "intermediate_size"
+    norms: tuple[str, ...] = ("post_attention_layernorm",)
+    attention_out: str = "self_attn.o_proj"
+    norm_offset: float = 0.0
+    rotates: bool = False
+    attention_in: tuple[str, ...] = ()
+
+    @property
+    def input_linears(self) -> tuple[str, ...]:
+        """Paths of the linears whose output is FFN channels."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+
+_BEFORE_FFN = ("pre_feedforward_layernorm",)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ROWS = (
+    Architecture("llama", attention_in=_QKV, rotates=True),
+    Architecture("mistral", attention_in=_QKV, rotates=True),
+    Architecture("qwen2", attention_in=_QKV, rotates=True),
+    Architecture("qwen3", attention_in=_QKV, rotates=True),
+    Architecture("granite", attention_in=_QKV, rotates=True),
+    Architecture("smollm3", attention_in=_QKV, rotates=True),
+    Architecture("stablelm", norms=("post_attention_layernorm", "input_layernorm")),
+    Architecture("olmo2", norms=()),
+    Architecture("gemma", norm_offset=1.0, attention_in=_QKV, rotates=True),
+    Architecture("gemma2", norms=_BEFORE_FFN, norm_offset=1.0, attention_in=_QKV),
+    Architecture("gemma3_text", norms=_BEFORE_FFN, norm_offset=1.0, attention_in=_QKV),
+    Architecture("phi3", up="mlp.gate_up_proj", gate=None, fused=True, rotates=True),
+    Architecture(
+        "phi",
+        up="mlp.fc1",
+        down="mlp.fc2",
+        gate=None,
+        norms=("input_layernorm",),
+        attention_out="self_attn.dense",
+    ),
+    Architecture(
+        "opt",
+        layers="model.decoder.layers",
+        up="fc1",
+        down="fc2",
+        gate=None,
+        width="ffn_dim",
+        norms=("final_layer_norm",),
+        attention_out="self_attn.out_proj",
+    ),
+    Architecture(
+        "gpt_neox",
+        layers="gpt_neox.layers",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        gate=None,
+        attention_out="attention.dense",
+    ),
+    Architecture(
+        "falcon",
+        layers="transformer.h",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        gate=None,
+        width="ffn_hidden_size",
+        norms=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
+        attention_out="self_attention.dense",
+    ),
+)
+ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
+
+_EXPERT_FIELDS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_experts_per_tok",
+)
+
+
+def architecture_for(config: PretrainedConfig) -> Architecture:
+    """The row for a model's configuration.
+
+    Args:
+        config: any transformers configuration; only `model_type` and the expert-count fields are
+            read.
+
+    Raises:
+        UnsupportedArchitecture: no row for `config.model_type`, or the model is a mixture of
+            experts.
+    """
+    model_type = getattr(config, "model_type", None)
+    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if row is not None:
+        return row
+    if any(getattr(config, field, None) for field in _EXPERT_FIELDS):
+        raise UnsupportedArchitecture(
+            f"model type {model_type!r} is a mixture of experts, which is not supported yet; "
+            f"supported types: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    raise UnsupportedArchitecture(
+        f"model type {model_type!r} is not supported; supported types:"
+        f" {', '.join(sorted(ARCHITECTURES))}"
+    )
+
+
+def check_heads(architecture: Architecture) -> None:
+    """Raises UnsupportedArchitecture where the attention heads of a family cannot be cut."""
+    if not architecture.attention_in:
+        known = ", ".join(sorted(row.model_type for row in _ROWS if row.attention_in))
+        raise UnsupportedArchitecture(
+            f"attention heads of model type {architecture.model_type!r} cannot be cut, only those"
+            f" of {known}; cut FFN channels alone"
+        )

@@ -1,0 +1,40 @@
+"""Changes what a module computes for the length of a `with` block, or of a hook, and no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def calling(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each of these modules computes what the given function does. Its hooks are called as
+    ever.
+    """
+    # Most modules have the forward of their class; accelerate gives them one of their own, which
+    # must come back.
+    own = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, before in own.items():
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
+
+
+def zeroing(dropped: Tensor) -> Any:
+    """A forward pre-hook that zeroes the dropped columns of a module's input; `dropped`:
+    (in_features,) bool.
+    """
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # masked_fill and not a product: a dropped channel that overflows must not become inf * 0.
+        return (inputs[0].masked_fill(dropped, 0), *inputs[1:])
+
+    return hook

@@ -1,0 +1,152 @@
+"""Reads a model in memory or on disk: FFNs layer by layer, embeddings, activation, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from prunenet.models.anatomy import FFN as FFN
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.anatomy import check_whole as check_whole
+from prunenet.models.anatomy import decoder_layers as decoder_layers
+from prunenet.models.anatomy import plain_linear as plain_linear
+from prunenet.runtime.placement import parameters, present, ties
+
+
+@runtime_checkable
+class EmbeddingMatrix(Protocol):
+    """Rows of an embedding matrix, (vocabulary, width): a tensor, or a
+    `prunenet.checkpoints.shards.StoredTensor`.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A model whose weights stay on disk and are read one layer at a time; see
+    `prunenet.checkpoints.streaming.StreamedCheckpoint`.
+    """
+
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: structure, shapes and configuration, no weights."""
+        ...
+
+    def ffn(self, index: int) -> FFN:
+        """One layer's weights, a copy; whoever lets go of it frees the memory."""
+        ...
+
+    def embeddings(self) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
+        """As `embeddings` below."""
+        ...
+
+
+Weights = PreTrainedModel | Streamed
+
+
+def structure(model: Weights) -> PreTrainedModel:
+    """The model, or what stands for it where its weights are on disk: shapes and configuration, to
+    read no weight from.
+    """
+    return model if isinstance(model, PreTrainedModel) else model.skeleton
+
+
+def ffn_at(model: Weights, index: int) -> FFN:
+    """The FFN of one layer.
+
+    Raises:
+        UnsupportedArchitecture: see `Anatomy.of`; or the residual stream is sliced.
+    """
+    if isinstance(model, PreTrainedModel):
+        return Anatomy.of(model).ffn(index)
+    check_whole(model.skeleton)
+    return model.ffn(index)
+
+
+def embeddings(model: Weights) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
+    """(input embeddings, output embeddings); the second is None where it is the first, or where
+    there is none.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return model.embeddings()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None and any(model.get_parameter(name) is head.weight for name in ties(model)):
+        head = None
+    with present(table, *(() if head is None else (head,))):
+        rows = table.get_parameter("weight").detach()
+        columns = None if head is None else head.get_parameter("weight").detach()
+    return rows, None if columns is None or columns.data_ptr() == rows.data_ptr() else columns
+
+
+def iter_ffns(model: Weights) -> Iterator[FFN]:
+    """Yields the FFN of each decoder layer, first to last. Raises as `ffn_at`."""
+    anatomy = Anatomy.of(structure(model))
+    anatomy.check_whole()
+    for index in range(len(anatomy.layers)):
+        yield anatomy.ffn(index) if isinstance(model, PreTrainedModel) else model.ffn(index)
+
+
+def ffn_widths(model: Weights) -> list[int]:
+    """Number of FFN channels of each layer. Raises as `Anatomy.of`."""
+    return Anatomy.of(structure(model)).widths
+
+
+def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear d_ff -> d_model of each layer; its input is the activations h of the channels."""
+    return Anatomy.of(model).downs
+
+
+def activation(model: Weights) -> Callable[[Tensor], Tensor]:
+    """The function act, element by element, of the model's FFNs: h = act(gate) * up, or act(up)
+    where there is no gate.
+    """
+    fields = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    config = structure(model).config
+    found = next((name for field in fields if (name := getattr(config, field, None))), "silu")
+    act: Callable[[Tensor], Tensor] = ACT2FN[found]
+    return act
+
+
+def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
+    """Raises ValueError where the model has no embedding for a token id, or no position for a
+    token.
+    """
+    table: Any = model.get_input_embeddings()
+    rows = table.weight.shape[0]
+    if int(ids.max()) >= rows:
+        raise ValueError(
+            f"token id {int(ids.max())} is beyond the model's {rows} embeddings; give the model its"
+            " own tokenizer"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and ids.shape[1] > positions:
+        raise ValueError(
+            f"blocks of {ids.shape[1]} tokens do not fit the model's {positions} positions; give"
+            " shorter ones"
+        )
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(total, non-embedding) parameters; tied tensors count once, and an untied LM head counts as
+    an embedding.
+    """
+    counts = {id(parameter): parameter.numel() for _, parameter in parameters(model)}
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    tables = {id(module.weight) for module in modules if module is not None}
+    total = sum(counts.values())
+    return total, total - sum(counts.get(table, 0) for table in tables)

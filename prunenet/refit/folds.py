@@ -1,0 +1,54 @@
+"""Folds of the text: what is fitted on one is judged on the other (METHODS.md 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:  # for annotations alone: this floor's modules do not import each other
+    from prunenet.refit.moments import Moments
+
+
+def held_back(
+    blocks: Int[Tensor, "n tokens"], share: float = 0.2
+) -> tuple[Int[Tensor, "fit tokens"], Int[Tensor, "held tokens"]]:
+    """Splits blocks into those to fit on and those, at least one, to judge on.
+
+    Raises:
+        ValueError: fewer than two blocks.
+    """
+    if len(blocks) < 2:
+        raise ValueError(
+            "a refit needs text to fit on and other text to check on: give 2 blocks or more, got"
+            f" {len(blocks)}"
+        )
+    held = max(1, round(share * len(blocks)))
+    return blocks[:-held], blocks[-held:]
+
+
+def folds_of(
+    blocks: Int[Tensor, "n tokens"],
+) -> tuple[Int[Tensor, "even tokens"], Int[Tensor, "odd tokens"]]:
+    """Every second block, and the others: of self-written text, where two kinds alternate, the two
+    kinds. As `held_back`.
+    """
+    held_back(blocks)
+    return blocks[::2], blocks[1::2]
+
+
+def pooled(
+    folds: Sequence[Moments], matrices: Sequence[Float[Tensor, "d_ff d_ff"]] | None = None
+) -> Float[Tensor, "d_ff d_ff"]:
+    """The second moments of all folds' tokens together; or another mean over tokens, given that of
+    each fold.
+    """
+    tokens = sum(fold.tokens for fold in folds)
+    parts = [fold.second for fold in folds] if matrices is None else matrices
+    whole = torch.zeros_like(parts[0])
+    for fold, part in zip(folds, parts, strict=True):
+        whole.add_(part, alpha=fold.tokens / tokens)
+    return whole

@@ -1,0 +1,394 @@
+"""Files and folders that appear complete or not at all, each written by one process at a time.
+
+Content lies under a hidden name beside its target until it is complete, and is then renamed. `lock`
+keeps other processes away from a target. What a killed process leaves is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from prunenet.runtime.locks import Busy, hold, lock_descriptor, remove_unlocked
+
+_HIDDEN = re.compile(r"[0-9a-f]{32}")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message is one sentence that says what to do."""
+
+
+def expanded(path: str | Path) -> Path:
+    """Expand a leading `~`, as shells do only where it begins a word: not in `--out=~/x`.
+
+    Raises:
+        ValueError: the text is empty, or names the home of an unknown user.
+    """
+    if not str(path):
+        raise ValueError("the path is empty (an unset variable?); give a name")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} names the home of no known user; give the whole path") from None
+
+
+def cache_folder() -> Path:
+    """Return `PRUNENET_CACHE`, read at call time, or `~/.cache/prunenet`."""
+    return expanded(os.environ.get("PRUNENET_CACHE") or "~/.cache/prunenet")
+
+
+def check_home(out: Path) -> None:
+    """Check before any work that a folder `out` can be made, or written in if it exists.
+
+    Raises:
+        CheckpointError: a file is in its place, its name is too long, not UTF-8 or holds a NUL
+            byte, a link leads nowhere, or its disk is closed to this user.
+    """
+    _check_name(out)
+    _check_place(out, out)
+
+
+def check_absent(out: Path) -> None:
+    """Check before any work that a folder `out` can be made; it may exist if it is empty.
+
+    Raises:
+        CheckpointError: as `check_home`; or `out` has content, is a link that leads nowhere, the
+            current folder or the root of a disk.
+    """
+    _check_name(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
+    check_home(out)
+    if not out.exists():
+        return
+    fixed = "the root of a disk" if _is_mounted(out) else "the current folder"
+    if fixed == "the root of a disk" or out.samefile("."):
+        raise CheckpointError(f"{out} is {fixed}, which cannot be replaced; give a folder in it")
+
+
+def check_file(path: Path, *, regular: bool = False) -> None:
+    """Check before any work that `write_atomic` can write `path`.
+
+    Args:
+        path: of the file; its parents may be missing.
+        regular: whether to refuse devices and pipes, too.
+
+    Raises:
+        CheckpointError: as `check_home`; or a folder, a disk or a socket is in its place.
+    """
+    real = _resolved(path)
+    if _is_stream(path):
+        if regular:
+            raise CheckpointError(f"{path} is a device or a pipe; give a file")
+        return
+    _check_place(path, path.absolute().parent)
+    _check_place(path, real.parent)
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Check that the disk of `out` has `needed` bytes free. Raises CheckpointError."""
+    if shutil.disk_usage(_home(out)).free < needed:
+        raise _disk_full(out, needed)
+
+
+@contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """Keep other processes from writing `target` as long as the block lasts.
+
+    The hidden file `.NAME.lock` beside the target is locked, see `prunenet.runtime.locks`. All
+    threads of the process share the lock, and blocks may be nested. Missing parents are made, and
+    removed if nothing comes into them. What killed writers of the target have left is removed.
+
+    Raises:
+        CheckpointError: another process holds the lock, or the folder cannot be written.
+    """
+    real = _resolved(target)
+    if not real.name:
+        raise CheckpointError(f"{target} is no name of a file or a folder; give one")
+    _check_place(target, target.absolute().parent)
+    _check_place(target, real.parent)
+    made = list[Path]()
+    try:
+        with ExitStack() as stack:
+            if _entered(stack, target, real, made):
+                _sweep(real, folders=True)
+            yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it is used
+                folder.rmdir()
+
+
+@contextmanager
+def new_folder(out: Path, needed: int) -> Iterator[Path]:
+    """Yield a folder that becomes `out` when the block succeeds, and is removed when it fails.
+
+    `out` is locked meanwhile. Links are followed.
+
+    Args:
+        out: the folder to create, with its parents; it may exist if it is empty.
+        needed: bytes that will be written, at least.
+
+    Raises:
+        CheckpointError: `out` exists, another process writes it, the disk is full, or the folder
+            cannot be written.
+    """
+    real = _resolved(out)
+    try:
+        with lock(out):
+            check_absent(out)
+            check_room(out, needed)
+            hidden = _beside(real, uuid4().hex)
+            try:
+                # closed to others until it is complete; the folder in it has the usual permissions
+                hidden.mkdir(mode=0o700)
+                folder = hidden / real.name
+                folder.mkdir()
+                yield folder
+                _settle(folder)
+                folder.rename(real)
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+            _sync(real.parent)
+    except Exception as error:
+        if _is_full(error):
+            raise _disk_full(out, needed) from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{out} cannot be written: {error}") from error
+        raise
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file in one step, so that a reader sees the old content or the new one.
+
+    Links are followed, and the permissions of an existing file are kept. A character device or a
+    pipe is written straight into.
+
+    Raises:
+        OSError: the disk is full or refuses, or nobody reads the pipe; `filename` is the target,
+            which is as it was.
+        CheckpointError: a folder, a disk or a socket is in its place.
+    """
+    with naming(path):
+        if _is_stream(path):
+            _write_straight(path, content)
+            return
+        real = _resolved(path)
+        _sweep(real, folders=False)
+        temporary, descriptor = _hidden_file(real)
+        try:
+            with open(descriptor, "wb") as file:
+                if real.exists():
+                    os.fchmod(descriptor, stat.S_IMODE(real.stat().st_mode))
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+                os.replace(temporary, real)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync(real.parent)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and its missing parents, so that they survive a power cut.
+
+    Returns:
+        Those that were missing, deepest first.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    absolute = folder.absolute()
+    missing = [path for path in (absolute, *absolute.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+    return missing
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the operating system's errors inside the block the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _check_name(path: Path) -> None:
+    """Raises CheckpointError for what no file system takes, or no other program reads."""
+    said = str(path).encode("utf-8", "backslashreplace").decode()
+    try:
+        os.fsencode(path).decode("utf-8")
+        os.lstat(path)
+    except UnicodeError:
+        raise CheckpointError(f"{said} is not UTF-8; give another name") from None
+    except FileNotFoundError:
+        return
+    except ValueError:
+        raise CheckpointError(f"{said!r} holds a NUL byte; give another name") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            reason = "its name is too long; give a shorter one"
+            raise CheckpointError(f"{said} cannot be written: {reason}") from None
+
+
+def _resolved(path: Path) -> Path:
+    """Where the links of a path lead. Raises CheckpointError as `_check_name`."""
+    _check_name(path)
+    return Path(os.path.realpath(path))
+
+
+def _check_place(out: Path, folder: Path) -> None:
+    """Raises CheckpointError, about `out`, where a folder cannot be made or written in."""
+    absolute = folder.absolute()
+    place = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
+    reason = None
+    if not place.is_dir():
+        reason = "is a file" if place.exists() else "is a link that leads nowhere"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = "is closed to you"
+    if reason is not None:
+        raise CheckpointError(
+            f"{out} cannot be written, because {place} {reason}; give another folder"
+        )
+
+
+def _is_mounted(folder: Path) -> bool:
+    """Whether another disk, or a folder of the same one (as in containers), is mounted here."""
+    name = os.path.realpath(folder).replace("\\", "\\134").replace(" ", "\\040")
+    with suppress(OSError):  # Linux
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+        return any(line.split(" ")[4] == name for line in mounts)
+    return folder.is_mount()
+
+
+def _home(out: Path) -> Path:
+    """The nearest parent that exists."""
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """A hidden path beside the target, of a name that fits where the target's own does."""
+    name = target.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return target.with_name(f".{name}.{ending}")
+
+
+def _entered(stack: ExitStack, said: Path, target: Path, made: list[Path]) -> bool:
+    """Puts the lock of the target on the stack; see `hold`. Notes the folders that were made."""
+    while True:
+        try:
+            made[:0] = make_folders(target.parent)
+            return stack.enter_context(hold(_beside(target, "lock")))
+        except FileNotFoundError:
+            continue  # another process had made the folder, and has removed it
+        except Busy as error:
+            process = f" ({error})" if str(error) else ""
+            raise CheckpointError(
+                f"another prunenet{process} is writing {said}; wait for it, or give another `out`"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{said} cannot be written: {error.strerror}; give another `out`"
+            ) from error
+
+
+def _sweep(target: Path, *, folders: bool) -> None:
+    """Removes what killed writers of the target have left: unlocked hidden files, and, for the
+    holder of its lock, hidden folders.
+    """
+    prefix = _beside(target, "").name
+    with suppress(OSError):
+        for path in target.parent.iterdir():
+            ours = path.name.startswith(prefix) and _HIDDEN.fullmatch(path.name[len(prefix) :])
+            if ours and path.is_dir():
+                if folders:
+                    shutil.rmtree(path, ignore_errors=True)
+            elif ours:
+                remove_unlocked(path)
+
+
+def _hidden_file(target: Path) -> tuple[Path, int]:
+    """A new hidden file beside the target, locked against `_sweep`, and its descriptor."""
+    while True:
+        path = _beside(target, uuid4().hex)
+        # Not tempfile's: its files stay closed to others, and this one is going to be read by them.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(BlockingIOError):  # of a sweep, see below
+            lock_descriptor(descriptor)
+            if os.fstat(descriptor).st_nlink:
+                return path, descriptor
+        os.close(descriptor)  # swept between the two
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a character device or a pipe. Raises CheckpointError for other special
+    files and folders.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise CheckpointError(f"{path} is a folder; give a file")
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise CheckpointError(f"{path} is a disk or a socket; give a file")
+    return not stat.S_ISREG(mode)
+
+
+def _write_straight(path: Path, content: bytes) -> None:
+    try:
+        # without this flag a pipe that nobody reads would block for ever
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "Nobody reads this pipe; start its reader first") from None
+        raise
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk is full; safetensors and tokenizers have error types of their own."""
+    full = f"os error {errno.ENOSPC}"
+    return getattr(error, "errno", None) == errno.ENOSPC or full in str(error)
+
+
+def _disk_full(out: Path, needed: int) -> CheckpointError:
+    free = shutil.disk_usage(_home(out)).free
+    part = " (its weights alone)" if needed <= free else ""
+    return CheckpointError(
+        f"no room for {out}: it takes at least {needed / 1e6:,.1f} MB{part} and its disk has"
+        f" {free / 1e6:,.1f} MB free; make room or give a folder on another disk"
+    )
+
+
+def _settle(folder: Path) -> None:
+    """Gives the files the usual permissions, and puts all of them on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            # safetensors closes its files to others
+            path.chmod(folder.stat().st_mode & 0o666)
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
