@@ -245,7 +245,7 @@ def test_names_come_from_the_tables():
             "flap+off@self",
             ["unknown method 'flap+off'", "method[:allocation][@moments][+heads][+refit]"],
         ),
-        ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "--calibration"]),
+        ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "`calibration`"]),
         ("flap@seed", ["@seed:TEXT"]),
         ("flap@seed:pbt", ["unknown moments 'pbt'"]),
         ("random@ptb", ["no part of it reads text", "leave @ptb out"]),
