@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from prunenet.cli import compare as command
 from prunenet.cli.app import app
-from prunenet.compare import comparison, ledger, pruner, run, summary
+from prunenet.compare import comparison, ledger, run, summary
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Results
@@ -469,7 +469,7 @@ def test_prefixes_are_never_taken_from_a_test_text(model, tokenizer, unchecked):
 def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(
     folder, monkeypatch, tmp_path
 ):
-    walks, held, real, step = [], [], pruner.SharedEvidence.energies.func, run._measure
+    walks, held, real, step = [], [], Evidence.energies.func, run._measure
 
     def counted(evidence):
         walks.append(evidence.label)
@@ -479,7 +479,7 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         step(cell, scored, bench, line)
         held.append(sorted(label for label, _ in bench._evidence if label))
 
-    monkeypatch.setattr(pruner.SharedEvidence.energies, "func", counted)
+    monkeypatch.setattr(Evidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
     lines, _ = compare(
         folder,
