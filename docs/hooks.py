@@ -1,7 +1,7 @@
-"""What mkdocs does for this site besides rendering: the command line's reference, and the figures of `benchmarks/results`.
+"""Makes the reference of the command line, and takes in the figures of `benchmarks/results`.
 
-The reference is made from the typer application itself. mkdocs-click 0.9 takes click commands only, and typer carries its own
-copy of click since 0.26 or so; a plugin is therefore no shorter than this.
+The reference is made from the typer application. mkdocs-click 0.9 takes commands of click, and
+typer 0.29 has a copy of click of its own, so a plugin would be no shorter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-APP = "prunenet.cli:app"
+APP = "prunenet.cli.app:app"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
 MARK = "<!-- commands -->"
@@ -24,14 +24,15 @@ MARK = "<!-- commands -->"
 
 def on_files(files: Files, config: Any) -> Files:
     """Puts figures, JSON lines and the table of `benchmarks/results` under `data/`."""
-    for path in sorted(p for p in (ROOT / RESULTS).rglob("*") if p.is_file()):
-        name = f"data/{path.relative_to(ROOT / RESULTS).as_posix()}"
+    folder = ROOT / RESULTS
+    for path in sorted(found for found in folder.rglob("*") if found.is_file()):
+        name = f"data/{path.relative_to(folder).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Points links into `benchmarks/results` at their copies, and writes the commands where `MARK` stands."""
+    """Points links into `benchmarks/results` at their copies; puts the commands at `MARK`."""
     markdown = markdown.replace(f"../{RESULTS}/", "data/")
     return markdown.replace(MARK, commands()) if MARK in markdown else markdown
 
@@ -40,17 +41,14 @@ def commands() -> str:
     """Every command of the application, as Markdown."""
     os.environ.setdefault("COLUMNS", "200")
     sys.path.insert(0, str(ROOT))
-    module, _, name = APP.partition(":")
     from typer import Context
     from typer.main import get_command
 
+    module, _, name = APP.partition(":")
     group: Any = get_command(getattr(import_module(module), name))
-    context = Context(group, info_name="prunenet")
-    return "\n".join(
-        line
-        for command in group.list_commands(context)
-        for line in _command(group, context, command)
-    )
+    parent = Context(group, info_name="prunenet")
+    sections = [_command(group, parent, command) for command in group.list_commands(parent)]
+    return "\n".join(line for section in sections for line in section)
 
 
 def _command(group: Any, parent: Any, name: str) -> Iterator[str]:
@@ -60,15 +58,11 @@ def _command(group: Any, parent: Any, name: str) -> Iterator[str]:
     context = Context(command, info_name=name, parent=parent)
     usage = " ".join(["prunenet", name, *command.collect_usage_pieces(context)])
     yield f"## {name}\n\n{_escaped(command.help)}\n\n```console\n{usage}\n```\n"
-    records = [(p.param_type_name, p.get_help_record(context)) for p in command.get_params(context)]
-    for kind, title in (("argument", "Argument"), ("option", "Option")):
-        rows = [
-            record
-            for found, record in records
-            if found == kind and record and not record[0].startswith("--help")
-        ]
-        if rows:
-            yield f"| {title} | |\n|---|---|"
+    parameters = [p for p in command.get_params(context) if "--help" not in p.opts]
+    for kind in ("argument", "option"):
+        found = [p.get_help_record(context) for p in parameters if p.param_type_name == kind]
+        if rows := [row for row in found if row]:
+            yield f"| {kind.capitalize()} | |\n|---|---|"
             yield from (f"| `{_flat(left)}` | {_escaped(_flat(right))} |" for left, right in rows)
             yield ""
 

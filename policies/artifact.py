@@ -134,8 +134,8 @@ class Policy:
         """
         if self.config.moments and not measured:
             raise ValueError(
-                "this policy scores channels by their activations: give it calibration text"
-                " (`blocks`), or take a policy that reads weights alone"
+                "this policy scores channels by their activations: give it text to measure"
+                " them on (`blocks`), or take a policy that reads weights alone"
             )
 
     def save_pretrained(self, folder: str | Path) -> Path:

@@ -62,13 +62,13 @@ class PruneOptions:
         if (self.ratio is None) == (self.params is None):
             given = "neither" if self.ratio is None else "both"
             raise ValueError(
-                "give one of ratio (share of FFN channels) and params (share of all parameters),"
-                f" got {given}"
+                "give one of `ratio` (share of FFN channels) and `params` (share of all"
+                f" parameters), got {given}"
             )
         if self.ratio is not None:
             check_ratio(self.ratio)
         elif not 0 <= (self.params or 0) < 1:
-            raise ValueError(f"params, a share of parameters, must be in [0, 1), got {self.params}")
+            raise ValueError(f"`params` must be in [0, 1), got {self.params}")
         choices: tuple[tuple[str, str | None, Any], ...] = (
             ("widths", self.widths, Widths),
             ("channels", self.channels, Channels),
@@ -98,15 +98,18 @@ class PruneOptions:
             policy.check_measured(measured)
         if not measured and (channels != "policy" or refit != "off"):
             raise ValueError(
-                "blend, elimination and refit measure activations: give calibration text, or switch"
+                "blend, elimination and refit measure activations: give text (`blocks`), or switch"
                 " them off"
             )
         if policy is None and channels != "elimination":
             raise ValueError(
-                "no policy to choose the channels; give one, or calibration text to choose them by"
+                "no policy to choose the channels; give one (`policy`), or text to choose them by"
+                " (`blocks`)"
             )
         if policy is None and self.widths == "per-layer":
-            raise ValueError("no policy to allocate widths; give one, or take uniform widths")
+            raise ValueError(
+                "no policy to allocate widths; give one (`policy`), or take uniform `widths`"
+            )
         return replace(self, channels=channels, refit=refit)
 
 

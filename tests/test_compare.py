@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from prunenet.cli import compare as command
 from prunenet.cli.app import app
-from prunenet.compare import ledger, pruner, run, summary
+from prunenet.compare import comparison, ledger, run, summary
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Results
@@ -245,7 +245,7 @@ def test_names_come_from_the_tables():
             "flap+off@self",
             ["unknown method 'flap+off'", "method[:allocation][@moments][+heads][+refit]"],
         ),
-        ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "--calibration"]),
+        ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "`calibration`"]),
         ("flap@seed", ["@seed:TEXT"]),
         ("flap@seed:pbt", ["unknown moments 'pbt'"]),
         ("random@ptb", ["no part of it reads text", "leave @ptb out"]),
@@ -469,7 +469,7 @@ def test_prefixes_are_never_taken_from_a_test_text(model, tokenizer, unchecked):
 def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(
     folder, monkeypatch, tmp_path
 ):
-    walks, held, real, step = [], [], pruner.SharedEvidence.energies.func, run._measure
+    walks, held, real, step = [], [], Evidence.energies.func, run._measure
 
     def counted(evidence):
         walks.append(evidence.label)
@@ -479,7 +479,7 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         step(cell, scored, bench, line)
         held.append(sorted(label for label, _ in bench._evidence if label))
 
-    monkeypatch.setattr(pruner.SharedEvidence.energies, "func", counted)
+    monkeypatch.setattr(Evidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
     lines, _ = compare(
         folder,
@@ -851,7 +851,7 @@ def test_calibration_never_sees_a_text_that_is_scored(folder, tmp_path):
 def test_all_leaves_out_what_needs_a_policy_where_there_is_none(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) == len(methods())  # the dense one takes the place of prunenet-weights
@@ -880,7 +880,7 @@ def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot
     assert "'llama' cannot be sliced" in " ".join(result.stderr.split())
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) > 10
@@ -946,7 +946,7 @@ def test_tasks_are_scored_shown_and_drawn(folder, tmp_path, monkeypatch):
         )
         + "\n"
     )
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: name)
     asked = []
 
     def scored(model, tokenizer, tasks, *, limit=None):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.load import load_model, load_tokenizer, read_model
+from prunenet.checkpoints.companions import write_companions
+from prunenet.checkpoints.load import load_model, read_model
 from prunenet.checkpoints.offload import check_reread, write_placed
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.sources import (
@@ -75,8 +76,7 @@ def save_pruned(
             write_placed(folder, model)
         else:
             model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_companions(folder, model, tokenizer)
         write_provenance(folder, keep, provenance, groups=groups, card_text=card_text)
         _verify(model, folder)
     return out
@@ -165,12 +165,7 @@ def export_padded(folder: str | Path, out: str | Path) -> Path:
         parameters_after=total,
         non_embedding_after=body,
     )
-    tokenizer = (
-        load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").exists() else None
-    )
-    return save_pruned(
-        model, out, load_masks(folder), provenance, groups=groups, tokenizer=tokenizer
-    )
+    return save_pruned(model, out, load_masks(folder), provenance, groups=groups)
 
 
 def _check_provenance(

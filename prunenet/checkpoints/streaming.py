@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from prunenet.checkpoints.companions import write_companions
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import write_provenance
@@ -166,8 +167,7 @@ def save_streamed(
 
     with new_folder(Path(out), total) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_companions(folder, narrow, tokenizer)
         write_provenance(folder, keep, provenance)
         _verify(folder, hashes, state)
     return provenance

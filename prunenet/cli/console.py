@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,8 @@ from prunenet.runtime import parallel
 from prunenet.runtime.files import lock
 from prunenet.runtime.team import Followed, PeerFailed
 
+FLAGS: dict[str, str] = {"blocks": "--moments self or data"}
+"""Flag of each argument that the library's messages name in backticks; `grouped` adds its own."""
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -110,4 +113,5 @@ def _sentence(error: Exception) -> str:
             f"{said}: take --dtype bfloat16, spread the weights with --device auto, or read them"
             " with --stream"
         )
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    return re.sub(r"`(\w+)`", lambda name: FLAGS.get(name[1], name[0]), text)

@@ -36,7 +36,7 @@ SEQUENCES = 64
 """Sequences that the model writes: fewer than for `prunenet prune`, which measures more and takes
 longer for it.
 """
-HOW = PruneOptions(ratio=0, widths="uniform", channels="policy", refit="layerwise")
+HOW = PruneOptions(ratio=0.0, widths="uniform", channels="policy", refit="layerwise")
 """How the demo prunes: its own policy chooses channels, and no allocation is learned."""
 
 

@@ -36,10 +36,9 @@ class Checkpoint:
     @cached_property
     def model_type(self) -> str:
         """`config.model_type`. Raises as `load_model`, before any weight is read."""
-        from prunenet.checkpoints.skeleton import config_and_class
         from prunenet.checkpoints.sources import open_checkpoint
 
-        return str(config_and_class(open_checkpoint(self.source))[0].model_type)
+        return open_checkpoint(self.source).architecture.model_type
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

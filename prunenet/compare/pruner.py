@@ -159,36 +159,45 @@ class Pruner:
                     openings(self.tokenizer, self._texts[name], 1)
             except ValueError as error:
                 raise ValueError(
-                    f"calibration text {name!r}: {error} (--calibration-tokens,"
-                    " --calibration-window)"
+                    f"calibration text {name!r}: {error} (`calibration_tokens`,"
+                    " `calibration_window`)"
                 ) from None
 
     def share_texts(self, wanted: Sequence[tuple[str | None, int]]) -> None:
-        """Of several processes, each has the model write some of the texts (moments, seed), for
-        all; one alone waits until a text is needed. What cannot be written fails the cells that
-        read it, in each process anew."""
+        """Splits the sampling of texts over the processes, and gives each text to all of them.
+
+        One process alone waits until a text is needed. A text that cannot be sampled fails the
+        cells that read it, in each process anew.
+
+        Args:
+            wanted: (moments, seed) of every cell.
+        """
         if parallel.size() == 1:
             return
-        writing = [
-            pair
-            for pair in dict.fromkeys(wanted)
-            if pair[0] == "self" or str(pair[0]).startswith("seed:")
+        sampled = [
+            (moments, seed)
+            for moments, seed in dict.fromkeys(wanted)
+            if moments is not None and (moments == "self" or moments.startswith("seed:"))
         ]
-        places = [(str(moments), seed) for moments, seed in writing]
-        for number, place in enumerate(places):
+        for number, place in enumerate(sampled):
             if parallel.is_owner(number):
                 with parallel.apart(), suppress(Exception):
                     self.blocks(*place)
-        for number, place in enumerate(places):
-            found = [self._blocks[place]] if place in self._blocks else []
-            told = parallel.broadcast_object(
-                number % parallel.size(), partial(list, (seconds for _, seconds in found))
-            )
-            if told:
-                ids = blocks_from(
-                    number % parallel.size(), partial(next, (blocks for blocks, _ in found))
-                )
-                self._blocks[place] = ids, told[0]
+        for number, place in enumerate(sampled):
+            self._receive(place, number % parallel.size())
+
+    def _receive(self, place: tuple[str, int], source: int) -> None:
+        """Takes over a text that the process `source` has, if it could be sampled."""
+        held = self._blocks.get(place)
+        # A list, because JSON tells "no seconds" (None) from "no text" ([]).
+        seconds = parallel.broadcast_object(source, lambda: [] if held is None else [held[1]])
+        if seconds:
+
+            def own() -> CalibrationSet:
+                assert held is not None, "the source has sent its seconds"
+                return held[0]
+
+            self._blocks[place] = blocks_from(source, own), seconds[0]
 
     def sha256(self, spec: Spec) -> str | None:
         """Of the external text that a spec reads, if any."""

@@ -105,7 +105,7 @@ class Results:
     def _foreign(self, number: int) -> ValueError:
         return ValueError(
             f"line {number} of {self.path} is not one of 'prunenet compare'; mend it, or give"
-            " another --out"
+            " another `out`"
         )
 
 

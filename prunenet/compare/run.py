@@ -48,9 +48,9 @@ def check(plan: Plan, pruner: Pruner) -> None:
     if not plan.ratios or not plan.seeds or not scored.texts:
         raise ValueError("a comparison has a ratio, a seed and a text to score at least")
     if scored.limit is not None and scored.limit < 1:
-        raise ValueError(f"--limit must be 1 or more, got {scored.limit}")
+        raise ValueError(f"`limit` must be 1 or more, got {scored.limit}")
     if scored.max_windows is not None and scored.max_windows < 1:
-        raise ValueError(f"--max-windows must be 1 or more, got {scored.max_windows}")
+        raise ValueError(f"`max_windows` must be 1 or more, got {scored.max_windows}")
     for seed in plan.seeds:
         check_seed(seed)
     for ratio in plan.ratios:
@@ -61,7 +61,7 @@ def check(plan: Plan, pruner: Pruner) -> None:
             raise ValueError(
                 f"{spec.name!r} asks a policy, and none ships for model type"
                 f" {model.config.model_type!r}; train one (prunenet train) and give its folder as"
-                " --policy"
+                " `policy`"
             )
         if spec.heads:
             attentions(model)

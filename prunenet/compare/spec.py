@@ -252,8 +252,8 @@ def _check_moments(text: str, moments: str, calibration: Collection[str]) -> Non
     names = "".join(f"{name}, " for name in calibration)
     raise ValueError(
         f"{text!r}: unknown moments {source!r}; it is one of self, random, seed:TEXT or TEXT, with"
-        f" TEXT one of {names}builtin, a file or a dataset as id:config:split (--calibration"
-        " NAME=TEXT gives a name)"
+        f" TEXT one of {names}builtin, a file or a dataset as id:config:split (`calibration`"
+        " gives a text a short name)"
     )
 
 

@@ -190,7 +190,7 @@ class _Run:
         if not math.isfinite(loss):
             rate = self.tuning.learning_rate
             raise ValueError(
-                f"the loss is {float(loss)} at step {step}; give a smaller --learning-rate than"
+                f"the loss is {float(loss)} at step {step}; give a smaller `learning_rate` than"
                 f" {rate}"
             )
         for parameter, gradient in zip(learned, gradients, strict=True):
@@ -271,7 +271,7 @@ def _check_asked(
     if count < 2 or tokens < 2:
         raise ValueError(
             "recovery trains on some blocks of text and chooses on others: give 2 blocks or more,"
-            f" of 2 tokens or more each, got {count} of {tokens}; give more text, or more --tokens"
+            f" of 2 tokens or more each, got {count} of {tokens}; give more text, or more `tokens`"
         )
     check_tokens(model, blocks.ids)
     if teacher is None:

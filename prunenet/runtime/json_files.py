@@ -31,7 +31,7 @@ SIZE = 64 * 2**20
 """Largest file, in bytes: an index of half a million tensors."""
 DEPTH = 64
 """Objects and lists inside each other; Python's own parser ends at about 1000."""
-_DIGITS = 19
+_DIGITS = 300  # tokenizers have a largest length of 31 digits; 309 are more than a float holds
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
