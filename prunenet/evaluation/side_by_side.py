@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunenet.checkpoints.companions import source_folder
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.save import load_provenance
+from prunenet.checkpoints.records import recorded_ratio
 from prunenet.evaluation.perplexity import perplexity, summarise
 from prunenet.evaluation.speed import check_positions, speed_side_by_side
 from prunenet.runtime.placement import AUTO
@@ -99,8 +100,8 @@ def _together(
     speeds = {} if pace is None else speed_side_by_side(models, **pace)
     rows = []
     for source, model in models.items():
-        folder = source if Path(source).is_dir() else None
-        ratio = 0.0 if folder is None else _ratio(folder)
+        folder = source_folder(model.config)
+        ratio = recorded_ratio(source)
         result = summarise(
             model, perplexity=qualities[source], speed=speeds.get(source), folder=folder
         )
@@ -108,10 +109,6 @@ def _together(
             {"name": Path(source).name, "folder": source, "ratio": ratio, **result.as_dict()}
         )
     return rows
-
-
-def _ratio(folder: str) -> float:
-    return load_provenance(folder).ratio if (Path(folder) / "prunenet.json").exists() else 0.0
 
 
 def _report(
