@@ -32,7 +32,7 @@ from transformers import (
 
 from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
-from prunenet.checkpoints.sources import UNLOADABLE
+from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
 
@@ -154,8 +154,9 @@ def _read_config(source: Path, config: PretrainedConfig) -> PretrainedConfig | N
     if not _is_inside(source / _CONFIG):
         return None
     try:
-        found = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except UNLOADABLE:
+        with loading(source):
+            found = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except CheckpointError:
         return None
     return found if type(found) is type(config) else None
 
@@ -213,8 +214,9 @@ def _copy_generation(source: Path, folder: Path, model: PreTrainedModel) -> None
     if not _is_inside(path):
         return
     try:
-        stated = GenerationConfig.from_pretrained(source)
-    except UNLOADABLE:
+        with loading(source):
+            stated = GenerationConfig.from_pretrained(source)
+    except CheckpointError:
         return
     own = getattr(model, "generation_config", None)
     if own is not None and stated.to_dict() == own.to_dict():
