@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import PreTrainedModel
 
@@ -16,10 +16,27 @@ from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import QUERY_HEADS, attentions
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.modeling import HEADS
+from prunenet.runtime.json_files import convert, parse_json, shown
 
 FORMAT_VERSION = 1
 _OF_GROUPS = ("dense_groups", "groups")
 _OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
+
+
+class _RecoveryText(TypedDict):
+    text: str
+
+
+class _Recovery(TypedDict):
+    """What the model card says of a training; the record has more."""
+
+    steps: int
+    batch: int
+    loss: str
+    loss_before: float
+    loss_after: float
+    best_step: int
+    text: _RecoveryText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +95,7 @@ class Provenance:
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
             raise ValueError(f"regime must be one of {', '.join(REGIMES)}, got {self.regime!r}")
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"format version is {self.format_version}, this prunenet reads {FORMAT_VERSION};"
-                " update prunenet"
-            )
+        check_format(self.format_version)
 
     @classmethod
     def of(cls, dense: PreTrainedModel, narrow: PreTrainedModel, **choices: Any) -> Provenance:
@@ -105,19 +118,17 @@ class Provenance:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> Provenance:
-        """Reads `prunenet.json`. Raises ValueError, TypeError or KeyError where the text is not
-        one.
+    def from_json(cls, text: str | bytes) -> Provenance:
+        """Reads `prunenet.json`.
+
+        Raises:
+            ValueError: the text is not one, or its fields contradict each other.
         """
-        fields = json.loads(text)
-        optional = [
-            name
-            for name in ("residual_widths", "recovered", *_OF_GROUPS)
-            if name in fields and fields[name] is not None
-        ]
-        return cls(
-            **fields | {name: tuple(fields[name]) for name in ("widths", "dense_widths", *optional)}
-        )
+        fields = parse_json(text, dict)
+        check_format(fields.get("format_version", FORMAT_VERSION))
+        provenance: Provenance = convert(fields, cls)
+        check_consistent(provenance)
+        return provenance
 
     def to_json(self) -> str:
         """`prunenet.json`. Fields about heads are there only where heads were cut, and recovery
@@ -197,6 +208,40 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
 `prunenet.json` says how this checkpoint was made; `prunenet_masks.safetensors` holds the channels
 kept, by their number in the base model.
 """
+
+
+def check_format(version: object) -> None:
+    """Raises ValueError for a format that this version of prunenet does not read."""
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"format version is {shown(version)}, this prunenet reads {FORMAT_VERSION}; update"
+            " prunenet"
+        )
+
+
+def check_consistent(provenance: Provenance) -> None:
+    """Raises ValueError where a provenance that was read cannot be that of any cut."""
+    said = provenance
+    if not 0 <= said.ratio < 1:
+        raise ValueError(f"ratio is {said.ratio:g}, not in [0, 1)")
+    pairs = [("widths", said.dense_widths, said.widths)]
+    if (said.dense_groups is None) != (said.groups is None):
+        raise ValueError("of dense_groups and groups it has one, not both")
+    if said.dense_groups is not None and said.groups is not None:
+        pairs.append(("groups", said.dense_groups, said.groups))
+    for name, dense, left in pairs:
+        if not left or len(dense) != len(left) or len(left) != len(said.widths):
+            raise ValueError(f"{name} has {len(left)} layers, dense_{name} {len(dense)}")
+        if not all(1 <= after <= before for before, after in zip(dense, left, strict=True)):
+            raise ValueError(f"{name} are not from 1 to dense_{name} in every layer")
+    counts = ("parameters_before", "parameters_after", "non_embedding_before")
+    optional = ("padded_to", "padded_groups", "group_heads")
+    for name in (*counts, "non_embedding_after", *optional):
+        value = getattr(said, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, not 1 or more")
+    for step in said.recovered:
+        convert(dict(step), _Recovery, "recovered")
 
 
 def _heads(dense: PreTrainedModel, narrow: PreTrainedModel) -> dict[str, Any]:

@@ -13,26 +13,22 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.companions import write_companions
+from prunenet.checkpoints.contents import CONFIG, MASKS, PROVENANCE
 from prunenet.checkpoints.load import load_model, read_model
+from prunenet.checkpoints.mask_files import read_masks, write_masks
 from prunenet.checkpoints.offload import check_reread, write_placed
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.sources import (
-    in_short,
-)
+from prunenet.checkpoints.sources import find_folder, in_short
 from prunenet.models import modeling
 from prunenet.models.heads import group_counts
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import zero_padded
 from prunenet.runtime.files import CheckpointError, new_folder
 from prunenet.runtime.placement import is_placed, parameters
-
-_PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
 
 
 def save_pruned(
@@ -93,48 +89,44 @@ def write_provenance(
     """Writes what stands beside the model and its code: `prunenet.json`,
     `prunenet_masks.safetensors` and the model card.
     """
-    masks = {f"layers.{i}.keep": mask for i, mask in enumerate(keep)}
-    masks |= {f"layers.{i}.groups": mask for i, mask in enumerate(groups or ())}
-    indices = {
-        name: mask.nonzero().flatten().to("cpu", torch.int32) for name, mask in masks.items()
-    }
-    (folder / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
-    save_file(indices, folder / _MASKS)
+    (folder / PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
+    write_masks(folder / MASKS, keep, groups)
     (folder / "README.md").write_text(
         provenance.card(card_text, code=any(folder.glob("*.py"))), encoding="utf-8"
     )
 
 
-def load_provenance(folder: str | Path) -> Provenance:
-    """Reads `prunenet.json`.
+def load_provenance(source: str | Path) -> Provenance:
+    """Reads `prunenet.json` of a local folder or hub id.
 
     Raises:
         CheckpointError: missing, damaged, or of a newer format.
     """
-    path = Path(folder) / _PROVENANCE
+    path = find_folder(source, CONFIG, PROVENANCE, MASKS) / PROVENANCE
     try:
-        return Provenance.from_json(path.read_text(encoding="utf-8"))
+        return Provenance.from_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} is not a checkpoint of prunenet: it has no {_PROVENANCE}"
+            f"{source} is not a checkpoint of prunenet: it has no {PROVENANCE}"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {in_short(error)}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {in_short(error)}; copy it anew, or prune again"
+        ) from error
 
 
-def load_masks(folder: str | Path) -> list[Bool[Tensor, " _"]]:
+def load_masks(source: str | Path) -> list[Bool[Tensor, " _"]]:
     """The keep mask of each layer, over the channels of the base model. Raises CheckpointError as
     `load_provenance`.
     """
-    return _masks(Path(folder) / _MASKS, load_provenance(folder).dense_widths, "keep")
+    return _masks(source)[0]
 
 
-def load_head_masks(folder: str | Path) -> list[Bool[Tensor, " _"]] | None:
+def load_head_masks(source: str | Path) -> list[Bool[Tensor, " _"]] | None:
     """The mask of each layer over the base model's groups of heads; None where heads are whole.
     Raises as `load_masks`.
     """
-    counts = load_provenance(folder).dense_groups
-    return None if counts is None else _masks(Path(folder) / _MASKS, counts, "groups")
+    return _masks(source)[1]
 
 
 def export_padded(folder: str | Path, out: str | Path) -> Path:
@@ -212,15 +204,15 @@ def _check_heads(
             raise ValueError(f"masks keep {expected} groups of heads, the model has {counts}")
 
 
-def _masks(path: Path, lengths: Sequence[int], what: str) -> list[Bool[Tensor, " _"]]:
-    masks = [torch.zeros(length, dtype=torch.bool) for length in lengths]
-    try:
-        indices = load_file(path)
-        for index, mask in enumerate(masks):
-            mask[indices[f"layers.{index}.{what}"].long()] = True
-    except (OSError, SafetensorError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {in_short(error)}") from error
-    return masks
+def _masks(
+    source: str | Path,
+) -> tuple[list[Bool[Tensor, " _"]], list[Bool[Tensor, " _"]] | None]:
+    said = load_provenance(source)
+    groups = None
+    if said.dense_groups is not None and said.groups is not None:
+        groups = (said.dense_groups, said.groups)
+    path = find_folder(source, CONFIG, PROVENANCE, MASKS) / MASKS
+    return read_masks(path, (said.dense_widths, said.widths), groups)
 
 
 @torch.no_grad()
