@@ -18,8 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.companions import source_folder
 from prunenet.checkpoints.identity import identify
-from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.provenance import How, Provenance
+from prunenet.checkpoints.records import check_not_padded
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
@@ -48,6 +50,9 @@ MEASURED = 1 / 3
 """Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3 and 2/5 on validation
 texts.
 """
+_PADDED = (
+    "which would count as channels; prune the checkpoint that it was exported from, and export that"
+)
 _JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
 
@@ -89,7 +94,7 @@ class Decision:
     cut: Cut
     ratio: float
     regime: str
-    how: Mapping[str, Any]
+    how: How
 
 
 def prune(
@@ -172,9 +177,9 @@ def decide(
             assert isinstance(model, PreTrainedModel)
             reported = stage_of(progress, "refitting")
             cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=reported)
-        how: dict[str, Any] = {"widths": chosen, "predicted_gain": gain}
-        how |= {"channels": size.channels, "refit": size.refit}
-        how |= {} if blocks is None else {"text": dict(blocks.source)}
+        how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
+        if blocks is not None:
+            how["text"] = dict(blocks.source)
         decisions.append(Decision(cut, ratio, _regime(policy, blocks), how))
     return decisions
 
@@ -183,8 +188,12 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     """The share of the model's FFN channels to remove.
 
     Raises:
-        ValueError: a layer cannot be rounded to a multiple of `options.round_to`.
+        ValueError: a layer cannot be rounded to a multiple of `options.round_to`; or channels of
+            the model are zeros that fill narrower layers.
     """
+    # Refused and not dropped: ratio and masks count the channels of the model that was given.
+    if (folder := source_folder(structure(model).config)) is not None:
+        check_not_padded(folder, _PADDED)
     ratio = options.ratio
     if ratio is None:
         assert options.params is not None

@@ -23,13 +23,13 @@ from huggingface_hub.errors import HFValidationError
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
-    AutoConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields
 from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
 from prunenet.checkpoints.sources import loading
@@ -53,20 +53,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """Every file of a tokenizer that is copied; none of them is code."""
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
-_NOT_CARRIED = (
-    # code, which does not travel
-    "auto_map",
-    "custom_pipelines",
-    # other files
-    "configuration_files",
-    "transformers_weights",
-    # how a model is run, perhaps by code from the hub
-    "attn_implementation",
-    "experts_implementation",
-    "name_or_path",
-)
-"""Fields of a config.json that a cut checkpoint does not take over from its source."""
+_CODE = ("auto_map", "custom_pipelines")
+"""Fields that name code, which does not travel."""
 _READ_ANEW = {"transformers_version", "_name_or_path"}
 """Fields by which two readings of one configuration may differ."""
 
@@ -76,7 +64,7 @@ def source_folder(config: PretrainedConfig) -> Path | None:
     return _folder_of(config._name_or_path, getattr(config, "_commit_hash", None))
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
+def carried_tokenizer(folder: Path) -> list[Path]:
     """Returns the files of a folder's tokenizer that travel: regular ones that lie inside it."""
     return [path for name in TOKENIZER_FILES if _is_inside(path := folder / name)]
 
@@ -84,7 +72,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def companion_bytes(model: PreTrainedModel) -> int:
     """Returns how many bytes `write_companions` copies."""
     source = source_folder(model.config)
-    return 0 if source is None else sum(path.stat().st_size for path in tokenizer_files(source))
+    return 0 if source is None else sum(path.stat().st_size for path in carried_tokenizer(source))
 
 
 def write_companions(
@@ -100,26 +88,18 @@ def write_companions(
             unless the model has another vocabulary.
     """
     source = source_folder(model.config)
-    before = None if source is None else _read_config(source, model.config)
-    written = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    if source is None or before is None:
-        fields, whole = written, False
-    else:
-        said = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
-        fields = _merged(said, before, model.config)
-        whole = before.vocab_size == model.config.vocab_size
-    fields = {
-        name: value
-        for name, value in fields.items()
-        # transformers keeps notes of its own under names with an underscore
-        if name not in _NOT_CARRIED and (name in written or not name.startswith("_"))
-    }
+    said = None if source is None else _stated(source, model.config)
+    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if said is not None:
+        fields = _merged(said, model.config)
+    fields = {name: value for name, value in fields.items() if name not in _CODE}
     fields = (fields if source is None else with_v4_fields(fields)) | _auto_map(model)
-    text = json.dumps(fields, indent=2, sort_keys=before is None) + "\n"
-    (folder / _CONFIG).write_text(text, encoding="utf-8")
+    text = json.dumps(fields, indent=2, sort_keys=said is None) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
     if source is not None:
         _copy_generation(source, folder, model)
-    files = [] if source is None else tokenizer_files(source)
+    files = [] if source is None else carried_tokenizer(source)
+    whole = said is not None and said.get("vocab_size") == fields.get("vocab_size")
     if files and (whole if tokenizer is None else _is_of(tokenizer, files[0].parent)):
         _copy_tokenizer(files, folder)
     elif tokenizer is not None:
@@ -133,7 +113,7 @@ def _folder_of(name: str | None, revision: str | None = None) -> Path | None:
     if (folder := Path(name).expanduser()).is_dir():
         return folder
     try:
-        found = try_to_load_from_cache(name, _CONFIG, revision=revision)
+        found = try_to_load_from_cache(name, CONFIG, revision=revision)
     except HFValidationError:  # the path of a folder that is gone
         return None
     return Path(found).parent if isinstance(found, str) else None
@@ -149,29 +129,19 @@ def _is_inside(path: Path) -> bool:
     return any(path.resolve().is_relative_to(home) for home in homes)
 
 
-def _read_config(source: Path, config: PretrainedConfig) -> PretrainedConfig | None:
-    """The configuration that the source states today; None where it states no such model."""
-    if not _is_inside(source / _CONFIG):
-        return None
+def _stated(source: Path, config: PretrainedConfig) -> dict[str, Any] | None:
+    """The fields of the source's config.json; None where it states no such model any more."""
     try:
-        with loading(source):
-            found = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except CheckpointError:
+        fields = config_fields(source) if _is_inside(source / CONFIG) else {}
+    except ValueError:
         return None
-    return found if type(found) is type(config) else None
+    return fields if fields.get("model_type") == config.model_type else None
 
 
-def _readable(config: PretrainedConfig) -> dict[str, Any]:
-    """All fields of a configuration, as JSON holds them."""
-    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return fields
-
-
-def _merged(
-    said: dict[str, Any], source: PretrainedConfig, config: PretrainedConfig
-) -> dict[str, Any]:
-    """What the source said, with the fields in which the model differs from the source."""
-    fields, before, after = dict(said), _readable(source), _readable(config)
+def _merged(said: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """What the source said, with the fields in which a model's configuration differs from it."""
+    source = type(config).from_dict(copy.deepcopy(said))
+    fields, before, after = dict(said), _as_json(source), _as_json(config)
     names = (before.keys() | after.keys()) - _READ_ANEW
     changed = sorted(name for name in names if before.get(name) != after.get(name))
     for name in changed:
@@ -189,38 +159,41 @@ def _merged(
     return fields
 
 
+def _as_json(config: PretrainedConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return fields
+
+
 def _auto_map(model: PreTrainedModel) -> dict[str, Any]:
     """The `auto_map` of a model that needs code beside it."""
-    if isinstance(model, sliced_modeling.SlicedResiduals):
-        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{type(model).__name__}"}}
-    if not modeling.is_per_layer(model):
+    kind: type = type(model)
+    if issubclass(kind, sliced_modeling.SlicedResiduals):
+        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{kind.__name__}"}}
+    if not issubclass(kind, modeling.PerLayerWidths):
         return {}
-    kinds = {"AutoModelForCausalLM": type(model).__name__.removeprefix(modeling.PREFIX)}
+    names = {"AutoModelForCausalLM": kind.__name__}
     mappings: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING,
         "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     }
     for name, mapping in mappings.items():
         if type(model.config) in mapping:
-            kinds[name] = mapping[type(model.config)].__name__
-    return {
-        "auto_map": {name: f"modeling.{modeling.PREFIX}{kinds[name]}" for name in sorted(kinds)}
-    }
+            names[name] = modeling.PREFIX + mapping[type(model.config)].__name__
+    return {"auto_map": {name: f"modeling.{names[name]}" for name in sorted(names)}}
 
 
 def _copy_generation(source: Path, folder: Path, model: PreTrainedModel) -> None:
     """Copies generation_config.json where it is sound and the model still has those defaults."""
-    path = source / _GENERATION
-    if not _is_inside(path):
+    path, own = source / GENERATION, getattr(model, "generation_config", None)
+    if own is None or not _is_inside(path):
         return
     try:
         with loading(source):
             stated = GenerationConfig.from_pretrained(source)
     except CheckpointError:
         return
-    own = getattr(model, "generation_config", None)
-    if own is not None and stated.to_dict() == own.to_dict():
-        shutil.copyfile(path, folder / _GENERATION)
+    if stated.to_dict() == own.to_dict():
+        shutil.copyfile(path, folder / GENERATION)
 
 
 def _copy_tokenizer(files: list[Path], folder: Path) -> None:

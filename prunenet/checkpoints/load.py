@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,18 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             folder, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise CheckpointError(
-            f"{source} has no tokenizer that can be read: {in_short(error)}"
-        ) from error
+        why = in_short(error)
+        if _lacks_sentencepiece(folder):  # else transformers takes the file for one of tiktoken
+            why = "reading tokenizer.model needs sentencepiece: pip install sentencepiece"
+        raise CheckpointError(f"{source} has no tokenizer that can be read: {why}") from error
     return tokenizer
+
+
+def _lacks_sentencepiece(folder: Path) -> bool:
+    """Whether the tokenizer is in SentencePiece's form alone, and the library is missing."""
+    stored = {path.name for path in tokenizer_files(folder)}
+    alone = "tokenizer.model" in stored and "tokenizer.json" not in stored
+    return alone and find_spec("sentencepiece") is None
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -27,7 +27,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from prunenet.checkpoints.companions import write_companions
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.save import write_provenance
+from prunenet.checkpoints.save import bytes_to_write, write_provenance
 from prunenet.checkpoints.shards import StoredTensor
 from prunenet.checkpoints.skeleton import skeleton_of
 from prunenet.checkpoints.sources import check_device, local_folder, open_checkpoint
@@ -165,7 +165,7 @@ def save_streamed(
             if progress is not None:
                 progress(done, total)
 
-    with new_folder(Path(out), total) as folder:
+    with new_folder(Path(out), bytes_to_write(narrow, keep)) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
         write_companions(folder, narrow, tokenizer)
         write_provenance(folder, keep, provenance)

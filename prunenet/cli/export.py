@@ -23,12 +23,18 @@ def export(
 ) -> None:
     """Turn a checkpoint with per-layer widths into one that every loader reads."""
     with one_process(out):
-        from prunenet.checkpoints.save import export_padded, load_provenance
+        from prunenet.checkpoints.records import find_provenance, how_to_load
+        from prunenet.checkpoints.save import export_padded
 
         if not pad:
             raise ValueError(
                 "export knows one way, zero-padding every layer to the widest: say --pad"
             )
         export_padded(model, out)
-        facts = tables.provenance_facts(load_provenance(out), out)
+        made = find_provenance(out)
+        facts = (
+            {"folder": str(out), "load": how_to_load(out)}
+            if made is None
+            else tables.provenance_facts(made, out)
+        )
         show(facts, as_json, lambda: tables.facts("padded model", facts))

@@ -47,16 +47,15 @@ class Checkpoint:
 
         return load_tokenizer(self.source)
 
-    def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, or None and a note: a checkpoint without one can be cut all the same."""
-        from prunenet.runtime.files import CheckpointError
+    def note_tokenizer(self) -> None:
+        """Prints a note where no tokenizer travels with the pruned checkpoint."""
+        from prunenet.checkpoints.companions import carried_tokenizer
+        from prunenet.checkpoints.contents import CONFIG, TOKENIZER
+        from prunenet.checkpoints.sources import find_folder
 
-        try:
-            return self.tokenizer
-        except CheckpointError as error:
-            note = f"note: {escape(str(error))}; the pruned checkpoint gets none either"
-            errors.print(note)
-            return None
+        if not carried_tokenizer(find_folder(self.source, CONFIG, *TOKENIZER)):
+            note = f"{escape(self.source)} has no tokenizer; the pruned checkpoint gets none either"
+            errors.print(f"note: {note}")
 
 
 def open_model(source: str, reading: Reading, device: str) -> PreTrainedModel | StreamedCheckpoint:

@@ -45,7 +45,6 @@ def prune(
                     trained,
                     options,
                     policy_name=name,
-                    tokenizer=source.tokenizer_or_none(),
                     progress=advance,
                 )
         else:
@@ -64,7 +63,10 @@ def prune(
                     dense, trained, options, blocks=blocks, policy_name=name, progress=advance
                 )
             if parallel.is_first():
-                pruned.save_pretrained(out, tokenizer=source.tokenizer_or_none())
+                pruned.save_pretrained(out)
             provenance = pruned.provenance
+        if not parallel.is_first():
+            return
+        source.note_tokenizer()
         facts = tables.provenance_facts(provenance, out)
         show(facts, as_json, lambda: tables.facts("pruned model", facts))

@@ -35,10 +35,10 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     against parameters.
 
     Args:
-        rows: one per model, in any order; each has `ratio` (share of FFN channels removed; 0 is the
-            dense model), `parameters`, `perplexity`, `prefill_tokens_per_second`,
-            `decode_tokens_per_second` (as `Result.as_dict` names them). A perplexity or speed of
-            None is left out.
+        rows: one per model, in any order; each has `ratio` (share of FFN channels removed; 0: the
+            dense model; None: not recorded), `parameters`, `perplexity`,
+            `prefill_tokens_per_second`, `decode_tokens_per_second` (as `Result.as_dict` names
+            them). A perplexity or speed of None is left out.
         path: of the PNG; replaced if it exists, its folder is made.
         title: over both panels, for example the model's name and the text.
 
@@ -58,10 +58,9 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
                 f"a row of the report lacks {', '.join(missing)}; it has {', '.join(row)}"
             )
         wrong = [name for name in _REQUIRED if not isinstance(row[name], int | float | None)]
-        if wrong or row["parameters"] is None or row["ratio"] is None:
+        if wrong or row["parameters"] is None:
             raise ValueError(
-                f"{', '.join(wrong) or 'parameters or ratio'} of a row of the report must be a"
-                " number"
+                f"{', '.join(wrong) or 'parameters'} of a row of the report must be a number"
             )
     ordered = sorted(rows, key=lambda row: row["parameters"])
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -109,9 +108,8 @@ def _draw_series(
                 markerfacecolor="white",
                 markeredgewidth=2,
             )
-        label = ("dense" if ratio == 0 else f"{ratio:g}") + (
-            f": {y:,.1f}" if y < 100 else f": {y:,.0f}"
-        )
+        size = "pruned" if ratio is None else "dense" if ratio == 0 else f"{ratio:g}"
+        label = size + (f": {y:,.1f}" if y < 100 else f": {y:,.0f}")
         # Above and to the right: the lines fall to the right, so that side is free.
         axes.annotate(
             label, (x, y), xytext=(4, 9), textcoords="offset points", fontsize=9, color=_GREY

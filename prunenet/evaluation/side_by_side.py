@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunenet.checkpoints.contents import CONFIG, PROVENANCE
+from prunenet.checkpoints.contents import CONFIG, RECORD
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.save import load_provenance
+from prunenet.checkpoints.records import recorded_ratio
 from prunenet.checkpoints.sources import find_folder
 from prunenet.evaluation.perplexity import perplexity, summarise
 from prunenet.evaluation.speed import check_positions, speed_side_by_side
@@ -101,20 +101,15 @@ def _together(
     speeds = {} if pace is None else speed_side_by_side(models, **pace)
     rows = []
     for source, model in models.items():
-        # of a hub id, where its files were fetched to
-        folder = find_folder(source, CONFIG, PROVENANCE)
+        folder = find_folder(source, CONFIG, RECORD)  # of a hub id, where its files are
+        ratio = recorded_ratio(source)
         result = summarise(
             model, perplexity=qualities[source], speed=speeds.get(source), folder=folder
         )
-        ratio = _ratio(folder)
         rows.append(
             {"name": Path(source).name, "folder": source, "ratio": ratio, **result.as_dict()}
         )
     return rows
-
-
-def _ratio(folder: Path) -> float:
-    return load_provenance(folder).ratio if (folder / PROVENANCE).exists() else 0.0
 
 
 def _report(

@@ -4,10 +4,10 @@ A copy of this file lies beside every checkpoint with per-layer widths; it needs
 (4.57 or 5) and is run with `trust_remote_code=True`.
 
 `modeling.PerLayerLlamaForCausalLM` is `transformers.LlamaForCausalLM` with the widths of
-`config.per_layer_config`. Any other class name works alike: `PerLayerLlamaModel`,
-`PerLayerQwen3ForSequenceClassification`. `config.per_layer_ffn` locates the FFN by dotted paths from
-the causal LM, and `config.per_layer_heads` the attention, whose width is its number of key-value
-heads. A model has either or both.
+`config.per_layer_config`. Any other class name works alike, such as `PerLayerLlamaModel`.
+`config.per_layer_ffn` locates the FFN by dotted paths from the causal LM, and
+`config.per_layer_heads` the attention, whose width is its number of key-value heads. A model has
+either or both.
 """
 
 from typing import Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,15 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.options import LoadOptions
-from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.provenance import Provenance, RecoveryStep
+from prunenet.checkpoints.records import (
+    check_not_padded,
+    find_masks,
+    find_provenance,
+    load_provenance,
+)
 from prunenet.checkpoints.regimes import most
-from prunenet.checkpoints.save import load_head_masks, load_masks, load_provenance, save_pruned
-from prunenet.checkpoints.sources import find_folder
+from prunenet.checkpoints.save import save_pruned
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
@@ -28,6 +32,10 @@ from prunenet.runtime.placement import AUTO
 from prunenet.text.calibration import CalibrationSet, calibration_for
 
 Progress = Callable[[str, int, int], None]
+_PADDED = (
+    "which training would not keep; recover the checkpoint that it was exported from, and export"
+    " that"
+)
 
 
 def recover(
@@ -68,14 +76,16 @@ def recover(
     _check_asked(teacher, text, loading)
     run = _places(out, resume)
     load_peft()
-    folder = find_folder(pruned, "prunenet*")
-    provenance = load_provenance(folder)
-    _check_recoverable(source, provenance)
-    if teacher is not None:
+    provenance = find_provenance(source) if teacher is not None else _recorded(source)
+    check_not_padded(source, _PADDED)
+    if teacher is not None and provenance is not None:
         _check_base(str(teacher), provenance)
     load = partial(load_model, device=loading.device, dtype=loading.dtype)
     model, dense = load(source), None if teacher is None else load(teacher)
-    if dense is not None:
+    if provenance is None:
+        assert dense is not None, "_recorded"
+        provenance = Provenance.unrecorded(dense, model, *identify(str(teacher)))
+    elif dense is not None:
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
     blocks = calibration_for(
@@ -95,11 +105,8 @@ def recover(
     found = tuned(model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance)
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
-        masks, groups = load_masks(folder), load_head_masks(folder)
-        tokenizer = None
-        with suppress(CheckpointError):
-            tokenizer = load_tokenizer(source)
-        save_pruned(found.model, out, masks, provenance, groups=groups, tokenizer=tokenizer)
+        masks, groups = find_masks(source)
+        save_pruned(found.model, out, masks, provenance, groups=groups)
         (run / STATE).unlink()
     return found
 
@@ -113,14 +120,20 @@ def recorded(
     taught: bool,
 ) -> Provenance:
     """The provenance of a recovered model; its regime is the most that any step looked at."""
-    step = dataclasses.asdict(tuning) | {
-        "loss": "KL(dense || pruned)" if taught else "next token",
-        "loss_before": found.before,
-        "loss_after": found.after,
-        "best_step": found.best_step,
-        "regime": blocks.regime,
-        "text": dict(blocks.source),
-    }
+    step = RecoveryStep(
+        steps=tuning.steps,
+        batch=tuning.batch,
+        micro_batch=tuning.micro_batch,
+        rank=tuning.rank,
+        learning_rate=tuning.learning_rate,
+        seed=tuning.seed,
+        loss="KL(dense || pruned)" if taught else "next token",
+        loss_before=found.before,
+        loss_after=found.after,
+        best_step=found.best_step,
+        regime=blocks.regime,
+        text=dict(blocks.source),
+    )
     regime = most([provenance.regime, blocks.regime])
     return dataclasses.replace(provenance, regime=regime, recovered=(*provenance.recovered, step))
 
@@ -159,13 +172,12 @@ def _places(out: Path, resume: bool) -> Path:
     return run
 
 
-def _check_recoverable(source: str, provenance: Provenance) -> None:
-    """Raises ValueError where training would undo what the provenance says."""
-    if provenance.padded_to is not None or provenance.padded_groups is not None:
-        raise ValueError(
-            f"{source} is filled up with zeros, which training would not keep; recover the"
-            " checkpoint that it was exported from, and export that"
-        )
+def _recorded(source: str) -> Provenance:
+    """The provenance of a checkpoint, which only the dense model could stand in for."""
+    try:
+        return load_provenance(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, or give the dense model (`teacher`)") from None
 
 
 def _check_base(teacher: str, provenance: Provenance) -> None:

@@ -25,7 +25,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.spectra.distances import ks_distance
+from prunenet.spectra.distances import ks_distance, tie_bands
 
 _CHUNK = 2**19  # elements of the largest temporary: 4 MB stay in the cache
 _SMALLEST = 1e-30  # of a denominator, in units of the largest eigenvalue
@@ -54,8 +54,7 @@ def layer_score(
     """Of the rows of one matrix; arguments as for `scores`. Zeros for a zero matrix."""
     eigenvalues, drops = leave_one_out(up.double().abs(), min(count, *up.shape))
     if form == "two_sample":
-        same = drops <= 64 * _EPS * eigenvalues[0]
-        return ks_distance(eigenvalues, torch.where(same, eigenvalues, eigenvalues - drops))
+        return ks_distance(eigenvalues, eigenvalues - drops, bands=tie_bands(eigenvalues))
     before = _cumulative(eigenvalues.sqrt())
     return (_cumulative((eigenvalues - drops).clamp_min(0).sqrt()) - before).abs().amax(-1)
 
