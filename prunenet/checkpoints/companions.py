@@ -32,6 +32,7 @@ from transformers import (
 from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields
 from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
+from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
 
@@ -187,8 +188,9 @@ def _copy_generation(source: Path, folder: Path, model: PreTrainedModel) -> None
     if own is None or not _is_inside(path):
         return
     try:
-        stated = GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError, TypeError, AttributeError):  # whatever a file may make it raise
+        with loading(source):
+            stated = GenerationConfig.from_pretrained(source)
+    except CheckpointError:
         return
     if stated.to_dict() == own.to_dict():
         shutil.copyfile(path, folder / GENERATION)

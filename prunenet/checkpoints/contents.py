@@ -28,7 +28,7 @@ CONFIG, GENERATION, INDEX = (
 )
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
-PROVENANCE, MASKS = "prunenet.json", "prunenet_masks.safetensors"
+RECORD, MASKS = "prunenet.json", "prunenet_masks.safetensors"
 TOKENIZER = (
     "tokenizer*",
     "vocab*",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from prunenet.checkpoints.contents import CONFIG, config_fields
+from prunenet.checkpoints.contents import CONFIG, MASKS, RECORD, config_fields
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.sources import find_folder, in_short
 from prunenet.models import modeling
@@ -21,7 +21,6 @@ from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.json_files import SIZE
 from prunenet.runtime.own_files import ContentError, unpacked
 
-RECORD, MASKS = "prunenet.json", "prunenet_masks.safetensors"
 _OURS = "prunenet*"
 _COPY = (
     f"if another tool has saved the pruned model, copy {RECORD} and {MASKS} from the folder that"

@@ -16,13 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.companions import companion_bytes, write_companions
+from prunenet.checkpoints.contents import MASKS, RECORD
 from prunenet.checkpoints.load import load_model, read_model
 from prunenet.checkpoints.model_card import bare_card, card_of
 from prunenet.checkpoints.offload import check_reread, write_placed
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.records import (
-    MASKS,
-    RECORD,
     find_masks,
     find_provenance,
     how_to_load,

@@ -22,7 +22,7 @@ from prunenet.checkpoints.contents import (
     GENERATION,
     INDEX,
     MASKS,
-    PROVENANCE,
+    RECORD,
     SINGLE,
     TOKENIZER,
     ModelFiles,
@@ -34,7 +34,7 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_OURS = (PROVENANCE, MASKS)
+_OURS = (RECORD, MASKS)
 # torch has no class for these on the CPU
 _NO_MEMORY = ("can't allocate memory", "unable to mmap", "not enough memory")
 

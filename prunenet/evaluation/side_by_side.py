@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunenet.checkpoints.contents import CONFIG, PROVENANCE
+from prunenet.checkpoints.contents import CONFIG, RECORD
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.records import recorded_ratio
 from prunenet.checkpoints.sources import find_folder
@@ -101,7 +101,7 @@ def _together(
     speeds = {} if pace is None else speed_side_by_side(models, **pace)
     rows = []
     for source, model in models.items():
-        folder = find_folder(source, CONFIG, PROVENANCE)  # of a hub id, where its files are
+        folder = find_folder(source, CONFIG, RECORD)  # of a hub id, where its files are
         ratio = recorded_ratio(source)
         result = summarise(
             model, perplexity=qualities[source], speed=speeds.get(source), folder=folder
