@@ -58,7 +58,6 @@ docs: $(READY) ## build the documentation site into site/, every warning an erro
 
 bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts are skipped (make demo fetches the model)
 	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl
-	$(BIN)/python benchmarks/quality.py $(MODEL) --text $(TEXT) --max-windows 8 --out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/spectral_reward.py $(MODEL) --out $(RESULTS)/spectral_reward.jsonl
 
 # Every system of the field on equal terms: what reads weights, what writes its own text, what is given text from outside.

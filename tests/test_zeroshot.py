@@ -662,6 +662,7 @@ def test_the_runner_writes_a_line_per_model_and_task_and_skips_what_is_there(
             "cpu",
         ]
         monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
         runpy.run_path(str(ROOT / "benchmarks" / "zeroshot.py"), run_name="__main__")
         return [json.loads(line) for line in out.read_text().splitlines()]
 
