@@ -59,6 +59,7 @@ from prunenet.cli.options import (
     Window,
 )
 from prunenet.cli.recover import recover
+from prunenet.cli.signals import ending_cleanly
 from prunenet.runtime import parallel
 
 Sizes = Annotated[list[float], typer.Option("--ratio", help="Repeat for several sizes.")]
@@ -288,7 +289,7 @@ def evaluate(
                 dtype=dtype,
                 progress=advance,
             )
-        show({"models": rows}, as_json, lambda: tables.comparison(rows))
+        show({"models": rows}, as_json, lambda: tables.comparison(rows), only_here=True)
 
 
 app.command()(compare)
@@ -358,7 +359,12 @@ def demo(
 
 
 def main() -> None:
-    """Entry point of the `prunenet` command."""
+    """Run the command; see `prunenet.__main__` for the entry point."""
+    with ending_cleanly():
+        _main()
+
+
+def _main() -> None:
     # Quiet libraries: their warnings and bars are not results. Set here, where the process is ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
