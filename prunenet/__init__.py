@@ -12,7 +12,6 @@ reinforcement learning.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version  # slow
+
         return version("prunenet")
     if name not in _HOMES:
         raise AttributeError(f"module 'prunenet' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli import tables
-from prunenet.cli.console import errors, one_job, show
+from prunenet.cli.console import errors, one_job, path, show
 from prunenet.cli.options import Model, PolicyName
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
 from prunenet.runtime import parallel
@@ -72,9 +72,9 @@ class Scoring:
             metavar="TASKS", help="Zero-shot tasks, as in arc_easy,piqa, or all in the folder."
         ),
     ] = ""
-    task_data: Annotated[Path | None, typer.Option(help="Folder of their <task>.jsonl files.")] = (
-        None
-    )
+    task_data: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder of their <task>.jsonl files.")
+    ] = None
     limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.")] = None
 
     def scored(self) -> Scored:
@@ -123,11 +123,16 @@ class Written:
     """Where lines, tables and figures go."""
 
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="JSON lines; what is in it is not done again.")
+        Path,
+        typer.Option(
+            "--out", "-o", parser=path, help="JSON lines; what is in it is not done again."
+        ),
     ] = Path("compare.jsonl")
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None
+    markdown: Annotated[
+        Path | None, typer.Option(parser=path, help="Write the table to this file.")
+    ] = None
     figures: Annotated[
-        Path | None, typer.Option(help="Draw into this folder (needs matplotlib).")
+        Path | None, typer.Option(parser=path, help="Draw into this folder (needs matplotlib).")
     ] = None
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")

@@ -11,7 +11,7 @@ import typer
 
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli import tables
-from prunenet.cli.console import errors, one_process, show
+from prunenet.cli.console import errors, one_process, path, show
 from prunenet.cli.options import Json
 
 
@@ -64,12 +64,14 @@ def evaluate(
             rows = measure(
                 models, scored, **options, **asdict(timing), **asdict(loading), progress=advance
             )
-        show({"models": rows}, as_json, lambda: tables.comparison(rows))
+        show({"models": rows}, as_json, lambda: tables.comparison(rows), only_here=True)
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="JSON written by 'prunenet eval --json'.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")],
+    results: Annotated[
+        Path, typer.Argument(parser=path, help="JSON written by 'prunenet eval --json'.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", parser=path, help="PNG to write.")],
     as_json: Json = False,
 ) -> None:
     """Draw perplexity and speed against size."""

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
-from typer.models import ArgumentInfo
 
 from prunenet.checkpoints.options import LoadOptions
-from prunenet.cli.console import FLAGS, one_sentence
+from prunenet.cli.console import one_sentence, path
 
 
 def _number(text: str) -> float:
@@ -31,7 +30,7 @@ def _number(text: str) -> float:
 Model = Annotated[
     str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
+Out = Annotated[Path, typer.Option("--out", "-o", parser=path, help="Folder to create.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run.")]
 PolicyName = Annotated[
@@ -169,9 +168,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             kind = inspect.Parameter.KEYWORD_ONLY
             flat.append(parameter.replace(annotation=hints[name], kind=kind))
 
-    for parameter in flat:
-        FLAGS.setdefault(parameter.name, _name_of(parameter))
-
     @functools.wraps(command)
     def flattened(**given: Any) -> None:
         with one_sentence():
@@ -184,17 +180,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     flattened.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
     flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     return flattened
-
-
-def _name_of(parameter: inspect.Parameter) -> str:
-    """The flag of a parameter as users write it; an argument's is its name in capitals."""
-    described = parameter.annotation.__metadata__[0]
-    # Inside Annotated, Typer takes the first name as the default.
-    given = (described.default, *(described.param_decls or ()))
-    names = [name for name in given if isinstance(name, str) and name.startswith("--")]
-    if isinstance(described, ArgumentInfo):
-        return described.metavar or parameter.name.upper()
-    return names[0].split("/")[0] if names else f"--{parameter.name.replace('_', '-')}"
 
 
 def _flag(kind: Any, field: Field[Any]) -> inspect.Parameter:
