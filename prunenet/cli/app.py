@@ -29,6 +29,7 @@ from prunenet.cli.inputs import (
 )
 from prunenet.cli.options import (
     Algorithm,
+    Bos,
     CalibrationSource,
     Channels,
     Device,
@@ -53,6 +54,7 @@ from prunenet.cli.options import (
     Spectrum,
     Stream,
     Text,
+    TextColumn,
     TrainWidths,
     Updates,
     Widths,
@@ -87,6 +89,8 @@ def train(
     features: Features = None,
     moments: Moments = None,
     text: CalibrationSource = None,
+    text_column: TextColumn = None,
+    bos: Bos = "auto",
     distance: SpectralDistance = None,
     spectrum: Spectrum = None,
     learning_rate: Annotated[
@@ -110,6 +114,7 @@ def train(
         from prunenet.policies.training.recipe import recipe_for, widths_recipe
         from prunenet.policies.training.train import check_run
         from prunenet.policies.training.train import train as learn
+        from prunenet.text.calibration import CalibrationOptions
 
         given: dict[str, Any] = {
             "updates": updates,
@@ -144,7 +149,15 @@ def train(
         check_run(out, resume)
         dense = open_model(model, stream, dtype=dtype, device=place, max_memory=max_memory)
         blocks = (
-            blocks_for(dense, model, moments or "self", text or "builtin", 0) if reads else None
+            blocks_for(
+                dense,
+                model,
+                moments or "self",
+                text or "builtin",
+                CalibrationOptions(bos=bos, column=text_column),
+            )
+            if reads
+            else None
         )
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(
@@ -175,6 +188,8 @@ def prune(
     widths: Widths = "auto",
     moments: PruneMoments = "self",
     text: CalibrationSource = None,
+    text_column: TextColumn = None,
+    bos: Bos = "auto",
     tokens: PruneTokens = None,
     channels: Channels = None,
     refit: Refit = None,
@@ -198,6 +213,7 @@ def prune(
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed
         from prunenet.runtime.files import check_absent
+        from prunenet.text.calibration import CalibrationOptions
 
         apply.check_amount(ratio, params)
         check_absent(out)
@@ -224,7 +240,13 @@ def prune(
             blocks = (
                 None
                 if moments == "none"
-                else blocks_for(dense, model, moments, text or "builtin", seed, tokens)
+                else blocks_for(
+                    dense,
+                    model,
+                    moments,
+                    text or "builtin",
+                    CalibrationOptions(seed=seed, total=tokens, bos=bos, column=text_column),
+                )
             )
             with tables.stages(errors) as advance:
                 pruned = apply.prune(
@@ -249,6 +271,8 @@ def evaluate(
         list[str], typer.Argument(help="Checkpoints; the first is the one to compare with.")
     ],
     text: Text = "builtin",
+    text_column: TextColumn = None,
+    bos: Bos = "auto",
     window: Window = 1024,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; default: no overlap.")
@@ -269,25 +293,26 @@ def evaluate(
 ) -> None:
     """Measure perplexity, size and speed of models, side by side."""
     with one_process():
-        from prunenet.evaluation.side_by_side import measure
+        from prunenet.evaluation.perplexity import EvaluationOptions
+        from prunenet.evaluation.side_by_side import evaluate as measured
+        from prunenet.evaluation.speed import SpeedOptions
         from prunenet.text.corpora import TestText, load_text
 
-        scored = load_text(text, TestText)
+        options = EvaluationOptions(window=window, stride=stride, max_windows=max_windows, bos=bos)
+        pace = SpeedOptions(batch=batch, compiled=compiled) if speed else None
+        scored = load_text(text, TestText, text_column)
         with tables.progress(errors, "scoring") as advance:
-            rows = measure(
+            found = measured(
                 models,
                 scored,
-                window=window,
-                stride=stride,
-                max_windows=max_windows,
-                speed=speed,
-                batch=batch,
-                compiled=compiled,
+                options,
+                speed=pace,
                 device=device,
                 max_memory=max_memory,
                 dtype=dtype,
                 progress=advance,
             )
+        rows = [row.as_dict() for row in found]
         show({"models": rows}, as_json, lambda: tables.comparison(rows))
 
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.markup import escape
 
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
-from prunenet.cli.options import Device, Dtype, Json, MaxMemory, Model, PolicyName, Window
+from prunenet.cli.options import (
+    Bos,
+    Device,
+    Dtype,
+    Json,
+    MaxMemory,
+    Model,
+    PolicyName,
+    TextColumn,
+    Window,
+)
 from prunenet.runtime import parallel
 
 if TYPE_CHECKING:
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from prunenet.compare.pruner import Amount, Pruner
     from prunenet.compare.results import Line, Results
     from prunenet.compare.spec import Spec
+    from prunenet.evaluation.perplexity import EvaluationOptions
     from prunenet.text.corpora import CalibrationText
 
 T = TypeVar("T")
@@ -74,6 +85,8 @@ def compare(
     ratios: RatioList = "0.2,0.3",
     seeds: SeedList = "0",
     text: Texts = ["builtin"],  # noqa: B006
+    text_column: TextColumn = None,
+    bos: Bos = "auto",
     window: Window = 1024,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; default: no overlap.")
@@ -120,23 +133,30 @@ def compare(
         from prunenet.compare.pruner import Pruner
         from prunenet.compare.results import Results
         from prunenet.compare.spec import parse_all
+        from prunenet.evaluation.perplexity import EvaluationOptions
         from prunenet.policies.artifact import policy_for
+        from prunenet.text.calibration import block_tokens
+        from prunenet.text.windows import bos_token
 
         named = dict(_named(given) for given in calibration)
         parsed = parse_all(specs, named)
         shares, numbers = _listed("ratios", ratios, float), _listed("seeds", seeds, int)
         _check_presentation(markdown, figures)
         results = Results(out)
-        scored = _evaluation(
-            text, window, stride, max_windows, _task_files(tasks, task_data), limit
-        )
+        if max_windows is not None and max_windows < 1:
+            raise ValueError(f"--max-windows must be 1 or more, got {max_windows}")
+        options = EvaluationOptions(window=window, stride=stride, max_windows=max_windows, bos=bos)
+        scored = _evaluation(text, text_column, options, _task_files(tasks, task_data), limit)
         texts = _calibration_texts(
-            {spec.text for spec in parsed if spec.text is not None}, named, scored
+            {spec.text for spec in parsed if spec.text is not None}, named, text_column, scored
         )
         dense = load_model(model, dtype=dtype, device=place, max_memory=max_memory)
         tokenizer = load_tokenizer(model)
         trained, name = policy_for(policy, dense.config.model_type)
-        amount = _amount(calibration_tokens, calibration_window, dense.config)
+        front = int(bos_token(tokenizer, bos) is not None)
+        if calibration_window is None:
+            calibration_window = block_tokens(dense, front)
+        amount = _amount(calibration_tokens, calibration_window)
         # "all" means what can be done; what was asked for by name is refused by `check`.
         parsed = [
             spec
@@ -152,6 +172,7 @@ def compare(
             texts=texts,
             amount=amount,
             round_to=round_to,
+            bos=bos,
         )
         lines = _presented(_done(plan, pruner, results), markdown, figures, as_json)
     _end(lines)
@@ -249,17 +270,16 @@ def _report(line: Line) -> None:
 
 def _evaluation(
     sources: list[str],
-    window: int,
-    stride: int | None,
-    max_windows: int | None,
+    column: str | None,
+    options: EvaluationOptions,
     tasks: dict[str, Path],
     limit: int | None,
 ) -> Evaluation:
     from prunenet.compare.plan import Evaluation
     from prunenet.text.corpora import TestText, load_text
 
-    texts = [load_text(source, TestText) for source in dict.fromkeys(sources)]
-    return Evaluation(texts, window, stride, max_windows, tasks, limit)
+    texts = [load_text(source, TestText, column) for source in dict.fromkeys(sources)]
+    return Evaluation(texts, options, tasks, limit)
 
 
 def _task_files(tasks: str, folder: Path | None) -> dict[str, Path]:
@@ -277,15 +297,17 @@ def _task_files(tasks: str, folder: Path | None) -> dict[str, Path]:
             "zero-shot tasks need lm-eval; pip install 'prunenet[eval]', or leave --tasks out"
         )
     names = _listed("tasks", tasks, str) if tasks not in ("", "all") else []
-    return task_files({name: folder / f"{name}.jsonl" for name in names} if names else folder)
+    return task_files(folder, names)
 
 
 def _calibration_texts(
-    wanted: set[str], named: dict[str, str], scored: Evaluation
+    wanted: set[str], named: dict[str, str], column: str | None, scored: Evaluation
 ) -> dict[str, CalibrationText]:
     from prunenet.text.corpora import CalibrationText, load_text
 
-    found = {name: load_text(named.get(name, name), CalibrationText) for name in sorted(wanted)}
+    found = {
+        name: load_text(named.get(name, name), CalibrationText, column) for name in sorted(wanted)
+    }
     for name, text in found.items():
         if any(text.content == test.content for test in scored.texts):
             raise ValueError(
@@ -295,11 +317,9 @@ def _calibration_texts(
     return found
 
 
-def _amount(tokens: int, window: int | None, config: Any) -> Amount:
+def _amount(tokens: int, window: int) -> Amount:
     from prunenet.compare.pruner import Amount
 
-    if window is None:
-        window = min(256, getattr(config, "max_position_embeddings", None) or 256)
     if window < 2:
         raise ValueError(f"--calibration-window must be 2 or more, got {window}")
     if tokens < 2 * window:

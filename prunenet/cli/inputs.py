@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunenet.checkpoints.streaming import StreamedCheckpoint
-    from prunenet.text.calibration import CalibrationSet
+    from prunenet.text.calibration import CalibrationOptions, CalibrationSet
 
 
 def open_model(
@@ -58,22 +58,26 @@ def blocks_for(
     source: str,
     moments: Literal["self", "data"],
     text: str,
-    seed: int,
-    total: int | None = None,
+    options: CalibrationOptions,
 ) -> CalibrationSet:
-    """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises
-    as `calibration_for`.
+    """Makes the calibration set of a command; writing it shows progress.
+
+    Raises:
+        ValueError: `--tokens` is less than two blocks; or as `calibration_for`.
     """
     from transformers import PreTrainedModel
 
     from prunenet.checkpoints.load import load_tokenizer
-    from prunenet.text.calibration import calibration_for
+    from prunenet.text.calibration import block_tokens, calibration_for
 
     assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
-    with tables.progress(errors, "text") as advance:
-        return calibration_for(
-            dense, load_tokenizer(source), moments, text, seed=seed, total=total, progress=advance
+    tokenizer, block = load_tokenizer(source), block_tokens(dense)
+    if options.total is not None and options.total < 2 * block:
+        raise ValueError(
+            f"--tokens must be at least {2 * block}, 2 blocks of {block}, got {options.total}"
         )
+    with tables.progress(errors, "text") as advance:
+        return calibration_for(dense, tokenizer, moments, text, options, progress=advance)
 
 
 def check_reward_inputs(

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from prunenet.text.choices import Bos as BosChoice
+
 Model = Annotated[
     str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")
 ]
@@ -59,6 +61,24 @@ Text = Annotated[
     str, typer.Option(help="Text to score: builtin, a file, or a dataset as id[:config[:split]].")
 ]
 Window = Annotated[int, typer.Option(help="Tokens the model sees at once.")]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="Of a text in rows, the column to read; default: text, else content.",
+    ),
+]
+Bos = Annotated[
+    BosChoice,
+    typer.Option(
+        "--bos",
+        help=(
+            "Whether windows of text begin with the BOS token: auto (as the model's tokenizer"
+            " begins a text), yes or no."
+        ),
+    ),
+]
 Preset = Annotated[
     str, typer.Option(help="default, spectral (weights only), or paper (the published recipe).")
 ]

@@ -11,7 +11,15 @@ import typer
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.inputs import blocks_for, check_text, tokenizer_of
-from prunenet.cli.options import CalibrationSource, Dtype, Json, OneDevice, Out
+from prunenet.cli.options import (
+    Bos,
+    CalibrationSource,
+    Dtype,
+    Json,
+    OneDevice,
+    Out,
+    TextColumn,
+)
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import AUTO
 
@@ -55,6 +63,8 @@ def recover(
     teacher: Teacher = None,
     moments: RecoverMoments = "self",
     text: CalibrationSource = None,
+    text_column: TextColumn = None,
+    bos: Bos = "auto",
     tokens: Tokens = 40960,
     steps: Annotated[int, typer.Option(help="Of training.")] = 100,
     batch: Batch = 8,
@@ -78,6 +88,7 @@ def recover(
         from prunenet.checkpoints.sources import find_folder
         from prunenet.recover.lora import load_peft
         from prunenet.recover.training import STATE, Tuning, tuned
+        from prunenet.text.calibration import CalibrationOptions
 
         tuning = Tuning(
             steps=steps,
@@ -100,7 +111,8 @@ def recover(
         if dense is not None:
             check_shapes(str(teacher), dense, story)
         writer, source = (model, pruned) if dense is None else (dense, str(teacher))
-        blocks = blocks_for(writer, source, moments, text or "builtin", seed, tokens)
+        asked = CalibrationOptions(seed=seed, total=tokens, bos=bos, column=text_column)
+        blocks = blocks_for(writer, source, moments, text or "builtin", asked)
         with tables.progress(errors, "recovering", "loss") as advance:
             found = tuned(
                 model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance
