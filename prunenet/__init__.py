@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.compare.comparison import compare
     from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored
+    from prunenet.evaluation.options import EvaluationOptions, SpeedOptions
+    from prunenet.evaluation.side_by_side import evaluate
     from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.apply import Pruned, prune
     from prunenet.policies.artifact import Policy, PolicyError
@@ -40,6 +42,9 @@ _HOMES = {
     "CalibrationTexts": "prunenet.compare.options",
     "CompareOptions": "prunenet.compare.options",
     "Scored": "prunenet.compare.options",
+    "EvaluationOptions": "prunenet.evaluation.options",
+    "SpeedOptions": "prunenet.evaluation.options",
+    "evaluate": "prunenet.evaluation.side_by_side",
     "UnsupportedArchitecture": "prunenet.models.architectures",
     "Pruned": "prunenet.policies.apply",
     "prune": "prunenet.policies.apply",
@@ -60,6 +65,7 @@ __all__ = [
     "CalibrationTexts",
     "CheckpointError",
     "CompareOptions",
+    "EvaluationOptions",
     "LoadOptions",
     "Policy",
     "PolicyError",
@@ -68,10 +74,12 @@ __all__ = [
     "Recipe",
     "RecoverText",
     "Scored",
+    "SpeedOptions",
     "StreamedCheckpoint",
     "Tuning",
     "UnsupportedArchitecture",
     "compare",
+    "evaluate",
     "load_model",
     "load_tokenizer",
     "prune",

@@ -14,8 +14,9 @@ from rich.markup import escape
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, path, show
-from prunenet.cli.options import Model, PolicyName
+from prunenet.cli.options import Model, PolicyName, TextColumn
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.runtime import parallel
 
 if TYPE_CHECKING:
@@ -59,13 +60,7 @@ class Scoring:
             help="Text to score, repeatable: builtin, a file, or a dataset as id[:config[:split]]."
         ),
     ] = field(default_factory=lambda: ["builtin"])
-    window: Annotated[int, typer.Option(help="Tokens the model sees at once.")] = 1024
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; default: no overlap.")
-    ] = None
-    max_windows: Annotated[
-        int | None, typer.Option(help="Score only the first windows of each text.")
-    ] = None
+    text_column: TextColumn = None
     tasks: Annotated[
         str,
         typer.Option(
@@ -77,13 +72,12 @@ class Scoring:
     ] = None
     limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.")] = None
 
-    def scored(self) -> Scored:
+    def scored(self, options: EvaluationOptions) -> Scored:
         """As the library takes it."""
         return Scored(
             texts=self.text,
-            window=self.window,
-            stride=self.stride,
-            max_windows=self.max_windows,
+            column=self.text_column,
+            options=options,
             tasks=listed("tasks", self.tasks, str) if self.tasks else (),
             task_data=self.task_data,
             limit=self.limit,
@@ -158,6 +152,7 @@ def compare(
     methods: Methods,
     varied: Varied,
     scoring: Scoring,
+    evaluation: EvaluationOptions,
     calibrating: Calibrating,
     written: Written,
     loading: LoadOptions,
@@ -184,7 +179,7 @@ def compare(
                 methods,
                 written.out,
                 varied.options(),
-                scored=scoring.scored(),
+                scored=scoring.scored(evaluation),
                 calibration=calibrating.texts(),
                 loading=replace(loading, device=place),
                 watch=Watch(line=_report, progress=advance),

@@ -12,12 +12,16 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli.console import one_sentence, path
+from prunenet.text.choices import Bos
+
+if TYPE_CHECKING:
+    from prunenet.text.calibration import CalibrationOptions
 
 
 def _number(text: str) -> float:
@@ -45,6 +49,24 @@ CalibrationSource = Annotated[
     typer.Option(
         "--text",
         help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].",
+    ),
+]
+_COLUMN = "Of a text in rows, the column to read; default: text, else content."
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=_COLUMN,
+    ),
+]
+_BOS = (
+    "Whether windows of text begin with the BOS token: auto (as the model's tokenizer begins a"
+    " text), yes or no."
+)
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        help=_BOS,
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -75,6 +97,8 @@ class Calibration:
         ),
     ] = "self"
     text: CalibrationSource = None
+    text_column: TextColumn = None
+    bos: BosOption = "auto"
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -85,6 +109,14 @@ class Calibration:
     seed: Annotated[
         int, typer.Option(help="Of the text that the model writes, or of the windows drawn.")
     ] = 0
+
+    def options(self) -> CalibrationOptions:
+        """As the library takes it. Raises ValueError for a seed out of range."""
+        from prunenet.text.calibration import CalibrationOptions
+
+        return CalibrationOptions(
+            seed=self.seed, total=self.tokens, bos=self.bos, column=self.text_column
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +162,20 @@ HELP: dict[str, Any] = {
         help="Least squares of the down matrices: off, layerwise or sequential. Default: layerwise"
         " where there is text."
     ),
+    # EvaluationOptions
+    "window": typer.Option(help="Tokens the model sees at once."),
+    "stride": typer.Option(help="Tokens between windows; default: no overlap."),
+    "max_windows": typer.Option(help="Score only the first windows of a text."),
+    "bos": typer.Option(help=_BOS),
+    "batch_size": typer.Option(help="Windows scored at once."),
+    # SpeedOptions
+    "prompt": typer.Option(help="Tokens of the prompt when measuring speed."),
+    "new_tokens": typer.Option(help="Tokens decoded when measuring speed."),
+    "SpeedOptions.batch": typer.Option(help="Sequences at once when measuring speed."),
+    "repeats": typer.Option(help="Measurements of speed."),
+    "compiled": typer.Option(
+        "--compile", help="Measure the speed of what torch.compile makes of the models."
+    ),
     # Tuning
     "steps": typer.Option(help="Steps of training."),
     "batch": typer.Option(help="Blocks of a step."),
@@ -141,6 +187,7 @@ HELP: dict[str, Any] = {
     "moments": typer.Option(
         help="Text to learn from: self (the dense model samples it) or data (see --text)."
     ),
+    "column": typer.Option("--text-column", help=_COLUMN),
     "text": typer.Option(
         help="External text for --moments data: builtin, a file, or id[:config[:split]]."
     ),
@@ -186,7 +233,8 @@ def _flag(kind: Any, field: Field[Any]) -> inspect.Parameter:
     """A field as a keyword parameter, with the option that describes it."""
     hint = get_type_hints(kind, include_extras=True)[field.name]
     if get_origin(hint) is not Annotated:
-        hint = Annotated[hint, HELP[field.name]]
+        own = HELP.get(f"{kind.__name__}.{field.name}")
+        hint = Annotated[hint, own or HELP[field.name]]
     default = field.default
     if default is MISSING:
         made = field.default_factory
