@@ -95,8 +95,8 @@ def test_the_rules_look_at_every_folder_of_the_package() -> None:
 
 
 @each_source
-def test_no_file_is_longer_than_400_lines(source: Path) -> None:
-    assert len(source.read_text(encoding="utf-8").splitlines()) <= 400
+def test_no_file_is_longer_than_450_lines(source: Path) -> None:
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= 450
 
 
 @each_source

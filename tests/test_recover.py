@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, taught):
 
 def test_a_loss_that_explodes_is_one_clear_sentence():
     dense, narrow = cut()
-    with pytest.raises(ValueError, match="give a smaller --learning-rate than 1e"):
+    with pytest.raises(ValueError, match="give a smaller `learning_rate` than 1e"):
         tuned(
             narrow, text(), dataclasses.replace(QUICK, learning_rate=1e30, steps=20), teacher=dense
         )
@@ -188,7 +188,7 @@ def test_a_loss_that_explodes_is_one_clear_sentence():
     ],
 )
 def test_a_number_out_of_range_is_named_with_its_value(field, value):
-    with pytest.raises(ValueError, match=f"{field.replace('_', '.')} must be .*got {value}"):
+    with pytest.raises(ValueError, match=f"`{field}` must be .*got {value}"):
         Tuning(**{field: value})
 
 
@@ -365,11 +365,11 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
             "has other sizes than the model that was pruned",
         ),
         ((dense, *taught), "is not a checkpoint of prunenet: it has no prunenet.json"),
-        ((pruned, *taught, "--rank", 0), "rank must be at least 1, got 0"),
-        ((pruned, *taught, "--steps", 0), "steps must be at least 1, got 0"),
+        ((pruned, *taught, "--rank", 0), "--rank must be at least 1, got 0"),
+        ((pruned, *taught, "--steps", 0), "--steps must be at least 1, got 0"),
         (
             (pruned, *taught, "--tokens", 100),
-            "--tokens must be at least 128, 2 blocks of 64, got 100",
+            "--tokens must be at least 128 tokens, 2 blocks of 64, got 100",
         ),
         (
             (pruned, *taught, "--moments", "data", "--text", words, "--tokens", 4096),

@@ -53,7 +53,10 @@ def recover(
         if not parallel.is_first():
             return
         if found.best_step == 0:
-            errors.print("note: nothing was better on the text held back; no weight has changed")
+            errors.print(
+                "note: nothing was better on the text held back; the weights are those of the"
+                " pruned model"
+            )
         facts = tables.provenance_facts(load_provenance(out), out)
         facts |= {"loss_before": found.before, "loss_after": found.after}
         facts["best_step"] = found.best_step

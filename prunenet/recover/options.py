@@ -69,5 +69,5 @@ class RecoverText:
     def __post_init__(self) -> None:
         if self.text and self.moments != "data":
             raise ValueError(
-                "`text` is read where `moments` is data only: say so, or leave `text` out"
+                "`text` is read with `moments` data only: add that, or leave `text` out"
             )

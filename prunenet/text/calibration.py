@@ -343,7 +343,8 @@ def calibration_for(
     tokens = block_tokens(model, front=int(begins))
     if options.total is not None and options.total < 2 * tokens:
         raise ValueError(
-            f"total must be at least {2 * tokens} tokens, 2 blocks of {tokens}, got {options.total}"
+            f"`total` must be at least {2 * tokens} tokens, 2 blocks of {tokens}, got"
+            f" {options.total}"
         )
     count = None if options.total is None else options.total // tokens
 
