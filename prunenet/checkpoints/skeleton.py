@@ -114,9 +114,7 @@ def skeleton_of(files: ModelFiles, dtype: str = "auto") -> Skeleton:
             tensors are missing, unknown or of another shape.
     """
     config, kind = config_and_class(files)
-    floats = (t.stored for t in files.stored.values() if t.stored.is_floating_point)
-    chosen = dtype if dtype != "auto" else config.dtype or next(floats, torch.float32)
-    config.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+    config.dtype = _stored_dtype(files, config.dtype) if dtype == "auto" else getattr(torch, dtype)
     with loading(files.folder), staged(files) as folder:
         with torch.device("meta"):
             model = kind(copy.deepcopy(config))
@@ -136,6 +134,18 @@ def skeleton_of(files: ModelFiles, dtype: str = "auto") -> Skeleton:
     assert isinstance(model, PreTrainedModel)
     found, converted = _located(model, files)
     return Skeleton(config, kind, model, found, converted)
+
+
+def _stored_dtype(files: ModelFiles, stated: torch.dtype | str | None) -> torch.dtype:
+    """The dtype that config.json states, but for one that is wider than anything in the files:
+    float32 beside bfloat16 weights would double a checkpoint and add nothing to it.
+    """
+    floats = [t.stored for t in files.stored.values() if t.stored.is_floating_point]
+    widest = max(floats, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    if stated is None:
+        return floats[0] if floats else widest
+    named = getattr(torch, stated) if isinstance(stated, str) else stated
+    return widest if named.itemsize > widest.itemsize else named
 
 
 def check_names(

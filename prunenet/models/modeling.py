@@ -29,6 +29,11 @@ class PerLayerWidths:
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if "embed_out.weight" in (getattr(self, "_tied_weights_keys", None) or ()):
+            raise ImportError(
+                "a GPT-NeoX with per-layer widths needs transformers 5, for version 4 calls its"
+                " tensors by other names; for that, make a stock checkpoint (prunenet export --pad)"
+            )
         structures = [getattr(config, name) for name in (FFN, HEADS) if hasattr(config, name)]
         stated = config.per_layer_config
         widths = {s["width"]: layer_values(config, s["width"]) for s in structures}
