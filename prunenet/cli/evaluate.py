@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -74,13 +73,7 @@ def report(
 ) -> None:
     """Draw perplexity and speed against size."""
     with one_process():
-        from prunenet.evaluation.report import draw_report
+        from prunenet.evaluation.report import draw_report, read_rows
 
-        try:
-            rows = list(json.loads(results.read_text(encoding="utf-8"))["models"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{results} is not what 'prunenet eval --json' prints ({error}); make it anew"
-            ) from None
-        draw_report(rows, out)
+        draw_report(read_rows(results), out)
         show({"figure": str(out)}, as_json, lambda: f"drew {out}")

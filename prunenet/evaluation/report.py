@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 try:
     from matplotlib.axes import Axes
@@ -18,9 +18,12 @@ except ImportError as error:
     ) from error
 
 from prunenet.runtime.files import make_folders, write_atomic
+from prunenet.runtime.json_files import Within, read_json
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness; markers differ too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+_MOST = 500
+"""Models in one figure; more could not be told apart, and take minutes to draw."""
 _REQUIRED = (
     "ratio",
     "parameters",
@@ -28,6 +31,31 @@ _REQUIRED = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
 )
+
+
+class _Row(TypedDict):
+    ratio: Annotated[float, Within(0, 1)] | None
+    parameters: Annotated[int, Within(0, 1e15)]
+    perplexity: Annotated[float, Within(0, 1e300)] | None
+    prefill_tokens_per_second: Annotated[float, Within(0, 1e15)] | None
+    decode_tokens_per_second: Annotated[float, Within(0, 1e15)] | None
+
+
+class _Report(TypedDict):
+    models: Annotated[list[_Row], Within(1, _MOST)]
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows for `draw_report`, from what `prunenet eval --json` prints.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds something else, or more than 500 models.
+    """
+    report: _Report = read_json(
+        path, _Report, remedy="it is not what 'prunenet eval --json' prints, so make it anew"
+    )
+    return list(report["models"])
 
 
 def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
