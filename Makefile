@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist workst
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check docs bench table wheel clean
+.PHONY: help setup demo test test-slow check coverage docs bench table wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ test: $(READY) ## run the tests (a few minutes)
 test-slow: $(READY) ## run the tests that need the real model (fetch it first: make demo)
 	@$(BIN)/pytest -m slow $(ARGS)
 
+coverage: $(READY) ## run the tests and list the lines that none of them runs
+	@$(PYTEST) --cov=prunenet --cov-report=term-missing:skip-covered $(ARGS)
+
 check: $(READY) ## ruff, mypy --strict, import floors
 	@failed=; \
 	for tool in 'ruff check .' 'ruff format --check .' 'mypy' 'lint-imports --no-logo'; do \
@@ -58,7 +61,6 @@ docs: $(READY) ## build the documentation site into site/, every warning an erro
 
 bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts are skipped (make demo fetches the model)
 	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl
-	$(BIN)/python benchmarks/quality.py $(MODEL) --text $(TEXT) --max-windows 8 --out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/spectral_reward.py $(MODEL) --out $(RESULTS)/spectral_reward.jsonl
 
 # Every system of the field on equal terms: what reads weights, what writes its own text, what is given text from outside.

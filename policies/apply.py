@@ -328,11 +328,11 @@ def _gain(model: Weights, cuts: dict[str, Cut], blocks: CalibrationSet) -> float
     if len(cuts) == 1:
         return None
     assert isinstance(model, PreTrainedModel)
-    _, held = held_back(blocks.ids)
+    judged, front = held_back(blocks.ids)[1][:_JUDGED], int(blocks.bos is not None)
     own = [number for number in range(len(cuts)) if parallel.is_owner(number)]
     downs = [Cut(cut.keep, None).down for cut in cuts.values()]
     losses = {
-        number: [torch.tensor(divergence(model, downs[number], held[:_JUDGED])).double()]
+        number: [torch.tensor(divergence(model, downs[number], judged, unscored=front)).double()]
         for number in own
     }
     loss = dict(

@@ -12,7 +12,6 @@ reinforcement learning.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.compare.comparison import compare
     from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored
+    from prunenet.evaluation.options import EvaluationOptions, SpeedOptions
+    from prunenet.evaluation.side_by_side import evaluate
     from prunenet.models.architectures import UnsupportedArchitecture
     from prunenet.policies.apply import Pruned, prune
     from prunenet.policies.artifact import Policy, PolicyError
@@ -41,6 +42,9 @@ _HOMES = {
     "CalibrationTexts": "prunenet.compare.options",
     "CompareOptions": "prunenet.compare.options",
     "Scored": "prunenet.compare.options",
+    "EvaluationOptions": "prunenet.evaluation.options",
+    "SpeedOptions": "prunenet.evaluation.options",
+    "evaluate": "prunenet.evaluation.side_by_side",
     "UnsupportedArchitecture": "prunenet.models.architectures",
     "Pruned": "prunenet.policies.apply",
     "prune": "prunenet.policies.apply",
@@ -61,6 +65,7 @@ __all__ = [
     "CalibrationTexts",
     "CheckpointError",
     "CompareOptions",
+    "EvaluationOptions",
     "LoadOptions",
     "Policy",
     "PolicyError",
@@ -69,10 +74,12 @@ __all__ = [
     "Recipe",
     "RecoverText",
     "Scored",
+    "SpeedOptions",
     "StreamedCheckpoint",
     "Tuning",
     "UnsupportedArchitecture",
     "compare",
+    "evaluate",
     "load_model",
     "load_tokenizer",
     "prune",
@@ -84,6 +91,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version  # slow
+
         return version("prunenet")
     if name not in _HOMES:
         raise AttributeError(f"module 'prunenet' has no attribute {name!r}")

@@ -25,14 +25,14 @@ from prunenet.runtime.files import (
     write_atomic,
 )
 
+BEGIN = "import os, signal, sys\nfrom pathlib import Path\nfrom prunenet.runtime import files\n"
 HOLD = "with files.lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
 
 
 def start(code: str, *args: object) -> subprocess.Popen[str]:
     """A process of its own, which says "held" when it has come to its point."""
-    begin = "import os, signal, sys\nfrom pathlib import Path\nfrom prunenet.runtime import files\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", begin + code, *map(str, args)],
+        [sys.executable, "-c", BEGIN + code, *map(str, args)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -372,6 +372,19 @@ def test_what_cannot_be_a_folder_is_said_before_any_work(tmp_path, monkeypatch, 
     with pytest.raises(CheckpointError), new_folder(out, 0):
         pytest.fail("worked")
     assert names(tmp_path) == before
+
+
+def test_a_name_that_the_locale_does_not_know_is_refused_before_any_work(tmp_path):
+    code = "files.check_absent(Path(sys.argv[1]))"
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + code, tmp_path / "naïve"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "cannot be named in this locale; set PYTHONUTF8=1, or give another name" in done.stderr
 
 
 def test_the_root_of_a_disk_is_said_to_be_one_before_any_work(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ def _halves(blocks: CalibrationSet | None) -> tuple[Int[Tensor, "n tokens"], Cal
             f" give 2 token blocks or more (see prunenet.text.calibration), got {given}"
         )
     half = len(blocks.ids) // 2
-    return blocks.ids[:half], replace(blocks, ids=blocks.ids[half:])
+    return blocks.ids[:half], blocks.rows(slice(half, None))
 
 
 def _regime(
@@ -277,7 +277,8 @@ def _reward(
     assert blocks is not None, "checked before"
     assert isinstance(model, PreTrainedModel), "checked before"
     if recipe.reward == "divergence":
-        return DivergenceReward(model, blocks.ids[: recipe.blocks, : recipe.tokens])
+        ids, unscored = blocks.ids[: recipe.blocks, : recipe.tokens], int(blocks.bos is not None)
+        return DivergenceReward(model, ids, unscored=unscored)
     return ReconstructionReward(model, blocks.ids)
 
 

@@ -18,6 +18,7 @@ from prunenet.cli.export import export
 from prunenet.cli.options import grouped
 from prunenet.cli.prune import prune
 from prunenet.cli.recover import recover
+from prunenet.cli.signals import ending_cleanly
 from prunenet.cli.train import train
 
 app = typer.Typer(
@@ -33,7 +34,12 @@ for command in (train, prune, evaluate, compare, recover, export, report, demo):
 
 
 def main() -> None:
-    """Entry point of the `prunenet` command."""
+    """Runs the command; see `prunenet.__main__` for the entry point."""
+    with ending_cleanly():
+        _main()
+
+
+def _main() -> None:
     # Quiet libraries: their warnings and bars are not results. Set here, where the process is ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

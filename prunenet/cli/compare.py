@@ -13,9 +13,10 @@ from rich.markup import escape
 
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli import tables
-from prunenet.cli.console import errors, one_job, show
-from prunenet.cli.options import Model, PolicyName
+from prunenet.cli.console import errors, one_job, path, show
+from prunenet.cli.options import Model, PolicyName, TextColumn
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.runtime import parallel
 
 if TYPE_CHECKING:
@@ -59,31 +60,24 @@ class Scoring:
             help="Text to score, repeatable: builtin, a file, or a dataset as id[:config[:split]]."
         ),
     ] = field(default_factory=lambda: ["builtin"])
-    window: Annotated[int, typer.Option(help="Tokens the model sees at once.")] = 1024
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; default: no overlap.")
-    ] = None
-    max_windows: Annotated[
-        int | None, typer.Option(help="Score only the first windows of each text.")
-    ] = None
+    text_column: TextColumn = None
     tasks: Annotated[
         str,
         typer.Option(
             metavar="TASKS", help="Zero-shot tasks, as in arc_easy,piqa, or all in the folder."
         ),
     ] = ""
-    task_data: Annotated[Path | None, typer.Option(help="Folder of their <task>.jsonl files.")] = (
-        None
-    )
+    task_data: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder of their <task>.jsonl files.")
+    ] = None
     limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.")] = None
 
-    def scored(self) -> Scored:
+    def scored(self, options: EvaluationOptions) -> Scored:
         """As the library takes it."""
         return Scored(
             texts=self.text,
-            window=self.window,
-            stride=self.stride,
-            max_windows=self.max_windows,
+            column=self.text_column,
+            options=options,
             tasks=listed("tasks", self.tasks, str) if self.tasks else (),
             task_data=self.task_data,
             limit=self.limit,
@@ -123,11 +117,16 @@ class Written:
     """Where lines, tables and figures go."""
 
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="JSON lines; what is in it is not done again.")
+        Path,
+        typer.Option(
+            "--out", "-o", parser=path, help="JSON lines; what is in it is not done again."
+        ),
     ] = Path("compare.jsonl")
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None
+    markdown: Annotated[
+        Path | None, typer.Option(parser=path, help="Write the table to this file.")
+    ] = None
     figures: Annotated[
-        Path | None, typer.Option(help="Draw into this folder (needs matplotlib).")
+        Path | None, typer.Option(parser=path, help="Draw into this folder (needs matplotlib).")
     ] = None
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
@@ -153,6 +152,7 @@ def compare(
     methods: Methods,
     varied: Varied,
     scoring: Scoring,
+    evaluation: EvaluationOptions,
     calibrating: Calibrating,
     written: Written,
     loading: LoadOptions,
@@ -179,7 +179,7 @@ def compare(
                 methods,
                 written.out,
                 varied.options(),
-                scored=scoring.scored(),
+                scored=scoring.scored(evaluation),
                 calibration=calibrating.texts(),
                 loading=replace(loading, device=place),
                 watch=Watch(line=_report, progress=advance),

@@ -18,8 +18,9 @@ from prunenet.checkpoints.identity import identify, weights_sha256
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.save import load_provenance
 from prunenet.cli import tables
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.report import draw_report
-from prunenet.evaluation.side_by_side import measure
+from prunenet.evaluation.side_by_side import evaluate
 from prunenet.evaluation.speed import generate_sentence
 from prunenet.models.masks import check_ratio
 from prunenet.policies.apply import decide, pruned_by
@@ -62,7 +63,7 @@ def run_demo(
         recipe: of the training, which has one stage; default `PRESETS["default"]`.
 
     Returns:
-        One row per model, the dense one first; see `prunenet.evaluation.side_by_side.measure`.
+        One row per model, the dense one first; see `prunenet.evaluation.side_by_side.evaluate`.
 
     Raises:
         ValueError: a ratio out of range. Errors of fetching, training and saving pass through.
@@ -88,13 +89,13 @@ def run_demo(
     console.print("4/4 comparing with the dense model")
     text = load_text("builtin", TestText)
     with tables.progress(console, "scoring") as advance:
-        rows = measure(
-            [source, *map(str, folders)], text, window=512, max_windows=windows, progress=advance
-        )
+        options = EvaluationOptions(window=512, max_windows=windows)
+        found = evaluate([source, *map(str, folders)], text, options, progress=advance)
+    rows = [row.as_dict() for row in found]
     rows[0]["name"] = "dense"
     for row in rows:
         row["sentence"] = generate_sentence(
-            load_model(row["folder"]), load_tokenizer(source), PROMPT, new_tokens=16
+            load_model(str(row["folder"])), load_tokenizer(source), PROMPT, new_tokens=16
         )
         console.print(f"    {row['name']}: {row['sentence']!r}", style="dim", markup=False)
     write_atomic(out / "results.json", (json.dumps({"models": rows}, indent=2) + "\n").encode())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunenet.checkpoints.streaming import StreamedCheckpoint
-    from prunenet.text.calibration import CalibrationSet
+    from prunenet.text.calibration import CalibrationOptions, CalibrationSet
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ def blocks_for(
     checkpoint: Checkpoint,
     moments: Literal["self", "data"],
     text: str | None,
-    *,
-    seed: int = 0,
-    total: int | None = None,
+    options: CalibrationOptions,
 ) -> CalibrationSet:
     """The calibration set that a command reads; sampling it shows progress.
 
@@ -110,8 +108,7 @@ def blocks_for(
         checkpoint: of its tokenizer.
         moments: whose text.
         text: source of external text; default the built-in one.
-        seed: of the sampling, or of the windows drawn.
-        total: tokens in all; default as in `calibration_for`.
+        options: amount, seed, BOS, column.
 
     Raises:
         CheckpointError, TextError, ValueError: as `calibration_for`.
@@ -123,13 +120,7 @@ def blocks_for(
     assert isinstance(model, PreTrainedModel), "check_streamable comes first"
     with tables.progress(errors, "text") as advance:
         return calibration_for(
-            model,
-            checkpoint.tokenizer,
-            moments,
-            text or "builtin",
-            seed=seed,
-            total=total,
-            progress=advance,
+            model, checkpoint.tokenizer, moments, text or "builtin", options, progress=advance
         )
 
 

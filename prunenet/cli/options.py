@@ -12,13 +12,16 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
-from typer.models import ArgumentInfo
 
 from prunenet.checkpoints.options import LoadOptions
-from prunenet.cli.console import FLAGS, one_sentence
+from prunenet.cli.console import one_sentence, path
+from prunenet.text.choices import Bos
+
+if TYPE_CHECKING:
+    from prunenet.text.calibration import CalibrationOptions
 
 
 def _number(text: str) -> float:
@@ -31,7 +34,7 @@ def _number(text: str) -> float:
 Model = Annotated[
     str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
+Out = Annotated[Path, typer.Option("--out", "-o", parser=path, help="Folder to create.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run.")]
 PolicyName = Annotated[
@@ -46,6 +49,24 @@ CalibrationSource = Annotated[
     typer.Option(
         "--text",
         help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].",
+    ),
+]
+_COLUMN = "Of a text in rows, the column to read; default: text, else content."
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=_COLUMN,
+    ),
+]
+_BOS = (
+    "Whether windows of text begin with the BOS token: auto (as the model's tokenizer begins a"
+    " text), yes or no."
+)
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        help=_BOS,
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -76,6 +97,8 @@ class Calibration:
         ),
     ] = "self"
     text: CalibrationSource = None
+    text_column: TextColumn = None
+    bos: BosOption = "auto"
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -86,6 +109,14 @@ class Calibration:
     seed: Annotated[
         int, typer.Option(help="Of the text that the model writes, or of the windows drawn.")
     ] = 0
+
+    def options(self) -> CalibrationOptions:
+        """As the library takes it. Raises ValueError for a seed out of range."""
+        from prunenet.text.calibration import CalibrationOptions
+
+        return CalibrationOptions(
+            seed=self.seed, total=self.tokens, bos=self.bos, column=self.text_column
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +162,20 @@ HELP: dict[str, Any] = {
         help="Least squares of the down matrices: off, layerwise or sequential. Default: layerwise"
         " where there is text."
     ),
+    # EvaluationOptions
+    "window": typer.Option(help="Tokens the model sees at once."),
+    "stride": typer.Option(help="Tokens between windows; default: no overlap."),
+    "max_windows": typer.Option(help="Score only the first windows of a text."),
+    "bos": typer.Option(help=_BOS),
+    "batch_size": typer.Option(help="Windows scored at once."),
+    # SpeedOptions
+    "prompt": typer.Option(help="Tokens of the prompt when measuring speed."),
+    "new_tokens": typer.Option(help="Tokens decoded when measuring speed."),
+    "SpeedOptions.batch": typer.Option(help="Sequences at once when measuring speed."),
+    "repeats": typer.Option(help="Measurements of speed."),
+    "compiled": typer.Option(
+        "--compile", help="Measure the speed of what torch.compile makes of the models."
+    ),
     # Tuning
     "steps": typer.Option(help="Steps of training."),
     "batch": typer.Option(help="Blocks of a step."),
@@ -142,6 +187,7 @@ HELP: dict[str, Any] = {
     "moments": typer.Option(
         help="Text to learn from: self (the dense model samples it) or data (see --text)."
     ),
+    "column": typer.Option("--text-column", help=_COLUMN),
     "text": typer.Option(
         help="External text for --moments data: builtin, a file, or id[:config[:split]]."
     ),
@@ -169,9 +215,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             kind = inspect.Parameter.KEYWORD_ONLY
             flat.append(parameter.replace(annotation=hints[name], kind=kind))
 
-    for parameter in flat:
-        FLAGS.setdefault(parameter.name, _name_of(parameter))
-
     @functools.wraps(command)
     def flattened(**given: Any) -> None:
         with one_sentence():
@@ -186,22 +229,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return flattened
 
 
-def _name_of(parameter: inspect.Parameter) -> str:
-    """The flag of a parameter as users write it; an argument's is its name in capitals."""
-    described = parameter.annotation.__metadata__[0]
-    # Inside Annotated, Typer takes the first name as the default.
-    given = (described.default, *(described.param_decls or ()))
-    names = [name for name in given if isinstance(name, str) and name.startswith("--")]
-    if isinstance(described, ArgumentInfo):
-        return described.metavar or parameter.name.upper()
-    return names[0].split("/")[0] if names else f"--{parameter.name.replace('_', '-')}"
-
-
 def _flag(kind: Any, field: Field[Any]) -> inspect.Parameter:
     """A field as a keyword parameter, with the option that describes it."""
     hint = get_type_hints(kind, include_extras=True)[field.name]
     if get_origin(hint) is not Annotated:
-        hint = Annotated[hint, HELP[field.name]]
+        own = HELP.get(f"{kind.__name__}.{field.name}")
+        hint = Annotated[hint, own or HELP[field.name]]
     default = field.default
     if default is MISSING:
         made = field.default_factory

@@ -51,12 +51,7 @@ def prune(
             blocks = None
             if calibration.moments != "none":
                 blocks = blocks_for(
-                    dense,
-                    source,
-                    calibration.moments,
-                    calibration.text,
-                    seed=calibration.seed,
-                    total=calibration.tokens,
+                    dense, source, calibration.moments, calibration.text, calibration.options()
                 )
             with tables.stages(errors) as advance:
                 pruned = apply.prune(

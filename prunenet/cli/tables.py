@@ -107,7 +107,8 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     if rows[0].get("perplexity") is not None:
         first = rows[0]
         note = (
-            f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
+            f"perplexity: {first['text']}, windows of {first['window']}"
+            f"{' behind BOS' if first['bos'] else ''}, {first['tokens']:,} tokens"
         )
     table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:

@@ -16,7 +16,17 @@ from prunenet.cli.inputs import (
     check_streamable,
     open_model,
 )
-from prunenet.cli.options import CalibrationSource, Json, Model, Out, Reading, Resume, Seed
+from prunenet.cli.options import (
+    BosOption,
+    CalibrationSource,
+    Json,
+    Model,
+    Out,
+    Reading,
+    Resume,
+    Seed,
+    TextColumn,
+)
 
 if TYPE_CHECKING:
     from prunenet.policies.training.recipe import Recipe
@@ -66,6 +76,8 @@ class Training:
         ),
     ] = None
     text: CalibrationSource = None
+    text_column: TextColumn = None
+    bos: BosOption = "auto"
     distance: Annotated[
         Literal["ks", "wasserstein", "energy"] | None,
         typer.Option(help="Distance behind the spectral reward."),
@@ -119,6 +131,7 @@ def train(
     with one_job(reading.device, out) as place:
         from prunenet.policies.training.train import check_run
         from prunenet.policies.training.train import train as learn
+        from prunenet.text.calibration import CalibrationOptions
 
         recipe, allocation = training.recipes()
         rewards = {recipe.reward, "spectral" if allocation is None else allocation.reward}
@@ -130,7 +143,8 @@ def train(
         blocks = None
         if reads:
             whose = training.moments or "self"
-            blocks = blocks_for(dense, Checkpoint(model), whose, training.text)
+            options = CalibrationOptions(bos=training.bos, column=training.text_column)
+            blocks = blocks_for(dense, Checkpoint(model), whose, training.text, options)
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(
                 dense,

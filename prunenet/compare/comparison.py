@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.options import LoadOptions
@@ -21,10 +21,9 @@ from prunenet.evaluation.task_files import task_files
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.methods import METHODS
+from prunenet.text.calibration import block_tokens
 from prunenet.text.corpora import CalibrationText, TestText, load_text
-
-BLOCK = 256
-"""Tokens of a calibration block, where a model reads so many."""
+from prunenet.text.windows import bos_token
 
 
 def compare(
@@ -67,12 +66,13 @@ def compare(
     results = Results(Path(out))
     evaluation = _evaluation(scored)
     wanted = {spec.text for spec in specs if spec.text is not None}
-    texts = _calibration_texts(wanted, calibration, evaluation)
+    texts = _calibration_texts(wanted, calibration.named, scored.column, evaluation)
     dense = load_model(
         str(model), dtype=loading.dtype, device=loading.device, max_memory=loading.max_memory
     )
     policy, policy_name = policy_for(options.policy, dense.config.model_type)
-    amount = amount_of(calibration, dense.config)
+    tokenizer, bos = load_tokenizer(str(model)), scored.options.bos
+    amount = amount_of(calibration, dense, int(bos_token(tokenizer, bos) is not None))
     # "all" means what can be done; what was asked for by name is refused by `check`.
     specs = [s for s in specs if s.name in methods or _possible(s, dense, policy is not None)]
     plan = Plan(
@@ -80,12 +80,13 @@ def compare(
     )
     pruner = Pruner(
         dense,
-        load_tokenizer(str(model)),
+        tokenizer,
         policy=policy,
         policy_name=policy_name,
         texts=texts,
         amount=amount,
         round_to=options.round_to,
+        bos=bos,
     )
     check(plan, pruner)
     if watch.progress is not None:
@@ -103,15 +104,20 @@ def check_name(name: str) -> None:
         )
 
 
-def amount_of(calibration: CalibrationTexts, config: PretrainedConfig) -> Amount:
+def amount_of(calibration: CalibrationTexts, model: PreTrainedModel, front: int) -> Amount:
     """How many blocks of how many tokens a calibration set has.
+
+    Args:
+        calibration: tokens in all, and of a block.
+        model: reads blocks of as many tokens as it has positions.
+        front: tokens before each block: 1 for BOS.
 
     Raises:
         ValueError: fewer than two blocks, or blocks of fewer than two tokens.
     """
     window, tokens = calibration.window, calibration.tokens
     if window is None:
-        window = min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
+        window = block_tokens(model, front)
     if window < 2:
         raise ValueError(f"`calibration_window` must be 2 or more, got {window}")
     if tokens < 2 * window:
@@ -123,15 +129,10 @@ def amount_of(calibration: CalibrationTexts, config: PretrainedConfig) -> Amount
 
 
 def _evaluation(scored: Scored) -> Evaluation:
-    texts = [load_text(source, TestText) for source in dict.fromkeys(scored.texts)]
-    return Evaluation(
-        texts,
-        scored.window,
-        scored.stride,
-        scored.max_windows,
-        _task_files(scored.tasks, scored.task_data),
-        scored.limit,
-    )
+    sources = dict.fromkeys(scored.texts)
+    texts = [load_text(source, TestText, scored.column) for source in sources]
+    tasks = _task_files(scored.tasks, scored.task_data)
+    return Evaluation(texts, scored.options, tasks, scored.limit)
 
 
 def _task_files(tasks: Sequence[str], folder: Path | None) -> dict[str, Path]:
@@ -145,16 +146,15 @@ def _task_files(tasks: Sequence[str], folder: Path | None) -> dict[str, Path]:
         raise ValueError(
             "zero-shot tasks need lm-eval; pip install 'prunenet[eval]', or leave `tasks` out"
         )
-    if not tasks or "all" in tasks:
-        return task_files(folder)
-    return task_files({task: folder / f"{task}.jsonl" for task in dict.fromkeys(tasks)})
+    return task_files(folder, [] if "all" in tasks else list(dict.fromkeys(tasks)))
 
 
 def _calibration_texts(
-    wanted: set[str], calibration: CalibrationTexts, evaluation: Evaluation
+    wanted: set[str], named: Mapping[str, str], column: str | None, evaluation: Evaluation
 ) -> dict[str, CalibrationText]:
-    named = calibration.named
-    found = {name: load_text(named.get(name, name), CalibrationText) for name in sorted(wanted)}
+    found = {
+        name: load_text(named.get(name, name), CalibrationText, column) for name in sorted(wanted)
+    }
     for name, text in found.items():
         if any(text.content == test.content for test in evaluation.texts):
             raise ValueError(

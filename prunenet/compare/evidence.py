@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunenet.compare.ledger import Ledger
@@ -34,9 +34,11 @@ class SharedEvidence(Evidence):
     @cached_property
     def folds(self) -> list[tuple[Moments, Moments]]:
         """Of each layer, on both folds of the blocks that a refit looks at."""
-        return list(
-            zip(*(ffn_moments(self.model, fold) for fold in folds_of(self.ids)), strict=True)
-        )
+        return list(zip(*(ffn_moments(self.model, fold) for fold in self._split), strict=True))
+
+    @property
+    def _split(self) -> tuple[Int[Tensor, "n tokens"], ...]:
+        return folds_of(self.ids, None if self.blocks is None else self.blocks.kinds)
 
     @cached_property
     def elimination(self) -> list[Float[Tensor, " _"]]:

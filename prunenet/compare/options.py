@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunenet.evaluation.options import EVALUATION, EvaluationOptions
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
@@ -31,16 +33,16 @@ class Scored:
 
     Attributes:
         texts: for perplexity: "builtin", files, or datasets as id[:config[:split]].
-        window, stride, max_windows: see `prunenet.evaluation.perplexity`.
+        column: of texts in rows, see `prunenet.text.corpora.load_text`.
+        options: how texts are scored; its `bos` holds for calibration text and tasks too.
         tasks: zero-shot tasks; ("all",) for every one in the folder.
         task_data: folder of their `<task>.jsonl` files.
         limit: questions of each task; None: all.
     """
 
     texts: Sequence[str] = ("builtin",)
-    window: int = 1024
-    stride: int | None = None
-    max_windows: int | None = None
+    column: str | None = None
+    options: EvaluationOptions = EVALUATION
     tasks: Sequence[str] = ()
     task_data: Path | None = None
     limit: int | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 try:
     from matplotlib.axes import Axes
@@ -17,13 +18,10 @@ except ImportError as error:
         f"figures need matplotlib ({error}); pip install 'prunenet[figures]'"
     ) from error
 
-from prunenet.runtime.files import make_folders, write_atomic
-from prunenet.runtime.json_files import Within, read_json
+from prunenet.runtime.files import write_atomic
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness; markers differ too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-_MOST = 500
-"""Models in one figure; more could not be told apart, and take minutes to draw."""
 _REQUIRED = (
     "ratio",
     "parameters",
@@ -31,31 +29,7 @@ _REQUIRED = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
 )
-
-
-class _Row(TypedDict):
-    ratio: Annotated[float, Within(0, 1)] | None
-    parameters: Annotated[int, Within(0, 1e15)]
-    perplexity: Annotated[float, Within(0, 1e300)] | None
-    prefill_tokens_per_second: Annotated[float, Within(0, 1e15)] | None
-    decode_tokens_per_second: Annotated[float, Within(0, 1e15)] | None
-
-
-class _Report(TypedDict):
-    models: Annotated[list[_Row], Within(1, _MOST)]
-
-
-def read_rows(path: Path) -> list[Any]:
-    """The rows for `draw_report`, from what `prunenet eval --json` prints.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it holds something else, or more than 500 models.
-    """
-    report: _Report = read_json(
-        path, _Report, remedy="it is not what 'prunenet eval --json' prints, so make it anew"
-    )
-    return list(report["models"])
+_MOST = 500  # models in one figure: more labels cover each other, and take minutes to place
 
 
 def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
@@ -63,33 +37,23 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     against parameters.
 
     Args:
-        rows: one per model, in any order; each has `ratio` (share of FFN channels removed; 0: the
-            dense model; None: not recorded), `parameters`, `perplexity`,
-            `prefill_tokens_per_second`, `decode_tokens_per_second` (as `Result.as_dict` names
-            them). A perplexity or speed of None is left out.
+        rows: one per model, in any order; each has `ratio` (share of FFN channels removed; 0 is the
+            dense model), `parameters`, `perplexity`, `prefill_tokens_per_second`,
+            `decode_tokens_per_second` (as `Result.as_dict` names them). A perplexity or speed of
+            None is left out.
         path: of the PNG; replaced if it exists, its folder is made.
         title: over both panels, for example the model's name and the text.
 
     Raises:
-        ValueError: no rows, or a row lacks one of these.
+        ValueError: no rows or more than 500, or a row that lacks one of these or has something else
+            than a number there.
     """
     if not rows:
         raise ValueError("a report needs at least one row, got none")
+    if len(rows) > _MOST:
+        raise ValueError(f"a report draws {_MOST} models at most, one a row, got {len(rows)}")
     for row in rows:
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"a row of the report is an object with its numbers by name, got {row!r}"
-            )
-        missing = [name for name in _REQUIRED if name not in row]
-        if missing:
-            raise ValueError(
-                f"a row of the report lacks {', '.join(missing)}; it has {', '.join(row)}"
-            )
-        wrong = [name for name in _REQUIRED if not isinstance(row[name], int | float | None)]
-        if wrong or row["parameters"] is None:
-            raise ValueError(
-                f"{', '.join(wrong) or 'parameters'} of a row of the report must be a number"
-            )
+        _check(row)
     ordered = sorted(rows, key=lambda row: row["parameters"])
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -105,16 +69,44 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     _scale_axes(panels["perplexity"], panels["prefill"], panels["decode"])
     if title:
         figure.suptitle(title, fontsize=12)
-    make_folders(Path(path).parent)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     image = BytesIO()
     figure.savefig(image, format="png", dpi=150)
     write_atomic(Path(path), image.getvalue())
 
 
+def _check(row: Any) -> None:
+    """Raises ValueError where a row is none."""
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"a row of the report is an object with its numbers by name, got {reprlib.repr(row)}"
+        )
+    missing = [name for name in _REQUIRED if name not in row]
+    if missing:
+        had = ", ".join(str(name)[:40] for name in list(row)[:20])
+        raise ValueError(f"a row of the report lacks {', '.join(missing)}; it has {had}")
+    wrong = [name for name in _REQUIRED if not _drawable(row[name], name)]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} of a row of the report must be a number, above 0 (a ratio: 0 or"
+            f" more), got {reprlib.repr(row[wrong[0]])}"
+        )
+
+
+def _drawable(value: object, name: str) -> bool:
+    """Whether an axis has a place for the value; None, of what was not measured, is left out."""
+    if value is None:
+        return name not in ("ratio", "parameters")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    low, high = (0, 1) if name == "ratio" else (0, 1e300)
+    return low <= value < high and (value > 0 or name not in ("parameters", "perplexity"))
+
+
 def _draw_series(
     axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, colour: str, marker: str
 ) -> None:
-    """One line through all models; the dense one's marker is large and hollow."""
+    """Draws one line through all models; the dense one's marker is large and hollow."""
     points = [
         (row["parameters"] / 1e6, row[name], row["ratio"]) for row in rows if row[name] is not None
     ]
@@ -136,8 +128,9 @@ def _draw_series(
                 markerfacecolor="white",
                 markeredgewidth=2,
             )
-        size = "pruned" if ratio is None else "dense" if ratio == 0 else f"{ratio:g}"
-        label = size + (f": {y:,.1f}" if y < 100 else f": {y:,.0f}")
+        label = ("dense" if ratio == 0 else f"{ratio:g}") + (
+            f": {y:,.1f}" if y < 100 else f": {y:,.0f}"
+        )
         # Above and to the right: the lines fall to the right, so that side is free.
         axes.annotate(
             label, (x, y), xytext=(4, 9), textcoords="offset points", fontsize=9, color=_GREY

@@ -122,23 +122,37 @@ def activation(model: Weights) -> Callable[[Tensor], Tensor]:
     return act
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that a sequence of this model may have; None: no limit is known."""
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most
+
+
+def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Raises ValueError where `tokens` exceeds the model's positions; `what` names the number to
+    lower.
+    """
+    most = positions(model)
+    if most is not None and tokens > most:
+        raise ValueError(
+            f"{what} is {tokens} tokens, more than the {most} positions of this model; ask for"
+            " fewer"
+        )
+
+
 def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
     """Raises ValueError where the model has no embedding for a token id, or no position for a
     token.
     """
     table: Any = model.get_input_embeddings()
     rows = table.weight.shape[0]
-    if int(ids.max()) >= rows:
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= rows:
         raise ValueError(
-            f"token id {int(ids.max())} is beyond the model's {rows} embeddings; give the model its"
-            " own tokenizer"
+            f"token id {high if high >= rows else low} is beyond the model's {rows} embeddings;"
+            " give the model its own tokenizer"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] > positions:
-        raise ValueError(
-            f"blocks of {ids.shape[1]} tokens do not fit the model's {positions} positions; give"
-            " shorter ones"
-        )
+    check_positions(model, ids.shape[1], "a block")
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

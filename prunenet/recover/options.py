@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from prunenet.text.choices import Bos
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
@@ -50,6 +52,8 @@ class RecoverText:
     Attributes:
         moments: "self" (the teacher samples it) or "data" (external).
         text: source of external text; None: the built-in one.
+        column: of external text in rows, see `prunenet.text.corpora.load_text`.
+        bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
         tokens: tokens in all, in blocks of 256; a fifth is held back to choose by.
 
     Raises:
@@ -58,6 +62,8 @@ class RecoverText:
 
     moments: Literal["self", "data"] = "self"
     text: str | None = None
+    column: str | None = None
+    bos: Bos = "auto"
     tokens: int = 40960
 
     def __post_init__(self) -> None:

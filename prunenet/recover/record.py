@@ -29,7 +29,7 @@ from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent
 from prunenet.runtime.placement import AUTO
-from prunenet.text.calibration import CalibrationSet, calibration_for
+from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
 
 Progress = Callable[[str, int, int], None]
 _PADDED = (
@@ -93,8 +93,7 @@ def recover(
         load_tokenizer(str(tokens_of)),
         text.moments,
         text.text or "builtin",
-        seed=tuning.seed,
-        total=text.tokens,
+        CalibrationOptions(seed=tuning.seed, total=text.tokens, bos=text.bos, column=text.column),
         progress=None if progress is None else partial(progress, "text"),
     )
 

@@ -18,85 +18,16 @@ from pathlib import Path
 from uuid import uuid4
 
 from prunenet.runtime.locks import Busy, hold, lock_descriptor, remove_unlocked
+from prunenet.runtime.paths import CheckpointError as CheckpointError
+from prunenet.runtime.paths import cache_folder as cache_folder
+from prunenet.runtime.paths import check_absent as check_absent
+from prunenet.runtime.paths import check_file as check_file
+from prunenet.runtime.paths import check_home as check_home
+from prunenet.runtime.paths import check_place, disk_full, is_stream, resolved
+from prunenet.runtime.paths import check_room as check_room
+from prunenet.runtime.paths import expanded as expanded
 
 _HIDDEN = re.compile(r"[0-9a-f]{32}")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message is one sentence that says what to do."""
-
-
-def expanded(path: str | Path) -> Path:
-    """Expand a leading `~`, as shells do only where it begins a word: not in `--out=~/x`.
-
-    Raises:
-        ValueError: the text is empty, or names the home of an unknown user.
-    """
-    if not str(path):
-        raise ValueError("the path is empty (an unset variable?); give a name")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{path} names the home of no known user; give the whole path") from None
-
-
-def cache_folder() -> Path:
-    """Return `PRUNENET_CACHE`, read at call time, or `~/.cache/prunenet`."""
-    return expanded(os.environ.get("PRUNENET_CACHE") or "~/.cache/prunenet")
-
-
-def check_home(out: Path) -> None:
-    """Check before any work that a folder `out` can be made, or written in if it exists.
-
-    Raises:
-        CheckpointError: a file is in its place, its name is too long, not UTF-8 or holds a NUL
-            byte, a link leads nowhere, or its disk is closed to this user.
-    """
-    _check_name(out)
-    _check_place(out, out)
-
-
-def check_absent(out: Path) -> None:
-    """Check before any work that a folder `out` can be made; it may exist if it is empty.
-
-    Raises:
-        CheckpointError: as `check_home`; or `out` has content, is a link that leads nowhere, the
-            current folder or the root of a disk.
-    """
-    _check_name(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
-    check_home(out)
-    if not out.exists():
-        return
-    fixed = "the root of a disk" if _is_mounted(out) else "the current folder"
-    if fixed == "the root of a disk" or out.samefile("."):
-        raise CheckpointError(f"{out} is {fixed}, which cannot be replaced; give a folder in it")
-
-
-def check_file(path: Path, *, regular: bool = False) -> None:
-    """Check before any work that `write_atomic` can write `path`.
-
-    Args:
-        path: of the file; its parents may be missing.
-        regular: whether to refuse devices and pipes, too.
-
-    Raises:
-        CheckpointError: as `check_home`; or a folder, a disk or a socket is in its place.
-    """
-    real = _resolved(path)
-    if _is_stream(path):
-        if regular:
-            raise CheckpointError(f"{path} is a device or a pipe; give a file")
-        return
-    _check_place(path, path.absolute().parent)
-    _check_place(path, real.parent)
-
-
-def check_room(out: Path, needed: int) -> None:
-    """Check that the disk of `out` has `needed` bytes free. Raises CheckpointError."""
-    if shutil.disk_usage(_home(out)).free < needed:
-        raise _disk_full(out, needed)
 
 
 @contextmanager
@@ -110,11 +41,11 @@ def lock(target: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process holds the lock, or the folder cannot be written.
     """
-    real = _resolved(target)
+    real = resolved(target)
     if not real.name:
         raise CheckpointError(f"{target} is no name of a file or a folder; give one")
-    _check_place(target, target.absolute().parent)
-    _check_place(target, real.parent)
+    check_place(target, target.absolute().parent)
+    check_place(target, real.parent)
     made = list[Path]()
     try:
         with ExitStack() as stack:
@@ -141,7 +72,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         CheckpointError: `out` exists, another process writes it, the disk is full, or the folder
             cannot be written.
     """
-    real = _resolved(out)
+    real = resolved(out)
     try:
         with lock(out):
             check_absent(out)
@@ -160,7 +91,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             _sync(real.parent)
     except Exception as error:
         if _is_full(error):
-            raise _disk_full(out, needed) from error
+            raise disk_full(out, needed) from error
         if isinstance(error, OSError):
             raise CheckpointError(f"{out} cannot be written: {error}") from error
         raise
@@ -178,10 +109,10 @@ def write_atomic(path: Path, content: bytes) -> None:
         CheckpointError: a folder, a disk or a socket is in its place.
     """
     with naming(path):
-        if _is_stream(path):
+        if is_stream(path):
             _write_straight(path, content)
             return
-        real = _resolved(path)
+        real = resolved(path)
         _sweep(real, folders=False)
         temporary, descriptor = _hidden_file(real)
         try:
@@ -223,59 +154,6 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _check_name(path: Path) -> None:
-    """Raises CheckpointError for what no file system takes, or no other program reads."""
-    said = str(path).encode("utf-8", "backslashreplace").decode()
-    try:
-        os.fsencode(path).decode("utf-8")
-        os.lstat(path)
-    except UnicodeError:
-        raise CheckpointError(f"{said} is not UTF-8; give another name") from None
-    except FileNotFoundError:
-        return
-    except ValueError:
-        raise CheckpointError(f"{said!r} holds a NUL byte; give another name") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            reason = "its name is too long; give a shorter one"
-            raise CheckpointError(f"{said} cannot be written: {reason}") from None
-
-
-def _resolved(path: Path) -> Path:
-    """Where the links of a path lead. Raises CheckpointError as `_check_name`."""
-    _check_name(path)
-    return Path(os.path.realpath(path))
-
-
-def _check_place(out: Path, folder: Path) -> None:
-    """Raises CheckpointError, about `out`, where a folder cannot be made or written in."""
-    absolute = folder.absolute()
-    place = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
-    reason = None
-    if not place.is_dir():
-        reason = "is a file" if place.exists() else "is a link that leads nowhere"
-    elif not os.access(place, os.W_OK | os.X_OK):
-        reason = "is closed to you"
-    if reason is not None:
-        raise CheckpointError(
-            f"{out} cannot be written, because {place} {reason}; give another folder"
-        )
-
-
-def _is_mounted(folder: Path) -> bool:
-    """Whether another disk, or a folder of the same one (as in containers), is mounted here."""
-    name = os.path.realpath(folder).replace("\\", "\\134").replace(" ", "\\040")
-    with suppress(OSError):  # Linux
-        mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
-        return any(line.split(" ")[4] == name for line in mounts)
-    return folder.is_mount()
-
-
-def _home(out: Path) -> Path:
-    """The nearest parent that exists."""
-    return next(parent for parent in out.absolute().parents if parent.exists())
 
 
 def _beside(target: Path, ending: str) -> Path:
@@ -333,21 +211,6 @@ def _hidden_file(target: Path) -> tuple[Path, int]:
         os.close(descriptor)  # swept between the two
 
 
-def _is_stream(path: Path) -> bool:
-    """Whether `path` is a character device or a pipe. Raises CheckpointError for other special
-    files and folders.
-    """
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    if stat.S_ISDIR(mode):
-        raise CheckpointError(f"{path} is a folder; give a file")
-    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
-        raise CheckpointError(f"{path} is a disk or a socket; give a file")
-    return not stat.S_ISREG(mode)
-
-
 def _write_straight(path: Path, content: bytes) -> None:
     try:
         # without this flag a pipe that nobody reads would block for ever
@@ -365,15 +228,6 @@ def _is_full(error: Exception) -> bool:
     """Whether a disk is full; safetensors and tokenizers have error types of their own."""
     full = f"os error {errno.ENOSPC}"
     return getattr(error, "errno", None) == errno.ENOSPC or full in str(error)
-
-
-def _disk_full(out: Path, needed: int) -> CheckpointError:
-    free = shutil.disk_usage(_home(out)).free
-    part = " (its weights alone)" if needed <= free else ""
-    return CheckpointError(
-        f"no room for {out}: it takes at least {needed / 1e6:,.1f} MB{part} and its disk has"
-        f" {free / 1e6:,.1f} MB free; make room or give a folder on another disk"
-    )
 
 
 def _settle(folder: Path) -> None:
