@@ -17,9 +17,8 @@ from transformers import LlamaForSequenceClassification
 from prunenet.checkpoints.contents import model_files
 from prunenet.checkpoints.identity import identify, tokenizer_sha256, weights_sha256
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.sources import open_checkpoint
 from prunenet.checkpoints.streaming import StreamedCheckpoint
-from prunenet.evaluation.perplexity import bytes_on_disk
+from prunenet.evaluation.result import bytes_on_disk
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.runtime.files import CheckpointError
 
@@ -339,3 +338,145 @@ def test_what_is_not_understood_is_the_same_sentence_in_memory_and_streamed(
         load_model(folder)
     assert "\n" not in first
     assert len(first) < 400 + 2 * len(str(folder))
+
+
+def test_a_stream_maps_no_file_into_memory(folder) -> None:
+    source = StreamedCheckpoint.open(folder)
+    read_all(source)
+    assert "odd/model.safetensors" not in Path("/proc/self/maps").read_text()
+
+
+# --- identity ---
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        shard("weights-1.safetensors", "weights-2.safetensors"),
+        shard("model-00001-of-00001.safetensors"),
+        nothing,
+    ],
+    ids=["shards of other names", "a shard", "one file"],
+)
+def test_a_model_is_another_one_when_a_byte_that_is_read_changes_and_the_same_otherwise(
+    folder, change
+) -> None:
+    change(folder)
+    before = identify(folder)[1]
+    assert bytes_on_disk(folder) == sum(path.stat().st_size for path in model_files(folder).weights)
+    for beside in ("adapter_model.safetensors", "model.fp16.safetensors", "modeling.py"):
+        (folder / beside).write_bytes(b"beside")
+    assert identify(folder)[1] == before
+    seen = {before}
+    for path in model_files(folder).paths:
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[-3] ^= 1
+        path.write_bytes(changed if path.suffix == ".safetensors" else content + b" ")
+        seen.add(identify(folder)[1])
+        path.write_bytes(content)
+    assert len(seen) == 1 + len(model_files(folder).paths)
+    assert identify(folder)[1] == before
+
+
+def test_a_folder_is_the_same_under_each_of_its_names(folder, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    expected = identify(folder)
+    assert expected[0] == "odd"
+    assert identify("~/odd") == identify(Path("~/odd")) == expected
+    for model in (load_model("~/odd"), StreamedCheckpoint.open("~/odd").skeleton):
+        assert model.config._name_or_path == str(folder)
+    (folder.parent / "link").symlink_to("odd")
+    assert identify(folder.parent / "link") == expected
+
+
+def test_a_tokenizer_is_another_one_when_its_files_change(folder) -> None:
+    assert tokenizer_sha256(folder) is None
+    (folder / "tokenizer.json").write_text("{}")
+    first = tokenizer_sha256(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    second = tokenizer_sha256(folder)
+    (folder / "README.md").write_text("words")
+    assert tokenizer_sha256(folder) == second
+    assert len({None, first, second}) == 3
+
+
+@pytest.mark.parametrize("name", ["vocab_file", "tokenizer_file", "merges_file"])
+@pytest.mark.parametrize("place", ["../secret/vocab.json", "/etc/passwd", 3])
+def test_a_tokenizer_s_configuration_names_no_file_elsewhere(folder, name, place) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    edit("tokenizer_config.json", **{name: place})(folder)
+    with pytest.raises(CheckpointError, match=f"{name} is .*, which is no file of its folder"):
+        load_tokenizer(folder)
+
+
+# --- the hub's cache, offline ---
+
+
+class Cache:
+    """A hub cache of one repository, with the listing of all its files."""
+
+    def __init__(self, home: Path, present: Path, listed: list[str]) -> None:
+        from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+
+        sha = "0" * 40
+        self.repo = home / "models--owner--name"
+        self.snapshot = self.repo / "snapshots" / sha
+        shutil.copytree(present, self.snapshot)
+        (self.repo / "refs").mkdir()
+        (self.repo / "refs" / "main").write_text(sha)
+        names = [*(path.name for path in present.iterdir()), *listed]
+        entry = TreeCacheEntry(
+            size=1, blob_id="b" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None
+        )
+        write_tree_cache(str(self.repo), sha, dict.fromkeys(names, entry))
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nothing, shard("model-00001-of-00001.safetensors"), shard("weights-1.safetensors")],
+    ids=["one file", "a shard", "a shard of another name"],
+)
+def test_a_cache_that_holds_the_model_is_enough_whatever_else_the_repository_has(
+    plain, folder, offline, change
+) -> None:
+    change(folder)
+    cache = Cache(offline, folder, ["params.json", "consolidated.safetensors", "results.json"])
+    expected = load_model(plain)
+    model, source = load_model("owner/name"), StreamedCheckpoint.open("owner/name")
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    assert weights_sha256(source) == weights_sha256(model)
+    for config in (model.config, source.skeleton.config):
+        assert (config._name_or_path, config._commit_hash) == ("owner/name", cache.snapshot.name)
+    assert identify("owner/name") == ("owner/name", cache.snapshot.name)
+
+
+def test_a_cache_that_lacks_a_shard_says_which(folder, offline) -> None:
+    shard("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    Cache(offline, folder, ["model-00002-of-00002.safetensors"])
+    with pytest.raises(CheckpointError, match=r"has no model-00002-of-00002\.safetensors"):
+        load_model("owner/name")
+
+
+def test_what_is_asked_of_the_hub_is_what_is_read(folder, monkeypatch) -> None:
+    shard("weights-[1].safetensors")(folder)
+    asked = []
+
+    def snapshot(_name: str, allow_patterns: list[str], **_options) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("prunenet.checkpoints.sources.snapshot_download", snapshot)
+    load_model("owner/name")
+    assert asked[0] == ["config.json"]
+    assert "adapter_config.json" in asked[1]
+    assert not {"*.json", "*.safetensors", "*"} & set(asked[1])
+    assert asked[2] == ["weights-[[]1].safetensors"]
