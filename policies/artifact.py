@@ -9,15 +9,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.regimes import Regime
 from prunenet.features.from_activations import (
     MOMENT_STATISTICS,
     MOMENT_STATISTICS_VERSION,
@@ -34,14 +34,30 @@ from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.runtime.files import make_folders, write_atomic
+from prunenet.runtime.json_files import JsonError, Within, convert, read_json
+from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 from prunenet.text.calibration import CalibrationSet
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ZOO = Path(__file__).parent / "zoo"
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
 
 
 class PolicyError(ValueError):
     """The folder is not a policy that this version can apply; the message says why."""
+
+
+_Hidden = Annotated[tuple[Annotated[int, Within(1, 4096)], ...], Within(0, 8)]
+
+
+class _Versions(TypedDict, total=False):
+    format_version: int
+
+
+class _Recipe(TypedDict, total=False):
+    """What is read of a recipe; the rest is for the record."""
+
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +83,13 @@ class PolicyConfig:
     context: tuple[str, ...] = CONTEXT
     moments: tuple[str, ...] = ()
     moments_version: int = MOMENT_STATISTICS_VERSION
-    hidden: tuple[int, ...] = (32, 32)
+    hidden: _Hidden = (32, 32)
     prior: Mapping[str, float] = field(default_factory=dict)
     regime: str = "weights"
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] | None = None
-    gain: float | None = None
+    gain: Annotated[float, Within(high=1)] | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -111,21 +127,23 @@ class Policy:
             PolicyError: missing or damaged files, another format, or another set of statistics.
         """
         folder = _find(source)
-        config = _read_config(folder / "config.json")
+        config = _read_config(folder / CONFIG)
         policy = cls.untrained(config)
         try:
-            policy.scorer.load_state_dict(load_file(folder / "model.safetensors"))
+            weights, facts = unpacked(folder / WEIGHTS)
+            check_layout(weights, layout_of(policy.scorer.state_dict()))
+            # older policies say nothing of their configuration
+            if facts.get("config", policy._config_sha256) != policy._config_sha256:
+                raise ContentError(f"it was not written with this {CONFIG}")
         except FileNotFoundError:
             raise PolicyError(
-                f"policy {str(source)!r} has no model.safetensors; train it again or copy the whole"
-                " folder"
+                f"policy {str(source)!r} has no {WEIGHTS}; train it again or copy the whole folder"
             ) from None
-        except (SafetensorError, RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except ContentError as error:
             raise PolicyError(
-                f"{folder / 'model.safetensors'} is damaged ({reason}); train it again or copy it"
-                " anew"
+                f"{folder / WEIGHTS} is damaged ({error}); train it again or copy it anew"
             ) from None
+        policy.scorer.load_state_dict(weights)
         return policy
 
     def check_measured(self, measured: bool) -> None:
@@ -145,8 +163,9 @@ class Policy:
         folder = Path(folder)
         make_folders(folder)
         config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
-        write_atomic(folder / "model.safetensors", self._weights())
-        write_atomic(folder / "config.json", config.encode())
+        facts = {"config": self._config_sha256}
+        write_atomic(folder / WEIGHTS, packed(self.scorer.state_dict(), facts))
+        write_atomic(folder / CONFIG, config.encode())
         return folder
 
     def _weights(self) -> bytes:
@@ -166,8 +185,15 @@ class Policy:
     @property
     def sha256(self) -> str:
         """Hash of the weights and of the configuration: what provenance records."""
-        config = json.dumps(self._fields(), sort_keys=True).encode()
-        return hashlib.sha256(self._weights() + config).hexdigest()
+        return hashlib.sha256(self._weights() + self._config).hexdigest()
+
+    @property
+    def _config(self) -> bytes:
+        return json.dumps(self._fields(), sort_keys=True).encode()
+
+    @property
+    def _config_sha256(self) -> str:
+        return hashlib.sha256(self._config).hexdigest()
 
     @torch.no_grad()
     def scores(
@@ -319,13 +345,13 @@ def _find(source: str | Path) -> Path:
 
 
 def _read_config(path: Path) -> PolicyConfig:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PolicyError(
-            f"{path} cannot be read ({error}); train the policy again or copy it anew"
-        ) from None
-    if not isinstance(fields, dict) or "statistics" not in fields:
+    fields: Any = read_json(
+        path,
+        _Versions,
+        error=PolicyError,
+        remedy="it cannot be read, so train the policy again or copy it anew",
+    )
+    if "statistics" not in fields:
         raise PolicyError(
             f"{path} is not the configuration of a policy; give a folder written by 'prunenet"
             " train'"
@@ -336,18 +362,10 @@ def _read_config(path: Path) -> PolicyConfig:
             f" {FORMAT_VERSION}; train again"
         )
     try:
-        fields |= {
-            name: tuple(fields[name])
-            for name in ("statistics", "context", "moments", "hidden")
-            if name in fields
-        }
-        config = PolicyConfig(**fields)
-        objects = (config.prior, config.trained_on, config.recipe)
-        if not all(isinstance(width, int) for width in config.hidden) or not all(
-            isinstance(o, dict) for o in objects
-        ):
-            raise TypeError("a field is of the wrong kind")
-    except TypeError as error:
+        config: PolicyConfig = convert(fields, PolicyConfig)
+        convert(config.recipe, _Recipe, "recipe")
+        convert(config.regime, Regime, "regime")
+    except JsonError as error:
         raise PolicyError(
             f"{path} has fields that this version cannot read ({error}); train the policy again"
         ) from None

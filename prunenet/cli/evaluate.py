@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypedDict
 
 import typer
 
@@ -59,6 +58,10 @@ def evaluate(
         show({"models": rows}, as_json, lambda: tables.comparison(rows), only_here=True)
 
 
+class _Printed(TypedDict):
+    models: list[dict[str, Any]]
+
+
 def report(
     results: Annotated[
         Path, typer.Argument(parser=path, help="JSON written by 'prunenet eval --json'.")
@@ -69,12 +72,8 @@ def report(
     """Draw perplexity and speed against size."""
     with one_process():
         from prunenet.evaluation.report import draw_report
+        from prunenet.runtime.json_files import read_json
 
-        try:
-            rows = list(json.loads(results.read_text(encoding="utf-8"))["models"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{results} is not what 'prunenet eval --json' prints ({error}); make it anew"
-            ) from None
-        draw_report(rows, out)
+        remedy = "it is not what 'prunenet eval --json' prints, so make it anew"
+        draw_report(read_json(results, _Printed, remedy=remedy)["models"], out)
         show({"figure": str(out)}, as_json, lambda: f"drew {out}")

@@ -8,12 +8,85 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from prunenet.checkpoints.regimes import Regime
 from prunenet.runtime.files import check_file, lock, naming, write_atomic
+from prunenet.runtime.json_files import Count, JsonError, Positive, Within, convert, parse_json
 
 Line = dict[str, Any]
 _START = b'{"cell": "'
+
+
+class _Text(TypedDict):
+    text: str
+
+
+class _Scored(TypedDict):
+    text: str
+    value: Annotated[float, Within(0)] | None
+    tokens: Count
+
+
+class _Task(TypedDict):
+    accuracy: float
+    accuracy_norm: float | None
+
+
+class _Evaluation(TypedDict):
+    texts: list[_Text]
+    tasks: dict[str, str]
+    window: Positive
+    stride: Positive
+    limit: Positive | None
+
+
+class _Versions(TypedDict):
+    prunenet: str
+
+
+class _Any(TypedDict):
+    """Every line."""
+
+    cell: str
+    error: str | None
+
+
+class _Some(_Any, total=False):
+    """Whatever else of a line a table reads; a failed cell has only some of it."""
+
+    model: str
+    dtype: str
+    versions: _Versions
+    method: str
+    ratio: Annotated[float, Within(0, 1)]
+    seed: int
+    evaluation: _Evaluation
+    regime: Regime | None
+    applied_regime: Regime | None
+    parameters: Count | None
+    perplexity: list[_Scored] | None
+    accuracy: float | None
+    tasks: list[_Task] | None
+    seconds_pruning: Annotated[float, Within(0)] | None
+    seconds_calibration: Annotated[float, Within(0)] | None
+
+
+class _Finished(_Any):
+    """A cell that has been measured."""
+
+    model: str
+    dtype: str
+    versions: _Versions
+    method: str
+    ratio: float
+    seed: int
+    evaluation: _Evaluation
+    regime: Regime
+    applied_regime: Regime
+    parameters: Count
+    perplexity: list[_Scored]
+    seconds_pruning: float
 
 
 class Results:
@@ -57,6 +130,28 @@ class Results:
         """Whether the cell has a line, and one without an error."""
         return cell in self._lines and self._lines[cell]["error"] is None
 
+    def complete(self, cell: str) -> bool:
+        """Whether the cell is done.
+
+        Raises:
+            ValueError: it is, and its line lacks what a table reads.
+        """
+        if not self.done(cell):
+            return False
+        line = self._lines[cell]
+        try:
+            convert(line, _Finished)
+            asked, tasks = line["evaluation"], line.get("tasks") or []
+            if [text["text"] for text in asked["texts"]] != [t["text"] for t in line["perplexity"]]:
+                raise JsonError("perplexity is of other texts than evaluation")
+            if len(asked["tasks"]) != len(tasks):
+                raise JsonError(f"tasks has {len(tasks)} items, not {len(asked['tasks'])}")
+        except JsonError as error:
+            raise ValueError(
+                f"{self.path} has a damaged line of cell {cell}: {error}; remove that line"
+            ) from None
+        return True
+
     def add(self, line: Mapping[str, Any]) -> None:
         """Write a cell's line; it is on the disk when this returns. The file has been prepared.
 
@@ -92,20 +187,15 @@ class Results:
 
     def _parsed(self, number: int, text: bytes) -> Line:
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        kinds = {"cell": str, "error": str | None}
-        if not isinstance(line, dict) or not all(
-            name in line and isinstance(line[name], kind) for name, kind in kinds.items()
-        ):
-            raise self._foreign(number)
+            line: Line = parse_json(text, _Some)
+        except JsonError as error:
+            raise self._foreign(number, str(error)) from None
         return line
 
-    def _foreign(self, number: int) -> ValueError:
+    def _foreign(self, number: int, why: str = "it is cut off") -> ValueError:
         return ValueError(
-            f"line {number} of {self.path} is not one of 'prunenet compare'; mend it, or give"
-            " another `out`"
+            f"line {number} of {self.path} is not one of 'prunenet compare' ({why}); mend it, or"
+            " give another `out`"
         )
 
 

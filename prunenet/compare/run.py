@@ -110,7 +110,7 @@ def compare(
     questions = {cell: asked(plan, cell, pruner) | shared for cell in cells(plan)}
     keys = {cell: key_of(question) for cell, question in questions.items()}
     left = parallel.broadcast_object(
-        0, lambda: [key for key in keys.values() if not results.done(key)]
+        0, lambda: [key for key in keys.values() if not results.complete(key)]
     )
     todo = [cell for cell in questions if keys[cell] in left]
     pruner.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])

@@ -172,11 +172,10 @@ def shown(value: object) -> str:
 
 
 def _content(path: Path) -> bytes:
-    if not path.exists():
-        raise FileNotFoundError(path)
+    size = path.stat().st_size
     if not path.is_file():  # reading a pipe or a device may never end
         raise JsonError("it is not a regular file")
-    if (size := path.stat().st_size) > SIZE:
+    if size > SIZE:
         raise JsonError(f"it has {size:,} bytes, more than {SIZE:,}")
     return path.read_bytes()
 
