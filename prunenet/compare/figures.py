@@ -1,12 +1,13 @@
-"""Pictures of a comparison: quality against size, and against the time that it took. Needs
-matplotlib (extra `figures`).
+"""Pictures of a comparison: quality against size, and against the time of pruning. Needs matplotlib
+(extra `figures`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 try:
     from matplotlib.axes import Axes
@@ -22,20 +23,24 @@ except ImportError as error:
 from prunenet.compare.summary import Row, Value
 from prunenet.runtime.files import make_folders, write_atomic
 
-# Okabe and Ito's palette, as in `report`: regimes by colour, methods by marker.
+# Okabe and Ito's palette, as in `report`: a colour a regime.
 _COLOURS = {"weights": "#0072B2", "self": "#009E73", "data": "#D55E00"}
 _DENSE = "#444444"
-_MARKERS = "osD^v<>PXp*hdH8"
+_SCALE = 6.0
+"""A perplexity axis ends at so many times the lowest value of the smallest models; methods above it
+are named there with their value.
+"""
+_GAP = 0.037  # between names beside a panel, in heights of the panel
 _X = Callable[[Row], float | None]
 _Y = Callable[[Row], Value | None]
 
 
 def draw_comparison(rows: Sequence[Row], folder: str | Path, title: str = "") -> list[Path]:
-    """Writes `perplexity.png` and `time.png`, and `zero_shot.png` where there are tasks; those that
-    exist are replaced.
+    """Writes `perplexity.png` and `time.png`, and `zero_shot.png` where there are tasks; replaces
+    those that exist.
 
-    Every point is a method at a ratio, with the standard deviation over seeds as a bar; thin lines
-    join the ratios of a method, and more parameters are lower ratios.
+    A line is a method, a point one ratio, a bar the standard deviation over seeds, a colour the
+    regime. Names stand beside the point of the highest ratio. The dotted line is the dense model.
 
     Args:
         rows: of `summary.summarise`.
@@ -51,110 +56,167 @@ def draw_comparison(rows: Sequence[Row], folder: str | Path, title: str = "") ->
     quality: dict[str, _Y] = {f"perplexity, {text}": _perplexity_on(text) for text in texts}
     figures = {
         "perplexity": (_millions, "parameters, millions", quality),
-        "time": (
-            _seconds,
-            "seconds of pruning, text included where it had to be written (log axis)",
-            quality,
-        ),
+        "time": (_seconds, "seconds of pruning, text included (log axis)", quality),
     }
     if any(row.accuracy is not None for row in rows):
-        figures["zero_shot"] = (
-            _millions,
-            "parameters, millions",
-            {"mean zero-shot accuracy": lambda row: row.accuracy},
-        )
+        accuracy: dict[str, _Y] = {"mean zero-shot accuracy": lambda row: row.accuracy}
+        figures["zero_shot"] = (_millions, "parameters, millions", accuracy)
     return [_draw(rows, folder / f"{name}.png", *panels, title) for name, panels in figures.items()]
 
 
 def _draw(
     rows: Sequence[Row], path: Path, x: _X, label: str, panels: dict[str, _Y], title: str
 ) -> Path:
-    figure = Figure(figsize=(6 * len(panels) + 3.5, 6), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(panels), 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    markers = {
-        method: _MARKERS[i % len(_MARKERS)]
-        for i, method in enumerate(dict.fromkeys(row.method for row in rows))
-    }
     for axes, (name, y) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for method in markers:
-            _path(axes, [row for row in rows if row.method == method], x, y)
-        for row in rows:
-            _point(axes, row, x(row), y(row), markers[row.method])
-        axes.set(title=name, xlabel=label)
-        if name.startswith("perplexity"):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.set_title(name, loc="left", fontsize=11)
+        axes.set_xlabel(label)
+        lines = _lines(rows, x, y)
+        for line in lines.values():
+            _line(axes, line, x, y)
+        _frame(axes, lines, y, log=name.startswith("perplexity"))
         if x is _seconds:
             axes.set_xscale("log")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        else:
+            axes.invert_xaxis()
+        _names(axes, lines, x, y)
+        _dense(axes, rows, y)
     figure.legend(
-        handles=_legend(rows, markers), loc="outside right upper", fontsize=8, frameon=False
+        handles=[
+            Line2D([], [], color=colour, linewidth=4, label=f"regime {regime}")
+            for regime, colour in _COLOURS.items()
+            if any(row.regime == regime and row.method != "dense" for row in rows)
+        ],
+        loc="outside lower center",
+        ncols=len(_COLOURS),
+        frameon=False,
     )
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=12)
     image = BytesIO()
     figure.savefig(image, format="png", dpi=130)
     write_atomic(path, image.getvalue())
     return path
 
 
-def _point(axes: Axes, row: Row, x: float | None, y: Value | None, marker: str) -> None:
-    if x is None or y is None:
-        return
-    colour = _colour(row)
+def _lines(rows: Sequence[Row], x: _X, y: _Y) -> dict[str, list[Row]]:
+    """Rows of each method that have a place, by rising ratio."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.ratio):
+        if row.method != "dense" and x(row) is not None and y(row) is not None:
+            found.setdefault(row.method, []).append(row)
+    return found
+
+
+def _line(axes: Axes, rows: Sequence[Row], x: _X, y: _Y) -> None:
+    """The points of a method, joined, with the standard deviations over seeds."""
+    values = [_value(y, row) for row in rows]
     axes.errorbar(
-        [x],
-        [y.mean],
-        yerr=None if y.deviation is None else [y.deviation],
-        fmt="none",
-        ecolor=colour,
-        elinewidth=0.8,
+        [_place(x, row) for row in rows],
+        [value.mean for value in values],
+        yerr=[value.deviation or 0.0 for value in values],
+        color=_colour(rows[-1]),
+        marker="o",
+        markersize=5,
+        linewidth=1,
+        elinewidth=1,
+        capsize=3 if any(value.deviation for value in values) else 0,
     )
-    axes.plot(
-        [x], [y.mean], marker=marker, color=colour, markersize=7, alpha=0.85, linestyle="none"
-    )
 
 
-def _path(axes: Axes, rows: list[Row], x: _X, y: _Y) -> None:
-    """A thin line through the ratios of one method."""
-    points = [
-        (at, value.mean)
-        for row in rows
-        if (at := x(row)) is not None and (value := y(row)) is not None
-    ]
-    if len(points) > 1:
-        axes.plot(*zip(*points, strict=True), color=_colour(rows[0]), linewidth=0.6, alpha=0.5)
+def _frame(axes: Axes, lines: Mapping[str, Sequence[Row]], y: _Y, *, log: bool) -> None:
+    """The axis of quality; that of perplexity is cut off at `_SCALE`."""
+    axes.grid(axis="y", color="#e3e3e3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not log:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    last = [_value(y, rows[-1]).mean for rows in lines.values()]
+    if last and max(last) > _SCALE * min(last):
+        axes.set_ylim(top=_SCALE * min(last))
 
 
-def _legend(rows: Sequence[Row], markers: dict[str, str]) -> list[Line2D]:
-    """Each method once, in the colour of its regime; the regimes in front."""
-    first = {row.method: row for row in reversed(rows) if row.regime is not None}
-    regimes = [
-        name
-        for name in _COLOURS
-        if any(row.regime == name and row.method != "dense" for row in rows)
-    ]
-    handles = [
-        Line2D([], [], color=_COLOURS[name], linewidth=6, label=f"regime {name}")
-        for name in regimes
-    ]
-    for method, row in sorted(first.items(), key=lambda pair: rows.index(pair[1])):
-        handles.append(
-            Line2D(
-                [], [], color=_colour(row), marker=markers[method], linestyle="none", label=method
-            )
+def _names(axes: Axes, lines: Mapping[str, Sequence[Row]], x: _X, y: _Y) -> None:
+    """Names the methods in a column on the right, each joined to its last point by a thin line."""
+    last = sorted((rows[-1] for rows in lines.values()), key=lambda row: _value(y, row).mean)
+    _, top = axes.get_ylim()
+    points = [(_place(x, row), min(_value(y, row).mean, top)) for row in last]
+    if not points:
+        return
+    shares = axes.transAxes.inverted().transform(axes.transData.transform(points))[:, 1]
+    for row, point, height in zip(last, points, _apart(shares.tolist()), strict=True):
+        mean = _value(y, row).mean
+        axes.annotate(
+            row.method if mean <= top else f"\N{UPWARDS ARROW} {row.method} ({mean:,.0f})",
+            point,
+            (1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=_colour(row),
+            annotation_clip=False,
+            arrowprops=_leader(_colour(row)) if mean <= top else None,
         )
-    return handles
+
+
+def _leader(colour: str) -> dict[str, Any]:
+    """A thin line from the left edge of a name."""
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6}
+    return line | {"relpos": (0.0, 0.5), "shrinkA": 2, "shrinkB": 3}
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights (rising, in [0, 1]) moved until neighbours are a gap apart, and back below 1 where
+    that fits.
+    """
+    gap = min(_GAP, 1.0 / len(heights))
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + gap) if found else height)
+    ceiling = max(1.0, gap * len(heights))
+    for number in reversed(range(len(found))):
+        found[number] = min(found[number], ceiling)
+        ceiling = found[number] - gap
+    return found
+
+
+def _dense(axes: Axes, rows: Sequence[Row], y: _Y) -> None:
+    """The dense model, as a dotted line."""
+    found = [value for row in rows if row.method == "dense" and (value := y(row)) is not None]
+    for value in found[:1]:
+        axes.axhline(value.mean, color=_DENSE, linewidth=1, linestyle=":")
+        axes.annotate(
+            f"dense: {value.mean:,.4g}",
+            (0.01, value.mean),
+            (0, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=9,
+            color=_DENSE,
+        )
+
+
+def _place(x: _X, row: Row) -> float:
+    found = x(row)
+    assert found is not None  # `_lines` has left the others out
+    return found
+
+
+def _value(y: _Y, row: Row) -> Value:
+    found = y(row)
+    assert found is not None  # `_lines` has left the others out
+    return found
 
 
 def _colour(row: Row) -> str:
-    return _DENSE if row.method == "dense" or row.regime is None else _COLOURS[row.regime]
+    return _DENSE if row.regime is None else _COLOURS[row.regime]
 
 
 def _perplexity_on(text: str) -> _Y:
@@ -166,5 +228,5 @@ def _millions(row: Row) -> float | None:
 
 
 def _seconds(row: Row) -> float | None:
-    """Of the dense model none: a log axis has no place for it."""
+    """None for the dense model: a log axis has no place for it."""
     return None if row.seconds is None or row.seconds.mean <= 0 else row.seconds.mean
