@@ -1,4 +1,4 @@
-"""Folds of the text: what is fitted on one is judged on the other (METHODS.md 5)."""
+"""Folds of the text: what is fitted on one is judged on the other (docs/methods.md, section 5)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def held_back(
     blocks: Int[Tensor, "n tokens"], share: float = 0.2
 ) -> tuple[Int[Tensor, "fit tokens"], Int[Tensor, "held tokens"]]:
     """Splits blocks into those to fit on and those, at least one, to judge on.
+
+    Args:
+        blocks: token ids.
+        share: of the blocks to judge on, taken from the end.
 
     Raises:
         ValueError: fewer than two blocks.
@@ -43,8 +47,11 @@ def folds_of(
 def pooled(
     folds: Sequence[Moments], matrices: Sequence[Float[Tensor, "d_ff d_ff"]] | None = None
 ) -> Float[Tensor, "d_ff d_ff"]:
-    """The second moments of all folds' tokens together; or another mean over tokens, given that of
-    each fold.
+    """Averages matrices of several folds, weighted by their tokens.
+
+    Args:
+        folds: moments of each fold.
+        matrices: one mean over tokens of each fold; default its second moments.
     """
     tokens = sum(fold.tokens for fold in folds)
     parts = [fold.second for fold in folds] if matrices is None else matrices
