@@ -107,6 +107,8 @@ def train(
     ratio.
     """
     with one_job(device) as place:
+        from dataclasses import replace
+
         from prunenet.policies.training.recipe import recipe_for, widths_recipe
         from prunenet.policies.training.train import check_run
         from prunenet.policies.training.train import train as learn
@@ -148,7 +150,12 @@ def train(
         )
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(
-                dense, recipe, where=where, out=out, resume=resume, blocks=blocks, progress=advance
+                dense,
+                replace(recipe, allocation=where),
+                out=out,
+                resume=resume,
+                blocks=blocks,
+                progress=advance,
             )
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
         facts = {
