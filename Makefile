@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist workst
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench table wheel clean
+.PHONY: help setup demo test test-slow check coverage docs bench table wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ test: $(READY) ## run the tests (a few minutes)
 test-slow: $(READY) ## run the tests that need the real model (fetch it first: make demo)
 	@$(BIN)/pytest -m slow $(ARGS)
 
+coverage: $(READY) ## run the tests and list the lines that none of them runs
+	@$(PYTEST) --cov=prunenet --cov-report=term-missing:skip-covered $(ARGS)
+
 check: $(READY) ## ruff, mypy --strict, import floors
 	@failed=; \
 	for tool in 'ruff check .' 'ruff format --check .' 'mypy' 'lint-imports --no-logo'; do \
@@ -51,9 +54,13 @@ check: $(READY) ## ruff, mypy --strict, import floors
 	done; \
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed"; exit 1; fi
 
+# mkdocs 2 will have no plugins; pyproject.toml keeps mkdocs below it, so that its theme need not warn in every build.
+docs: $(READY) ## build the documentation site into site/, every warning an error
+	@$(PIP_INSTALL) -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts are skipped (make demo fetches the model)
 	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl
-	$(BIN)/python benchmarks/quality.py $(MODEL) --text $(TEXT) --max-windows 8 --out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/spectral_reward.py $(MODEL) --out $(RESULTS)/spectral_reward.jsonl
 
 # Every system of the field on equal terms: what reads weights, what writes its own text, what is given text from outside.
@@ -80,5 +87,5 @@ wheel: $(READY) ## build the source archive, and the wheel from it, into dist/
 	@$(BIN)/python -m build --outdir dist .
 
 clean: ## remove everything that make made
-	@rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf $(VENV) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,29 +1,24 @@
-"""Where to cut, searched for: accuracy predictor and evolution against uniform and the best of as
-many random architectures.
+r"""Searches for the widths of all layers: accuracy predictor and evolution against chance.
 
-    python benchmarks/allocation_search.py MODEL --data ../shared/data --ratios 0.2 0.3 --seeds 0 1
-    2 \
-        --out benchmarks/results/allocation_search.jsonl
+    python benchmarks/allocation_search.py MODEL --data ../shared/data --ratios 0.2 0.3 \
+        --seeds 0 1 2 --out benchmarks/results/allocation_search.jsonl
     python benchmarks/allocation_search.py --figure benchmarks/results/importance.png \
         --out benchmarks/results/allocation_search.jsonl
 
-Searches are judged by KL(dense || pruned) on `--tokens` tokens that the model wrote itself, with
-refitted layers (`--no-refit`: without), and scored on WikiText-2 test. One JSON line per (search,
-ratio, seed); finished lines are skipped, and a killed search goes on from the pairs in <out>.pairs.
-The figure shows the predictor's importance of each layer.
+KL(dense || pruned) on `--tokens` tokens of the model's own text judges a search, with refitted
+layers (`--no-refit`: without); WikiText-2 test scores it. A killed search goes on from the pairs in
+<out>.pairs. The figure shows the predictor's importance of each layer.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from prunenet import __version__
-from prunenet.checkpoints.load import load_model, load_tokenizer
+from _common import Line, append_line, is_measured, opened, parser, read_lines
+
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.policies.methods import (
     Budget,
@@ -46,8 +41,8 @@ SEARCHES = ("uniform", "random_18", "random", "evolution", "predictor")
 
 def searched(
     name: str, budget: Budget, judge: WidthDivergence, step: int | None, seed: int, path: Path
-) -> dict[str, Any]:
-    """The row's facts; all searches measure 60 architectures, the predictor's authors' control
+) -> Line:
+    """What a search finds; each measures 60 architectures, the control of the predictor's authors
     18.
     """
     space = Space.around(budget, step=step)
@@ -64,69 +59,51 @@ def searched(
 
 
 def measure(args: argparse.Namespace) -> None:
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    blocks = self_blocks(model, tokenizer).ids
+    model, tokenizer = opened(args.model)
+    written = self_blocks(model, tokenizer)
     test = load_text(str(args.data / "wikitext2/wiki.test.raw"), TestText)
-    fit, held = held_back(blocks)
+    fit, held = held_back(written.ids)
     held = held[: max(1, args.tokens // held.shape[1])]
-    scores = wanda_sp.scores(Evidence(model, self_blocks(model, tokenizer)))
+    scores = wanda_sp.scores(Evidence(model, written))
     refits = Refits(model, fit, scores=scores) if args.refit else None
     judge = WidthDivergence(model, held, None if args.refit else scores, refits=refits)
+    step = None if refits is None else refits.step
+    pairs = args.out.with_suffix(".pairs")
+    for cell in cells(args, held.numel()):
+        if is_measured(read_lines(args.out), cell):
+            continue
+        budget = Budget.of(model, cell["ratio"], floor=step or 1)
+        start = time.perf_counter()
+        facts = searched(cell["search"], budget, judge, step, cell["seed"], pairs)
+        seconds = time.perf_counter() - start
+        (cut,) = cut_layers(model, written.ids, [facts["widths"]], scores=scores, refit=args.refit)
+        narrow = cut.model(model)
+        value = perplexity(narrow, tokenizer, test, window=1024, max_windows=args.max_windows).value
+        append_line(args.out, cell | facts | {"perplexity": value, "seconds": seconds})
+        print(cell, f"KL {facts['loss']:.4f}, perplexity {value:.2f}, {seconds:.0f} s", flush=True)
+
+
+def cells(args: argparse.Namespace, tokens: int) -> Iterator[Line]:
+    """What identifies each measurement; uniform widths have one seed."""
     for ratio in args.ratios:
-        budget = Budget.of(model, ratio, floor=refits.step if refits is not None else 1)
         for name in SEARCHES:
             for seed in args.seeds[:1] if name == "uniform" else args.seeds:
-                cell = {
+                yield {
                     "search": name,
                     "ratio": ratio,
                     "seed": seed,
                     "refit": args.refit,
-                    "tokens": held.numel(),
+                    "tokens": tokens,
                 }
-                if any(
-                    all(row.get(key) == value for key, value in cell.items())
-                    for row in rows_of(args.out)
-                ):
-                    continue
-                start = time.perf_counter()
-                step = None if refits is None else refits.step
-                facts = searched(name, budget, judge, step, seed, args.out.with_suffix(".pairs"))
-                seconds = time.perf_counter() - start
-                (cut,) = cut_layers(
-                    model, blocks, [facts["widths"]], scores=scores, refit=args.refit
-                )
-                scored = perplexity(
-                    cut.model(model), tokenizer, test, window=1024, max_windows=args.max_windows
-                )
-                row = (
-                    cell
-                    | facts
-                    | {
-                        "perplexity": scored.value,
-                        "seconds": seconds,
-                        "version": __version__,
-                    }
-                )
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(
-                    f"{ratio} {name} seed {seed}: KL {row['loss']:.4f}, perplexity"
-                    f" {row['perplexity']:.2f}, {seconds:.0f} s"
-                )
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the predictor's importance of each layer, mean over seeds, one panel a ratio."""
+def draw(rows: Sequence[Line], path: Path) -> None:
+    """Draws the predictor's importance of each layer, mean over seeds, one panel a ratio."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["search"] == "predictor"]
     if not rows:
-        raise SystemExit("there is no row of the predictor to draw yet; measure first")
+        raise SystemExit("no row of the predictor to draw; measure first")
     ratios = sorted({row["ratio"] for row in rows})
     figure = Figure(figsize=(9, 2.5 * len(ratios)), layout="constrained")
     for panel, ratio in zip(figure.subplots(len(ratios), squeeze=False)[:, 0], ratios, strict=True):
@@ -146,28 +123,25 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
+    made = parser(__doc__)
+    made.add_argument("model", nargs="?")
+    made.add_argument("--data", type=Path)
+    made.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument(
         "--tokens",
         type=int,
         default=1024,
         help="judged on, at most the fifth that the refit does not see",
     )
-    parser.add_argument("--no-refit", dest="refit", action="store_false")
-    parser.add_argument("--max-windows", type=int, default=None)
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    made.add_argument("--no-refit", dest="refit", action="store_false")
+    made.add_argument("--max-windows", type=int, default=None)
+    made.add_argument("--figure", type=Path, help="draw what --out holds, measure nothing")
+    args = made.parse_args()
     if args.figure is not None:
-        draw(rows_of(args.out), args.figure)
+        draw(read_lines(args.out), args.figure)
     elif args.model is None or args.data is None:
-        parser.error("give MODEL and --data, or --figure")
+        made.error("give MODEL and --data, or --figure")
     else:
         measure(args)
 

@@ -1,33 +1,38 @@
-"""The ways to prune that `calibration_free.py` measures, and what they share: the model, texts,
-policies, measurements.
-"""
+"""The ways to prune that `calibration_free.py` measures, named as `prunenet compare` names them."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
+from _common import opened
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.compare.pruner import KEPT, Amount, Pruner
+from prunenet.compare.spec import parse
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.models.layers import ffn_widths
-from prunenet.models.masks import top_channels, width_at, widths_for_budget
-from prunenet.policies.apply import MEASURED, prune
+from prunenet.models.masks import top_channels, widths_for_budget
+from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
-from prunenet.policies.methods import Evidence, pruned_model
+from prunenet.policies.methods import METHODS
 from prunenet.recover.training import Tuning, tuned
-from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
-from prunenet.text.calibration import CalibrationSet, data_blocks, self_blocks
+from prunenet.refit.cut import Cut, cut_layers
 from prunenet.text.corpora import CalibrationText, load_text
 
 Make = Callable[[float], PreTrainedModel]
 CALIBRATION = {"ptb": "ptb/ptb.valid.txt", "wikitext2": "wikitext2/wiki.valid.tokens"}
+BASELINES = ("wanda_sp", "flap", "llm_pruner_element1")
+WITHOUT_TEXT = (
+    "magnitude",
+    "lila",
+    "folding",
+    "prunenet_published",
+    "prunenet_published_trained",
+)
 
 
 @dataclass(frozen=True)
@@ -41,246 +46,183 @@ class Row:
     make: Make
 
 
-class Pruner:
-    """What rows share: the model, text, policies."""
+class Bench:
+    """The dense model, and what prunes it: on its own text one pruner a policy, on others one."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.model, self.tokenizer = (
-            load_model(asked.model, device=asked.device),
-            load_tokenizer(asked.model),
-        )
-        self.data, self.tokens, self.sequences = asked.data, asked.tokens, asked.sequences
-        self.ratios: tuple[float, ...] = tuple(asked.ratios)
+        self.model, self.tokenizer = opened(asked.model, device=asked.device)
         self.policies = [Policy.from_pretrained(folder) for folder in asked.policies]
-        self._cuts: dict[Any, Any] = {}
-        self._evidence: dict[Any, Evidence] = {}
+        self.sequences = asked.sequences
+        self.own = [self.pruner(policy) for policy in self.policies] or [self.pruner(None)]
+        self.external = Pruner(
+            self.model,
+            self.tokenizer,
+            policy=self.own[0].policy,
+            texts={
+                name: load_text(str(asked.data / file), CalibrationText)
+                for name, file in CALIBRATION.items()
+            },
+            amount=Amount(asked.tokens // 512, 512),
+        )
 
-    def external(self, name: str, seed: int = 0) -> CalibrationSet:
-        text = load_text(str(self.data / CALIBRATION[name]), CalibrationText)
-        return data_blocks(self.tokenizer, text, count=self.tokens // 512, window=512, seed=seed)
+    def pruner(self, policy: Policy | None) -> Pruner:
+        """Of a policy, on text that the model writes."""
+        amount = Amount(round(self.sequences * KEPT), 256)
+        return Pruner(self.model, self.tokenizer, policy=policy, amount=amount)
 
-    def written(self, seed: int = 0) -> CalibrationSet:
-        return self_blocks(self.model, self.tokenizer, sequences=self.sequences, seed=seed)
+    def rows(self) -> Iterator[Row]:
+        """Every row of the table."""
+        yield Row("dense", "dense", "-", 0, lambda _: self.model)
+        for seed, pruner in enumerate(self.own if self.policies else []):
+            default = way(pruner, "prunenet:learned")
+            yield Row("self", "default: blend + refit, learned widths", "self", seed, default)
+            uniform = way(pruner, "prunenet:uniform")
+            yield Row("self", "blend + refit, uniform", "self", seed, uniform)
+            recovered = self.recovered(default)
+            yield Row("recovered", "default, then recovered", "self", seed, recovered)
+        yield from self._calibrated()
+        yield from self._ablations()
+        yield from self._from_weights()
 
-    def dense(self, _ratio: float) -> PreTrainedModel:
-        return self.model
+    def _calibrated(self) -> Iterator[Row]:
+        """What reads a text from outside."""
+        named = {}
+        for text in CALIBRATION:
+            named |= {f"{name}, own allocation, {text}": f"{name}@{text}" for name in BASELINES}
+            named |= {
+                f"{name}, uniform, {text}": f"{name}:uniform@{text}"
+                for name in BASELINES
+                if METHODS[name].allocation != "uniform"
+            }
+            named[f"elimination + refit, uniform, {text}"] = f"elimination@{text}"
+        if self.policies:
+            learned = "elimination + refit, learned widths, wikitext2"
+            named[learned] = "elimination:learned@wikitext2"
+        for method, spec in named.items():
+            yield Row("data", method, "data", 0, way(self.external, spec))
 
-    def baseline(
-        self, name: str, blocks: Callable[[], CalibrationSet] | None, seed: int, **options: Any
-    ) -> Make:
+    def _from_weights(self) -> Iterator[Row]:
+        """What reads the weights alone."""
+        for seed, pruner in enumerate(self.own if self.policies else []):
+            learned = way(pruner, "prunenet-weights:learned")
+            yield Row("weights", "policy, learned widths", "weights", seed, learned)
+            uniform = way(pruner, "prunenet-weights:uniform")
+            yield Row("weights", "policy, uniform", "weights", seed, uniform)
+        fresh = way(self.pruner(Policy.untrained(PolicyConfig())), "prunenet-weights:uniform")
+        yield Row("weights", "untrained policy", "weights", 0, fresh)
+        if self.policies:
+            mixed = way(self.pruner(untrained(self.policies[0])), "prunenet-weights:learned")
+            yield Row("weights", "untrained scores, learned widths", "weights", 0, mixed)
+        for seed in range(5):
+            yield Row("weights", "random", "weights", seed, way(self.own[0], "random", seed))
+        for name in WITHOUT_TEXT:
+            yield Row("weights", name, "weights", 0, way(self.own[0], name))
+
+    def _ablations(self) -> Iterator[Row]:
+        """What each part brings; the first policy stands for all seeds."""
+        first = self.own[0]
+        named = {
+            "elimination + refit, uniform": "elimination",
+            "elimination, uniform, no refit": "elimination+off",
+        }
+        if first.policy is not None:
+            named |= {
+                "elimination, learned widths, no refit": "elimination:learned+off",
+                "elimination + refit, learned widths": "elimination:learned",
+                "blend + sequential refit, learned widths": "prunenet:learned+sequential",
+                "blend, learned widths, no refit": "prunenet:learned+off",
+            }
+        makes = {method: way(first, spec) for method, spec in named.items()}
+        if first.policy is not None:
+            makes |= {
+                "policy's channels + refit, learned widths": self.policy_alone(first.policy),
+                "measured energies alone + refit, learned widths": self.energies(first.policy),
+                "policy's channels, best of 96 random widths": self.best_of(96, first.policy),
+                "best of 96 random masks and widths": self.best_of(96, None),
+            }
+        for method, make in makes.items():
+            yield Row("ablation", method, "self", 0, make)
+
+    def policy_alone(self, policy: Policy) -> Make:
+        """The default, its channels not blended with measured energies."""
+
         def make(ratio: float) -> PreTrainedModel:
-            text = None if blocks is None else blocks()
-            key = (None if text is None else text.source["text"], seed)
-            if key not in self._evidence:
-                self._evidence[key] = Evidence(self.model, text, seed)
-            return pruned_model(self._evidence[key], name, ratio, **options)
+            text = self.own[0].blocks("self", 0)[0]
+            options = {"widths": "per-layer", "channels": "policy"}
+            return prune(self.model, policy, ratio=ratio, blocks=text, **options).model
 
         return make
 
-    def weights(self, policy: Policy, widths: str) -> Make:
-        return lambda ratio: prune(self.model, policy, ratio=ratio, widths=widths).model
-
-    def measured(
-        self,
-        blocks: Callable[[], CalibrationSet],
-        *,
-        channels: Policy | None,
-        widths: Policy | None,
-        refit: str = "layerwise",
-        measured: float = MEASURED,
-    ) -> Make:
-        """A policy's channels, blended with measured energies (None: elimination's), refitted on
-        blocks.
-
-        widths: as a policy learned (None: uniform).
-        """
+    def energies(self, policy: Policy) -> Make:
+        """The default, its channels by measured energies alone."""
 
         def make(ratio: float) -> PreTrainedModel:
-            source = blocks().source
-            key = (source["text"], source["seed"], channels, refit == "off", measured)
-            if key not in self._cuts:  # all ratios and both kinds of widths from one walk
-                learned = channels or next(iter(self.policies), None)
-                kinds = [(kind, r) for kind in dict.fromkeys((None, learned)) for r in self.ratios]
-                scores = None if channels is None else channels.scores(self.model)
-                ways = [self._widths(kind, r) for kind, r in kinds]
-                cuts = cut_layers(
-                    self.model,
-                    blocks().ids,
-                    ways,
-                    scores=scores,
-                    measured=measured,
-                    refit=refit != "off",
-                )
-                self._cuts[key] = dict(zip(kinds, cuts, strict=True))
-            cut: Cut = self._cuts[key][widths, ratio]
-            if refit == "sequential":
-                cut = refit_sequentially(self.model, cut, blocks().ids, dense_targets=False)
+            text = self.own[0].blocks("self", 0)[0]
+            widths = policy.widths(self.model, ratio, per_layer=True)
+            scores = policy.scores(self.model)
+            (cut,) = cut_layers(self.model, text.ids, [widths], scores=scores, measured=1.0)
             return cut.model(self.model)
 
         return make
 
     def best_of(self, n: int, policy: Policy | None) -> Make:
-        """What chance finds at the cost of a stage of training: n random cuts at ratio 0.3, judged
-        as training judges them.
+        """What chance finds at the cost of a stage of training.
 
-        Random widths; a policy's channels, or random ones. Other ratios take the best one's
-        log-odds and channels.
+        Draws n random cuts at ratio 0.3, with random widths and a policy's channels or random
+        ones, and judges them as training does. Other ratios take the best one's log-odds and
+        channels.
         """
+        best: list[tuple[list[float], list[Tensor]]] = []
 
         def make(ratio: float) -> PreTrainedModel:
-            if (n, policy) not in self._cuts:
-                generator = torch.Generator().manual_seed(0)
-                d_ff = ffn_widths(self.model)
-                known = None if policy is None else policy.scores(self.model)
-                draws = []
-                for _ in range(n):
-                    offsets = torch.randn(len(d_ff), generator=generator).mul(0.5).tolist()
-                    draws.append(
-                        (
-                            offsets,
-                            known or [torch.rand(width, generator=generator) for width in d_ff],
-                        )
-                    )
+            if not best:
+                draws = self._draws(n, policy)
                 keeps = [self._keep(offsets, scores, 0.3) for offsets, scores in draws]
-                reward = DivergenceReward(self.model, self.written().ids[:4, :128])
-                paid = reward.sweep([torch.stack(layer) for layer in zip(*keeps, strict=True)])[
-                    "divergence"
-                ]
-                self._cuts[n, policy] = draws[int(paid.argmax())]
-            offsets, scores = self._cuts[n, policy]
-            return Cut(self._keep(offsets, scores, ratio), None).model(self.model)
+                text = self.own[0].blocks("self", 0)[0]
+                reward = DivergenceReward(self.model, text.ids[:4, :128])
+                masks = [torch.stack(layer) for layer in zip(*keeps, strict=True)]
+                best.append(draws[int(reward.sweep(masks)["divergence"].argmax())])
+            return Cut(self._keep(*best[0], ratio), None).model(self.model)
 
         return make
 
     def recovered(self, make: Make) -> Make:
-        """What `make` cuts, trained for 100 steps on the dense model's predictions on its own text
-        (`prunenet recover`).
+        """What `make` cuts, trained for 100 steps on the dense model's predictions on its own text,
+        as `prunenet recover` does.
         """
 
         def trained(ratio: float) -> PreTrainedModel:
+            text = self.own[0].blocks("self", 0)[0]
             with torch.enable_grad():
-                return tuned(make(ratio), self.written(), Tuning(), teacher=self.model).model
+                return tuned(make(ratio), text, Tuning(), teacher=self.model).model
 
         return trained
+
+    def _draws(self, n: int, policy: Policy | None) -> list[tuple[list[float], list[Tensor]]]:
+        """Random log-odds of the layers' widths, and scores of their channels."""
+        generator = torch.Generator().manual_seed(0)
+        d_ff = ffn_widths(self.model)
+        known = None if policy is None else policy.scores(self.model)
+        draws = []
+        for _ in range(n):
+            offsets = torch.randn(len(d_ff), generator=generator).mul(0.5).tolist()
+            scores = known or [torch.rand(width, generator=generator) for width in d_ff]
+            draws.append((offsets, scores))
+        return draws
 
     def _keep(self, offsets: list[float], scores: list[Tensor], ratio: float) -> list[Tensor]:
         widths = widths_for_budget(ffn_widths(self.model), offsets, ratio)
         return [top_channels(row, width) for row, width in zip(scores, widths, strict=True)]
 
-    def _widths(self, policy: Policy | None, ratio: float) -> list[int]:
-        if policy is None:
-            return [width_at(d_ff, ratio) for d_ff in ffn_widths(self.model)]
-        return policy.widths(self.model, ratio, per_layer=True)
+
+def way(pruner: Pruner, spec: str, seed: int = 0) -> Make:
+    """What `prunenet compare` makes of a spec."""
+    asked = parse(spec, CALIBRATION)
+    return lambda ratio: pruner.make(asked, ratio, seed).model
 
 
-def rows(shop: Pruner) -> Iterator[Row]:
-    """Every row of the table."""
-    yield Row("dense", "dense", "-", 0, shop.dense)
-    for seed, policy in enumerate(shop.policies):
-        make = shop.measured(shop.written, channels=policy, widths=policy)
-        yield Row("self", "default: blend + refit, learned widths", "self", seed, make)
-        make = shop.measured(shop.written, channels=policy, widths=None)
-        yield Row("self", "blend + refit, uniform", "self", seed, make)
-    for calibration in CALIBRATION:
-        text = lambda name=calibration: shop.external(name)  # noqa: E731
-        for name in ("wanda_sp", "flap", "llm_pruner_element1"):
-            yield Row(
-                "data",
-                f"{name}, own allocation, {calibration}",
-                "data",
-                0,
-                shop.baseline(name, text, 0),
-            )
-        for name in ("flap", "llm_pruner_element1"):
-            make = shop.baseline(name, text, 0, allocation="uniform")
-            yield Row("data", f"{name}, uniform, {calibration}", "data", 0, make)
-        make = shop.measured(text, channels=None, widths=None)
-        yield Row("data", f"elimination + refit, uniform, {calibration}", "data", 0, make)
-    yield from ablations(shop)
-    for seed, policy in enumerate(shop.policies):
-        make = shop.recovered(shop.measured(shop.written, channels=policy, widths=policy))
-        yield Row("recovered", "default, then recovered", "self", seed, make)
-    for seed, policy in enumerate(shop.policies):
-        yield Row(
-            "weights", "policy, learned widths", "weights", seed, shop.weights(policy, "per-layer")
-        )
-        yield Row("weights", "policy, uniform", "weights", seed, shop.weights(policy, "uniform"))
-    yield Row(
-        "weights",
-        "untrained policy",
-        "weights",
-        0,
-        shop.weights(Policy.untrained(PolicyConfig()), "uniform"),
-    )
-    if shop.policies:
-        yield Row(
-            "weights",
-            "untrained scores, learned widths",
-            "weights",
-            0,
-            shop.weights(untrained(shop), "per-layer"),
-        )
-    for seed in range(5):
-        yield Row("weights", "random", "weights", seed, shop.baseline("random", None, seed))
-    for name in (
-        "magnitude",
-        "lila",
-        "folding",
-        "prunenet_published",
-        "prunenet_published_trained",
-    ):
-        yield Row("weights", name, "weights", 0, shop.baseline(name, None, 0))
-
-
-def ablations(shop: Pruner) -> Iterator[Row]:
-    """What each part brings; the first policy stands for all seeds."""
-    elimination = partial(shop.measured, shop.written, channels=None)
-    yield Row("ablation", "elimination + refit, uniform", "self", 0, elimination(widths=None))
-    yield Row(
-        "ablation",
-        "elimination, uniform, no refit",
-        "self",
-        0,
-        elimination(widths=None, refit="off"),
-    )
-    if not shop.policies:
-        return
-    first = shop.policies[0]
-    yield Row(
-        "ablation",
-        "elimination, learned widths, no refit",
-        "self",
-        0,
-        elimination(widths=first, refit="off"),
-    )
-    yield Row(
-        "ablation", "elimination + refit, learned widths", "self", 0, elimination(widths=first)
-    )
-    ours = partial(shop.measured, shop.written, channels=first, widths=first)
-    yield Row(
-        "ablation", "blend + sequential refit, learned widths", "self", 0, ours(refit="sequential")
-    )
-    yield Row("ablation", "blend, learned widths, no refit", "self", 0, ours(refit="off"))
-    yield Row(
-        "ablation", "policy's channels + refit, learned widths", "self", 0, ours(measured=0.0)
-    )
-    yield Row(
-        "ablation", "measured energies alone + refit, learned widths", "self", 0, ours(measured=1.0)
-    )
-    make = shop.measured(lambda: shop.external("wikitext2"), channels=None, widths=first)
-    yield Row("data", "elimination + refit, learned widths, wikitext2", "data", 0, make)
-    yield Row(
-        "ablation",
-        "policy's channels, best of 96 random widths",
-        "self",
-        0,
-        shop.best_of(96, first),
-    )
-    yield Row("ablation", "best of 96 random masks and widths", "self", 0, shop.best_of(96, None))
-
-
-def untrained(shop: Pruner) -> Policy:
-    """The first policy's widths, with the scores that training starts from."""
-    policy, fresh = shop.policies[0], Policy.untrained(PolicyConfig())
+def untrained(policy: Policy) -> Policy:
+    """A policy's widths, with the scores that training starts from."""
+    fresh = Policy.untrained(PolicyConfig())
     fresh.scorer.widths.load_state_dict(policy.scorer.widths.state_dict())
     return fresh

@@ -1,14 +1,14 @@
-"""How much faster a pruned model runs than the dense one, against the share of FLOPs that is gone.
+r"""Measures how much faster a pruned model runs, against the share of FLOPs that is gone.
 
-    python benchmarks/latency.py MODEL --out benchmarks/results/latency.jsonl [--device cuda --dtype
-    bfloat16] python benchmarks/latency.py llama-2-7b --device cuda --dtype bfloat16 --out
-    benchmarks/results/latency.jsonl python benchmarks/latency.py MODEL --part widths --out
-    benchmarks/results/latency.jsonl
+    python benchmarks/latency.py MODEL --out benchmarks/results/latency.jsonl
+    python benchmarks/latency.py llama-2-7b --device cuda --dtype bfloat16 \
+        --out benchmarks/results/latency.jsonl
+    python benchmarks/latency.py MODEL --part widths --out benchmarks/results/latency.jsonl
 
 MODEL is a checkpoint, or a shape of `shapes.py` with random weights (which channels go does not
-matter for speed). Models are measured in turn, repeat by repeat: dense, and cut at each ratio to
+matter for speed). Measures in turn, repeat by repeat: the dense model, and cuts at each ratio to
 uniform widths and, where a policy ships for the family, to the widths that it learned. One JSON
-line for each batch size, plain and compiled; what `--out` has already is left out.
+line for each batch size, plain and compiled.
 
 FLOPs are those of the matrix products of linear layers and attention, two for a multiplication with
 its addition. Prefill computes the logits of the last token alone. "speedup" divides medians;
@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from phases import Clock
+from _common import Clock, append_line, is_measured, parser, read_lines, setting
 from shapes import SHAPES, random_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet import __version__
 from prunenet.checkpoints.load import load_model
+from prunenet.compare.machine import synchronise
 from prunenet.evaluation.speed import speed, speed_side_by_side
 from prunenet.models.heads import out_linears
 from prunenet.models.layers import ffn_widths, iter_ffns
@@ -51,42 +50,43 @@ MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--part", choices=("models", "widths"), default="models")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5])
-    parser.add_argument("--round", type=int, default=32, help="widths are multiples of this")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--compile", choices=("off", "on", "both"), default="both")
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = asked()
     dense = the_model(arguments)
+    shared = {"model": Path(arguments.model).name, "dtype": arguments.dtype}
+    shared |= setting(arguments.device)
     if arguments.part == "widths":
-        write(
-            arguments,
-            {"part": "widths"},
-            {"rows": around(dense, arguments.ratios, arguments.repeats)},
-        )
+        rows = around(dense, arguments.ratios, arguments.repeats)
+        append_line(arguments.out, shared | {"part": "widths", "rows": rows})
         return
     models = {"dense": dense} | cut(dense, arguments.ratios, arguments.round)
     for model in models.values():
         model.to(arguments.device, getattr(torch, arguments.dtype))
     for compiled in {"off": [False], "on": [True], "both": [False, True]}[arguments.compile]:
         for batch in arguments.batches:
-            asked = {
+            key = shared | {"part": "models", "batch": batch, "compiled": compiled}
+            key |= {
                 name: getattr(arguments, name)
                 for name in ("round", "prompt", "new_tokens", "repeats", "ratios")
             }
-            key = {"part": "models", "batch": batch, "compiled": compiled, **asked}
-            if not written(arguments, key):
-                write(arguments, key, {"rows": measured(models, arguments, batch, compiled)})
+            if not is_measured(read_lines(arguments.out), key):
+                found = measured(models, arguments, batch, compiled)
+                append_line(arguments.out, key | {"rows": found})
+
+
+def asked() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("model")
+    made.add_argument("--part", choices=("models", "widths"), default="models")
+    made.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5])
+    made.add_argument("--round", type=int, default=32, help="widths are multiples of this")
+    made.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    made.add_argument("--compile", choices=("off", "on", "both"), default="both")
+    made.add_argument("--prompt", type=int, default=128)
+    made.add_argument("--new-tokens", type=int, default=32)
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    return made.parse_args()
 
 
 def the_model(arguments: argparse.Namespace) -> PreTrainedModel:
@@ -246,35 +246,8 @@ def timed(call: Callable[[], object], times: int, device: torch.device) -> float
     start = clock()
     for _ in range(times):
         call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return (clock() - start) / times
-
-
-def setting(arguments: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    return {
-        "model": Path(arguments.model).name,
-        "device": arguments.device,
-        "dtype": arguments.dtype,
-        "threads": threads,
-    }
-
-
-def written(arguments: argparse.Namespace, key: dict[str, Any]) -> bool:
-    """Whether the file has this line already."""
-    if not arguments.out.exists():
-        return False
-    wanted = setting(arguments) | key
-    lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
-    return any(all(line.get(name) == value for name, value in wanted.items()) for line in lines)
-
-
-def write(arguments: argparse.Namespace, key: dict[str, Any], found: dict[str, Any]) -> None:
-    line = setting(arguments) | key | found | {"torch": torch.__version__, "prunenet": __version__}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

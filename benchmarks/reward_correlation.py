@@ -1,29 +1,29 @@
-"""Does a reward track quality? Rank correlation of every reward with the perplexity of held-out
-text, over many kinds of mask.
+r"""Measures whether a reward tracks quality: its rank correlation with perplexity over many masks.
 
     python benchmarks/reward_correlation.py MODEL --data ../shared/data --policy runs/seed0 \
         --out benchmarks/results/reward_correlation.jsonl
     python benchmarks/reward_correlation.py --figure benchmarks/results/reward_correlation.png \
         --out benchmarks/results/reward_correlation.jsonl
 
-All masks remove the same share of channels. A mask takes a score of its channels (random, a weight
-norm in either direction, activation energy on self-generated text, or the policy's), blurred by
-noise, at uniform widths or at widths drawn at random. Perplexity is that of WikiText-2 validation;
-the text of the rewards is the model's own. One JSON line per mask; resumable.
+All masks remove the same share of channels. A mask ranks channels by a score with added noise:
+random, a weight norm in either direction, activation energy on self-written text, or the policy's.
+Widths are uniform or random. Perplexity is that of WikiText-2 validation; rewards read the model's
+own text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Line, append_line, opened, parser, read_lines
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.evaluation.perplexity import perplexity
@@ -89,7 +89,7 @@ class Masks:
 
 
 def study(arguments: argparse.Namespace) -> None:
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = opened(arguments.model)
     blocks = self_blocks(model, tokenizer).ids
     text = load_text(str(arguments.data / "wikitext2" / "wiki.valid.tokens"), TestText)
     masks = Masks(model, Policy.from_pretrained(arguments.policy), blocks, arguments.ratio)
@@ -102,11 +102,7 @@ def study(arguments: argparse.Namespace) -> None:
         "reconstruction": ReconstructionReward(model, blocks),
         "divergence": DivergenceReward(model, blocks[:4, :128]),
     }
-    done = (
-        {json.loads(line)["mask"] for line in arguments.out.open()}
-        if arguments.out.exists()
-        else set()
-    )
+    done = {line["mask"] for line in read_lines(arguments.out)}
     left = [number for number in range(arguments.masks) if number not in done]
     for numbers in (left[i : i + 8] for i in range(0, len(left), 8)):
         kinds, drawn = zip(*(masks.draw(number) for number in numbers), strict=True)
@@ -120,10 +116,9 @@ def study(arguments: argparse.Namespace) -> None:
                 "kind": kinds[index],
                 "ratio": arguments.ratio,
                 "perplexity": value,
+                "rewards": {name: values[index] for name, values in paid.items()},
             }
-            line["rewards"] = {name: values[index] for name, values in paid.items()}
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(arguments.out, line)
             print(number, kinds[index], round(value, 1), flush=True)
 
 
@@ -135,7 +130,7 @@ def _paid(reward: Reward, keep: list[Tensor]) -> Tensor:
     return torch.stack([*layers, *reward.sweep(keep).values()]).sum(0)
 
 
-def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
+def summary(lines: Sequence[Line]) -> dict[str, float]:
     """Spearman's rank correlation of each reward with minus the perplexity."""
     quality = [-line["perplexity"] for line in lines]
     return {
@@ -144,7 +139,7 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def figure(lines: list[dict[str, Any]], path: Path) -> None:
+def figure(lines: Sequence[Line], path: Path) -> None:
     from matplotlib import pyplot
 
     correlations = summary(lines)
@@ -164,20 +159,19 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--policy")
-    parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--masks", type=int, default=200)
-    parser.add_argument("--figure", type=Path, help="draw what --out holds, measure nothing")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("model", nargs="?")
+    made.add_argument("--data", type=Path)
+    made.add_argument("--policy")
+    made.add_argument("--ratio", type=float, default=0.3)
+    made.add_argument("--masks", type=int, default=200)
+    made.add_argument("--figure", type=Path, help="draw what --out holds, measure nothing")
+    arguments = made.parse_args()
+    if arguments.figure is None and None in (arguments.model, arguments.data, arguments.policy):
+        made.error("give MODEL, --data and --policy, or --figure")
     if arguments.figure is None:
         study(arguments)
-    lines = [json.loads(line) for line in arguments.out.open()]
+    lines = read_lines(arguments.out)
     if arguments.figure is not None:
         figure(lines, arguments.figure)
     print(json.dumps({"masks": len(lines), "rank_correlation": summary(lines)}))

@@ -1,15 +1,14 @@
-"""Time and memory of each phase against the size of the model: random weights in the shapes of real
-models.
+r"""Measures time and memory of each phase against the size of the model, on random weights.
 
-    python benchmarks/scale.py --shapes smollm2-135m llama-3.2-1b llama-2-7b --out
-    benchmarks/results/scale.jsonl python benchmarks/scale.py --figure scale.png --out
-    benchmarks/results/scale.jsonl    # of what the file holds python benchmarks/scale.py --recipe
-    llama-2-7b --device cuda --out benchmarks/results/scale.jsonl
+    python benchmarks/scale.py --shapes smollm2-135m llama-3.2-1b llama-2-7b \
+        --out benchmarks/results/scale.jsonl
+    python benchmarks/scale.py --recipe llama-2-7b --device cuda \
+        --out benchmarks/results/scale.jsonl
+    python benchmarks/scale.py --figure scale.png --out benchmarks/results/scale.jsonl
 
-A model of each shape is built with 1 and with 2 layers (`--layers`), in a process of its own each;
-one JSON line each, and what `--out` has already is not measured again. A whole model's cost is the
-line through those points at its own number of layers; a third number of layers says how far off
-that is. Phases:
+Builds a model of each shape with 1 and with 2 layers (`--layers`), each in a process of its own. A
+whole model's cost is the line through those points at its own number of layers; a third number of
+layers shows the error of that. The figure draws what the file holds. Phases:
 
 * score: the shipped policy reads the weights (`Policy.read`: statistics of every channel,
   embeddings included);
@@ -21,102 +20,96 @@ that is. Phases:
 Costs are seconds of all threads together (CPU) or of the clock (GPU), and the peak of memory over
 that of a process that has loaded the libraries: resident (Linux only) or allocated on the GPU.
 Exponents are the slopes of least squares lines through the logarithms of cost and parameters.
-Floors: FLOPs of the phase, at the rate of one large product of the same dtype measured in the same
-process; of what is written or hashed, bytes at the measured rate.
+Floors are FLOPs at the rate of one large product of the same dtype, measured in the same process,
+and bytes written or hashed at the measured rate.
 
-All take `--device cuda`. `--recipe SHAPE`: the published recipe (arXiv 2501.15296: gate matrix, 20
-updates, one mask of each layer) from weights in memory to a policy, then pruned by it and saved;
-all layers unless `--layers` says fewer.
+`--recipe SHAPE` trains a policy by the published recipe (arXiv 2501.15296: gate matrix, 20 updates,
+one mask of each layer), prunes by it and saves; all layers unless `--layers` says fewer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
+from _common import Clock, Line, append_line, is_measured, parser, read_lines, setting
 from floors import RATIO, floor, recipe_floors, speeds
-from phases import Clock
+from recipe_clock import (
+    SAVE,
+    cost_clock,
+    in_a_process,
+    masks_of,
+    pruned_and_saved,
+    timing,
+)
 from scale_report import PHASES, draw, report
 from shapes import SHAPES, parameters_of, random_model
 
-from prunenet import __version__
 from prunenet.envs.rewards import EXACT_UP_TO
 from prunenet.models.layers import iter_ffns
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
-from prunenet.policies.training.recipe import PRESETS, Recipe
+from prunenet.policies.training.recipe import PRESETS
 from prunenet.spectra.exact import SpectralReference
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    arguments = asked()
+    if arguments.job:
+        shape, layers = arguments.job
+        run = recipe if arguments.recipe else measure
+        print(json.dumps(run(shape, int(layers), arguments)))
+        return
+    for shape in [arguments.recipe] if arguments.recipe else arguments.shapes:
+        own = [SHAPES[shape]["num_hidden_layers"]] if arguments.recipe else [1, 2]
+        for layers in arguments.layers or own:
+            key: Line = {
+                "part": "recipe" if arguments.recipe else "phases",
+                "shape": shape,
+                "layers": layers,
+                "device": arguments.device,
+                "dtype": arguments.dtype,
+            }
+            key |= {"updates": arguments.updates} if arguments.recipe else {}
+            if not is_measured(read_lines(arguments.out), key):
+                append_line(arguments.out, key | in_a_process(shape, layers))
+    wanted = {"part": "phases", "device": arguments.device}
+    fits = report([line for line in read_lines(arguments.out) if wanted.items() <= line.items()])
+    if arguments.figure:
+        draw(fits, arguments.figure)
+
+
+def asked() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument(
         "--shapes", nargs="*", choices=SHAPES, default=[], help="none: only report what --out holds"
     )
-    parser.add_argument(
+    made.add_argument(
         "--layers",
         type=int,
         nargs="+",
         help="built of each shape; default 1 2, with --recipe the shape's own",
     )
-    parser.add_argument(
+    made.add_argument(
         "--recipe", choices=SHAPES, help="train as published on this shape, prune and save"
     )
-    parser.add_argument("--updates", type=int, default=20, help="of --recipe")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
+    made.add_argument("--updates", type=int, default=20, help="of --recipe")
+    made.add_argument("--device", default="cpu")
+    made.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights"
     )
-    parser.add_argument("--scratch", type=Path, help="folder for pruned checkpoints")
-    parser.add_argument("--figure", type=Path, help="PNG to draw")
-    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    if arguments.job:
-        shape, layers = arguments.job
-        job = recipe if arguments.recipe else measure
-        print(json.dumps(job(shape, int(layers), arguments)))
-        return
-    for shape in [arguments.recipe] if arguments.recipe else arguments.shapes:
-        own = [SHAPES[shape]["num_hidden_layers"]] if arguments.recipe else [1, 2]
-        for layers in arguments.layers or own:
-            key = {
-                "part": "recipe" if arguments.recipe else "phases",
-                "shape": shape,
-                "layers": layers,
-            }
-            key |= {"device": arguments.device, "dtype": arguments.dtype} | (
-                {"updates": arguments.updates} if arguments.recipe else {}
-            )
-            if not any(key.items() <= line.items() for line in lines(arguments.out)):
-                write(arguments.out, key | in_a_process(shape, layers))
-    fits = report(
-        [
-            line
-            for line in lines(arguments.out)
-            if line["part"] == "phases" and line["device"] == arguments.device
-        ]
-    )
-    if arguments.figure:
-        draw(fits, arguments.figure)
+    made.add_argument("--scratch", type=Path, help="folder for pruned checkpoints")
+    made.add_argument("--figure", type=Path, help="PNG to draw")
+    made.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    return made.parse_args()
 
 
-def measure(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each phase of a model with this many layers."""
+def measure(shape: str, layers: int, arguments: argparse.Namespace) -> Line:
+    """Costs of each phase of a model with this many layers."""
     clock = Clock(arguments.device)
     with clock.phase("libraries"):
         torch.ones(8, 8, device=arguments.device) @ torch.ones(8, 8, device=arguments.device)
@@ -150,23 +143,18 @@ def measure(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str,
         rates = speeds(arguments.device, Path(scratch), cost_clock(arguments.device))
     floors = {phase: floor(phase, model, saved, rates) for phase in PHASES}
     parameters, layer = parameters_of(shape)
-    facts = {
+    facts: Line = {
         "parameters": parameters,
         "layer_parameters": layer,
         "rewards": rewards,
         "rates": rates,
     }
-    return facts | {
-        "phases": clock.phases,
-        "floor_seconds": floors,
-        "threads": torch.get_num_threads(),
-    }
+    facts |= {"phases": clock.phases, "floor_seconds": floors}
+    return facts | setting(arguments.device)
 
 
-def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The published recipe end to end; seconds of its parts (of the processor on a CPU), taken
-    inside the training itself.
-    """
+def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> Line:
+    """Costs of the published recipe, with the seconds of its parts taken inside the training."""
     from prunenet.envs.sweep import View
     from prunenet.policies.training import train as training
 
@@ -179,23 +167,16 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
     chosen = replace(PRESETS["paper"], updates=arguments.updates)
     with (
         clock.phase("train"),
-        timing(training, "weights_sha256", "hash of the weights", parts, arguments.device, ticks),
-        timing(training, "SpectralReward", "dense spectra", parts, arguments.device, ticks),
-        timing(View, "of", "statistics", parts, arguments.device, ticks),
+        timing(training, "weights_sha256", "hash of the weights", parts, ticks),
+        timing(training, "SpectralReward", "dense spectra", parts, ticks),
+        timing(View, "of", "statistics", parts, ticks),
     ):
         trained = training.train(model, chosen, progress=lambda *_: marks.append(ticks()))
-    policy = trained.policy
     parts["episodes"] = marks[-1] - marks[0]
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        with clock.phase("prune"):
-            pruned = prune(model, policy, ratio=RATIO, widths="uniform")
-        with clock.phase("save, reload and compare"):
-            pruned.save_pretrained(Path(scratch) / "pruned")
-        saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
-        rates = speeds(arguments.device, Path(scratch), ticks)
+    saved, rates = pruned_and_saved(clock, model, trained.policy, ticks, arguments.scratch)
     route = "stochastic" if next(iter_ffns(model)).d_model > EXACT_UP_TO else "exact"
     floors = recipe_floors(route, model, saved, masks_of(chosen), rates, arguments.device)
-    facts = {
+    facts: Line = {
         "spectrum": route,
         "phases": clock.phases,
         "parts_of_train": parts,
@@ -204,77 +185,11 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> dict[str, 
     }
     unit = "cpu_seconds" if arguments.device == "cpu" else "seconds"
     for name, seconds in (
-        parts | {name: clock.phases[name][unit] for name in ("prune", "save, reload and compare")}
+        parts | {name: clock.phases[name][unit] for name in ("prune", SAVE)}
     ).items():
         print(f"{name}: {seconds:.2f} {unit}, floor {floors[name]:.2f}", flush=True)
-    return facts | {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def masks_of(chosen: Recipe) -> int:
-    """Of each layer, once the untrained policy has been judged: those played, and one at each
-    evaluation.
-    """
-    return chosen.updates * chosen.masks + -(-chosen.updates // chosen.evaluate_every)
-
-
-@contextmanager
-def timing(
-    where: Any,
-    name: str,
-    part: str,
-    into: dict[str, float],
-    device: str,
-    clock: Callable[[], float] | None = None,
-) -> Iterator[None]:
-    """Inside, each call of a function of a module or class adds its seconds, of the wall clock
-    unless another is given.
-    """
-    original, clock = getattr(where, name), clock or partial(now, device)
-
-    def timed(*given: Any, **named: Any) -> Any:
-        start = clock()
-        result = original(*given, **named)
-        into[part] = into.get(part, 0.0) + clock() - start
-        return result
-
-    with patch.object(where, name, timed):
-        yield
-
-
-def now(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def cost_clock(device: str) -> Callable[[], float]:
-    return time.process_time if torch.device(device).type == "cpu" else partial(now, device)
-
-
-def in_a_process(shape: str, layers: int) -> dict[str, Any]:
-    """Runs one job afresh, with the arguments of this one; memory of a job is not the next
-    one's.
-    """
-    command = [sys.executable, *sys.argv, "--job", shape, str(layers)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    *shown, last = done.stdout.splitlines()
-    print(f"{shape}, {layers} layers", *shown, sep="\n  ", flush=True)
-    result: dict[str, Any] = json.loads(last)
-    return result
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write(path: Path, line: dict[str, Any]) -> None:
-    line |= {"torch": torch.__version__, "prunenet": __version__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    return facts | setting(arguments.device)
 
 
 if __name__ == "__main__":

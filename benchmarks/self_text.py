@@ -1,15 +1,14 @@
-"""Which self-written text stands in best for real text? One JSON line per setting; finished ones
-are skipped.
+r"""Measures which self-written text stands in best for real text.
 
-    python benchmarks/self_text.py MODEL --data ../shared/data --out
-    benchmarks/results/self_text.jsonl
+    python benchmarks/self_text.py MODEL --data ../shared/data \
+        --out benchmarks/results/self_text.jsonl
 
-A setting writes a small text (16 sequences of 127 counted tokens, unless it says otherwise),
-measures its FFN moments H_self and is scored against the moments H of real texts: WikiText-2
-validation, PTB validation, the built-in calibration text; never a test text. Each real text has two
-halves of as many tokens (16 windows of 128, drawn without overlap): A competes, B judges. First
-positions are not counted anywhere (an attention sink there outweighs all else), unless the setting
-says so.
+A setting writes a small text (16 sequences of 127 counted tokens, unless it says otherwise) and
+measures its second moments H_self of FFN activations. Its score compares them with the moments H of
+real texts: WikiText-2 validation, PTB validation, the built-in calibration text; never a test text.
+Each real text has two halves of as many tokens (16 windows of 128, drawn without overlap): A
+competes, B judges. First positions do not count (an attention sink there outweighs all else),
+unless the setting says so.
 
 Scores, all on H of half B, per layer, at ratio 0.3. K(H): the channels with the largest diag(H)_j
 |W_j|^2, W the down matrix.
@@ -22,14 +21,12 @@ Scores, all on H of half B, per layer, at ratio 0.3. K(H): the channels with the
 
 Both are means over every third layer and the last (0, 3, .., 27, 29 of SmolLM2), then over the
 texts. `lost` and `refit_lost` are the shares themselves. Rows "real: X" put half A of text X in the
-place of the self-written text: what calibration on another domain costs (the text itself, at 0, is
-in their mean). `repeats` is the share of 8-grams that the text had already.
+place of the self-written text, and show what calibration on another domain costs (the text itself,
+at 0, is in their mean). `repeats` is the share of 8-grams that the text had already.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -38,9 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import append_line, opened, parser, read_lines
 from torch import Tensor
 
-from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.envs.rewards import energy_lost
 from prunenet.models.layers import down_linears
 from prunenet.models.masks import top_channels, width_at
@@ -91,7 +88,7 @@ class Bench:
     """The model, and half A and half B of the real texts."""
 
     def __init__(self, source: str, data: Path) -> None:
-        self.model, self.tokenizer = load_model(source), load_tokenizer(source)
+        self.model, self.tokenizer = opened(source)
         self.start = document_start(self.tokenizer)
         self.downs = [linear.weight.detach() for linear in down_linears(self.model)]
         count = len(self.downs)
@@ -221,35 +218,26 @@ def runs(bench: Bench) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", help="names of settings; default all")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("model")
+    made.add_argument("--data", type=Path, required=True)
+    made.add_argument("--only", nargs="*", help="names of settings; default all")
+    arguments = made.parse_args()
     torch.set_num_threads(1)
-    done = (
-        {json.loads(line)["setting"] for line in arguments.out.open()}
-        if arguments.out.exists()
-        else set()
-    )
+    done = {line["setting"] for line in read_lines(arguments.out)}
     bench = Bench(arguments.model, arguments.data)
     print(f"real texts measured, {time.process_time():.0f} s of CPU", flush=True)
     for name, run in runs(bench):
         if name in done or (arguments.only and name not in arguments.only):
             continue
-        line = {"setting": name, "torch": torch.__version__, **run()}
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line = {"setting": name, **run()}
+        append_line(arguments.out, line)
         print(
             name,
             *(round(line[key], 3) for key in ("regret", "refit_regret", "lost", "refit_lost")),
             flush=True,
         )
-    lines = [json.loads(line) for line in arguments.out.open()]
-    for line in sorted(lines, key=lambda line: line["refit_regret"]):
+    for line in sorted(read_lines(arguments.out), key=lambda line: line["refit_regret"]):
         each = ", ".join(
             f"{name} {t['regret']:.2f} / {t['refit_regret']:.2f}"
             for name, t in line["texts"].items()

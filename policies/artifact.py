@@ -33,7 +33,7 @@ from prunenet.features.from_weights import (
 from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.runtime.files import write_atomic
+from prunenet.runtime.files import make_folders, write_atomic
 from prunenet.text.calibration import CalibrationSet
 
 ZOO = Path(__file__).parent / "zoo"
@@ -128,12 +128,22 @@ class Policy:
             ) from None
         return policy
 
+    def check_measured(self, measured: bool) -> None:
+        """Raises ValueError where this policy reads activations and there is no calibration text
+        to measure them on.
+        """
+        if self.config.moments and not measured:
+            raise ValueError(
+                "this policy scores channels by their activations: give it text to measure"
+                " them on (`blocks`), or take a policy that reads weights alone"
+            )
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `config.json` and `model.safetensors`; an existing policy in the folder is
         replaced file by file.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
         write_atomic(folder / "model.safetensors", self._weights())
         write_atomic(folder / "config.json", config.encode())
@@ -180,7 +190,7 @@ class Policy:
                 `prunenet.features.from_activations`.
             UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
-        check_measured(self, blocks is not None)
+        self.check_measured(blocks is not None)
         if blocks is None or not self.config.moments:
             return self.read(model)[0]
         statistics = channel_features(model, blocks.ids, progress=progress)
@@ -204,7 +214,7 @@ class Policy:
         Raises:
             ValueError, UnsupportedArchitecture: as `scores`.
         """
-        check_measured(self, False)
+        self.check_measured(False)
         scores, rows, layers = [], [], len(ffn_widths(model))
         for statistics, row in observe(model):
             scores.append(self.scorer.to(row.device)(statistics, row))
@@ -215,7 +225,7 @@ class Policy:
         return scores, [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
 
     @torch.no_grad()
-    def offsets(self, model: PreTrainedModel) -> list[float]:
+    def offsets(self, model: Weights) -> list[float]:
         """Log-odds of each layer's share of channels kept, see `ChannelScorer.offsets`. All 0:
         uniform widths.
         """
@@ -269,17 +279,6 @@ class Policy:
             top_channels(scores, width)
             for scores, width in zip(self.scores(model, blocks), widths, strict=True)
         ]
-
-
-def check_measured(policy: Policy, measured: bool) -> None:
-    """Raises ValueError where a policy that reads activations has no token blocks to measure them
-    on.
-    """
-    if policy.config.moments and not measured:
-        raise ValueError(
-            "this policy scores channels by their activations: give it token blocks to measure them"
-            " on (--moments self or data), or take a policy that reads weights alone"
-        )
 
 
 def zoo() -> dict[str, Path]:

@@ -4,8 +4,8 @@ layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,17 +13,17 @@ from prunenet.checkpoints.offload import SHARD
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint, save_streamed
 from prunenet.models.layers import iter_ffns
-from prunenet.models.masks import top_channels
+from prunenet.models.masks import width_at
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import (
-    check_choices,
-    check_size,
-    chosen_way,
+    Progress,
+    decide,
     provenance_of,
+    ratio_of,
     stage_of,
-    ways_to_cut,
 )
 from prunenet.policies.artifact import Policy
+from prunenet.policies.options import PruneChoices, PruneOptions, options_of
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_absent, check_room
 
@@ -32,15 +32,13 @@ def prune_streamed(
     source: StreamedCheckpoint,
     out: str | Path,
     policy: Policy,
+    options: PruneOptions | None = None,
     *,
-    ratio: float | None = None,
-    params: float | None = None,
-    round_to: int = 8,
-    widths: str = "auto",
     policy_name: str = "policy",
     tokenizer: PreTrainedTokenizerBase | None = None,
     shard: int | str = SHARD,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
+    **choices: Unpack[PruneChoices],
 ) -> Provenance:
     """`apply.prune` from weights alone and `Pruned.save_pretrained`, without the model in memory:
     the same tensors and files.
@@ -52,10 +50,10 @@ def prune_streamed(
         source: the checkpoint.
         out: folder to create.
         policy: reads weights alone.
-        ratio, params, round_to, widths, policy_name: as for `prune`.
+        options, policy_name, choices: as for `prune`.
         tokenizer: saved beside the model.
         shard: largest file of weights, see `prunenet.checkpoints.streaming.save_streamed`.
-        progress: called with (what is going on, done, in all).
+        progress: see `prunenet.policies.apply.Progress`.
 
     Returns:
         What was written to `prunenet.json`.
@@ -65,25 +63,17 @@ def prune_streamed(
         CheckpointError: as `save_streamed`; that `out` exists or its disk is too small is said
             before anything is read.
     """
-    out, dense = Path(out), source.skeleton
-    channels, refit = check_choices(policy, False, widths, None, None)
-    ratio = check_size(dense, ratio, params, round_to)
+    out, dense, asked = Path(out), source.skeleton, options_of(options, choices)
+    asked = asked.filled(policy, measured=False)
+    ratio = ratio_of(source, asked)
     check_absent(out)
-    check_room(
-        out, _bytes_left(dense, ways_to_cut(dense, None, ratio, "uniform", round_to)["uniform"])
-    )
-    scores, offsets = policy.read(source, progress=stage_of(progress, "scoring"))
-    ways = ways_to_cut(dense, policy, ratio, widths, round_to, offsets)
-    chosen, gain = chosen_way(ways, policy.config.gain)
-    keep = [top_channels(*pair) for pair in zip(scores, ways[chosen], strict=True)]
-    how = {"widths": chosen, "predicted_gain": gain, "channels": channels, "refit": refit}
+    check_room(out, _bytes_left(dense, ratio, asked.round_to))
+    (decision,) = decide(source, policy, [asked], progress=progress)
 
     def describe(narrow: PreTrainedModel) -> Provenance:
-        regime = policy.config.regime
-        return provenance_of(
-            dense, narrow, policy=policy, name=policy_name, regime=regime, ratio=ratio, how=how
-        )
+        return provenance_of(dense, narrow, decision, policy, policy_name)
 
+    keep = decision.cut.keep
     if not parallel.is_first():
         return describe(narrowed(dense, keep))
     megabytes = stage_of(progress, "writing, MB")
@@ -93,12 +83,13 @@ def prune_streamed(
     )
 
 
-def _bytes_left(dense: PreTrainedModel, widths: Sequence[int]) -> int:
-    """Of a model's parameters once its layers have these widths."""
-    gone = [
-        (ffn.d_ff - width) * ffn.channel_parameters
-        for ffn, width in zip(iter_ffns(dense), widths, strict=True)
-    ]
+def _bytes_left(dense: PreTrainedModel, ratio: float, round_to: int) -> int:
+    """Of a model's parameters once `ratio` of its channels are removed."""
+    ffns = list(iter_ffns(dense))
+    widths = [width_at(ffn.d_ff, ratio, round_to) for ffn in ffns]
+    gone = sum(
+        (ffn.d_ff - width) * ffn.channel_parameters for ffn, width in zip(ffns, widths, strict=True)
+    )
     return (
-        sum(parameter.numel() for parameter in dense.parameters()) - sum(gone)
+        sum(parameter.numel() for parameter in dense.parameters()) - gone
     ) * dense.dtype.itemsize

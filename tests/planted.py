@@ -23,7 +23,7 @@ class Planted:
     """Sum of s (x^2 + 0.3 x) over layers, x the share removed, and c x x' over neighbours; counts
     its calls.
 
-    The first layer and the last two are the sensitive ones, as in SmolLM2-135M (METHODS.md 1.2).
+    The first layer and the last two are the sensitive ones, as in SmolLM2-135M (docs/methods.md, section 1.2).
 
     Args:
         d_ff: of each layer.

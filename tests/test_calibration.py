@@ -18,7 +18,7 @@ from prunenet.policies.training.train import train
 from prunenet.refit.moments import LayerWalk, ffn_moments
 from prunenet.text.calibration import data_blocks, self_blocks
 from prunenet.text.corpora import CalibrationText, TestText
-from prunenet.text.generate import document_start, generate_blocks
+from prunenet.text.generate import SamplingOptions, document_start, generate_blocks
 
 
 def tokenizer(*special: str) -> PreTrainedTokenizerFast:
@@ -46,9 +46,13 @@ def test_documents_start_with_the_document_separator_even_where_bos_is_a_chat_to
 
 def test_own_text_is_the_same_for_the_same_seed_and_starts_as_documents_do():
     model = tiny_model("llama")
-    first = generate_blocks(model, 1, sequences=6, tokens=9, batch=4)
-    assert torch.equal(first, generate_blocks(model, 1, sequences=6, tokens=9, batch=4))
-    assert not torch.equal(first, generate_blocks(model, 1, sequences=6, tokens=9, batch=4, seed=1))
+    first = generate_blocks(model, 1, SamplingOptions(sequences=6, tokens=9, batch=4))
+    assert torch.equal(
+        first, generate_blocks(model, 1, SamplingOptions(sequences=6, tokens=9, batch=4))
+    )
+    assert not torch.equal(
+        first, generate_blocks(model, 1, SamplingOptions(sequences=6, tokens=9, batch=4, seed=1))
+    )
     assert first.shape == (5, 9)
     assert (first[:, 0] == 1).all()
     assert not (first[:, 1:] == 1).any()
@@ -56,8 +60,8 @@ def test_own_text_is_the_same_for_the_same_seed_and_starts_as_documents_do():
 
 def test_the_filter_drops_the_sequences_that_the_model_finds_least_likely():
     model = tiny_model("llama")
-    everything = generate_blocks(model, 1, sequences=10, tokens=9, keep=1.0)
-    kept = generate_blocks(model, 1, sequences=10, tokens=9, keep=0.5)
+    everything = generate_blocks(model, 1, SamplingOptions(sequences=10, tokens=9, keep=1.0))
+    kept = generate_blocks(model, 1, SamplingOptions(sequences=10, tokens=9, keep=0.5))
 
     def loss(block: torch.Tensor) -> float:
         # The start token is never sampled, but it keeps its share of the model's probability.

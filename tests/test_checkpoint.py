@@ -449,8 +449,8 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing_and_says_how_much_is_neede
 ) -> None:
     owner, name = {
         "model": (PreTrainedModel, "save_pretrained"),
-        "masks": (checkpoint, "save_file"),
-        "card": (Provenance, "card"),
+        "masks": (checkpoint, "packed"),
+        "card": (checkpoint, "card_of"),
     }[step]
     monkeypatch.setattr(owner, name, failure)
     with pytest.raises(

@@ -252,17 +252,17 @@ def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--widths", "wide"), "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
+        (("--widths", "wide"), "'wide' is not one of 'auto', 'uniform', 'per-layer'"),
         (
             ("--channels", "best"),
-            "unknown channels 'best'; it is one of policy, blend, elimination",
+            "'best' is not one of 'policy', 'blend', 'elimination'",
         ),
-        (("--refit", "on"), "unknown refit 'on'; it is one of off, layerwise, sequential"),
+        (("--refit", "on"), "'on' is not one of 'off', 'layerwise', 'sequential'"),
         (("--moments", "none", "--refit", "layerwise"), "give text (--moments self or data)"),
         (("--moments", "none", "--channels", "elimination"), "give text (--moments self or data)"),
         (("--moments", "maybe"), "'maybe'"),
         (("--policy", "none", "--channels", "policy"), "no policy to choose the channels"),
-        (("--policy", "none", "--widths", "per-layer"), "no policy to say where to cut"),
+        (("--policy", "none", "--widths", "per-layer"), "no policy to allocate widths"),
         (("--policy", "none", "--moments", "none"), "no policy to choose the channels"),
         (("--policy", "alpaca"), "policy 'alpaca' does not exist"),
         (("--text", "words.txt"), "--text is read with --moments data only"),
@@ -506,7 +506,7 @@ def test_a_folder_cannot_be_where_a_file_is_and_that_is_said_before_any_work(
         raise AssertionError("work before the refusal")
 
     monkeypatch.setattr("prunenet.text.calibration.calibration_for", too_early)
-    monkeypatch.setattr("prunenet.cli.demo.fetch_demo_model", too_early)
+    monkeypatch.setattr("prunenet.cli.demo_steps.fetch_demo_model", too_early)
     (tmp_path / "notes").write_text("mine")
     out = tmp_path / "notes" / inside
     for command in (("prune", model, "--ratio", 0.5), ("train", model), ("demo",)):

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from prunenet.cli import compare as command
 from prunenet.cli.app import app
-from prunenet.compare import ledger, pruner, run, summary
+from prunenet.compare import comparison, ledger, run, summary
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Results
@@ -44,7 +44,7 @@ from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.refit.cut import cut_layers, refit_kept
 from prunenet.refit.folds import folds_of
 from prunenet.refit.moments import ffn_moments
-from prunenet.text.calibration import prefix_blocks
+from prunenet.text.calibration import PREFIX_SAMPLING, prefix_blocks
 from prunenet.text.corpora import CalibrationText, TestText
 
 HEADED = [name for name, row in METHODS.items() if row.with_heads is not None]
@@ -57,6 +57,9 @@ def words(count: int, step: int) -> str:
     return "\n\n".join(
         " ".join(f"w{(i * i + step * j) % 61}" for i in range(12)) for j in range(count)
     )
+
+
+SHORT = replace(PREFIX_SAMPLING, tokens=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -245,7 +248,7 @@ def test_names_come_from_the_tables():
             "flap+off@self",
             ["unknown method 'flap+off'", "method[:allocation][@moments][+heads][+refit]"],
         ),
-        ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "--calibration"]),
+        ("flap@pbt", ["unknown moments 'pbt'", "self", "random", "ptb", "`calibration`"]),
         ("flap@seed", ["@seed:TEXT"]),
         ("flap@seed:pbt", ["unknown moments 'pbt'"]),
         ("random@ptb", ["no part of it reads text", "leave @ptb out"]),
@@ -445,7 +448,9 @@ def test_every_source_of_moments_gives_as_much_text_as_asked_for(moments, regime
 
 def test_document_prefixes_are_the_first_tokens_of_documents(model, tokenizer):
     text = CalibrationText("d.txt", words(40, 7) + "\n\nw1 w2")  # the last one is too short
-    made = prefix_blocks(model, tokenizer, text, sequences=10, tokens=8, prefix=3, seed=0)
+    made = prefix_blocks(
+        model, tokenizer, text, replace(PREFIX_SAMPLING, sequences=10, tokens=8), prefix=3
+    )
     openings = {
         tuple(int(word[1:]) for word in part.split()[:3])
         for part in text.content.split("\n\n")[:-1]
@@ -455,21 +460,21 @@ def test_document_prefixes_are_the_first_tokens_of_documents(model, tokenizer):
     lines = CalibrationText("l.txt", words(40, 7).replace("\n\n", "\n"))
     assert {
         tuple(row)
-        for row in prefix_blocks(model, tokenizer, lines, tokens=8, prefix=3).ids[:, 1:4].tolist()
+        for row in prefix_blocks(model, tokenizer, lines, SHORT, prefix=3).ids[:, 1:4].tolist()
     } <= openings
     with pytest.raises(ValueError, match="no document of 4 tokens"):
-        prefix_blocks(model, tokenizer, CalibrationText("s.txt", "w1 w2\n\nw3"), tokens=8)
+        prefix_blocks(model, tokenizer, CalibrationText("s.txt", "w1 w2\n\nw3"), SHORT)
 
 
 def test_prefixes_are_never_taken_from_a_test_text(model, tokenizer, unchecked):
     with pytest.raises(TypeError, match="only ever scored"):
-        prefix_blocks(model, tokenizer, TestText("t", "w1 w2 w3 w4"), tokens=8)
+        prefix_blocks(model, tokenizer, TestText("t", "w1 w2 w3 w4"), SHORT)
 
 
 def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(
     folder, monkeypatch, tmp_path
 ):
-    walks, held, real, step = [], [], pruner.SharedEvidence.energies.func, run._measure
+    walks, held, real, step = [], [], Evidence.energies.func, run._measure
 
     def counted(evidence):
         walks.append(evidence.label)
@@ -479,7 +484,7 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         step(cell, scored, bench, line)
         held.append(sorted(label for label, _ in bench._evidence if label))
 
-    monkeypatch.setattr(pruner.SharedEvidence.energies, "func", counted)
+    monkeypatch.setattr(Evidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
     lines, _ = compare(
         folder,
@@ -851,7 +856,7 @@ def test_calibration_never_sees_a_text_that_is_scored(folder, tmp_path):
 def test_all_leaves_out_what_needs_a_policy_where_there_is_none(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) == len(methods())  # the dense one takes the place of prunenet-weights
@@ -880,7 +885,7 @@ def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot
     assert "'llama' cannot be sliced" in " ".join(result.stderr.split())
     seen = []
     monkeypatch.setattr(run, "_measure", lambda cell, *_: seen.append(cell.name))
-    monkeypatch.setattr(command, "_presented", lambda lines, *_: lines)
+    monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
     assert len(seen) > 10
@@ -946,11 +951,11 @@ def test_tasks_are_scored_shown_and_drawn(folder, tmp_path, monkeypatch):
         )
         + "\n"
     )
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: name)
     asked = []
 
-    def scored(model, tokenizer, tasks, *, limit=None):
-        asked.append((sorted(tasks), limit))
+    def scored(model, tokenizer, tasks, *, limit=None, bos="auto"):
+        asked.append((sorted(tasks), limit, bos))
         return [
             TaskResult("copa", 0.5, 0.1, None, None, 1, limit, "0"),
             TaskResult("piqa", 0.5, 0.1, 0.75, 0.1, 1, limit, "0"),
@@ -959,7 +964,7 @@ def test_tasks_are_scored_shown_and_drawn(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "zero_shot", scored)
     out = {"out": tmp_path / "r.jsonl", "figures": tmp_path / "figures"}
     lines, result = compare(folder, "random", tasks="copa", task_data=tmp_path, limit=1, **out)
-    assert asked == [(["copa"], 1)] * 2
+    assert asked == [(["copa"], 1, "auto")] * 2
     assert [line["accuracy"] for line in lines] == [0.625] * 2
     assert lines[0]["tasks"][0]["task"] == "copa"
     assert "62.5" in result.stdout

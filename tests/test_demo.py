@@ -29,10 +29,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNENET_DEMO_MODEL", str(folder))
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "cache"))
     # A tiny model has 64 positions.
-    measure, write = demo.measure, demo.self_blocks
-    monkeypatch.setattr(
-        demo, "measure", lambda *a, **k: measure(*a, **{**k, "window": 16, "speed": False})
-    )
+    evaluate, write = demo.evaluate, demo.self_blocks
+
+    def briefly(models, text, options, **rest):
+        return evaluate(models, text, replace(options, window=16), **rest, speed=None)
+
+    monkeypatch.setattr(demo, "evaluate", briefly)
     monkeypatch.setattr(
         demo, "self_blocks", lambda *a, **k: write(*a, **{**k, "sequences": 4, "tokens": 16})
     )

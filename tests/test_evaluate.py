@@ -17,14 +17,15 @@ from transformers import (
 
 from prunenet.evaluation import perplexity as evaluate
 from prunenet.evaluation import speed as latency
-from prunenet.evaluation.perplexity import (
+from prunenet.evaluation.options import EvaluationOptions
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.evaluation.result import bytes_on_disk, summarise
+from prunenet.evaluation.speed import (
     Speed,
-    bytes_on_disk,
+    SpeedOptions,
     generate_sentence,
-    perplexity,
     speed,
     speed_side_by_side,
-    summarise,
 )
 from prunenet.models.layers import count_parameters
 from prunenet.text.corpora import CalibrationText, TestText, TextError
@@ -70,7 +71,7 @@ def test_perplexity_equals_a_computation_by_hand(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window: int, stride: int | None
 ) -> None:
     expected = losses_by_hand(model, window, stride or window)
-    found = perplexity(model, tokenizer, TEXT, window=window, stride=stride)
+    found = perplexity(model, tokenizer, TEXT, EvaluationOptions(window=window, stride=stride))
     assert found.tokens == len(expected)
     assert found.loss == pytest.approx(sum(expected) / len(expected), rel=1e-6)
     assert found.value == pytest.approx(math.exp(found.loss))
@@ -86,7 +87,7 @@ def test_perplexity_is_the_mean_of_transformers_own_losses_for_every_family(
         own = [
             float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in IDS[:40].split(20)
         ]
-    assert perplexity(model, tokenizer, TEXT, window=20).loss == pytest.approx(
+    assert perplexity(model, tokenizer, TEXT, EvaluationOptions(window=20)).loss == pytest.approx(
         sum(own) / 2, rel=1e-5
     )
 
@@ -94,10 +95,10 @@ def test_perplexity_is_the_mean_of_transformers_own_losses_for_every_family(
 def test_batches_and_loss_blocks_do_not_change_the_result(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = perplexity(model, tokenizer, TEXT, window=10, stride=3).loss
+    once = perplexity(model, tokenizer, TEXT, EvaluationOptions(window=10, stride=3)).loss
     monkeypatch.setattr(evaluate, "_LOSS_ROWS", 4)
     assert perplexity(
-        model, tokenizer, TEXT, window=10, stride=3, batch_size=5
+        model, tokenizer, TEXT, EvaluationOptions(window=10, stride=3, batch_size=5)
     ).loss == pytest.approx(once, rel=1e-6)
 
 
@@ -106,7 +107,9 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(
 ) -> None:
     blank = tiny_model("llama", tied=False)
     torch.nn.init.zeros_(blank.get_output_embeddings().weight)
-    assert perplexity(blank, tokenizer, TEXT, window=10).value == pytest.approx(64)
+    assert perplexity(blank, tokenizer, TEXT, EvaluationOptions(window=10)).value == pytest.approx(
+        64
+    )
 
 
 def test_progress_counts_windows_and_max_windows_stops_early(
@@ -117,29 +120,20 @@ def test_progress_counts_windows_and_max_windows_stops_early(
         model,
         tokenizer,
         TEXT,
-        window=10,
-        max_windows=3,
-        batch_size=2,
+        EvaluationOptions(window=10, max_windows=3, batch_size=2),
         progress=lambda *step: seen.append(step),
     )
     assert seen == [(2, 3), (3, 3)]
     assert found.tokens == 27
 
 
-def test_a_bos_token_in_front_is_recorded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    assert not perplexity(model, tokenizer, TEXT, window=10).starts_with_bos
-    assert perplexity(
-        model, tokenizer, TestText("bos", "01 " + TEXT.content), window=10
-    ).starts_with_bos
-
-
 def test_only_test_text_is_scored(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(TypeError):
-        perplexity(model, tokenizer, CalibrationText("c", TEXT.content), window=10)  # type: ignore[arg-type]
+        perplexity(
+            model, tokenizer, CalibrationText("c", TEXT.content), EvaluationOptions(window=10)
+        )  # type: ignore[arg-type]
 
 
 def test_arguments_out_of_range_are_errors_with_a_remedy(
@@ -148,31 +142,31 @@ def test_arguments_out_of_range_are_errors_with_a_remedy(
     with pytest.raises(
         TextError, match="random words: the text has 45 tokens, fewer than one window of 50"
     ):
-        perplexity(model, tokenizer, TEXT, window=50)
+        perplexity(model, tokenizer, TEXT, EvaluationOptions(window=50))
     with pytest.raises(ValueError, match="window is 65 tokens, more than the 64 positions"):
-        perplexity(model, tokenizer, TEXT, window=65)
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        perplexity(model, tokenizer, TEXT, window=10, max_windows=0)
-    with pytest.raises(ValueError, match="must be 1 or more, got 4, 4, 0, 1"):
-        speed(model, prompt=4, new_tokens=4, batch=0, repeats=1)
+        perplexity(model, tokenizer, TEXT, EvaluationOptions(window=65))
+    with pytest.raises(ValueError, match="max_windows must be 1 or more, got 0"):
+        perplexity(model, tokenizer, TEXT, EvaluationOptions(window=10, max_windows=0))
+    with pytest.raises(ValueError, match="batch must be 1 or more, got 0"):
+        speed(model, SpeedOptions(prompt=4, new_tokens=4, batch=0, repeats=1))
     with pytest.raises(ValueError, match="more than the 64 positions"):
-        speed(model, prompt=60, new_tokens=8, repeats=1)
+        speed(model, SpeedOptions(prompt=60, new_tokens=8, repeats=1))
 
 
 def test_damaged_weights_are_an_error_and_not_a_number(tokenizer: PreTrainedTokenizerBase) -> None:
     damaged = tiny_model("llama")
     damaged.get_input_embeddings().weight.data[IDS[3]] = math.nan
     with pytest.raises(ValueError, match="the loss is nan"):
-        perplexity(damaged, tokenizer, TEXT, window=10)
+        perplexity(damaged, tokenizer, TEXT, EvaluationOptions(window=10))
 
 
 def test_evaluation_leaves_the_mode_of_the_model(tokenizer: PreTrainedTokenizerBase) -> None:
     model = tiny_model("opt")
     for dropout in (m for m in model.modules() if hasattr(m, "dropout")):
         dropout.dropout = 0.5
-    calm = perplexity(model, tokenizer, TEXT, window=10)
+    calm = perplexity(model, tokenizer, TEXT, EvaluationOptions(window=10))
     model.train()
-    assert perplexity(model, tokenizer, TEXT, window=10) == calm
+    assert perplexity(model, tokenizer, TEXT, EvaluationOptions(window=10)) == calm
     assert model.training
 
 
@@ -217,7 +211,7 @@ def test_speed_is_the_median_and_repeats_go_round_all_models(
 
     monkeypatch.setattr(latency, "_time_once", pretend)
     found = speed_side_by_side(
-        {"a": model, "b": other}, prompt=16, new_tokens=4, batch=2, repeats=3
+        {"a": model, "b": other}, SpeedOptions(prompt=16, new_tokens=4, batch=2, repeats=3)
     )
     assert order == ["a", "b"] * 4
     assert found["a"] == Speed(
@@ -235,7 +229,7 @@ def test_speed_is_the_median_and_repeats_go_round_all_models(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speed_can_be_measured_for_every_family(family: str) -> None:
-    found = speed(tiny_model(family), prompt=6, new_tokens=3, batch=2, repeats=1)
+    found = speed(tiny_model(family), SpeedOptions(prompt=6, new_tokens=3, batch=2, repeats=1))
     assert found.prefill > 0
     assert found.decode > 0
 
@@ -248,7 +242,7 @@ def test_decoding_reads_one_token_per_step_after_one_prefill(
         lambda _m, _a, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     try:
-        speed(model, prompt=9, new_tokens=4, repeats=1)
+        speed(model, SpeedOptions(prompt=9, new_tokens=4, repeats=1))
     finally:
         handle.remove()
     assert widths == [9, 1, 1, 1, 1] * 2
@@ -269,7 +263,9 @@ def test_compiled_code_is_timed_with_a_cache_of_fixed_size_and_writes_the_same_t
         return call
 
     monkeypatch.setattr(torch, "compile", pretend)
-    found = speed_side_by_side({"a": model}, prompt=5, new_tokens=3, repeats=1, compiled=True)
+    found = speed_side_by_side(
+        {"a": model}, SpeedOptions(prompt=5, new_tokens=3, repeats=1, compiled=True)
+    )
     assert found["a"].compiled
     assert made == [model]
     assert len(caches) == 2 * (1 + 3)
@@ -298,9 +294,12 @@ def test_a_machine_without_a_compiler_is_one_sentence(
 
     monkeypatch.setattr(torch, "compile", lambda _model, **_: fails)
     with pytest.raises(
-        ValueError, match=r"torch.compile failed \(no compiler\); .* leave --compile out"
+        ValueError,
+        match=r"torch.compile failed \(no compiler\); .* measure code that is not compiled",
     ):
-        speed_side_by_side({"a": model}, prompt=5, new_tokens=3, repeats=1, compiled=True)
+        speed_side_by_side(
+            {"a": model}, SpeedOptions(prompt=5, new_tokens=3, repeats=1, compiled=True)
+        )
 
 
 @pytest.mark.slow
@@ -308,7 +307,8 @@ def test_a_machine_without_a_compiler_is_one_sentence(
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_models_of_one_class_are_compiled_one_after_the_other(model: PreTrainedModel) -> None:
     found = speed_side_by_side(
-        {"a": model, "b": tiny_model("llama")}, prompt=6, new_tokens=3, repeats=1, compiled=True
+        {"a": model, "b": tiny_model("llama")},
+        SpeedOptions(prompt=6, new_tokens=3, repeats=1, compiled=True),
     )
     assert min(found["a"].decode, found["b"].decode) > 0
 
@@ -317,8 +317,8 @@ def test_a_result_is_flat_json_with_everything_measured(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     quality, pace = (
-        perplexity(model, tokenizer, TEXT, window=10),
-        speed(model, prompt=4, new_tokens=2, repeats=1),
+        perplexity(model, tokenizer, TEXT, EvaluationOptions(window=10)),
+        speed(model, SpeedOptions(prompt=4, new_tokens=2, repeats=1)),
     )
     model.save_pretrained(tmp_path)
     (tmp_path / "prunenet_masks.safetensors").write_bytes(b"masks")
@@ -353,7 +353,7 @@ def test_an_infinite_perplexity_is_still_json(
 ) -> None:
     wild = tiny_model("llama", tied=False)
     wild.get_output_embeddings().weight.data.mul_(1e5)
-    quality = perplexity(wild, tokenizer, TEXT, window=10)
+    quality = perplexity(wild, tokenizer, TEXT, EvaluationOptions(window=10))
     assert quality.value == math.inf
     assert (
         json.loads(json.dumps(summarise(wild, perplexity=quality).as_dict(), allow_nan=False))[

@@ -9,7 +9,7 @@ import torch
 from families import tiny_model
 from transformers import PreTrainedModel
 
-from prunenet.text.generate import distinct, generate_blocks
+from prunenet.text.generate import SamplingOptions, distinct, generate_blocks
 
 
 @functools.cache
@@ -17,10 +17,9 @@ def model() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-def written(**options):
-    return generate_blocks(
-        model(), 1, **{"sequences": 12, "tokens": 14, "keep": 1.0, "batch": 5} | options
-    )
+def written(*, prefixes=None, progress=None, **options):
+    asked = SamplingOptions(**{"sequences": 12, "tokens": 14, "keep": 1.0, "batch": 5} | options)
+    return generate_blocks(model(), 1, asked, prefixes=prefixes, progress=progress)
 
 
 def grams(row: list[int], n: int = 8) -> set[tuple[int, ...]]:

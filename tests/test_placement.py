@@ -31,7 +31,7 @@ from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.placement import is_placed, parse_max_memory, present, where
 from prunenet.text import calibration
 from prunenet.text.calibration import CalibrationSet
-from prunenet.text.generate import generate_blocks
+from prunenet.text.generate import SamplingOptions, generate_blocks
 
 pytest.importorskip("accelerate")
 
@@ -181,7 +181,7 @@ def test_levels_of_refits_and_paired_walks_are_those_in_memory(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_placed_model_writes_the_same_text(tmp_path, family):
     mine, theirs = (
-        generate_blocks(model, 1, sequences=3, tokens=10, batch=3)
+        generate_blocks(model, 1, SamplingOptions(sequences=3, tokens=10, batch=3))
         for model in both(stored(tmp_path / "dense", family))
     )
     assert torch.equal(mine, theirs)

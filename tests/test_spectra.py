@@ -12,7 +12,7 @@ from scipy import stats
 
 from prunenet.spectra import exact as spectra
 from prunenet.spectra.choices import DISTANCES
-from prunenet.spectra.distances import ks_distance, wasserstein_distance
+from prunenet.spectra.distances import ks_distance, tie_bands, wasserstein_distance
 from prunenet.spectra.exact import SpectralReference, energy_kept, gram
 from prunenet.spectra.tridiagonal import counts_below, tridiagonal
 
@@ -199,6 +199,69 @@ def test_equal_singular_values_are_ties() -> None:
     assert SpectralReference.of(weight).distance(keep).tolist() == pytest.approx([10 / 40])
 
 
+SPECTRA_WITH_TIES = {
+    "all equal": lambda n: torch.ones(n),
+    "two values": lambda n: torch.where(torch.arange(n) < n // 3, 1.0, 0.4),
+    "half of them zero": lambda n: (torch.arange(n) < n // 2) * torch.linspace(1, 0.5, n),
+    "one of them zero": lambda n: (torch.arange(n) < n - 1) * torch.linspace(1, 0.5, n),
+}
+
+
+@pytest.mark.parametrize("noise", [0, 1, 4])
+@pytest.mark.parametrize("spectrum", SPECTRA_WITH_TIES)
+@pytest.mark.parametrize("shape", [(96, 40), (40, 40), (24, 40)])
+def test_singular_values_equal_but_for_rounding_are_ties_on_every_route(
+    shape: tuple[int, int], spectrum: str, noise: int
+) -> None:
+    side = min(shape)
+    left, right = (
+        torch.linalg.qr(_weight(length, side, seed).double()).Q for seed, length in enumerate(shape)
+    )
+    values = SPECTRA_WITH_TIES[spectrum](side).double()
+    keep = _masks(shape[0], _widths(shape[0])[:-1])
+    expected = SpectralReference.of((left * values) @ right.T).distance(keep)
+    off = torch.randn(side, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    weight = (left * (values + noise * torch.finfo(torch.float32).eps * off)) @ right.T
+    for stored in (weight, weight.float()):
+        reference = SpectralReference.of(stored)
+        together = spectra._stacked_eigenvalues(stored, reference.gram, keep)  # as on a GPU
+        counts = keep.sum(-1).clamp(max=side)
+        for route in (
+            reference.distance(keep),
+            reference._ks_solved(keep),
+            ks_distance(reference.eigenvalues, together, counts, tie_bands(reference.eigenvalues)),
+        ):
+            torch.testing.assert_close(route.float(), expected, rtol=0, atol=1e-6)
+    # rows are orthonormal, so that a mask's values are all 1 too
+    if spectrum == "all equal" and shape != (96, 40):
+        assert expected.tolist() == [0.0] * len(keep)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_multiple_values_scattered_by_rounding_keep_the_distance_of_equal_ones(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    places = generator.choice(np.linspace(0, 1, 21), 6, replace=False)
+    reference = np.repeat(places, generator.integers(2, 9, 6))
+    candidates = generator.choice(np.concatenate((places, [places.max() / 3])), 17)
+
+    def scattered(values: np.ndarray) -> torch.Tensor:
+        off = generator.uniform(-15, 15, len(values)) * np.finfo(np.float32).eps * places.max()
+        return torch.from_numpy(values + off).clamp(min=0).square().sort(descending=True).values
+
+    squares = scattered(reference)
+    distance = ks_distance(squares, scattered(candidates)[None], bands=tie_bands(squares))
+    assert float(distance) == pytest.approx(
+        stats.ks_2samp(reference, candidates).statistic, abs=1e-12
+    )
+
+
+def test_simple_values_are_told_apart_by_all_that_float64_tells() -> None:
+    squares = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+    near, equal = (squares * (1 - share) for share in (1e-12, 1e-15))
+    distances = ks_distance(squares, torch.stack((near, equal)), bands=tie_bands(squares))
+    assert distances.tolist() == pytest.approx([1 / 3, 0])
+
+
 def test_a_doubtful_float32_spectrum_is_solved_again_in_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -207,7 +270,7 @@ def test_a_doubtful_float32_spectrum_is_solved_again_in_float64(
     expected = reference.distance(keep)
     # An absurd bound makes every mask doubtful; the answer may not change, and float64 must have
     # been used.
-    monkeypatch.setitem(spectra._ERROR_UNITS, torch.float32, 1e6)
+    monkeypatch.setattr(spectra, "_SLACK", 0.1)
     solved_in = []
     eigenvalues = spectra._masked_eigenvalues
     monkeypatch.setattr(
@@ -224,11 +287,7 @@ def test_values_that_are_only_counted_give_the_distance_of_computed_ones(seed: i
     weight = _weight(96, 40, seed)
     weight[:, 30:] *= 1e-3 if seed % 2 else 0
     reference, keep = SpectralReference.of(weight), _masks(96, [95, 70, 48, 40], seed)
-    slack = (
-        spectra._ERROR_UNITS[torch.float32]
-        * torch.finfo(torch.float32).eps
-        * reference.eigenvalues[0]
-    )
+    slack = spectra._SLACK * reference.eigenvalues[0]
     counted, computed = reference._ks_counted(keep, slack), reference._ks_between(keep, slack)
     torch.testing.assert_close(torch.stack(counted), torch.stack(computed), rtol=0, atol=1e-12)
 

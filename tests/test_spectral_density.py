@@ -27,14 +27,20 @@ SPECTRA = {
     "half of it zero": lambda d: torch.cat(
         (torch.linspace(1, 0.5, d // 2), torch.zeros(d - d // 2))
     ),
+    "nearly flat": lambda d: torch.linspace(1, 1 - 1e-4, d),
+    "two values": lambda d: torch.where(torch.arange(d) < d // 2, 1.0, 0.5),
+    "few high": lambda d: torch.where(torch.arange(d) < d // 8, 1.0, 0.3),
+    "half of it flat": lambda d: torch.cat(
+        (torch.ones(d // 2), torch.linspace(0.9, 0.1, d - d // 2))
+    ),
 }
 
 
 def weight_with(values: torch.Tensor, d_ff: int, d_model: int, seed: int = 0) -> torch.Tensor:
     """A matrix with these singular values and random singular vectors."""
     generator = torch.Generator().manual_seed(seed)
-    left = torch.linalg.qr(torch.randn(d_ff, len(values), generator=generator)).Q
-    right = torch.linalg.qr(torch.randn(d_model, len(values), generator=generator)).Q
+    left = torch.linalg.qr(torch.randn(d_ff, len(values), generator=generator).to(values)).Q
+    right = torch.linalg.qr(torch.randn(d_model, len(values), generator=generator).to(values)).Q
     return (left * values) @ right.T
 
 
@@ -64,6 +70,25 @@ def test_ks_distances_are_within_the_stated_bound(
     sketch = SpectralSketch.of(weight, held=held)
     off, bound = (sketch.distance(keep) - exact).abs(), sketch.bound(keep)
     assert (off <= bound).all(), (off, bound)
+
+
+@pytest.mark.parametrize("noise", [1, 8])
+@pytest.mark.parametrize("spectrum", ["flat", "two values", "few high", "half of it zero"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_scattered_by_rounding_are_estimated_within_the_bound_of_equal_ones(
+    shape: tuple[int, int], spectrum: str, noise: int
+) -> None:
+    values = SPECTRA[spectrum](min(shape)).double()
+    keep = masks(shape[0], widths_of(shape[0]))
+    exact = SpectralReference.of(weight_with(values, *shape)).distance(keep)
+    for seed in range(3):
+        off = torch.randn(
+            len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        sketch = SpectralSketch.of(
+            weight_with(values + noise * torch.finfo(torch.float32).eps * off, *shape).float()
+        )
+        assert ((sketch.distance(keep) - exact).abs() <= sketch.bound(keep)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

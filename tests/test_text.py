@@ -11,16 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prunenet.text import corpora as text_module
-from prunenet.text.corpora import (
-    CalibrationText,
-    TestText,
-    TextError,
-    builtin_content,
-    calibration_blocks,
-    load_text,
-    token_windows,
-    tokenise,
-)
+from prunenet.text.corpora import CalibrationText, TestText, TextError, builtin_content, load_text
+from prunenet.text.windows import calibration_blocks, token_windows, tokenise
 
 
 @pytest.fixture
@@ -62,7 +54,7 @@ def test_windows_do_not_overlap_by_default() -> None:
 def test_a_text_shorter_than_one_window_is_an_error_with_a_remedy() -> None:
     with pytest.raises(
         TextError,
-        match=r"has 9 tokens, fewer than one window of 10; give more text or a smaller --window",
+        match=r"has 9 tokens, fewer than one window of 10; give more text or a smaller window",
     ):
         token_windows(torch.arange(9), 10)
 

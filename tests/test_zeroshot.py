@@ -395,10 +395,10 @@ def test_files_that_are_missing_empty_or_not_json_say_so(tmp_path: Path) -> None
         with pytest.raises(TaskError, match="is empty; piqa needs at least one row"):
             read_task("piqa", file)
     file.write_text(json.dumps(SAMPLES["piqa"][0]) + "\n{'goal'\n")
-    with pytest.raises(TaskError, match=r"piqa\.jsonl row 2 is not JSON"):
+    with pytest.raises(TaskError, match=r"line 2 of '.*piqa\.jsonl' is not JSON"):
         read_task("piqa", file)
     file.write_bytes(b'{"goal": "\xff"}\n')
-    with pytest.raises(TaskError, match="row 1 is not JSON"):
+    with pytest.raises(TaskError, match=r"piqa\.jsonl' is not UTF-8 text \(byte 10\)"):
         read_task("piqa", file)
     file.write_text("[1]\n")
     with pytest.raises(TaskError, match="row 1 is not an object"):
@@ -662,6 +662,7 @@ def test_the_runner_writes_a_line_per_model_and_task_and_skips_what_is_there(
             "cpu",
         ]
         monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
         runpy.run_path(str(ROOT / "benchmarks" / "zeroshot.py"), run_name="__main__")
         return [json.loads(line) for line in out.read_text().splitlines()]
 

@@ -1,10 +1,9 @@
-"""Runs `efficient-pruners` 0.1.0, PruneNet's authors' package, in its own environment; called by
-`efficient_pruners_row.py`.
+"""Runs `efficient-pruners` 0.1.0, the package of PruneNet's authors, in its own environment.
 
-Knows nothing of prunenet. Writes which rows of each gate matrix each `compress()` kept, and how
-training went. As installed, its losses are scaled in half precision and overflow on a CPU:
-`--float32` takes autocast away, `--svdvals` the singular vectors that it does not use. Both patch
-torch for this process; the package's files stay as they came.
+Writes, for `authors_package.py`, which rows of each gate matrix each `compress()` kept, and how
+training went; imports nothing of prunenet. As installed, its losses are scaled in half precision
+and overflow on a CPU. `--float32` takes autocast away, `--svdvals` the singular vectors that it
+does not use. Both patch torch for this process; the package's files stay as they came.
 """
 
 from __future__ import annotations
@@ -50,7 +49,9 @@ def main() -> None:
         )
     )
     first, setup = {}, {}
-    pruner._compute_reference_svds = _then_noting(pruner._compute_reference_svds, setup, start, cpu)
+    pruner._compute_reference_svds = _then_recording(
+        pruner._compute_reference_svds, setup, start, cpu
+    )
     with _first_state(first):
         history = pruner.fit(arguments.model, compression_ratio=0.3)
     changed = any(
@@ -82,10 +83,10 @@ def main() -> None:
     (arguments.out / "facts.json").write_text(json.dumps(facts))
 
 
-def _then_noting(reference_svds, into: dict[str, float], start: float, cpu: float):
-    """What `fit` calls before its first episode; then notes the seconds so far."""
+def _then_recording(reference_svds, into: dict[str, float], start: float, cpu: float):
+    """Wraps what `fit` calls before its first episode, and records the seconds so far."""
 
-    def noting():
+    def recording():
         result = reference_svds()
         into.update(
             {
@@ -95,23 +96,25 @@ def _then_noting(reference_svds, into: dict[str, float], start: float, cpu: floa
         )
         return result
 
-    return noting
+    return recording
 
 
 @contextlib.contextmanager
 def _first_state(into: dict[str, torch.Tensor]):
-    """Notes the policy's weights as it starts: `fit` makes the policy and trains it in one go."""
+    """Records the policy's weights before training: `fit` makes the policy and trains it in one
+    go.
+    """
     import efficient_pruners.core as core
 
     made = core.create_sparsity_predictor
 
-    def noting(*arguments, **options):
+    def recording(*arguments, **options):
         policy = made(*arguments, **options)
         if not into:
             into.update({name: value.clone() for name, value in policy.state_dict().items()})
         return policy
 
-    core.create_sparsity_predictor = noting
+    core.create_sparsity_predictor = recording
     try:
         yield
     finally:
@@ -119,7 +122,7 @@ def _first_state(into: dict[str, torch.Tensor]):
 
 
 def _kept(rows: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """Where the rows stood in the dense matrix."""
+    """Indices of the rows in the dense matrix."""
     places = {row.numpy().tobytes(): index for index, row in enumerate(dense)}
     return torch.tensor([places[row.numpy().tobytes()] for row in rows], dtype=torch.int32)
 

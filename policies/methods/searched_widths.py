@@ -48,7 +48,10 @@ def searched_widths(
         ImportError: "predictor" without scikit-learn.
     """
     judge = WidthDivergence(
-        evidence.model, evidence.ids[: max(1, _TOKENS // evidence.ids.shape[1])], scores
+        evidence.model,
+        evidence.ids[: max(1, _TOKENS // evidence.ids.shape[1])],
+        scores,
+        unscored=int(evidence.bos is not None),
     )
     if how == "predictor":
         return predictor_search(budget, judge, seed=evidence.seed, path=path).best.widths

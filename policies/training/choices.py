@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-PresetName = Literal["default", "widths", "spectral", "paper"]
-"""Name of a recipe in `prunenet.PRESETS`."""
-RewardName = Literal["spectral", "reconstruction", "divergence"]
-"""Reward: singular values, each layer's output energy, or the model's next-token distribution."""
+LayerReward = Literal["spectral", "reconstruction"]
+"""Reward paid layer by layer: singular values, or the layer's output energy."""
+RewardName = Literal[LayerReward, "divergence"]
+"""Any reward; "divergence" is that of the whole model's next-token distribution."""
 Algorithm = Literal["a2c", "ppo"]
 """Algorithm of stable-baselines3."""
 Baseline = Literal["group", "value", "none"]

@@ -13,7 +13,6 @@ from prunenet.policies.training.choices import (
     Algorithm,
     Baseline,
     Features,
-    PresetName,
     RewardName,
     Subset,
 )
@@ -162,7 +161,7 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
     return fields
 
 
-PRESETS: dict[PresetName, Recipe] = {
+PRESETS: dict[str, Recipe] = {
     # Pays for what survives of each layer's output on text that the model wrote itself; applied
     # from weights alone.
     "default": Recipe(),
@@ -205,7 +204,7 @@ PRESETS: dict[PresetName, Recipe] = {
 }
 
 
-def recipe_for(preset: PresetName, changes: Mapping[str, Any]) -> Recipe:
+def recipe_for(preset: str, changes: Mapping[str, Any]) -> Recipe:
     """Returns a preset with some fields changed.
 
     Raises:

@@ -35,6 +35,7 @@ from prunenet.policies.training.actor_critic import (
 from prunenet.policies.training.recipe import Recipe
 from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.policies.training.vec_env import SweepVecEnv
+from prunenet.runtime.files import make_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class Run(BaseCallback):
             )
         )
         if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(self.file.parent)
         log = None if self.file is None else self.file.parent
         algorithm = _algorithm(env, view, self.scorer, recipe, log)
         if resume and self.file is not None:

@@ -6,7 +6,6 @@ an altered state is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from prunenet.policies.artifact import PolicyError
 from prunenet.runtime.files import write_atomic
+from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 
-_HEADER, _SHA256 = "prunenet", "sha256"
-_ADAM = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
@@ -69,11 +66,9 @@ def save_state(
         "best_reward": progress.best_reward,
         "history": progress.history,
     }
-    content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(facts)
-    write_atomic(
-        path, save(content, metadata={_HEADER: text, _SHA256: _content_sha256(text, content)})
-    )
+    # Copies: parameters that are one tensor in the policy are written once a name.
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_atomic(path, packed(copies, json.loads(json.dumps(facts))))
 
 
 def load_state(
@@ -94,115 +89,83 @@ def load_state(
     Raises:
         PolicyError: the file is missing or damaged, or belongs to another run.
     """
-    facts, tensors = _read(path)
     try:
+        tensors, facts = unpacked(path, hashed=True)
         progress = _progress(facts, _under("best.", tensors), updates)
-        saved = facts["run"]
-        asked = json.loads(json.dumps(run))
-        changed = sorted(k for k in saved.keys() | asked.keys() if saved.get(k) != asked.get(k))
-        if not changed:
-            weights = _under("policy.", tensors)
-            _check_weights(policy, weights, progress.best)
-            states = _optimizer_states(optimizer, _under("optimizer.", tensors))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, error) from None
+        _check_run(path, facts["run"], json.loads(json.dumps(run)))
+        weights, template = _under("policy.", tensors), policy.state_dict()
+        check_layout(weights, layout_of(template))
+        check_layout(progress.best, layout_of(_under("scorer.", template)))
+        states = _optimizer_states(optimizer, _under("optimizer.", tensors))
+    except FileNotFoundError:
+        raise PolicyError(
+            f"nothing to resume: {path} does not exist; start a new run in another folder"
+        ) from None
+    except ContentError as error:
+        raise PolicyError(
+            f"{path} is damaged ({error}); start a new run in another folder"
+        ) from None
+    policy.load_state_dict(weights)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return progress
+
+
+def _check_run(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises PolicyError where the state belongs to another run."""
+    changed = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if changed:
         key = changed[0]
         raise PolicyError(
             f"the run in {path.parent} was started with {key} {saved.get(key)!r}, not"
             f" {asked.get(key)!r}; resume it with the same settings, or give another folder"
         )
-    policy.load_state_dict(weights)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    return progress
 
 
-def _progress(facts: Any, best: dict[str, Tensor], updates: int) -> Progress:
-    """Builds the progress from facts of any kind; raises ValueError or TypeError."""
-    if not isinstance(facts["run"], dict):
-        raise TypeError("run is no object")
-    done, reward = facts["updates"], facts["best_reward"]
-    history = [(update, float(value)) for update, value in facts["history"]]
-    at = [update for update, _ in history]
-    if type(done) is not int or any(type(update) is not int for update in at):
-        raise TypeError("updates are no whole numbers")
-    if not (0 <= done <= updates) or at[:1] != [0] or at != sorted(set(at)) or at[-1] > done:
-        raise ValueError(f"updates {done} and {at} do not fit a stage of {updates}")
-    values = [value for _, value in history]
+def _progress(facts: Mapping[str, Any], best: dict[str, Tensor], updates: int) -> Progress:
+    """Builds the progress from the header's facts, each of which may be of any kind.
+
+    Raises:
+        ContentError: a fact is missing, of the wrong type, or out of range.
+    """
+    try:
+        run, done, reward = facts["run"], facts["updates"], facts["best_reward"]
+        at = [update for update, _ in facts["history"]]
+        values = [float(value) for _, value in facts["history"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ContentError(f"its facts are incomplete: {error!r}"[:200]) from None
+    whole = all(type(number) is int for number in (done, *at))
+    if not isinstance(run, dict) or not whole or not isinstance(reward, float | int):
+        raise ContentError("its facts are of the wrong types")
+    if not 0 <= done <= updates or at[:1] != [0] or at != sorted(set(at)) or at[-1] > done:
+        raise ContentError(f"updates {done}, evaluated at {at[:5]}, fit no stage of {updates}")
     if not all(map(math.isfinite, values)) or reward != max(values):
-        raise ValueError(f"best reward {reward} is not the best of {values}")
-    return Progress(done, float(reward), best, history)
-
-
-def _check_weights(policy: nn.Module, saved: dict[str, Tensor], best: dict[str, Tensor]) -> None:
-    """Raises ValueError unless names, shapes and dtypes are the policy's, and all are finite."""
-    expected = policy.state_dict()
-    for which, found in ((expected, saved), (_under("scorer.", expected), best)):
-        if which.keys() != found.keys():
-            raise ValueError(f"weights are named {sorted(found)}")
-        for name, tensor in found.items():
-            _check_tensor(name, tensor, which[name])
+        raise ContentError(f"{reward} is not the best of its rewards")
+    return Progress(done, float(reward), best, list(zip(at, values, strict=True)))
 
 
 def _optimizer_states(
     optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """Returns the state of each parameter; raises ValueError where an entry does not fit AdamW."""
+    """Returns AdamW's state of each parameter that has one.
+
+    Raises:
+        ContentError: an entry does not fit its parameter.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = {str(number): number for number in range(len(parameters))}
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in saved.items():
-        index, _, field = name.partition(".")
-        states.setdefault(int(index), {})[field] = tensor
+        number, _, field = name.partition(".")
+        if number not in numbers:
+            raise ContentError(f"it has an optimizer entry {name[:80]!r}, for no parameter")
+        states.setdefault(numbers[number], {})[field] = tensor
     for number, state in states.items():
-        if not 0 <= number < len(parameters) or tuple(sorted(state)) != _ADAM:
-            raise ValueError(f"optimizer entry {number} holds {sorted(state)}")
-        _check_tensor(f"optimizer entry {number}", state["step"], torch.zeros(()))
-        for field in ("exp_avg", "exp_avg_sq"):
-            _check_tensor(f"optimizer entry {number}", state[field], parameters[number])
+        like = parameters[number]
+        layout = dict.fromkeys(_MOMENTS, (like.dtype, tuple(like.shape)))
+        check_layout(state, layout | {"step": (torch.float32, ())})
         if float(state["step"]) < 0 or bool((state["exp_avg_sq"] < 0).any()):
-            raise ValueError(f"optimizer entry {number} is negative")
+            raise ContentError(f"the optimizer's entry {number} is negative")
     return states
-
-
-def _check_tensor(name: str, found: Tensor, like: Tensor) -> None:
-    if (found.shape, found.dtype) != (like.shape, like.dtype):
-        raise ValueError(f"{name} is {tuple(found.shape)} of {found.dtype}")
-    if not bool(torch.isfinite(found).all()):
-        raise ValueError(f"{name} is not finite")
-
-
-def _content_sha256(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    """Returns the sha256 of a header's facts and of every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(facts.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Reads facts and tensors whose checksum is right."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if header[_SHA256] != _content_sha256(header[_HEADER], tensors):
-            raise ValueError("its content has changed since it was written")
-        return json.loads(header[_HEADER]), tensors
-    except FileNotFoundError:
-        raise PolicyError(
-            f"nothing to resume: {path} does not exist; start a new run in another folder"
-        ) from None
-    except KeyError as error:
-        raise _damaged(path, ValueError(f"no {error} in its header")) from None
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> PolicyError:
-    reason = str(error).partition("\n")[0][:200]
-    return PolicyError(f"{path} is damaged ({reason}); start a new run in another folder")
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

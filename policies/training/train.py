@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.checkpoints.regimes import Regime, most
+from prunenet.checkpoints.sources import local_folder
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
@@ -37,7 +38,7 @@ from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run, Saving
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
-from prunenet.runtime.files import check_home
+from prunenet.runtime.files import check_home, lock
 from prunenet.text.calibration import CalibrationSet
 
 _History = list[tuple[int, float]]  # (updates, reward) at each evaluation
@@ -96,6 +97,7 @@ def train(
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and
             `resume` is not set.
+        CheckpointError: another process is training in `out`, or it cannot be written.
         ValueError: the recipe's reward or its features need blocks, and none (or too few) are
             given; `reward` comes without its regime; weights or activations are not finite.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
@@ -124,7 +126,7 @@ def train(
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
     histories: dict[str, list[tuple[int, float]]] = {}
-    with _random_state_kept():
+    with _writing(folder, resume), _random_state_kept():
         policy = Policy.untrained(config, seed=recipe.seed)
         for name, stage, judge in _stages(model, recipe, reward, paid):
 
@@ -134,10 +136,10 @@ def train(
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = judged_by_all(judge, play) or []
-    histories = _broadcast(policy.scorer.cpu(), histories)
-    policy = Policy(policy.scorer, replace(config, gain=_gain(recipe, histories.get("widths"))))
-    if folder is not None and parallel.is_first():
-        policy.save_pretrained(folder)
+        histories = _broadcast(policy.scorer.cpu(), histories)
+        policy = Policy(policy.scorer, replace(config, gain=_gain(recipe, histories.get("widths"))))
+        if folder is not None and parallel.is_first():
+            policy.save_pretrained(folder)
     return Training(policy, histories["channels"], histories.get("widths", []))
 
 
@@ -145,6 +147,17 @@ def _spectral_alone(recipe: Recipe) -> bool:
     """Returns whether every stage takes the spectral reward."""
     second = recipe.allocation
     return recipe.reward == "spectral" and (second is None or second.reward == "spectral")
+
+
+@contextmanager
+def _writing(folder: Path | None, resume: bool) -> Iterator[None]:
+    """Locks the folder for the first process, and checks again what is in it by then."""
+    if folder is None or not parallel.is_first():
+        yield
+        return
+    with lock(folder):
+        check_run(folder, resume)
+        yield
 
 
 def _check_asked(
@@ -185,7 +198,7 @@ def _halves(blocks: CalibrationSet | None) -> tuple[Int[Tensor, "n tokens"], Cal
             f" give 2 token blocks or more (see prunenet.text.calibration), got {given}"
         )
     half = len(blocks.ids) // 2
-    return blocks.ids[:half], replace(blocks, ids=blocks.ids[half:])
+    return blocks.ids[:half], blocks.rows(slice(half, None))
 
 
 def _regime(regime: str | None, recipe: Recipe, blocks: CalibrationSet | None, read: bool) -> str:
@@ -264,7 +277,8 @@ def _reward(
     assert blocks is not None, "checked before"
     assert isinstance(model, PreTrainedModel), "checked before"
     if recipe.reward == "divergence":
-        return DivergenceReward(model, blocks.ids[: recipe.blocks, : recipe.tokens])
+        ids, unscored = blocks.ids[: recipe.blocks, : recipe.tokens], int(blocks.bos is not None)
+        return DivergenceReward(model, ids, unscored=unscored)
     return ReconstructionReward(model, blocks.ids)
 
 
@@ -272,7 +286,8 @@ def _name(model: PreTrainedModel | StreamedCheckpoint) -> str:
     """Returns the hub id, or only the last part of a local path, which may be private."""
     config, fallback = structure(model).config, type(structure(model)).__name__
     source = config._name_or_path or fallback
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    folder = local_folder(source)
+    return source if folder is None else folder.resolve().name
 
 
 def unfinished(folder: Path | None, stage: str = "channels") -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.checkpoints.sources import find_folder
+from prunenet.checkpoints.contents import CONFIG, TOKENIZER, model_files, tokenizer_files
+from prunenet.checkpoints.sources import find_folder, local_folder
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.models.layers import structure
 from prunenet.runtime.placement import parameters, tensor_of
@@ -19,18 +20,33 @@ from prunenet.runtime.placement import parameters, tensor_of
 
 def identify(source: str | Path) -> tuple[str, str]:
     """(base_model, revision) for `Provenance`: hub id and commit, or folder name and `sha256:...`
-    of config and weights.
+    of every file that makes the model, see `prunenet.checkpoints.contents.model_files`.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: as `model_files`.
     """
-    folder = find_folder(source, "config.json")
-    if not Path(source).is_dir():
-        return str(source), folder.name
+    if (folder := local_folder(source)) is None:
+        return str(source), find_folder(source, CONFIG).name
+    return folder.resolve().name, f"sha256:{_files_sha256(model_files(folder).paths)}"
+
+
+def tokenizer_sha256(source: str | Path) -> str | None:
+    """Hash of the files that a tokenizer is read from; None where there are none.
+
+    Raises:
+        CheckpointError: there is no such folder or hub id.
+    """
+    files = tokenizer_files(find_folder(source, CONFIG, *TOKENIZER))
+    return _files_sha256(files) if files else None
+
+
+def _files_sha256(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):
+    for path in paths:
         with path.open("rb") as file:
-            digest.update(
-                f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-            )
-    return folder.resolve().name, f"sha256:{digest.hexdigest()}"
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:

@@ -6,23 +6,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.contents import (
+    CONFIG,
+    TOKENIZER,
+    is_file_name,
+    model_files,
+    tokenizer_files,
+)
 from prunenet.checkpoints.offload import read_placed
+from prunenet.checkpoints.shards import is_finite, not_finite
+from prunenet.checkpoints.skeleton import check_names, name_after, skeleton_of, staged
 from prunenet.checkpoints.sources import (
-    UNLOADABLE,
     check_device,
-    config_and_class,
     find_folder,
     in_short,
+    loading,
+    local_folder,
     open_checkpoint,
 )
 from prunenet.runtime.files import CheckpointError
-from prunenet.runtime.placement import AUTO
+from prunenet.runtime.json_files import read_json, shown
+from prunenet.runtime.placement import AUTO, parameters, tensor_of
 
 
 def load_model(
@@ -52,15 +63,16 @@ def load_model(
             f"--max-memory says how --device auto places weights, and the device is {device}: leave"
             " one out"
         )
-    folder = open_checkpoint(source, dtype)
+    folder = open_checkpoint(source, dtype).folder
     if device != AUTO:
         check_device(device)
     read = partial(read_model, folder, dtype)
     model = (
         read_placed(lambda placing: read(placing=placing), max_memory) if device == AUTO else read()
     )
+    _check_finite(model, folder)
     # what provenance records; loaded from the cache, the model would name a folder there
-    if not Path(source).is_dir():
+    if local_folder(source) is None:
         model.config._name_or_path, model.config._commit_hash = str(source), folder.name
     if device != AUTO:
         try:
@@ -80,21 +92,46 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    folder = find_folder(source, "*.json", "*.jinja", "*.txt", "tokenizer.model")
+    folder = find_folder(source, CONFIG, *TOKENIZER)
     # transformers would make an empty one up
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    if not any(path.name.startswith(("tokenizer", "vocab")) for path in tokenizer_files(folder)):
         raise CheckpointError(
             f"{source} has no tokenizer that can be read: it holds no tokenizer file"
         )
+    _check_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise CheckpointError(
-            f"{source} has no tokenizer that can be read: {in_short(error)}"
-        ) from error
+        why = in_short(error)
+        if _lacks_sentencepiece(folder):  # else transformers takes the file for one of tiktoken
+            why = "reading tokenizer.model needs sentencepiece: pip install sentencepiece"
+        raise CheckpointError(f"{source} has no tokenizer that can be read: {why}") from error
     return tokenizer
+
+
+def _lacks_sentencepiece(folder: Path) -> bool:
+    """Whether the tokenizer is in SentencePiece's form alone, and the library is missing."""
+    stored = {path.name for path in tokenizer_files(folder)}
+    alone = "tokenizer.model" in stored and "tokenizer.json" not in stored
+    return alone and find_spec("sentencepiece") is None
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError where a tokenizer's configuration names files elsewhere."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    fields = read_json(
+        path, dict[str, Any], error=CheckpointError, remedy="correct it, or fetch it again"
+    )
+    for name, value in fields.items():
+        if name.endswith("_file") and value is not None and not is_file_name(value):
+            raise CheckpointError(
+                f"{path} is damaged: {name[:80]} is {shown(value)}, which is no file of its folder;"
+                " correct it, or fetch it again"
+            )
 
 
 def read_model(
@@ -105,24 +142,31 @@ def read_model(
     Raises:
         CheckpointError: damaged or incomplete weights.
     """
-    config, kind = config_and_class(folder)
-    try:
-        model, found = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
+    files = model_files(folder)
+    skeleton = skeleton_of(files, dtype)
+    with loading(folder), staged(files, (placing or {}).get("offload_folder")) as place:
+        model, found = skeleton.kind.from_pretrained(
+            place,
+            config=skeleton.config,
+            dtype=skeleton.model.dtype,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             attn_implementation=attention,
             **placing or {},
         )
-    except UNLOADABLE as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}; fetch it"
-            " again"
-        )
     assert isinstance(model, PreTrainedModel)
+    check_names(files, model, set(found["missing_keys"]), set(found["unexpected_keys"]))
+    name_after(model, folder)
     return model
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Raises CheckpointError for a weight that is not a finite number, named."""
+    stored = model.state_dict(keep_vars=True)
+    buffers = [name for name, _ in model.named_buffers() if name in stored]
+    for name in [*dict(parameters(model)), *buffers]:
+        tensor = tensor_of(model, name)
+        if not is_finite(tensor):
+            raise CheckpointError(not_finite(str(folder), name, tensor.dtype))

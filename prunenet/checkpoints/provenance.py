@@ -1,4 +1,4 @@
-"""Where a pruned model comes from: what `prunenet.json` and the model card say."""
+"""Where a pruned model comes from: what `prunenet.json` holds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from transformers import PreTrainedModel
 
@@ -16,39 +15,98 @@ from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import QUERY_HEADS, attentions
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.modeling import HEADS
+from prunenet.runtime.json_files import Count, Positive, Within, parse_json
 
 FORMAT_VERSION = 1
+UNRECORDED = "unrecorded"
+"""Policy of a model whose record was lost: saved by another tool after it was pruned."""
 _OF_GROUPS = ("dense_groups", "groups")
 _OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
+_Widths = tuple[Positive, ...]
+
+
+class How(TypedDict, total=False):
+    """The steps of a cut.
+
+    Attributes:
+        widths: "uniform" or "per-layer".
+        predicted_gain: by which share per-layer widths lower perplexity; None: not predicted.
+        channels: "policy", "blend" or "elimination".
+        refit: "off", "layerwise" or "sequential".
+        residual_width, slicing, head: of a sliced residual stream: its width, the share of d_model
+            that is gone, and "sliced" or "whole" for the LM head.
+        text: what activations were measured on, see `prunenet.text.calibration.CalibrationSet`.
+    """
+
+    widths: str
+    predicted_gain: float | None
+    channels: str | None
+    refit: str | None
+    residual_width: Positive
+    slicing: float
+    head: str
+    text: Mapping[str, Any]
+
+
+class RecoveryStep(TypedDict):
+    """One training after a cut, see `prunenet.recover`; losses in nats per token on text held back.
+
+    Attributes:
+        steps, batch, micro_batch, rank, learning_rate, seed: as in `prunenet.recover.Tuning`.
+        loss: "KL(dense || pruned)" or "next token".
+        loss_before, loss_after: of the model before the training, and as saved.
+        best_step: after which the best state was seen; 0: no state was better.
+        regime: of the text.
+        text: as in `How`.
+    """
+
+    steps: Positive
+    batch: Positive
+    micro_batch: Positive
+    rank: Positive
+    learning_rate: float
+    seed: int
+    loss: str
+    loss_before: float
+    loss_after: float
+    best_step: Count
+    regime: str
+    text: Mapping[str, Any]
+
+
+class _Version(TypedDict, total=False):
+    format_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Holds no time and no path, so that a repeated command writes the same bytes.
+    """How a pruned model was made.
+
+    Holds neither time nor path, so that a repeated command writes the same bytes.
 
     Attributes:
         base_model: hub id, or the name of the local folder.
-        revision: hub commit, or `sha256:...` of the local folder's configuration and weights; see
-            `checkpoint.identify`.
-        policy: name of the policy or method that chose the channels.
+        revision: hub commit, or `sha256:...` of the files that make the local model; see
+            `prunenet.checkpoints.identity.identify`.
+        policy: name of the policy or method that chose the channels; `UNRECORDED`: nothing says so.
         policy_sha256: of the policy's files; None for a method that has none.
-        regime: `weights`, `self` or `data` (DESIGN section 1).
-        ratio: share of FFN channels that was asked to be removed, in [0, 1).
+        regime: `weights`, `self` or `data` (docs/design.md, section 1).
+        ratio: share of FFN channels asked to be removed, in [0, 1).
         seed: of everything random on the way; None if nothing was.
         dense_widths, widths: FFN channels of each layer before and after.
         parameters_before, parameters_after: tied tensors count once.
         non_embedding_before, non_embedding_after: the same without input and output embeddings.
-        how: the steps: widths, channels, refit, text, as `prunenet.policies.apply.prune` took them.
-        residual_widths: of a model whose residual stream is sliced
+        how: the steps, as `prunenet.policies.apply.prune` took them.
+        residual_widths: of a model with a sliced residual stream
             (`prunenet.models.sliced_modeling`), at each point; None elsewhere.
-        padded_to: width to which `checkpoint.export_padded` filled every layer with zeros; None in
-            other checkpoints.
+        padded_to: width to which `prunenet.checkpoints.save.export_padded` filled every layer with
+            zeros; None in other checkpoints.
         dense_groups, groups: groups of attention heads of each layer before and after; None where
-            heads were left whole. Then `ratio` says how much was removed, and not from where: as
-            many parameters as that share of FFN channels.
+            heads were left whole. Then `ratio` states an amount, as many parameters as that share
+            of FFN channels has, and not a place.
         group_heads: query heads of a group.
-        padded_groups: number to which `checkpoint.export_padded` filled groups with zeros.
-        recovered: each training after the cut, see `prunenet.recover`.
+        padded_groups: number to which groups were filled with zeros.
+        recovered: each training after the cut.
     """
 
     base_model: str
@@ -56,38 +114,40 @@ class Provenance:
     policy: str
     policy_sha256: str | None
     regime: str
-    ratio: float
+    ratio: Annotated[float, Within(0, 1)]
     seed: int | None
-    dense_widths: tuple[int, ...]
-    widths: tuple[int, ...]
-    parameters_before: int
-    parameters_after: int
-    non_embedding_before: int
-    non_embedding_after: int
-    how: Mapping[str, Any] = field(default_factory=dict)
-    residual_widths: tuple[int, ...] | None = None
-    padded_to: int | None = None
-    dense_groups: tuple[int, ...] | None = None
-    groups: tuple[int, ...] | None = None
-    group_heads: int | None = None
-    padded_groups: int | None = None
-    recovered: tuple[Mapping[str, Any], ...] = ()
+    dense_widths: _Widths
+    widths: _Widths
+    parameters_before: Positive
+    parameters_after: Positive
+    non_embedding_before: Count
+    non_embedding_after: Count
+    how: How = field(default_factory=How)
+    residual_widths: _Widths | None = None
+    padded_to: Positive | None = None
+    dense_groups: _Widths | None = None
+    groups: _Widths | None = None
+    group_heads: Positive | None = None
+    padded_groups: Positive | None = None
+    recovered: tuple[RecoveryStep, ...] = ()
     format_version: int = FORMAT_VERSION
     prunenet_version: str = field(default_factory=lambda: version("prunenet"))
 
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
             raise ValueError(f"regime must be one of {', '.join(REGIMES)}, got {self.regime!r}")
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"format version is {self.format_version}, this prunenet reads {FORMAT_VERSION};"
-                " update prunenet"
-            )
+        _check_version(self.format_version)
+        _check_counts("channels", self.dense_widths, self.widths)
+        if self.dense_groups is not None and self.groups is not None:
+            _check_counts("groups of heads", self.dense_groups, self.groups)
 
     @classmethod
     def of(cls, dense: PreTrainedModel, narrow: PreTrainedModel, **choices: Any) -> Provenance:
-        """Fills in widths and parameter counts from the two models; `choices` are the other
-        fields.
+        """Builds a record whose widths and parameter counts are those of two models.
+
+        Args:
+            dense, narrow: before and after the cut; only shapes and configuration are read.
+            choices: the other fields.
         """
         (before, body_before), (after, body_after) = (
             count_parameters(dense),
@@ -105,23 +165,53 @@ class Provenance:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> Provenance:
-        """Reads `prunenet.json`. Raises ValueError, TypeError or KeyError where the text is not
-        one.
+    def unrecorded(
+        cls, dense: PreTrainedModel, narrow: PreTrainedModel, base_model: str, revision: str
+    ) -> Provenance:
+        """Builds a record from the two models alone, where the model's own was lost.
+
+        The regime is `data`: whatever saved the model may have trained it on any text.
+
+        Args:
+            dense, narrow: as for `of`.
+            base_model, revision: of the dense model.
+
+        Raises:
+            ValueError: the one cannot have been cut from the other.
         """
-        fields = json.loads(text)
-        optional = [
-            name
-            for name in ("residual_widths", "recovered", *_OF_GROUPS)
-            if name in fields and fields[name] is not None
-        ]
-        return cls(
-            **fields | {name: tuple(fields[name]) for name in ("widths", "dense_widths", *optional)}
+        before, after = ffn_widths(dense), ffn_widths(narrow)
+        if len(before) != len(after) or dense.config.hidden_size != narrow.config.hidden_size:
+            raise ValueError(
+                f"the model has {len(after)} layers of d_model {narrow.config.hidden_size} and"
+                f" {base_model} has {len(before)} of {dense.config.hidden_size}: the one was not"
+                " cut from the other; give the model that was pruned"
+            )
+        return cls.of(
+            dense,
+            narrow,
+            base_model=base_model,
+            revision=revision,
+            policy=UNRECORDED,
+            policy_sha256=None,
+            regime="data",
+            ratio=max(0.0, 1 - sum(after) / sum(before)),
+            seed=None,
         )
 
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Provenance:
+        """Reads `prunenet.json`.
+
+        Raises:
+            ValueError: what is wrong with the text; `JsonError` where it is not such a record.
+        """
+        _check_version(parse_json(text, _Version).get("format_version", FORMAT_VERSION))
+        made: Provenance = parse_json(text, cls)
+        return made
+
     def to_json(self) -> str:
-        """`prunenet.json`. Fields about heads are there only where heads were cut, and recovery
-        where there was one.
+        """Writes `prunenet.json`; fields about heads and recovery are left out where nothing was
+        done.
         """
         fields = {
             name: value
@@ -132,71 +222,20 @@ class Provenance:
             del fields["recovered"]
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
-    def card(self, text: str | None = None, *, code: bool = False) -> str:
-        """The model card (README.md); `text` is put after the summary; `code` says that the model
-        needs code beside it.
-        """
-        trust = ", trust_remote_code=True" if code else ""
-        widths = _numbers(self.widths)
-        padding = (
-            ""
-            if self.padded_to is None
-            else f"\nEvery layer is filled with zeros to {self.padded_to} channels."
+
+def _check_version(found: int) -> None:
+    if found != FORMAT_VERSION:
+        raise ValueError(
+            f"format version is {found}, this prunenet reads {FORMAT_VERSION}; update prunenet"
         )
-        addition = "" if text is None else f"\n{text.strip()}\n"
-        looks_at = REGIMES[self.regime]
-        chosen = "elimination" if self.how.get("channels") == "elimination" else self.policy
-        steps = [
-            f"{name} {self.how[name]}"
-            for name in ("widths", "channels", "refit")
-            if name in self.how
-        ]
-        how = f"\nHow: {', '.join(steps)}; policy: `{self.policy}`.\n" if steps else ""
-        share = 1 - self.parameters_after / self.parameters_before
-        removed = f"without {self.ratio:.1%} of its FFN channels, chosen by"
-        if self.residual_widths:
-            removed = (
-                f"with its residual stream sliced to {min(self.residual_widths)} directions by"
-            )
-            widths += "; shortcuts and an LM head of its own count as parameters"
-        heads = ""
-        if self.groups is not None:
-            removed = (
-                f"without as many parameters as {self.ratio:.1%} of its FFN channels have, from"
-                " channels and heads chosen by"
-            )
-            heads = (
-                f"\n\nGroups of attention heads left, with {self.group_heads} query heads each:"
-                f" {_numbers(self.groups)}."
-            )
-        if self.padded_groups is not None:
-            heads += f"\nEvery layer is filled with zeros to {self.padded_groups} groups."
-        return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [prunenet, pruned]
----
-# {Path(self.base_model).name}, pruned by PruneNet to {self.parameters_after:,} parameters
 
-`{self.base_model}` ({self.revision}) {removed} `{chosen}` in the
-{self.regime} regime ({looks_at}). The licence and the limits of the base model apply.
-{how}
-| | before | after |
-|---|---|---|
-| parameters | {self.parameters_before:,} | {self.parameters_after:,} ({-share:.1%}) |
-| without embeddings | {self.non_embedding_before:,} | {self.non_embedding_after:,} |
 
-FFN channels left: {widths}.{padding}{heads}
-{_recovery(self.recovered)}{addition}
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
-```
-
-`prunenet.json` says how this checkpoint was made; `prunenet_masks.safetensors` holds the channels
-kept, by their number in the base model.
-"""
+def _check_counts(what: str, before: Sequence[int], after: Sequence[int]) -> None:
+    if len(before) != len(after) or any(b < a for b, a in zip(before, after, strict=True)):
+        raise ValueError(
+            f"{what} left must be at most as many as before in each layer, got {list(after)} of"
+            f" {list(before)}"
+        )
 
 
 def _heads(dense: PreTrainedModel, narrow: PreTrainedModel) -> dict[str, Any]:
@@ -213,33 +252,3 @@ def _heads(dense: PreTrainedModel, narrow: PreTrainedModel) -> dict[str, Any]:
     if len(set(counts.values())) == 1:
         return {}
     return counts | {"group_heads": len(before[0].query) // len(before[0].key)}
-
-
-def _recovery(recovered: Sequence[Mapping[str, Any]]) -> str:
-    """What the card says of it, one line for each training."""
-    lines = ""
-    for step in recovered:
-        how = (
-            f"low-rank training of its linears, {step['steps']} steps of {step['batch']} blocks,"
-            f" text: {step['text']['text']}"
-        )
-        change = (
-            f"{step['loss']} {step['loss_before']:.4f} before and {step['loss_after']:.4f} after,"
-            " nats per token"
-        )
-        kept = (
-            ""
-            if step["best_step"]
-            else "; nothing was better, so the weights are those from before"
-        )
-        lines += f"\nRecovered by {how}. On text held back: {change}{kept}.\n"
-    return lines
-
-
-def _numbers(counts: Sequence[int]) -> str:
-    fewest, most = min(counts), max(counts)
-    return (
-        f"{most} in every layer"
-        if fewest == most
-        else f"{fewest} to {most} in a layer, {sum(counts)} in all"
-    )

@@ -1,7 +1,6 @@
-"""Checkpoints on disk (DESIGN section 5): load with one clear error, save beside and rename, verify
-by reload, provenance.
+"""Writes a pruned model as a checkpoint that is complete and verified by a reload, or not there.
 
-Only safetensors and JSON are read; no code of a checkpoint's folder is ever run.
+Only safetensors and JSON are written; no code of a checkpoint's folder is ever run.
 """
 
 from __future__ import annotations
@@ -13,34 +12,43 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.load import load_model, load_tokenizer, read_model
+from prunenet.checkpoints.companions import companion_bytes, write_companions
+from prunenet.checkpoints.contents import MASKS, RECORD
+from prunenet.checkpoints.load import load_model, read_model
+from prunenet.checkpoints.model_card import bare_card, card_of
 from prunenet.checkpoints.offload import check_reread, write_placed
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.sources import (
-    in_short,
+from prunenet.checkpoints.records import (
+    find_masks,
+    find_provenance,
+    how_to_load,
 )
+from prunenet.checkpoints.records import load_head_masks as load_head_masks
+from prunenet.checkpoints.records import load_masks as load_masks
+from prunenet.checkpoints.records import load_provenance as load_provenance
 from prunenet.models import modeling
 from prunenet.models.heads import group_counts
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import zero_padded
 from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.own_files import packed
 from prunenet.runtime.placement import is_placed, parameters
 
-_PROVENANCE, _MASKS = "prunenet.json", "prunenet_masks.safetensors"
+Masks = Sequence[Bool[Tensor, " _"]]
+_TEXTS, _ENTRY = 12_000, 120
+"""Bytes of configuration, provenance, card and code together; and of a tensor's header entry."""
 
 
 def save_pruned(
     model: PreTrainedModel,
     out: str | Path,
-    keep: Sequence[Bool[Tensor, " _"]],
+    keep: Masks | None,
     provenance: Provenance,
     *,
-    groups: Sequence[Bool[Tensor, " _"]] | None = None,
+    groups: Masks | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card_text: str | None = None,
 ) -> Path:
@@ -51,14 +59,18 @@ def save_pruned(
     token ids must equal those of `model` exactly (on the model's device, in its dtype). The same
     call writes the same bytes.
 
+    Configuration, generation defaults and tokenizer are those of the checkpoint that the model was
+    loaded from, but for what the cut changed; see `prunenet.checkpoints.companions`.
+
     Args:
-        model: the narrow model, of `surgery.narrowed`.
+        model: the narrow model, of `prunenet.models.surgery.narrowed`.
         out: folder to create; it may exist if it is empty.
-        keep: the masks that were applied, one per layer, over the dense model's channels.
+        keep: the masks that were applied, one per layer, over the dense model's channels; None
+            where they are not known, of a model whose record was lost.
         provenance: written to `prunenet.json` and into the model card.
         groups: the masks of attention heads that were applied; None where heads were left whole.
-        tokenizer: saved beside the model.
-        card_text: Markdown put into the model card, e.g. a table of results.
+        tokenizer: saved instead of the source's own, if it is another one or was changed.
+        card_text: Markdown put into the model card, such as a table of results.
 
     Returns:
         The folder.
@@ -68,126 +80,135 @@ def save_pruned(
         ValueError: model, masks and provenance contradict each other.
     """
     _check_provenance(model, keep, provenance)
-    _check_heads(model, groups, provenance)
-    out = Path(out)
-    with new_folder(out, sum(p.numel() * p.element_size() for _, p in parameters(model))) as folder:
-        if is_placed(model):
-            write_placed(folder, model)
-        else:
-            model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    if keep is not None:
+        _check_heads(model, groups, provenance)
+    with new_folder(Path(out), bytes_to_write(model, keep, groups)) as folder:
+        _write_model(model, folder, tokenizer)
         write_provenance(folder, keep, provenance, groups=groups, card_text=card_text)
         _verify(model, folder)
-    return out
+    return Path(out)
 
 
 def write_provenance(
     folder: Path,
-    keep: Sequence[Bool[Tensor, " _"]],
+    keep: Masks | None,
     provenance: Provenance,
     *,
-    groups: Sequence[Bool[Tensor, " _"]] | None = None,
+    groups: Masks | None = None,
     card_text: str | None = None,
 ) -> None:
     """Writes what stands beside the model and its code: `prunenet.json`,
     `prunenet_masks.safetensors` and the model card.
+
+    Args:
+        folder: holds the model.
+        keep, provenance, groups, card_text: as for `save_pruned`.
     """
-    masks = {f"layers.{i}.keep": mask for i, mask in enumerate(keep)}
-    masks |= {f"layers.{i}.groups": mask for i, mask in enumerate(groups or ())}
-    indices = {
-        name: mask.nonzero().flatten().to("cpu", torch.int32) for name, mask in masks.items()
-    }
-    (folder / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
-    save_file(indices, folder / _MASKS)
-    (folder / "README.md").write_text(
-        provenance.card(card_text, code=any(folder.glob("*.py"))), encoding="utf-8"
+    (folder / RECORD).write_text(provenance.to_json(), encoding="utf-8")
+    if keep is not None:
+        (folder / MASKS).write_bytes(packed(_indices(keep, groups)))
+    card = card_of(
+        provenance, card_text, code=any(folder.glob("*.py")), loading=how_to_load(folder)
     )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_provenance(folder: str | Path) -> Provenance:
-    """Reads `prunenet.json`.
-
-    Raises:
-        CheckpointError: missing, damaged, or of a newer format.
-    """
-    path = Path(folder) / _PROVENANCE
-    try:
-        return Provenance.from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint of prunenet: it has no {_PROVENANCE}"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {in_short(error)}") from error
-
-
-def load_masks(folder: str | Path) -> list[Bool[Tensor, " _"]]:
-    """The keep mask of each layer, over the channels of the base model. Raises CheckpointError as
-    `load_provenance`.
-    """
-    return _masks(Path(folder) / _MASKS, load_provenance(folder).dense_widths, "keep")
-
-
-def load_head_masks(folder: str | Path) -> list[Bool[Tensor, " _"]] | None:
-    """The mask of each layer over the base model's groups of heads; None where heads are whole.
-    Raises as `load_masks`.
-    """
-    counts = load_provenance(folder).dense_groups
-    return None if counts is None else _masks(Path(folder) / _MASKS, counts, "groups")
-
-
-def export_padded(folder: str | Path, out: str | Path) -> Path:
+def export_padded(source: str | Path, out: str | Path) -> Path:
     """Turns a checkpoint with per-layer widths into a stock one: every layer filled with zero
     channels to the widest.
 
     Groups of attention heads that differ between layers are filled up too, see
-    `surgery.zero_padded`. Computes the same function, needs no code beside it, and is larger.
-    Raises as `load_model` and `save_pruned`, and CheckpointError where the widths are the same in
-    all layers already.
+    `prunenet.models.surgery.zero_padded`. The result computes the same function, needs no code
+    beside it, and is larger. Where another tool has saved the pruned model and its provenance is
+    lost, the result has none either.
+
+    Args:
+        source: folder or hub id.
+        out: folder to create; it may exist if it is empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: as `load_model` and `save_pruned`; or the widths are the same in all layers
+            already; or the residual stream is sliced.
     """
-    provenance = load_provenance(folder)
-    if provenance.residual_widths is not None:
+    provenance, (keep, groups) = find_provenance(source), find_masks(source)
+    model = load_model(source)
+    if hasattr(model.config, "residual_widths"):
         raise CheckpointError(
-            f"{folder} has a sliced residual stream, which stock loaders cannot read, padded or not"
+            f"{source} has a sliced residual stream, which stock loaders cannot read, padded or not"
         )
-    model, groups = load_model(folder), load_head_masks(folder)
     if not modeling.is_per_layer(model):
         raise CheckpointError(
-            f"{folder} has one width for all layers already; stock loaders read it as it is"
+            f"{source} has one width for all layers already; stock loaders read it as it is"
         )
+    heads = hasattr(model.config, modeling.HEADS)
     model = zero_padded(model)
     total, body = count_parameters(model)
+    width = ffn_widths(model)[0]
+    if provenance is None:
+        with new_folder(Path(out), bytes_to_write(model)) as folder:
+            _write_model(model, folder, None)
+            name = Path(source).expanduser().resolve().name  # of a hub id, too
+            card = bare_card(name, total, width, how_to_load(folder))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            _verify(model, folder)
+        return Path(out)
     provenance = dataclasses.replace(
         provenance,
-        padded_to=max(provenance.widths),
-        padded_groups=None if groups is None else group_counts(model)[0],
+        padded_to=width,
+        padded_groups=group_counts(model)[0] if heads else None,
         parameters_after=total,
         non_embedding_after=body,
     )
-    tokenizer = (
-        load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").exists() else None
-    )
-    return save_pruned(
-        model, out, load_masks(folder), provenance, groups=groups, tokenizer=tokenizer
-    )
+    return save_pruned(model, out, keep, provenance, groups=groups)
 
 
-def _check_provenance(
-    model: PreTrainedModel, keep: Sequence[Tensor], provenance: Provenance
+def _write_model(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    kept, widths = [int(mask.sum()) for mask in keep], ffn_widths(model)
-    expected = [provenance.padded_to] * len(kept) if provenance.padded_to else kept
-    if list(provenance.widths) != kept or widths != expected:
+    """Writes all that makes the model, its weights first."""
+    if is_placed(model):
+        write_placed(folder, model)
+    else:
+        model.save_pretrained(folder)
+    write_companions(folder, model, tokenizer)
+
+
+def bytes_to_write(
+    model: PreTrainedModel, keep: Masks | None = None, groups: Masks | None = None
+) -> int:
+    """Returns how much room a checkpoint takes at least, with all its files.
+
+    Args:
+        model: may be on the meta device.
+        keep, groups: as for `save_pruned`.
+    """
+    weights = [p.numel() * p.element_size() + _ENTRY for _, p in parameters(model)]
+    masks = [4 * int(mask.sum()) + _ENTRY for mask in (*(keep or ()), *(groups or ()))]
+    return sum(weights) + sum(masks) + companion_bytes(model) + _TEXTS
+
+
+def _indices(keep: Masks, groups: Masks | None) -> dict[str, Tensor]:
+    """What the file of masks holds: the numbers of what is kept, by layer."""
+    masks = {f"layers.{i}.keep": mask for i, mask in enumerate(keep)}
+    masks |= {f"layers.{i}.groups": mask for i, mask in enumerate(groups or ())}
+    return {name: mask.nonzero().flatten().to("cpu", torch.int32) for name, mask in masks.items()}
+
+
+def _check_provenance(model: PreTrainedModel, keep: Masks | None, made: Provenance) -> None:
+    said, widths = list(made.widths), ffn_widths(model)
+    kept = said if keep is None else [int(mask.sum()) for mask in keep]
+    expected = [made.padded_to] * len(kept) if made.padded_to else kept
+    if said != kept or widths != expected:
         raise ValueError(
-            f"masks keep {kept} channels, provenance says {list(provenance.widths)}, the model has"
-            f" {widths}"
+            f"masks keep {kept} channels, provenance says {said}, the model has {widths}"
         )
-    dense = [mask.numel() for mask in keep]
-    if list(provenance.dense_widths) != dense:
+    dense = list(made.dense_widths) if keep is None else [mask.numel() for mask in keep]
+    if list(made.dense_widths) != dense:
         raise ValueError(
-            f"masks are for layers of {dense} channels, provenance says"
-            f" {list(provenance.dense_widths)}"
+            f"masks are for layers of {dense} channels, provenance says {list(made.dense_widths)}"
         )
 
 
@@ -215,17 +236,6 @@ def _check_heads(
         )
         if (counts := group_counts(model)) != expected:
             raise ValueError(f"masks keep {expected} groups of heads, the model has {counts}")
-
-
-def _masks(path: Path, lengths: Sequence[int], what: str) -> list[Bool[Tensor, " _"]]:
-    masks = [torch.zeros(length, dtype=torch.bool) for length in lengths]
-    try:
-        indices = load_file(path)
-        for index, mask in enumerate(masks):
-            mask[indices[f"layers.{index}.{what}"].long()] = True
-    except (OSError, SafetensorError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {in_short(error)}") from error
-    return masks
 
 
 @torch.no_grad()

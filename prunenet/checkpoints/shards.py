@@ -15,15 +15,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.json_files import Count, JsonError, convert, parse_json
 
 SLAB = 32 * 2**20
 """Bytes of a tensor that are read at once."""
+_HEADER = 100_000_000  # the format's own bound
 _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -39,6 +41,23 @@ _DTYPES |= {
     "I64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; one pass over it, no copy of it."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(math.isfinite(float(bound)) for bound in torch.aminmax(tensor))
+
+
+def not_finite(where: str, name: str, dtype: torch.dtype) -> str:
+    """The sentence on a tensor that `is_finite` refuses."""
+    kind = str(dtype).removeprefix("torch.")
+    hint = "" if dtype in (torch.float32, torch.float64) else ", or load it in float32"
+    return (
+        f"tensor {name} of {where} holds numbers that are not finite in {kind}; fetch it"
+        f" again{hint}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +101,10 @@ class StoredTensor:
                         " again"
                     )
                 left = left[got:]
-        return values.to(self.device, self.dtype)
+        values = values.to(self.dtype)
+        if not is_finite(values):
+            raise CheckpointError(not_finite(str(self.path), self.name, self.dtype))
+        return values.to(self.device)
 
     @property
     def _row(self) -> int:
@@ -101,37 +123,63 @@ class StoredTensor:
             yield start, self[start : start + step]
 
 
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[Count]
+    data_offsets: tuple[Count, Count]
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name; reads the header alone.
+    """Reads the header of a file, by plain reads: nothing is mapped into memory.
+
+    Returns:
+        The tensors of the file, by name.
 
     Raises:
         CheckpointError: not a safetensors file, one that is cut short, or with a dtype that is no
             plain number.
     """
     try:
-        # checks that the header is sound and that the tensors fill the file
-        with safe_open(path, "pt"):
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip(".: ") or type(error).__name__
+        start, entries, size = _entries(path)
+    except (JsonError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{path} is damaged ({reason}); fetch it again") from error
-    entries.pop("__metadata__", None)
-    found = {}
-    for name, entry in entries.items():
+    found, end = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(
-                f"tensor {name} of {path} is stored as {entry['dtype']}; give the unquantised"
-                " checkpoint"
+                f"tensor {name[:80]} of {path} is stored as {entry['dtype'][:20]}; give the"
+                " unquantised checkpoint"
             )
-        offset = 8 + length + entry["data_offsets"][0]
+        first, last = entry["data_offsets"]
+        if first != end or last - first != math.prod(entry["shape"]) * dtype.itemsize:
+            raise CheckpointError(
+                f"{path} is damaged (tensor {name[:80]} does not fill its place); fetch it again"
+            )
+        end, shape = last, tuple(entry["shape"])
         found[name] = StoredTensor(
-            path, name, tuple(entry["shape"]), dtype, dtype, offset, torch.device("cpu")
+            path, name, shape, dtype, dtype, start + first, torch.device("cpu")
+        )
+    if start + end != size:
+        raise CheckpointError(
+            f"{path} is damaged ({size - start:,} bytes of tensors, its header says {end:,});"
+            " fetch it again"
         )
     return found
+
+
+def _entries(path: Path) -> tuple[int, dict[str, _Entry], int]:
+    """(first byte behind the header, its entries, size of the file)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _HEADER):
+            raise JsonError("it is no safetensors file")
+        header = parse_json(file.read(length), dict)
+    header.pop("__metadata__", None)
+    entries = {name: convert(entry, _Entry, name[:80]) for name, entry in header.items()}
+    return 8 + length, entries, size
 
 
 def write_shard(

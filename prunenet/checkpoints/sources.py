@@ -6,40 +6,41 @@ Only safetensors and JSON are read; no code of a checkpoint's folder is ever run
 
 from __future__ import annotations
 
-import json
+import glob
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from prunenet.models import modeling, sliced_modeling
-from prunenet.models.architectures import architecture_for
+from prunenet.checkpoints.contents import (
+    ADAPTER,
+    CONFIG,
+    GENERATION,
+    INDEX,
+    MASKS,
+    RECORD,
+    SINGLE,
+    TOKENIZER,
+    ModelFiles,
+    config_fields,
+    model_files,
+    weight_names,
+)
+from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What transformers raises when weights and configuration are damaged or do not belong together.
-UNLOADABLE = (
-    OSError,
-    SafetensorError,
-    StrictDataclassError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    TypeError,
-)
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OURS = (RECORD, MASKS)
+# torch has no class for these on the CPU
+_NO_MEMORY = ("can't allocate memory", "unable to mmap", "not enough memory")
 
 
-def open_checkpoint(source: str | Path, dtype: str = "auto") -> Path:
-    """The local folder of a checkpoint, complete and of a supported family; a hub id's files are
-    fetched first.
+def open_checkpoint(source: str | Path, dtype: str = "auto") -> ModelFiles:
+    """The files of a checkpoint, complete and of a supported family; a hub id's are fetched first.
 
     Args:
         source: folder with `config.json` and safetensors weights, or `owner/name` on the hub.
@@ -53,27 +54,19 @@ def open_checkpoint(source: str | Path, dtype: str = "auto") -> Path:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    fields = _read_json(find_folder(source, "config.json") / "config.json")
-    if "model_type" not in fields:
-        raise CheckpointError(
-            f"{source} is not a language model: its config.json has no model_type"
-        )
-    architecture_for(SimpleNamespace(**fields))  # type: ignore[arg-type]
-    if fields.get("quantization_config"):
-        raise CheckpointError(
-            f"{source} is quantised, and channels of quantised layers cannot be cut; give the"
-            " original model"
-        )
-    folder = find_folder(source, "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({in_short(error)}); fetch it again"
-            ) from error
-    return folder
+    config_fields(find_folder(source, CONFIG))
+    folder = find_folder(source, CONFIG, GENERATION, INDEX, SINGLE, ADAPTER, *TOKENIZER, *_OURS)
+    if local_folder(source) is None and not (folder / SINGLE).is_file():
+        # shards may have any name: their index says which
+        names = weight_names(folder, missing=True)
+        folder = find_folder(source, *map(glob.escape, names))
+    return model_files(folder)
+
+
+def local_folder(source: str | Path) -> Path | None:
+    """The folder that a source names, `~` expanded; None for a hub id."""
+    path = Path(source).expanduser()
+    return path if path.is_dir() else None
 
 
 def find_folder(source: str | Path, *patterns: str) -> Path:
@@ -83,10 +76,9 @@ def find_folder(source: str | Path, *patterns: str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    if (folder := local_folder(source)) is not None:
+        return folder
+    if Path(source).expanduser().exists():
         raise CheckpointError(
             f"{source} is a file; give the folder that holds config.json and model.safetensors"
         )
@@ -97,6 +89,9 @@ def find_folder(source: str | Path, *patterns: str) -> Path:
             snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=["*/*"])
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
+        # Of a listing that names more than was fetched, once and on purpose: what is there may do.
+        if (partial := getattr(error, "snapshot_path", None)) is not None:
+            return Path(partial)
         raise CheckpointError(
             f"{source!r} is neither a folder here nor available from the Hugging Face hub"
             f" ({in_short(error)}); check the spelling and the connection, or give the path of a"
@@ -104,40 +99,21 @@ def find_folder(source: str | Path, *patterns: str) -> Path:
         ) from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that its index names.
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Turns whatever transformers raises about a folder into one sentence; it promises no types.
 
     Raises:
-        CheckpointError: one is missing.
-    """
-    names = [_WEIGHTS]
-    if (folder / _INDEX).exists() and not (folder / _WEIGHTS).exists():
-        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} has no {name}; only complete safetensors checkpoints are read"
-            )
-    return [folder / name for name in names]
-
-
-def config_and_class(folder: Path) -> tuple[PretrainedConfig, Any]:
-    """The configuration of a checkpoint and the class of its causal LM, ours where widths differ or
-    the stream is sliced.
-
-    Raises:
-        CheckpointError: the configuration cannot be read.
+        CheckpointError: instead of any other error but a lack of memory.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except UNLOADABLE as error:
+        yield
+    except (CheckpointError, UnsupportedArchitecture, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if any(text in str(error) for text in _NO_MEMORY):
+            raise
         raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
-    if hasattr(config, modeling.FFN) or hasattr(config, modeling.HEADS):
-        kind = getattr(modeling, modeling.PREFIX + kind.__name__)
-    elif hasattr(config, "residual_widths"):
-        kind = getattr(sliced_modeling, sliced_modeling.PREFIX + kind.__name__)
-    return config, kind
 
 
 def check_device(device: str) -> None:
@@ -159,15 +135,3 @@ def in_short(error: BaseException) -> str:
     return (
         textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {in_short(error)}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} is damaged: it does not hold a JSON object")
-    return fields

@@ -22,24 +22,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from prunenet.checkpoints.companions import write_companions
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.save import write_provenance
-from prunenet.checkpoints.shards import StoredTensor, read_header
-from prunenet.checkpoints.sources import (
-    UNLOADABLE,
-    check_device,
-    config_and_class,
-    in_short,
-    open_checkpoint,
-    weight_files,
-)
-from prunenet.models.architectures import architecture_for
-from prunenet.models.layers import FFN, decoder_layers, read_ffn
+from prunenet.checkpoints.save import bytes_to_write, write_provenance
+from prunenet.checkpoints.shards import StoredTensor
+from prunenet.checkpoints.skeleton import skeleton_of
+from prunenet.checkpoints.sources import check_device, local_folder, open_checkpoint
+from prunenet.models.anatomy import FFN, Anatomy
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import CheckpointError, new_folder
 
@@ -76,47 +68,39 @@ class StreamedCheckpoint:
         Raises:
             UnsupportedArchitecture, CheckpointError, ValueError: as `checkpoint.load_model`.
         """
-        folder = open_checkpoint(source, dtype)
+        files = open_checkpoint(source, dtype)
         check_device(device)
-        stored = {
-            name: tensor
-            for path in weight_files(folder)
-            for name, tensor in read_header(path).items()
-        }
-        skeleton = _skeleton(folder, dtype, stored)
-        if not Path(source).is_dir():  # what provenance records
-            skeleton.config._name_or_path, skeleton.config._commit_hash = str(source), folder.name
-        placed = _located(skeleton, stored, folder)
+        skeleton = skeleton_of(files, dtype)
+        if skeleton.converted:
+            raise CheckpointError(
+                f"{files.folder} stores {skeleton.converted[0]} in a form that is converted when"
+                " it is loaded, and cannot be streamed"
+            )
+        if local_folder(source) is None:  # what provenance records
+            config = skeleton.model.config
+            config._name_or_path, config._commit_hash = str(source), files.folder.name
         where = torch.device(device)
-        return cls(
-            str(source),
-            skeleton,
-            {name: replace(tensor, device=where) for name, tensor in placed.items()},
-        )
+        stored = skeleton.stored.items()
+        placed = {name: replace(tensor, device=where) for name, tensor in stored}
+        return cls(str(source), skeleton.model, placed)
 
     def ffn(self, index: int) -> FFN:
         """The FFN of one layer, a copy on the checkpoint's device.
 
         Raises:
-            UnsupportedArchitecture: as `prunenet.models.layers.read_ffn`.
+            UnsupportedArchitecture: as `prunenet.models.anatomy.Anatomy.of`.
             CheckpointError: the file ends where it should not.
         """
-        architecture = architecture_for(self.skeleton.config)
-        layer = decoder_layers(self.skeleton, architecture)[index]
-        wanted = (
-            *architecture.input_linears,
-            architecture.down,
-            architecture.attention_out,
-            *architecture.norms,
-        )
+        layer = Anatomy.of(self.skeleton).layers[index]
+        row = layer.architecture
         empty: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
-            for path in wanted:
-                for module, name, parameter in _parameters(layer, path):
+            for path in (*row.input_linears, row.down, row.attention_out, *row.norms):
+                for module, name, parameter in _parameters(layer.module, path):
                     empty.append((module, name, parameter))
-                    tensor = self.stored[f"{architecture.layers}.{index}.{path}.{name}"].whole()
+                    tensor = self.stored[f"{layer.path}.{path}.{name}"].whole()
                     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-            return read_ffn(layer, index, architecture)
+            return layer.read()
         finally:
             for module, name, parameter in empty:
                 setattr(module, name, parameter)
@@ -181,96 +165,12 @@ def save_streamed(
             if progress is not None:
                 progress(done, total)
 
-    with new_folder(Path(out), total) as folder:
+    with new_folder(Path(out), bytes_to_write(narrow, keep)) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_companions(folder, narrow, tokenizer)
         write_provenance(folder, keep, provenance)
         _verify(folder, hashes, state)
     return provenance
-
-
-def _skeleton(folder: Path, dtype: str, stored: dict[str, StoredTensor]) -> PreTrainedModel:
-    """What `from_pretrained` would build, on the meta device."""
-    config, kind = config_and_class(folder)
-    found = next(
-        (tensor.stored for tensor in stored.values() if tensor.stored.is_floating_point),
-        torch.float32,
-    )
-    chosen = dtype if dtype != "auto" else config.dtype or found
-    config.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-    try:
-        with torch.device("meta"):
-            model = kind(config)
-        model.to(config.dtype).eval().tie_weights()
-        if model.can_generate():
-            fetching = {
-                "cache_dir": None,
-                "force_download": False,
-                "proxies": None,
-                "local_files_only": True,
-                "token": None,
-            }
-            model.adjust_generation_fn(
-                None,
-                False,
-                False,
-                folder,
-                revision="main",
-                subfolder="",
-                trust_remote_code=False,
-                **fetching,
-            )
-    except UNLOADABLE as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {in_short(error)}") from error
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-def _located(
-    skeleton: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path
-) -> dict[str, StoredTensor]:
-    """Where each tensor of the skeleton lies, under any name that `from_pretrained` knows; one of
-    several tied is enough.
-    """
-    state = skeleton.state_dict(keep_vars=True)
-    transforms = get_model_conversion_mapping(skeleton)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    here: dict[str, StoredTensor] = {}
-    tied: dict[int, list[str]] = {}
-    for name, tensor in stored.items():
-        renamed, converted = rename_source_key(
-            name, renamings, converters, skeleton.base_model_prefix, state
-        )
-        if converted is not None:
-            raise CheckpointError(
-                f"{folder} stores {name} in a form that is converted when it is loaded, and cannot"
-                " be streamed"
-            )
-        here[renamed] = tensor
-    for name, tensor in state.items():
-        tied.setdefault(id(tensor), []).append(name)
-    found: dict[str, StoredTensor] = {}
-    missing = []
-    for names in tied.values():
-        entry = next((here[name] for name in names if name in here), None)
-        if entry is None:
-            missing.append(names[0])
-            continue
-        expected = state[names[0]]
-        if entry.shape != tuple(expected.shape):
-            raise CheckpointError(
-                f"{folder} cannot be loaded: {entry.name} is {list(entry.shape)}, config.json says"
-                f" {list(expected.shape)}"
-            )
-        found |= dict.fromkeys(names, replace(entry, dtype=expected.dtype))
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the model's tensors, e.g. {min(missing)}; fetch it"
-            " again"
-        )
-    return found
 
 
 def _parameters(layer: nn.Module, path: str) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -286,18 +186,16 @@ def _cuts(
     skeleton: PreTrainedModel, keep: Sequence[Tensor]
 ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """(mask of rows, numbers of columns) that stay of each tensor that is not copied whole."""
-    architecture = architecture_for(skeleton.config)
     cuts: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for index, (layer, mask) in enumerate(
-        zip(decoder_layers(skeleton, architecture), keep, strict=True)
-    ):
-        prefix = f"{architecture.layers}.{index}."
-        rows = mask.repeat(2) if architecture.fused else mask
-        for path in architecture.input_linears:
-            cuts |= {
-                f"{prefix}{path}.{name}": (rows, None) for _, name, _ in _parameters(layer, path)
-            }
-        cuts[f"{prefix}{architecture.down}.weight"] = (None, mask.nonzero().flatten())
+    for layer, mask in zip(Anatomy.of(skeleton).layers, keep, strict=True):
+        kept = mask.nonzero().flatten()
+        for where in layer.channels():
+            if where.axis == 1:
+                cuts[f"{layer.path}.{where.path}.weight"] = (None, where.entries(kept, len(mask)))
+                continue
+            rows = mask.repeat(where.parts)
+            for name, _ in where.linear.named_parameters(recurse=False):
+                cuts[f"{layer.path}.{where.path}.{name}"] = (rows, None)
     return cuts
 
 

@@ -1,177 +1,32 @@
-"""The demo: from nothing to a real language model, pruned to several sizes and compared with the
-dense one.
-"""
+"""The command `prunenet demo`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
-from transformers import PreTrainedModel
+import typer
+from rich.markup import escape
 
-from prunenet.checkpoints.demo_model import fetch_demo_model
-from prunenet.checkpoints.identity import identify, weights_sha256
-from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.save import load_provenance
 from prunenet.cli import tables
-from prunenet.evaluation.report import draw_report
-from prunenet.evaluation.side_by_side import measure
-from prunenet.evaluation.speed import generate_sentence
-from prunenet.models.layers import ffn_widths
-from prunenet.models.masks import check_ratio, width_at
-from prunenet.policies.apply import Pruned, provenance_of
-from prunenet.policies.artifact import Policy, PolicyError
-from prunenet.policies.training.recipe import PRESETS, Recipe
-from prunenet.policies.training.train import recorded, train, unfinished
-from prunenet.refit.cut import cut_layers
-from prunenet.runtime.files import CheckpointError, check_home, write_atomic
-from prunenet.text.calibration import CalibrationSet, self_blocks
-from prunenet.text.corpora import TestText, load_text
+from prunenet.cli.console import errors, one_process, show
+from prunenet.cli.options import Json, Out
 
-PROMPT = "The Nile is the longest river in"
-SEQUENCES = 64
-"""Sequences that the model writes: fewer than for `prunenet prune`, which measures more and takes
-longer for it.
-"""
-HOW: dict[str, Any] = {"widths": "uniform", "channels": "policy", "refit": "layerwise"}
-"""How the demo prunes: with the channels that its own policy chooses, and no second stage of
-training for the widths.
-"""
+Sizes = Annotated[list[float], typer.Option("--ratio", help="Repeat for several sizes.")]
 
 
-def run_demo(
-    out: Path,
-    ratios: Sequence[float],
-    console: Console,
-    *,
-    windows: int = 6,
-    recipe: Recipe | None = None,
-) -> list[dict[str, Any]]:
-    """Fetches SmolLM2-135M, trains a policy, prunes at each ratio, compares. What is in `out`
-    already is used again.
+def demo(
+    out: Out = Path("demo"),
+    ratios: Sizes = [0.2, 0.3, 0.4],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Fetch a real model, train a policy on it, cut it to several sizes, and compare."""
+    with one_process():
+        from prunenet.cli.demo_steps import run_demo
 
-    Nothing from outside is looked at: masks are judged and the down matrices refitted on text that
-    the model writes. Widths are uniform; `prunenet train` also learns where to cut.
-
-    Args:
-        out: folder for the policy, the checkpoints, `results.json` and `report.png`.
-        ratios: shares of FFN channels to remove, in [0, 1).
-        console: for progress.
-        windows: windows of 512 tokens of the built-in test text to score.
-        recipe: of the training, which has one stage; default `PRESETS["default"]`.
-
-    Returns:
-        One row per model, the dense one first; see `prunenet.evaluation.side_by_side.measure`.
-
-    Raises:
-        ValueError: a ratio out of range. Errors of fetching, training and saving pass through.
-    """
-    for ratio in ratios:
-        check_ratio(ratio)
-    check_home(out)
-    console.print("1/4 the model: SmolLM2-135M-Instruct")
-    source = str(fetch_demo_model(progress=lambda message: console.print(f"    {message}")))
-    dense = load_model(source)
-    console.print(
-        "2/4 the policy: learns to tell channels to keep by their weights, judged on text that the"
-        " model writes"
-    )
-    policy = _policy(dense, out / "policy", recipe or PRESETS["default"], console)
-    sizes = ", ".join(f"{ratio:g}" for ratio in ratios)
-    console.print(
-        f"3/4 pruning at {sizes}: the policy's channels, refitted on the same text; saved and"
-        " verified by reloading"
-    )
-    folders = _pruned(dense, policy, ratios, out, console)
-    del dense
-    console.print("4/4 comparing with the dense model")
-    text = load_text("builtin", TestText)
-    with tables.progress(console, "scoring") as advance:
-        rows = measure(
-            [source, *map(str, folders)], text, window=512, max_windows=windows, progress=advance
-        )
-    rows[0]["name"] = "dense"
-    for row in rows:
-        row["sentence"] = generate_sentence(
-            load_model(row["folder"]), load_tokenizer(source), PROMPT, new_tokens=16
-        )
-        console.print(f"    {row['name']}: {row['sentence']!r}", style="dim", markup=False)
-    write_atomic(out / "results.json", (json.dumps({"models": rows}, indent=2) + "\n").encode())
-    draw_report(rows, out / "report.png")
-    return rows
-
-
-def _policy(dense: PreTrainedModel, folder: Path, recipe: Recipe, console: Console) -> Policy:
-    try:
-        policy = Policy.from_pretrained(folder)
-    except PolicyError:
-        pass
-    else:
-        asked = (recorded(recipe), weights_sha256(dense))
-        if (policy.config.recipe, policy.config.trained_on.get("weights")) != asked:
-            raise ValueError(
-                f"{folder} holds a policy of another recipe or model; remove it, or give another"
-                " --out"
-            )
-        console.print(f"    trained already: {folder}", markup=False)
-        return policy
-    blocks = _own_text(dense, console)
-    with tables.progress(console, "training", "reward") as advance:
-        return train(
-            dense, recipe, out=folder, resume=unfinished(folder), blocks=blocks, progress=advance
-        ).policy
-
-
-def _own_text(dense: PreTrainedModel, console: Console) -> CalibrationSet:
-    """Written once, then read from the cache."""
-    with tables.progress(console, "writing") as advance:
-        return self_blocks(
-            dense, load_tokenizer(dense.config._name_or_path), sequences=SEQUENCES, progress=advance
-        )
-
-
-def _pruned(
-    dense: PreTrainedModel, policy: Policy, ratios: Sequence[float], out: Path, console: Console
-) -> list[Path]:
-    """The checkpoint of each ratio: what is in `out` already if it is this policy's, else made now,
-    all in one measurement.
-    """
-    source = dense.config._name_or_path
-    folders = {ratio: out / f"ratio-{ratio:g}" for ratio in ratios}
-    missing = [
-        ratio
-        for ratio, folder in folders.items()
-        if not _made(folder, policy, ratio, identify(source)[1])
-    ]
-    if missing:
-        blocks, d_ff = _own_text(dense, console), ffn_widths(dense)
-        ways = [[width_at(width, ratio) for width in d_ff] for ratio in missing]
-        with tables.progress(console, "cutting") as advance:
-            cuts = cut_layers(
-                dense, blocks.ids, ways, scores=policy.scores(dense), progress=advance
-            )
-        how = HOW | {"predicted_gain": None, "text": dict(blocks.source)}
-        for ratio, cut in zip(missing, cuts, strict=True):
-            narrow = cut.model(dense)
-            record = provenance_of(
-                dense, narrow, policy=policy, name="demo", regime="self", ratio=ratio, how=how
-            )
-            Pruned(narrow, cut.keep, record).save_pretrained(
-                folders[ratio], tokenizer=load_tokenizer(source)
-            )
-    return list(folders.values())
-
-
-def _made(folder: Path, policy: Policy, ratio: float, revision: str) -> bool:
-    """Whether the folder holds the checkpoint. Raises ValueError where it holds another one."""
-    try:
-        found = load_provenance(folder)
-    except CheckpointError:
-        return False
-    same = (found.policy_sha256, found.ratio, found.revision) == (policy.sha256, ratio, revision)
-    if not same or any(found.how.get(name) != choice for name, choice in HOW.items()):
-        raise ValueError(f"{folder} holds another pruned model; remove it, or give another --out")
-    return True
+        rows = run_demo(out, ratios, errors)
+        show({"models": rows}, as_json, lambda: tables.comparison(rows))
+        places = {"figure": out / "report.png", "policy": out / "policy"}
+        places |= {f"checkpoint {row['ratio']:g}": row["folder"] for row in rows[1:]}
+        for name, place in places.items():
+            errors.print(f"{name}: {escape(str(place))}")

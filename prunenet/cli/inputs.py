@@ -5,41 +5,82 @@ activations on.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
 from prunenet.cli import tables
 from prunenet.cli.console import errors
+from prunenet.cli.options import Reading
 from prunenet.runtime.placement import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunenet.checkpoints.streaming import StreamedCheckpoint
-    from prunenet.text.calibration import CalibrationSet
+    from prunenet.text.calibration import CalibrationOptions, CalibrationSet
 
 
-def open_model(
-    source: str, stream: bool, *, dtype: str, device: str, max_memory: str | None = None
-) -> PreTrainedModel | StreamedCheckpoint:
-    """The model, loaded or to be read layer by layer.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as a command knows it: opened once, its tokenizer loaded once.
+
+    Attributes:
+        source: folder or hub id.
+    """
+
+    source: str
+
+    @cached_property
+    def model_type(self) -> str:
+        """`config.model_type`. Raises as `load_model`, before any weight is read."""
+        from prunenet.checkpoints.sources import open_checkpoint
+
+        return open_checkpoint(self.source).architecture.model_type
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises CheckpointError where there is none."""
+        from prunenet.checkpoints.load import load_tokenizer
+
+        return load_tokenizer(self.source)
+
+    def note_tokenizer(self) -> None:
+        """Prints a note where no tokenizer travels with the pruned checkpoint."""
+        from prunenet.checkpoints.companions import carried_tokenizer
+        from prunenet.checkpoints.contents import CONFIG, TOKENIZER
+        from prunenet.checkpoints.sources import find_folder
+
+        if not carried_tokenizer(find_folder(self.source, CONFIG, *TOKENIZER)):
+            note = f"{escape(self.source)} has no tokenizer; the pruned checkpoint gets none either"
+            errors.print(f"note: {note}")
+
+
+def open_model(source: str, reading: Reading, device: str) -> PreTrainedModel | StreamedCheckpoint:
+    """The model, loaded, or to be read layer by layer.
+
+    Args:
+        source: folder or hub id.
+        reading: how.
+        device: of this process.
 
     Raises:
-        ValueError: streamed and placed at once; or as `checkpoint.load_model`.
+        ValueError: streamed and placed at once; or as `load_model`.
     """
-    if stream:
-        if device == AUTO or max_memory is not None:
+    if reading.stream:
+        if device == AUTO or reading.max_memory is not None:
             raise ValueError(
                 "--stream leaves all weights on disk, so there is nothing to place: leave --device"
                 " auto out"
             )
         from prunenet.checkpoints.streaming import StreamedCheckpoint
 
-        return StreamedCheckpoint.open(source, dtype=dtype, device=device)
+        return StreamedCheckpoint.open(source, dtype=reading.dtype, device=device)
     from prunenet.checkpoints.load import load_model
 
-    return load_model(source, dtype=dtype, device=device, max_memory=max_memory)
+    return load_model(source, dtype=reading.dtype, device=device, max_memory=reading.max_memory)
 
 
 def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:
@@ -54,25 +95,32 @@ def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:
 
 
 def blocks_for(
-    dense: PreTrainedModel | StreamedCheckpoint,
-    source: str,
+    model: PreTrainedModel | StreamedCheckpoint,
+    checkpoint: Checkpoint,
     moments: Literal["self", "data"],
-    text: str,
-    seed: int,
-    total: int | None = None,
+    text: str | None,
+    options: CalibrationOptions,
 ) -> CalibrationSet:
-    """Token blocks to measure activations on, or to learn from; writing them shows progress. Raises
-    as `calibration_for`.
+    """The calibration set that a command reads; sampling it shows progress.
+
+    Args:
+        model: samples the text; in memory.
+        checkpoint: of its tokenizer.
+        moments: whose text.
+        text: source of external text; default the built-in one.
+        options: amount, seed, BOS, column.
+
+    Raises:
+        CheckpointError, TextError, ValueError: as `calibration_for`.
     """
     from transformers import PreTrainedModel
 
-    from prunenet.checkpoints.load import load_tokenizer
     from prunenet.text.calibration import calibration_for
 
-    assert isinstance(dense, PreTrainedModel), "check_streamable comes first"
+    assert isinstance(model, PreTrainedModel), "check_streamable comes first"
     with tables.progress(errors, "text") as advance:
         return calibration_for(
-            dense, load_tokenizer(source), moments, text, seed=seed, total=total, progress=advance
+            model, checkpoint.tokenizer, moments, text or "builtin", options, progress=advance
         )
 
 
@@ -108,15 +156,3 @@ def check_text(moments: str | None, text: str | None, tokens: int | None = None)
         raise ValueError(
             f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self"
         )
-
-
-def tokenizer_of(source: str) -> PreTrainedTokenizerBase | None:
-    """A checkpoint without a tokenizer can be cut all the same."""
-    from prunenet.checkpoints.load import load_tokenizer
-    from prunenet.runtime.files import CheckpointError
-
-    try:
-        return load_tokenizer(source)
-    except CheckpointError as error:
-        errors.print(f"note: {escape(str(error))}; the pruned checkpoint gets none either")
-        return None

@@ -1,39 +1,27 @@
-"""The options of the command line, each said once."""
+"""The options of the command line, each said once, and option objects as flags.
+
+`grouped` lets a command take a frozen option object: each of its fields becomes a flag. `HELP`
+describes the fields of objects that Python users know too; objects of the command line describe
+their own.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
-Model = Annotated[
-    str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Device = Annotated[
-    str,
-    typer.Option(
-        help=(
-            "A torch device: cpu, cuda, cuda:1, ...; or auto, for models larger than one: "
-            "all GPUs, then the CPU, then the disk (extra 'large')."
-        )
-    ),
-]
-OneDevice = Annotated[str, typer.Option("--device", help="A torch device: cpu, cuda, cuda:1, ...")]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DEVICE=SIZE,...",
-        help=(
-            "With --device auto: how much of the weights each device holds, as in"
-            " cuda:0=20GiB,cpu=60GiB. GPUs left out are not used; what fits nowhere stays on disk."
-            " Default: what is free."
-        ),
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+from prunenet.checkpoints.options import LoadOptions
+from prunenet.cli.console import one_sentence, path
+from prunenet.text.choices import Bos
+
+if TYPE_CHECKING:
+    from prunenet.text.calibration import CalibrationOptions
 
 
 def _number(text: str) -> float:
@@ -43,60 +31,17 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number; give a share such as 0.3") from None
 
 
-Ratio = Annotated[
-    float | None,
+Model = Annotated[
+    str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", parser=path, help="Folder to create.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run.")]
+PolicyName = Annotated[
+    str | None,
     typer.Option(
-        parser=_number, metavar="SHARE", help="Share of FFN channels to remove, in [0, 1)."
-    ),
-]
-Params = Annotated[
-    float | None,
-    typer.Option(
-        parser=_number, metavar="SHARE", help="Share of all parameters to remove, in [0, 1)."
-    ),
-]
-Text = Annotated[
-    str, typer.Option(help="Text to score: builtin, a file, or a dataset as id[:config[:split]].")
-]
-Window = Annotated[int, typer.Option(help="Tokens the model sees at once.")]
-Preset = Annotated[
-    str, typer.Option(help="default, spectral (weights only), or paper (the published recipe).")
-]
-Updates = Annotated[
-    int | None, typer.Option(help="Sweeps over the layers, each followed by one update.")
-]
-Masks = Annotated[int | None, typer.Option(help="Masks of each layer played side by side.")]
-Ratios = Annotated[
-    tuple[float, float] | None,
-    typer.Option(help="Range of ratios to train at: low and high, in [0, 1)."),
-]
-Algorithm = Annotated[
-    Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")
-]
-RewardName = Annotated[
-    Literal["spectral", "reconstruction"] | None,
-    typer.Option(
-        help=(
-            "spectral: from weights alone. reconstruction: from activations on text, see --moments."
-        )
-    ),
-]
-Features = Annotated[
-    Literal["weights", "moments"] | None,
-    typer.Option(
-        help=(
-            "What the policy reads: weights (the default), or also moments of activations; it then"
-            " needs text to prune."
-        )
-    ),
-]
-Moments = Annotated[
-    Literal["self", "data"] | None,
-    typer.Option(
-        help=(
-            "Text of reward and moments: self (the model writes it, the default) or data (see"
-            " --text)."
-        )
+        help="A policy that ships with prunenet (llama), the folder of a trained one, or none."
+        " Default: the model family's."
     ),
 ]
 CalibrationSource = Annotated[
@@ -106,82 +51,194 @@ CalibrationSource = Annotated[
         help="Calibration text for --moments data: builtin, a file, or id[:config[:split]].",
     ),
 ]
-SpectralDistance = Annotated[
-    Literal["ks", "wasserstein", "energy"] | None,
-    typer.Option(help="Distance behind the spectral reward."),
-]
-Spectrum = Annotated[
-    Literal["auto", "exact", "stochastic"] | None,
-    typer.Option(
-        help=(
-            "Singular values behind the spectral reward: decomposed, estimated, or auto: by the"
-            " model's size."
-        )
-    ),
-]
-PolicyName = Annotated[
+_COLUMN = "Of a text in rows, the column to read; default: text, else content."
+TextColumn = Annotated[
     str | None,
     typer.Option(
-        help=(
-            "A policy that ships with prunenet (llama), the folder of a trained one, or none."
-            " Default: the model family's."
-        )
+        metavar="NAME",
+        help=_COLUMN,
     ),
 ]
-Widths = Annotated[
-    str,
+_BOS = (
+    "Whether windows of text begin with the BOS token: auto (as the model's tokenizer begins a"
+    " text), yes or no."
+)
+BosOption = Annotated[
+    Bos,
     typer.Option(
-        help=(
-            "uniform, per-layer (as the policy learned), or auto: per-layer for a predicted gain"
-            " over 5 %."
-        )
+        help=_BOS,
     ),
 ]
-Channels = Annotated[
-    str | None,
-    typer.Option(
-        help=(
-            "Who chooses them: policy, elimination (from activations), or blend (the default with"
-            " moments): both."
-        )
-    ),
-]
-Refit = Annotated[
-    str | None,
-    typer.Option(help="off, layerwise (the default with moments) or sequential: least squares."),
-]
-Stream = Annotated[
-    bool,
-    typer.Option(
-        "--stream",
-        help=(
-            "Read (and write) weights layer by layer, for models larger than memory; weights alone."
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading(LoadOptions):
+    """How weights are loaded, or read layer by layer."""
+
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read (and write) weights layer by layer, for models larger than memory; weights"
+            " alone.",
         ),
-    ),
-]
-PruneMoments = Annotated[
-    Literal["none", "self", "data"],
-    typer.Option(
-        "--moments",
-        help="none (weights alone), self (text that the model writes) or data (see --text).",
-    ),
-]
-TrainWidths = Annotated[
-    Literal["uniform", "per-layer"] | None,
-    typer.Option(
-        help=(
-            "per-layer (the default preset's): a second stage learns where to cut. uniform: no such"
-            " stage."
-        )
-    ),
-]
-PruneTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--tokens",
-        help=(
-            "Of text to measure on, in blocks of 256: more is better and slower. Default: 40960"
-            " (data: 8192)."
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The calibration set of `prune`: whose text, and how much of it."""
+
+    moments: Annotated[
+        Literal["none", "self", "data"],
+        typer.Option(
+            help="none (weights alone), self (text that the model writes) or data (see --text)."
         ),
+    ] = "self"
+    text: CalibrationSource = None
+    text_column: TextColumn = None
+    bos: BosOption = "auto"
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of text to measure on, in blocks of 256: more is better and slower."
+            " Default: 40960 (data: 8192)."
+        ),
+    ] = None
+    seed: Annotated[
+        int, typer.Option(help="Of the text that the model writes, or of the windows drawn.")
+    ] = 0
+
+    def options(self) -> CalibrationOptions:
+        """As the library takes it. Raises ValueError for a seed out of range."""
+        from prunenet.text.calibration import CalibrationOptions
+
+        return CalibrationOptions(
+            seed=self.seed, total=self.tokens, bos=self.bos, column=self.text_column
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneDevice:
+    """How weights are loaded where they must be on one device."""
+
+    device: Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")] = "cpu"
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = (
+        "auto"
+    )
+
+
+HELP: dict[str, Any] = {
+    # LoadOptions
+    "device": typer.Option(
+        help="A torch device: cpu, cuda, cuda:1, ...; or auto, for models larger than one:"
+        " all GPUs, then the CPU, then the disk (extra 'large')."
     ),
-]
+    "max_memory": typer.Option(
+        metavar="DEVICE=SIZE,...",
+        help="With --device auto: how much of the weights each device holds, as in"
+        " cuda:0=20GiB,cpu=60GiB. GPUs left out are not used; what fits nowhere stays on disk."
+        " Default: what is free.",
+    ),
+    "dtype": typer.Option(help="auto (as stored), float32, bfloat16 or float16."),
+    # PruneOptions
+    "ratio": typer.Option(
+        parser=_number, metavar="SHARE", help="Share of FFN channels to remove, in [0, 1)."
+    ),
+    "params": typer.Option(
+        parser=_number, metavar="SHARE", help="Share of all parameters to remove, in [0, 1)."
+    ),
+    "round_to": typer.Option("--round", help="Widths are multiples of this."),
+    "widths": typer.Option(
+        help="uniform, per-layer (the policy's allocation), or auto: per-layer for a predicted gain"
+        " over 5 %."
+    ),
+    "channels": typer.Option(
+        help="Which channels stay: policy (its scores), elimination (greedy, from activations) or"
+        " blend (policy and measured energies). Default: blend where there is text."
+    ),
+    "refit": typer.Option(
+        help="Least squares of the down matrices: off, layerwise or sequential. Default: layerwise"
+        " where there is text."
+    ),
+    # EvaluationOptions
+    "window": typer.Option(help="Tokens the model sees at once."),
+    "stride": typer.Option(help="Tokens between windows; default: no overlap."),
+    "max_windows": typer.Option(help="Score only the first windows of a text."),
+    "bos": typer.Option(help=_BOS),
+    "batch_size": typer.Option(help="Windows scored at once."),
+    # SpeedOptions
+    "prompt": typer.Option(help="Tokens of the prompt when measuring speed."),
+    "new_tokens": typer.Option(help="Tokens decoded when measuring speed."),
+    "SpeedOptions.batch": typer.Option(help="Sequences at once when measuring speed."),
+    "repeats": typer.Option(help="Measurements of speed."),
+    "compiled": typer.Option(
+        "--compile", help="Measure the speed of what torch.compile makes of the models."
+    ),
+    # Tuning
+    "steps": typer.Option(help="Steps of training."),
+    "batch": typer.Option(help="Blocks of a step."),
+    "micro_batch": typer.Option(help="Blocks in memory at once."),
+    "rank": typer.Option(help="Rank of the low-rank updates."),
+    "learning_rate": typer.Option(help="Learning rate of AdamW at the first step."),
+    "seed": typer.Option(help="Seed of the text and of the training."),
+    # RecoverText
+    "moments": typer.Option(
+        help="Text to learn from: self (the dense model samples it) or data (see --text)."
+    ),
+    "column": typer.Option("--text-column", help=_COLUMN),
+    "text": typer.Option(
+        help="External text for --moments data: builtin, a file, or id[:config[:split]]."
+    ),
+    "tokens": typer.Option(
+        help="Tokens of text to learn from, in blocks of 256; a fifth is held back to choose by."
+    ),
+}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns a command that takes option objects into one that Typer can read: a flag a field.
+
+    Objects are made inside `one_sentence`, so that a value out of range is one sentence. An object
+    that is described by a function of the command's own module says so by `HELP`.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    flat: list[inspect.Parameter] = []
+    groups: dict[str, list[str]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(hints[name]):
+            flags = [_flag(hints[name], field) for field in fields(hints[name])]
+            groups[name] = [flag.name for flag in flags]
+            flat += flags
+        else:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            flat.append(parameter.replace(annotation=hints[name], kind=kind))
+
+    @functools.wraps(command)
+    def flattened(**given: Any) -> None:
+        with one_sentence():
+            objects = {
+                name: hints[name](**{member: given.pop(member) for member in members})
+                for name, members in groups.items()
+            }
+        command(**given, **objects)
+
+    flattened.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return flattened
+
+
+def _flag(kind: Any, field: Field[Any]) -> inspect.Parameter:
+    """A field as a keyword parameter, with the option that describes it."""
+    hint = get_type_hints(kind, include_extras=True)[field.name]
+    if get_origin(hint) is not Annotated:
+        own = HELP.get(f"{kind.__name__}.{field.name}")
+        hint = Annotated[hint, own or HELP[field.name]]
+    default = field.default
+    if default is MISSING:
+        made = field.default_factory
+        default = inspect.Parameter.empty if made is MISSING else made()
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+    )

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.records import how_to_load
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def facts(title: str, values: dict[str, Any]) -> Table:
 
 
 def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
-    """What a user wants to know of a new checkpoint."""
+    """What a user wants to know of a new checkpoint, and last how it is loaded."""
     widths = sorted(set(provenance.widths))
     return {
         "folder": str(out),
@@ -81,6 +82,7 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
         "parameters_before": provenance.parameters_before,
         "parameters": provenance.parameters_after,
         "removed": 1 - provenance.parameters_after / provenance.parameters_before,
+        "load": how_to_load(out),
     }
 
 
@@ -105,7 +107,8 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
     if rows[0].get("perplexity") is not None:
         first = rows[0]
         note = (
-            f"perplexity: {first['text']}, windows of {first['window']}, {first['tokens']:,} tokens"
+            f"perplexity: {first['text']}, windows of {first['window']}"
+            f"{' behind BOS' if first['bos'] else ''}, {first['tokens']:,} tokens"
         )
     table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunenet.compare.ledger import Ledger
@@ -34,9 +34,11 @@ class SharedEvidence(Evidence):
     @cached_property
     def folds(self) -> list[tuple[Moments, Moments]]:
         """Of each layer, on both folds of the blocks that a refit looks at."""
-        return list(
-            zip(*(ffn_moments(self.model, fold) for fold in folds_of(self.ids)), strict=True)
-        )
+        return list(zip(*(ffn_moments(self.model, fold) for fold in self._split), strict=True))
+
+    @property
+    def _split(self) -> tuple[Int[Tensor, "n tokens"], ...]:
+        return folds_of(self.ids, None if self.blocks is None else self.blocks.kinds)
 
     @cached_property
     def elimination(self) -> list[Float[Tensor, " _"]]:
@@ -46,16 +48,19 @@ class SharedEvidence(Evidence):
         pairs = zip(iter_ffns(self.model), self.folds, strict=True)
         return [score_order(eliminate(ffn.down, pooled(folds)), ffn.d_ff) for ffn, folds in pairs]
 
-    def __getattribute__(self, name: str) -> Any:
-        if name not in _SHARED:
-            return super().__getattribute__(name)
-        key = (self.label, self.seed, name)
-        return self.ledger.measured(key, lambda: super(SharedEvidence, self).__getattribute__(name))
+
+def _timed(measurement: cached_property[Any]) -> property:
+    """The same measurement, made once, its seconds in the ledger."""
+
+    def measured(self: SharedEvidence) -> Any:
+        key = (self.label, self.seed, str(measurement.attrname))
+        return self.ledger.measured(key, lambda: measurement.__get__(self))
+
+    return property(measured, doc=measurement.__doc__)
 
 
-_SHARED = {
-    name
-    for kind in (Evidence, SharedEvidence)
-    for name, value in vars(kind).items()
-    if isinstance(value, cached_property) and name not in ("ffns", "attentions")  # views
-}
+_VIEWS = ("ffns", "attentions")  # on weights: nothing is measured
+for _kind in (Evidence, SharedEvidence):
+    for _name, _value in list(vars(_kind).items()):
+        if isinstance(_value, cached_property) and _name not in _VIEWS:
+            setattr(SharedEvidence, _name, _timed(_value))

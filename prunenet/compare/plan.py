@@ -13,8 +13,10 @@ from pathlib import Path
 from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
+from prunenet.evaluation.options import EVALUATION, EvaluationOptions
 from prunenet.evaluation.zeroshot import read_task
 from prunenet.text.corpora import TestText, content_sha256
+from prunenet.text.windows import bos_token
 
 _FORMAT = 1
 
@@ -25,15 +27,13 @@ class Evaluation:
 
     Attributes:
         texts: for perplexity, at least one.
-        window, stride, max_windows: see `prunenet.evaluation.perplexity.perplexity`.
+        options: how they are scored; its `bos` holds for calibration text and tasks too.
         tasks: task -> its file, for `prunenet.evaluation.zeroshot.zero_shot`; none by default.
         limit: questions of each task; default all.
     """
 
     texts: Sequence[TestText]
-    window: int = 1024
-    stride: int | None = None
-    max_windows: int | None = None
+    options: EvaluationOptions = EVALUATION
     tasks: Mapping[str, Path] = field(default_factory=dict)
     limit: int | None = None
 
@@ -135,9 +135,10 @@ def asked(plan: Plan, cell: Cell, pruner: Pruner) -> Line:
                 {"text": label, "sha256": content_sha256(text)}
                 for label, text in zip(scored.labels, scored.texts, strict=True)
             ],
-            "window": scored.window,
-            "stride": scored.window if scored.stride is None else scored.stride,
-            "max_windows": scored.max_windows,
+            "window": scored.options.window,
+            "stride": scored.options.step,
+            "max_windows": scored.options.max_windows,
+            "bos": bos_token(pruner.tokenizer, scored.options.bos) is not None,
             "tasks": {task: read_task(task, file)[1] for task, file in scored.tasks.items()},
             "limit": scored.limit,
         },
@@ -149,6 +150,8 @@ def key_of(facts: Line) -> str:
     evaluation = facts["evaluation"] | {
         "texts": [text["sha256"] for text in facts["evaluation"]["texts"]]
     }
+    if not evaluation["bos"]:
+        del evaluation["bos"]  # cells without it keep their keys
     kind = (
         facts["moments"]
         if facts["moments"] in (None, "self", "random")

@@ -20,15 +20,15 @@ from prunenet.checkpoints.regimes import most
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
 from prunenet.compare.spec import Spec
-from prunenet.evaluation.speed import check_positions
 from prunenet.models.heads import group_counts, out_linears
-from prunenet.models.layers import down_linears, ffn_widths
+from prunenet.models.layers import check_positions, down_linears, ffn_widths
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.refit.cut import Cut, refit_kept, refit_sequentially
 from prunenet.runtime import parallel
 from prunenet.text.calibration import (
+    PREFIX_SAMPLING,
     CalibrationSet,
     blocks_from,
     data_blocks,
@@ -37,10 +37,11 @@ from prunenet.text.calibration import (
     self_blocks,
     token_blocks,
 )
+from prunenet.text.choices import Bos
 from prunenet.text.corpora import CalibrationText, content_sha256
+from prunenet.text.generate import BLOCK, KEEP
+from prunenet.text.windows import bos_token
 
-KEPT = 0.8
-"""Share of self-written sequences that the filter keeps."""
 _Scores = Float[Tensor, " _"]
 _PROTECTS = (4, 2)  # LLM-Pruner's, for methods that protect no layers of their own
 
@@ -50,7 +51,7 @@ class Amount:
     """How much calibration text is read: `count` blocks of `window` tokens."""
 
     count: int = 64
-    window: int = 256
+    window: int = BLOCK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +91,7 @@ class Pruner:
         texts: calibration texts by the names that specs have for them.
         amount: of calibration text.
         round_to: widths are multiples of this.
+        bos: whether calibration text begins with the BOS token, see `prunenet.text.windows`.
 
     Attributes:
         progress: called with (tokens, tokens in all) while the model writes text.
@@ -105,6 +107,7 @@ class Pruner:
         texts: Mapping[str, CalibrationText] | None = None,
         amount: Amount | None = None,
         round_to: int = 8,
+        bos: Bos = "auto",
     ) -> None:
         self.model, self.tokenizer, self.policy, self.policy_name = (
             model,
@@ -112,7 +115,7 @@ class Pruner:
             policy,
             policy_name,
         )
-        self.ledger, self.round_to = Ledger(), round_to
+        self.ledger, self.round_to, self.bos = Ledger(), round_to, bos
         self.progress: Callable[[int, int], None] | None = None
         self._texts, self._amount = texts or {}, amount or Amount()
         self._blocks: dict[tuple[str, int], tuple[CalibrationSet, float | None]] = {}
@@ -148,6 +151,11 @@ class Pruner:
         """Raises ValueError for calibration text that is too short, or windows that the model
         cannot read.
         """
+        begins = bos_token(self.tokenizer, self.bos)
+        if begins is not None and any(spec.text or spec.moments == "random" for spec in specs):
+            check_positions(
+                self.model, self._amount.window + 1, "calibration window with its BOS token"
+            )
         check_positions(self.model, self._amount.window, "calibration window")
         for moments, name in sorted(
             {(spec.moments, spec.text) for spec in specs if spec.moments and spec.text}
@@ -159,36 +167,45 @@ class Pruner:
                     openings(self.tokenizer, self._texts[name], 1)
             except ValueError as error:
                 raise ValueError(
-                    f"calibration text {name!r}: {error} (--calibration-tokens,"
-                    " --calibration-window)"
+                    f"calibration text {name!r}: {error} (`calibration_tokens`,"
+                    " `calibration_window`)"
                 ) from None
 
     def share_texts(self, wanted: Sequence[tuple[str | None, int]]) -> None:
-        """Of several processes, each has the model write some of the texts (moments, seed), for
-        all; one alone waits until a text is needed. What cannot be written fails the cells that
-        read it, in each process anew."""
+        """Splits the sampling of texts over the processes, and gives each text to all of them.
+
+        One process alone waits until a text is needed. A text that cannot be sampled fails the
+        cells that read it, in each process anew.
+
+        Args:
+            wanted: (moments, seed) of every cell.
+        """
         if parallel.size() == 1:
             return
-        writing = [
-            pair
-            for pair in dict.fromkeys(wanted)
-            if pair[0] == "self" or str(pair[0]).startswith("seed:")
+        sampled = [
+            (moments, seed)
+            for moments, seed in dict.fromkeys(wanted)
+            if moments is not None and (moments == "self" or moments.startswith("seed:"))
         ]
-        places = [(str(moments), seed) for moments, seed in writing]
-        for number, place in enumerate(places):
+        for number, place in enumerate(sampled):
             if parallel.is_owner(number):
                 with parallel.apart(), suppress(Exception):
                     self.blocks(*place)
-        for number, place in enumerate(places):
-            found = [self._blocks[place]] if place in self._blocks else []
-            told = parallel.broadcast_object(
-                number % parallel.size(), partial(list, (seconds for _, seconds in found))
-            )
-            if told:
-                ids = blocks_from(
-                    number % parallel.size(), partial(next, (blocks for blocks, _ in found))
-                )
-                self._blocks[place] = ids, told[0]
+        for number, place in enumerate(sampled):
+            self._receive(place, number % parallel.size())
+
+    def _receive(self, place: tuple[str, int], source: int) -> None:
+        """Takes over a text that the process `source` has, if it could be sampled."""
+        held = self._blocks.get(place)
+        # A list, because JSON tells "no seconds" (None) from "no text" ([]).
+        seconds = parallel.broadcast_object(source, lambda: [] if held is None else [held[1]])
+        if seconds:
+
+            def own() -> CalibrationSet:
+                assert held is not None, "the source has sent its seconds"
+                return held[0]
+
+            self._blocks[place] = blocks_from(source, own), seconds[0]
 
     def sha256(self, spec: Spec) -> str | None:
         """Of the external text that a spec reads, if any."""
@@ -241,7 +258,7 @@ class Pruner:
         self, moments: str, seed: int, progress: Callable[[int, int], None]
     ) -> CalibrationSet:
         count, window = self._amount.count, self._amount.window
-        sequences = 2 * round(count / KEPT / 2)
+        sequences = 2 * round(count / KEEP / 2)
         if moments == "self":
             return self_blocks(
                 self.model,
@@ -249,21 +266,31 @@ class Pruner:
                 sequences=sequences,
                 tokens=window,
                 seed=seed,
+                bos=self.bos,
                 progress=progress,
             )
         if moments == "random":
-            return token_blocks(self.model, count=count, window=window, seed=seed)
+            return token_blocks(
+                self.model,
+                count=count,
+                window=window,
+                seed=seed,
+                tokenizer=self.tokenizer,
+                bos=self.bos,
+            )
         if moments.startswith("seed:"):
             text = self._texts[moments.removeprefix("seed:")]
-            asked: dict[str, Any] = {
-                "sequences": sequences,
-                "tokens": window,
-                "seed": seed,
-                "progress": progress,
-            }
-            return prefix_blocks(self.model, self.tokenizer, text, **asked)
+            sampling = replace(PREFIX_SAMPLING, sequences=sequences, tokens=window, seed=seed)
+            return prefix_blocks(
+                self.model, self.tokenizer, text, sampling, bos=self.bos, progress=progress
+            )
         return data_blocks(
-            self.tokenizer, self._texts[moments], count=count, window=window, seed=seed
+            self.tokenizer,
+            self._texts[moments],
+            count=count,
+            window=window,
+            seed=seed,
+            bos=self.bos,
         )
 
     def _evidence_of(

@@ -8,28 +8,24 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.identity import identify, tokenizer_sha256
 from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.pruner import Made, Pruner
 from prunenet.compare.results import Line, Results
-from prunenet.evaluation.perplexity import perplexity
-from prunenet.evaluation.speed import check_positions
+from prunenet.evaluation.perplexity import check_fits, perplexity, scored_windows
 from prunenet.evaluation.zeroshot import TaskResult, read_task, zero_shot
 from prunenet.models.heads import attentions
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.masks import check_ratio, width_at
-from prunenet.policies.artifact import check_measured
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
 from prunenet.runtime.placement import home, where
 from prunenet.text.calibration import check_seed
-from prunenet.text.corpora import token_windows, tokenise
 
 # What every line has, besides what identifies its cell; None until it is known.
 _MEASURED = (
@@ -49,9 +45,7 @@ def check(plan: Plan, pruner: Pruner) -> None:
     if not plan.ratios or not plan.seeds or not scored.texts:
         raise ValueError("a comparison has a ratio, a seed and a text to score at least")
     if scored.limit is not None and scored.limit < 1:
-        raise ValueError(f"--limit must be 1 or more, got {scored.limit}")
-    if scored.max_windows is not None and scored.max_windows < 1:
-        raise ValueError(f"--max-windows must be 1 or more, got {scored.max_windows}")
+        raise ValueError(f"`limit` must be 1 or more, got {scored.limit}")
     for seed in plan.seeds:
         check_seed(seed)
     for ratio in plan.ratios:
@@ -62,19 +56,19 @@ def check(plan: Plan, pruner: Pruner) -> None:
             raise ValueError(
                 f"{spec.name!r} asks a policy, and none ships for model type"
                 f" {model.config.model_type!r}; train one (prunenet train) and give its folder as"
-                " --policy"
+                " `policy`"
             )
         if spec.heads:
             attentions(model)
         if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
-            check_measured(pruner.policy, spec.moments is not None)
+            pruner.policy.check_measured(spec.moments is not None)
         able = METHODS[spec.method].able if spec.method in METHODS else None
         if able is not None:
             able(model)
-    check_positions(model, scored.window, "window")
+    check_fits(model, pruner.tokenizer, scored.options)
     pruner.check_texts(plan.specs)
     for text in scored.texts:
-        token_windows(tokenise(pruner.tokenizer, text), scored.window, scored.stride)
+        scored_windows(model, pruner.tokenizer, text, scored.options)
     for task, file in scored.tasks.items():
         read_task(task, file)
 
@@ -110,6 +104,7 @@ def compare(
     shared = {
         "model": name,
         "revision": revision,
+        "tokenizer": tokenizer_sha256(plan.source),
         "dtype": str(pruner.model.dtype).removeprefix("torch."),
     }
     questions = {cell: asked(plan, cell, pruner) | shared for cell in cells(plan)}
@@ -210,21 +205,22 @@ def _prune(cell: Cell, pruner: Pruner, line: Line) -> PreTrainedModel:
 
 
 def _score(narrow: PreTrainedModel, scored: Evaluation, pruner: Pruner, line: Line) -> None:
-    limits: dict[str, Any] = {
-        "window": scored.window,
-        "stride": scored.stride,
-        "max_windows": scored.max_windows,
-    }
     with peak_memory(home(narrow)) as peak:
         start = time.perf_counter()
         line["perplexity"] = []
         for label, text in zip(scored.labels, scored.texts, strict=True):
-            found = asdict(perplexity(narrow, pruner.tokenizer, text, **limits))
+            found = asdict(perplexity(narrow, pruner.tokenizer, text, scored.options))
             # JSON knows no infinity; the loss says it
             value = found["value"] if math.isfinite(found["value"]) else None
             line["perplexity"].append(found | {"text": label, "value": value})
         if scored.tasks:
-            answers = zero_shot(narrow, pruner.tokenizer, scored.tasks, limit=scored.limit)
+            answers = zero_shot(
+                narrow,
+                pruner.tokenizer,
+                scored.tasks,
+                limit=scored.limit,
+                bos=scored.options.bos,
+            )
             line |= {
                 "tasks": [asdict(answer) for answer in answers],
                 "accuracy": _mean_accuracy(answers),

@@ -1,11 +1,12 @@
 """How a way to prune is named: `method[:allocation][@moments][+heads][+refit]`.
 
-    wanda_sp                              as published, on text that the model writes flap:uniform
-    another allocation llm_pruner_element1:owl@ptb           other text
-    wanda_sp:learned@seed:ptb+layerwise   where to cut from the policy, document prefixes of a text,
-    and a refit flap@ptb+heads                        attention heads are cut too, not FFN channels
-    alone; the size stays the same prunenet                              what `prunenet prune` does
-    by default
+    wanda_sp                              as published, on text that the model samples
+    flap:uniform                          another allocation
+    llm_pruner_element1:owl@ptb           other text
+    wanda_sp:learned@seed:ptb+layerwise   the policy's allocation, document prefixes of a text, and
+                                          a refit
+    flap@ptb+heads                        attention heads are cut too; the size stays the same
+    prunenet                              what `prunenet prune` does by default
 
 What is left out is the method's own: its allocation, its compensation, and text that the model
 writes by itself where any part reads text. Names come from `METHODS` and `Allocation`; nothing is
@@ -251,8 +252,8 @@ def _check_moments(text: str, moments: str, calibration: Collection[str]) -> Non
     names = "".join(f"{name}, " for name in calibration)
     raise ValueError(
         f"{text!r}: unknown moments {source!r}; it is one of self, random, seed:TEXT or TEXT, with"
-        f" TEXT one of {names}builtin, a file or a dataset as id:config:split (--calibration"
-        " NAME=TEXT gives a name)"
+        f" TEXT one of {names}builtin, a file or a dataset as id:config:split (`calibration`"
+        " gives a text a short name)"
     )
 
 

@@ -140,14 +140,16 @@ def caption(lines: Sequence[Line]) -> str:
         text["text"] + (f" ({tokens[text['text']]:,} tokens)" if tokens else "")
         for text in scored["texts"]
     )
+    behind = " behind BOS" if scored.get("bos") else ""  # lines of before know no BOS
     tasks = (
         f"; tasks: accuracy in %, {scored['limit'] or 'all'} questions" if scored["tasks"] else ""
     )
     seeds = sorted({line["seed"] for line in lines if line["method"] != "dense"})
     return (
-        f"{line['model']}, {line['dtype']}; perplexity on {texts} in windows of {scored['window']},"
-        f" stride {scored['stride']}{tasks}; seeds {', '.join(map(str, seeds)) or '-'} (mean ±"
-        f" standard deviation); prunenet {line['versions']['prunenet']}."
+        f"{line['model']}, {line['dtype']}; perplexity on {texts} in windows of {scored['window']}"
+        f"{behind}, stride {scored['stride']}{tasks}; seeds"
+        f" {', '.join(map(str, seeds)) or '-'} (mean ± standard deviation); prunenet"
+        f" {line['versions']['prunenet']}."
     )
 
 

@@ -1,5 +1,5 @@
 """KL(dense || pruned) of next-token distributions: what a cut costs, measured against the model
-itself (METHODS.md 2).
+itself (docs/methods.md, section 2).
 """
 
 from __future__ import annotations
@@ -24,17 +24,25 @@ columns of dropped channels.
 _BLOCKS = 4  # per forward pass
 
 
-def divergence(model: PreTrainedModel, downs: Downs, blocks: Int[Tensor, "n tokens"]) -> float:
-    """`divergences` of one way to cut."""
-    return float(divergences(model, [downs], blocks)[0])
+def divergence(
+    model: PreTrainedModel, downs: Downs, blocks: Int[Tensor, "n tokens"], *, unscored: int = 0
+) -> float:
+    """Measures the KL(dense || cut) of one way to cut a model, in nats per token; arguments and
+    errors as for `divergences`.
+    """
+    return float(divergences(model, [downs], blocks, unscored=unscored)[0])
 
 
 @torch.no_grad()
 def divergences(
-    model: PreTrainedModel, ways: Sequence[Downs], blocks: Int[Tensor, "n tokens"]
+    model: PreTrainedModel,
+    ways: Sequence[Downs],
+    blocks: Int[Tensor, "n tokens"],
+    *,
+    unscored: int = 0,
 ) -> Float[Tensor, " ways"]:
-    """KL(dense || cut), in nats per token, of several ways to cut a model. The model is never
-    changed.
+    """Measures the KL(dense || cut), in nats per token, of several ways to cut a model. The model
+    is never changed.
 
     A channel is gone once its column of the down matrix is zero, so a cut is stated by down
     matrices alone.
@@ -43,15 +51,23 @@ def divergences(
         model: the dense model.
         ways: each gives the down matrices of a cut model.
         blocks: token ids, without padding.
+        unscored: positions at the start of each block whose predictions do not count: 1 where
+            blocks begin with BOS (`CalibrationSet.bos`).
 
     Raises:
-        ValueError: blocks that the model cannot read, or logits that are not finite.
+        ValueError: blocks that the model cannot read, no position left to score, or logits that are
+            not finite.
     """
     check_tokens(model, blocks)
+    if not 0 <= unscored < blocks.shape[1]:
+        raise ValueError(
+            f"unscored must be in [0, {blocks.shape[1]}) for blocks of {blocks.shape[1]} tokens,"
+            f" got {unscored}"
+        )
     linears = down_linears(model)
     total = torch.zeros(len(ways), device=home(model))
     for part in torch.split(blocks.to(total.device), _BLOCKS):
-        expected = model(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
+        expected = _log_probabilities(model, part, unscored)
         if not bool(torch.isfinite(expected).all()):
             raise ValueError(
                 f"the model's logits are not finite: damaged weights, or {model.dtype} overflows"
@@ -60,13 +76,20 @@ def divergences(
             with calling(
                 {linear: _cut(linear, layer, way) for layer, linear in enumerate(linears)}
             ):
-                logits = model(input_ids=part, use_cache=False).logits
-            total[number] += (expected.exp() * (expected - logits.float().log_softmax(-1))).sum()
-    return total / blocks.numel()
+                found = _log_probabilities(model, part, unscored)
+            total[number] += (expected.exp() * (expected - found)).sum()
+    return total / (len(blocks) * (blocks.shape[1] - unscored))
+
+
+def _log_probabilities(
+    model: PreTrainedModel, ids: Int[Tensor, "n tokens"], unscored: int
+) -> Float[Tensor, "n scored vocabulary"]:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, unscored:]
+    return logits.float().log_softmax(-1)
 
 
 def _cut(linear: nn.Linear, layer: int, way: Downs) -> Callable[[Tensor], Tensor]:
-    """What the down linear of a cut layer computes."""
+    """The forward pass of a cut layer's down linear."""
 
     def forward(h: Tensor) -> Tensor:
         with present(linear):

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 
 def next_token_loss(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of every token but the first of each sequence, in nats;
-    differentiable.
+    """Computes the mean negative log-likelihood of every token but the first of each sequence, in
+    nats; differentiable.
     """
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -28,6 +29,7 @@ _REQUIRED = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
 )
+_MOST = 500  # models in one figure: more labels cover each other, and take minutes to place
 
 
 def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
@@ -43,26 +45,15 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
         title: over both panels, for example the model's name and the text.
 
     Raises:
-        ValueError: no rows, or a row lacks one of these.
+        ValueError: no rows or more than 500, or a row that lacks one of these or has something else
+            than a number there.
     """
     if not rows:
         raise ValueError("a report needs at least one row, got none")
+    if len(rows) > _MOST:
+        raise ValueError(f"a report draws {_MOST} models at most, one a row, got {len(rows)}")
     for row in rows:
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"a row of the report is an object with its numbers by name, got {row!r}"
-            )
-        missing = [name for name in _REQUIRED if name not in row]
-        if missing:
-            raise ValueError(
-                f"a row of the report lacks {', '.join(missing)}; it has {', '.join(row)}"
-            )
-        wrong = [name for name in _REQUIRED if not isinstance(row[name], int | float | None)]
-        if wrong or row["parameters"] is None or row["ratio"] is None:
-            raise ValueError(
-                f"{', '.join(wrong) or 'parameters or ratio'} of a row of the report must be a"
-                " number"
-            )
+        _check(row)
     ordered = sorted(rows, key=lambda row: row["parameters"])
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -84,10 +75,38 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     write_atomic(Path(path), image.getvalue())
 
 
+def _check(row: Any) -> None:
+    """Raises ValueError where a row is none."""
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"a row of the report is an object with its numbers by name, got {reprlib.repr(row)}"
+        )
+    missing = [name for name in _REQUIRED if name not in row]
+    if missing:
+        had = ", ".join(str(name)[:40] for name in list(row)[:20])
+        raise ValueError(f"a row of the report lacks {', '.join(missing)}; it has {had}")
+    wrong = [name for name in _REQUIRED if not _drawable(row[name], name)]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} of a row of the report must be a number, above 0 (a ratio: 0 or"
+            f" more), got {reprlib.repr(row[wrong[0]])}"
+        )
+
+
+def _drawable(value: object, name: str) -> bool:
+    """Whether an axis has a place for the value; None, of what was not measured, is left out."""
+    if value is None:
+        return name not in ("ratio", "parameters")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    low, high = (0, 1) if name == "ratio" else (0, 1e300)
+    return low <= value < high and (value > 0 or name not in ("parameters", "perplexity"))
+
+
 def _draw_series(
     axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, colour: str, marker: str
 ) -> None:
-    """One line through all models; the dense one's marker is large and hollow."""
+    """Draws one line through all models; the dense one's marker is large and hollow."""
     points = [
         (row["parameters"] / 1e6, row[name], row["ratio"]) for row in rows if row[name] is not None
     ]

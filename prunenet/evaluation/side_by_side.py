@@ -4,69 +4,68 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunenet.checkpoints.contents import CONFIG, RECORD
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.save import load_provenance
-from prunenet.evaluation.perplexity import perplexity, summarise
-from prunenet.evaluation.speed import check_positions, speed_side_by_side
+from prunenet.checkpoints.options import LoadOptions
+from prunenet.checkpoints.records import recorded_ratio
+from prunenet.checkpoints.sources import find_folder
+from prunenet.evaluation.options import EVALUATION, SPEED, EvaluationOptions, SpeedOptions
+from prunenet.evaluation.perplexity import check_fits, perplexity
+from prunenet.evaluation.result import ModelResult, summarise
+from prunenet.evaluation.speed import speed_side_by_side
+from prunenet.models.layers import check_positions
 from prunenet.runtime.placement import AUTO
-from prunenet.text.corpora import TestText
-
-_PROMPT, _NEW_TOKENS = 128, 32
+from prunenet.text.corpora import TestText, load_text
 
 
-def measure(
-    sources: Sequence[str],
-    text: TestText,
+def evaluate(
+    models: Sequence[str | Path] | str | Path,
+    text: TestText | str = "builtin",
+    options: EvaluationOptions = EVALUATION,
     *,
-    window: int = 1024,
-    stride: int | None = None,
-    max_windows: int | None = None,
-    speed: bool = True,
-    batch: int = 1,
-    compiled: bool = False,
-    device: str = "cpu",
-    max_memory: str | None = None,
-    dtype: str = "auto",
+    speed: SpeedOptions | None = SPEED,
+    loading: LoadOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """One row per checkpoint: `Result.as_dict()` with its `name`, its `folder` and the `ratio` it
-    was pruned at (0: dense).
+) -> list[ModelResult]:
+    """Measures perplexity, size and speed of checkpoints, and gives one row for each.
 
     Args:
-        sources: folders or hub ids; all are held in memory at once, but with device "auto": then
+        models: folders or hub ids; all are held in memory at once, but with device "auto": then
             one after the other.
-        text, window, stride, max_windows: see `prunenet.evaluation.perplexity.perplexity`.
-        speed: also measure tokens per second, repeat by repeat over all models, so that noise hits
-            them alike.
-        batch: sequences at once when measuring speed.
-        compiled: measure the speed of compiled code, see
-            `prunenet.evaluation.speed.speed_side_by_side`.
-        device, max_memory, dtype: see `prunenet.checkpoints.load.load_model`.
+        text: what to score, or its source (`prunenet.text.corpora.load_text`).
+        options: how to score it.
+        speed: how to measure tokens per second, repeat by repeat over all models, so that noise
+            hits them alike; None leaves speed out.
+        loading: device and dtype.
         progress: called with (windows scored, windows in all), over all models.
 
     Raises:
-        CheckpointError, TextError, ValueError: see those functions.
+        CheckpointError, TextError, ValueError: see those functions, and `perplexity` and
+            `speed_side_by_side`; a model given twice.
     """
+    sources = [str(source) for source in ([models] if isinstance(models, str | Path) else models)]
     if len(set(sources)) < len(sources):
         raise ValueError(f"each model is measured once, got one twice among {', '.join(sources)}")
-    if speed and batch < 1:
-        raise ValueError(f"batch must be 1 or more, got {batch}")
-    loading: dict[str, Any] = {"device": device, "max_memory": max_memory, "dtype": dtype}
-    windows: dict[str, Any] = {"window": window, "stride": stride, "max_windows": max_windows}
-    pace: dict[str, Any] = {
-        "prompt": _PROMPT,
-        "new_tokens": _NEW_TOKENS,
-        "batch": batch,
-        "compiled": compiled,
-    }
-    rows: list[dict[str, Any]] = []
-    for group in [[source] for source in sources] if device == AUTO else [list(sources)]:
+    scored = load_text(text, TestText) if isinstance(text, str) else text
+    loading = loading or LoadOptions()
+    load = partial(
+        load_model,
+        device=loading.device,
+        max_memory=loading.max_memory,
+        dtype=loading.dtype,
+    )
+    rows: list[ModelResult] = []
+    for group in [[source] for source in sources] if loading.device == AUTO else [sources]:
         report = None if progress is None else partial(_report, progress, len(sources), len(rows))
-        rows += _together(group, text, loading, windows, pace if speed else None, report)
+        loaded = {source: load(source) for source in group}
+        rows += _together(loaded, scored, options, speed, report)
+        del loaded
         # accelerate's hooks and the modules know each other: the weights would wait for the next
         # one's
         gc.collect()
@@ -74,44 +73,56 @@ def measure(
 
 
 def _together(
-    sources: Sequence[str],
+    models: dict[str, PreTrainedModel],
     text: TestText,
-    loading: dict[str, Any],
-    windows: dict[str, Any],
-    pace: dict[str, Any] | None,
+    options: EvaluationOptions,
+    speed: SpeedOptions | None,
     report: Callable[[int, int, int], None] | None,
-) -> list[dict[str, Any]]:
-    """The rows of models that are in memory at the same time; no pace: their speed is not
-    measured.
-    """
-    models = {source: load_model(source, **loading) for source in sources}
-    tokenizers = {source: load_tokenizer(source) for source in sources}
-    for model in models.values():
-        check_positions(model, windows["window"], "window")
-        if pace is not None:
-            check_positions(
-                model, _PROMPT + _NEW_TOKENS, "measuring speed (--no-speed leaves it out)"
-            )
+) -> list[ModelResult]:
+    """The rows of models that are in memory at the same time."""
+    tokenizers = _tokenizers(list(models))
+    for source, model in models.items():
+        check_fits(model, tokenizers[source], options)
+        if speed is not None:
+            tokens = speed.prompt + speed.new_tokens
+            check_positions(model, tokens, "measuring speed, which can be left out,")
     qualities = {}
     for done, (source, model) in enumerate(models.items()):
         advance = None if report is None else partial(report, done)
-        qualities[source] = perplexity(model, tokenizers[source], text, **windows, progress=advance)
-    speeds = {} if pace is None else speed_side_by_side(models, **pace)
+        qualities[source] = perplexity(model, tokenizers[source], text, options, progress=advance)
+    speeds = {} if speed is None else speed_side_by_side(models, speed)
     rows = []
     for source, model in models.items():
-        folder = source if Path(source).is_dir() else None
-        ratio = 0.0 if folder is None else _ratio(folder)
         result = summarise(
-            model, perplexity=qualities[source], speed=speeds.get(source), folder=folder
+            model,
+            perplexity=qualities[source],
+            speed=speeds.get(source),
+            folder=find_folder(source, CONFIG, RECORD),  # of a hub id, where its files are
         )
-        rows.append(
-            {"name": Path(source).name, "folder": source, "ratio": ratio, **result.as_dict()}
-        )
+        name, ratio = Path(source).expanduser().name, recorded_ratio(source)
+        rows.append(ModelResult(**asdict(result), name=name, folder=source, ratio=ratio))
     return rows
 
 
-def _ratio(folder: str) -> float:
-    return load_provenance(folder).ratio if (Path(folder) / "prunenet.json").exists() else 0.0
+def _tokenizers(sources: Sequence[str]) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizer of each source; equal ones are one object, for which a text is tokenised once
+    (`prunenet.text.windows.tokenise`).
+    """
+    found = {source: load_tokenizer(source) for source in sources}
+    if len(found) < 2:
+        return found
+    known: dict[str, PreTrainedTokenizerBase] = {}
+    return {source: known.setdefault(_content(tok), tok) for source, tok in found.items()}
+
+
+def _content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers apart: all that their fast implementation does, and how they begin a
+    text; of one without it, itself alone.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return str(id(tokenizer))
+    return f"{type(tokenizer).__name__} {tokenizer.bos_token_id} {backend.to_str()}"
 
 
 def _report(

@@ -1,12 +1,14 @@
-"""Tokens per second of prefill and decoding, side by side, and greedy continuations."""
+"""Measures tokens per second of prefill and decoding, side by side, and writes greedy
+continuations.
+"""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -15,6 +17,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
+from prunenet.evaluation.options import SPEED, SpeedOptions
+from prunenet.models.layers import check_positions
 from prunenet.runtime.placement import home
 
 
@@ -26,10 +30,7 @@ class Speed:
         prefill: prompt tokens read per second, over the batch.
         decode: new tokens written per second with the KV cache, over the batch.
         prefill_spread, decode_spread: (fastest - slowest) / median of the repeats.
-        prompt, new_tokens: tokens per sequence.
-        batch: sequences.
-        repeats: measurements, without the warm-up.
-        compiled: whether `torch.compile` made the code that ran.
+        prompt, new_tokens, batch, repeats, compiled: see `SpeedOptions`.
     """
 
     prefill: float
@@ -43,87 +44,62 @@ class Speed:
     compiled: bool = False
 
 
-def speed(
-    model: PreTrainedModel,
-    *,
-    prompt: int = 128,
-    new_tokens: int = 32,
-    batch: int = 1,
-    repeats: int = 3,
-) -> Speed:
-    """Prefill and decode speed of one model. Arguments and errors: `speed_side_by_side`."""
-    return speed_side_by_side(
-        {"": model}, prompt=prompt, new_tokens=new_tokens, batch=batch, repeats=repeats
-    )[""]
+def speed(model: PreTrainedModel, options: SpeedOptions = SPEED) -> Speed:
+    """Measures prefill and decode speed of one model. Errors: `speed_side_by_side`."""
+    return speed_side_by_side({"": model}, options)[""]
 
 
 @torch.inference_mode()
 def speed_side_by_side(
-    models: Mapping[str, PreTrainedModel],
-    *,
-    prompt: int = 128,
-    new_tokens: int = 32,
-    batch: int = 1,
-    repeats: int = 3,
-    compiled: bool = False,
+    models: Mapping[str, PreTrainedModel], options: SpeedOptions = SPEED
 ) -> dict[str, Speed]:
-    """Prefill and decode speed of several models; each repeat measures all of them in turn, so
-    noise hits them alike.
+    """Measures prefill and decode speed of several models; each repeat measures all of them in
+    turn, so noise hits them alike.
 
     A plain greedy loop over `model(...)` with the KV cache, so that the overhead of `generate` is
     not what is measured. One warm-up per model is thrown away.
 
     Args:
         models: name -> causal LM.
-        prompt: tokens of each prompt, at least 1. Which tokens they are does not matter.
-        new_tokens: decoding steps, at least 1.
-        batch: sequences at once, at least 1.
-        repeats: measurements per model, at least 1.
-        compiled: run what `torch.compile` makes of each model, with a KV cache of fixed size; the
-            warm-up compiles.
+        options: how.
 
     Raises:
-        ValueError: an argument below 1, more tokens than a model has positions for, or a model that
-            cannot be compiled here.
+        ValueError: more tokens than a model has positions for, or a model that cannot be compiled
+            here.
     """
-    if min(prompt, new_tokens, batch, repeats) < 1:
-        raise ValueError(
-            f"prompt, new_tokens, batch and repeats must be 1 or more, got {prompt}, {new_tokens},"
-            f" {batch}, {repeats}"
-        )
     for model in models.values():
-        check_positions(model, prompt + new_tokens, "prompt + new_tokens")
+        check_positions(model, options.prompt + options.new_tokens, "prompt + new_tokens")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with _callables(models, compiled) as callables:
-        for repeat in range(repeats + 1):
+    with _callables(models, options.compiled) as callables:
+        for repeat in range(options.repeats + 1):
             for name, model in models.items():
                 with evaluating(model):
-                    measured = _time_once(model, prompt, new_tokens, batch, callables[name])
+                    measured = _time_once(
+                        model, options.prompt, options.new_tokens, options.batch, callables[name]
+                    )
                 if repeat > 0:
                     times[name].append(measured)
-    result = {}
-    for name, pairs in times.items():
-        prefill = [batch * prompt / seconds for seconds, _ in pairs]
-        decode = [batch * new_tokens / seconds for _, seconds in pairs]
-        result[name] = Speed(
-            prefill=median(prefill),
-            decode=median(decode),
-            prefill_spread=(max(prefill) - min(prefill)) / median(prefill),
-            decode_spread=(max(decode) - min(decode)) / median(decode),
-            prompt=prompt,
-            new_tokens=new_tokens,
-            batch=batch,
-            repeats=repeats,
-            compiled=compiled,
-        )
-    return result
+    return {name: _medians(pairs, options) for name, pairs in times.items()}
+
+
+def _medians(pairs: Sequence[tuple[float, float]], options: SpeedOptions) -> Speed:
+    """Speed from the seconds of each (prefill, decoding)."""
+    prefill = [options.batch * options.prompt / seconds for seconds, _ in pairs]
+    decode = [options.batch * options.new_tokens / seconds for _, seconds in pairs]
+    return Speed(
+        prefill=median(prefill),
+        decode=median(decode),
+        prefill_spread=(max(prefill) - min(prefill)) / median(prefill),
+        decode_spread=(max(decode) - min(decode)) / median(decode),
+        **asdict(options),
+    )
 
 
 @contextmanager
 def _callables(
     models: Mapping[str, PreTrainedModel], compiled: bool
 ) -> Iterator[Mapping[str, Callable[..., Any]]]:
-    """What to call for each model, which itself stays as it is."""
+    """Yields what to call for each model, which itself stays as it is."""
     if not compiled:
         yield models
         return
@@ -136,8 +112,8 @@ def _callables(
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"torch.compile failed ({reason}); it needs a C++ compiler (g++), or leave"
-            " --compile out"
+            f"torch.compile failed ({reason}); install a C++ compiler (g++), or measure code"
+            " that is not compiled"
         ) from error
 
 
@@ -145,8 +121,8 @@ def _callables(
 def generate_sentence(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32
 ) -> str:
-    """The prompt and its greedy continuation, special tokens left out; stops at the end-of-sequence
-    token.
+    """Continues a prompt greedily, up to the end-of-sequence token; returns both as text, without
+    special tokens.
 
     Raises:
         ValueError: new_tokens below 1, an empty prompt, or more tokens than the model has positions
@@ -183,7 +159,7 @@ def _step(
 def _time_once(
     model: PreTrainedModel, prompt: int, new_tokens: int, batch: int, call: Callable[..., Any]
 ) -> tuple[float, float]:
-    """Seconds of one prefill and of `new_tokens` decoding steps."""
+    """Times one prefill and `new_tokens` decoding steps, in seconds."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
         model.config.get_text_config().vocab_size, (batch, prompt), generator=generator
@@ -203,8 +179,8 @@ def _time_once(
 
 
 def last_logits(model: PreTrainedModel, rows: int) -> dict[str, int]:
-    """The argument that keeps the LM head from running on positions nobody reads, where the model
-    takes it.
+    """Arguments that run the LM head on the last `rows` positions alone, where the model takes
+    them.
     """
     return (
         {"logits_to_keep": rows}
@@ -215,25 +191,13 @@ def last_logits(model: PreTrainedModel, rows: int) -> dict[str, int]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, the mode it had after."""
+    """Puts the model in evaluation mode (no dropout), and back into the mode that it had."""
     was_training = model.training
     model.train(False)
     try:
         yield
     finally:
         model.train(was_training)
-
-
-def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
-    """Raises ValueError when `tokens` exceeds the model's positions; `what` names the argument to
-    lower.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise ValueError(
-            f"{what} is {tokens} tokens, more than the {positions} positions of this model; ask for"
-            " fewer"
-        )
 
 
 def _now(device: torch.device) -> float:

@@ -11,6 +11,9 @@ definitions). What differs:
 * Batches are cut where padding and the fixed price of a forward pass are least together.
 * Log-probabilities are taken in float32 whatever the model's dtype (lm-eval: in the dtype of the
   logits).
+* Prompts begin with the BOS token where the tokenizer begins a text with it, as lm-eval's do by
+  default; `bos` can also ask for it where the tokenizer adds none, which lm-eval's `add_bos_token`
+  cannot. A prompt that is cut to the model's positions loses it, there and here.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.evaluation.speed import evaluating, last_logits
 from prunenet.evaluation.task_files import COLUMNS, Row, TaskError, read_task, task_files
 from prunenet.runtime.placement import home
+from prunenet.text.choices import Bos
+from prunenet.text.windows import bos_token
 
 __all__ = ["COLUMNS", "TaskError", "TaskResult", "read_task", "task_files", "zero_shot"]
 
@@ -45,6 +51,7 @@ _DEFINITIONS = Path(__file__).with_name("tasks")
 _PASS_ON_CPU, _PASS_ELSEWHERE = 20, 2000
 # Logits of one forward pass at most, unless one question alone has more: 1 GB in float32.
 _LOGITS = 250_000_000
+_Pair = tuple[list[int], list[int]]  # tokens of a context and of a choice behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,7 @@ class TaskResult:
         n: questions scored.
         limit: the first questions of the file that were asked for; None for all.
         sha256: hexadecimal, of the whole file.
+        bos: whether prompts began with the BOS token.
     """
 
     task: str
@@ -71,11 +79,12 @@ class TaskResult:
     n: int
     limit: int | None
     sha256: str
+    bos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a model reads for one question.
+    """The tokens that a model reads for one question.
 
     Attributes:
         inputs: token ids, one list per choice: context and choice without the choice's last token.
@@ -87,8 +96,8 @@ class Question:
 
     @property
     def shared(self) -> int:
-        """Leading tokens that all inputs have in common, all before the positions whose predictions
-        count.
+        """Counts the leading tokens that all inputs have in common, before the positions whose
+        predictions count.
         """
         least = min(
             len(read) - len(target) for read, target in zip(self.inputs, self.targets, strict=True)
@@ -107,6 +116,7 @@ def zero_shot(
     *,
     limit: int | None = None,
     batch_size: int = 16,
+    bos: Bos = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TaskResult]:
     """Scores a model on tasks, without examples in the prompt and without chat template.
@@ -118,6 +128,8 @@ def zero_shot(
         limit: only the first questions of each file, at least 1; default all.
         batch_size: questions in one forward pass at most, at least 1; fewer where that is cheaper.
             Results do not depend on it, up to the order of floating-point sums.
+        bos: whether prompts begin with the BOS token: "auto" (as the tokenizer begins a text),
+            "yes" or "no".
         progress: called with (questions done, questions in all) after each batch, counted over the
             tasks.
 
@@ -128,14 +140,16 @@ def zero_shot(
         TaskError: unknown task; a file that is missing, empty or has a row that the task cannot
             read.
         ImportError: lm-eval is not installed.
-        ValueError: an argument is out of range, or the model's log-probabilities are not finite.
+        ValueError: an argument is out of range, the tokenizer has no BOS token, or the model's
+            log-probabilities are not finite.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be 1 or more, got {batch_size} and {limit}")
+    begins = bos_token(tokenizer, bos)
     data = {task: read_task(task, file) for task, file in task_files(tasks).items()}
     total, done, results = sum(len(rows[:limit]) for rows, _ in data.values()), 0, []
     with evaluating(model), _quiet_harness():
-        harness = _harness(model, tokenizer)
+        harness = _harness(model, tokenizer, begins)
         for task, (rows, digest) in data.items():
             rows = rows[:limit]
 
@@ -143,18 +157,18 @@ def zero_shot(
                 if progress is not None:
                     progress(before + answered, total)
 
-            scores = _scores(model, harness, task, rows, batch_size, report)
+            score = partial(_answers, model, begins, batch_size, report)
+            scores = _scores(harness, task, rows, score)
             done += len(rows)
             accuracy, error = _mean(scores["acc"])
             norm, norm_error = _mean(scores["acc_norm"]) if "acc_norm" in scores else (None, None)
-            results.append(
-                TaskResult(task, accuracy, error, norm, norm_error, len(rows), limit, digest)
-            )
+            about = (len(rows), limit, digest, begins is not None)
+            results.append(TaskResult(task, accuracy, error, norm, norm_error, *about))
     return results
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of zeros and ones, and its standard error as lm-eval takes it (sample standard
+    """Gives the mean of zeros and ones, and its standard error as lm-eval takes it (sample standard
     deviation).
     """
     mean = sum(values) / len(values)
@@ -165,7 +179,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _module(name: str) -> Any:
-    """A module of lm-eval, imported when it is needed."""
+    """Imports a module of lm-eval, when it is needed."""
     try:
         return importlib.import_module(f"lm_eval.{name}")
     except ImportError as error:
@@ -176,8 +190,8 @@ def _module(name: str) -> Any:
 
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """lm-eval warns of what we do on purpose (a model that is already in memory); its level is put
-    back after.
+    """Silences lm-eval, which warns of what we do on purpose (a model that is already in memory);
+    its level is put back after.
     """
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -188,11 +202,24 @@ def _quiet_harness() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """lm-eval's view of a model in memory. It sets a padding token on its tokenizer, so it gets a
-    copy.
+def _harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: int | None) -> Any:
+    """Makes lm-eval's view of a model in memory. It sets a padding token on its tokenizer, so it
+    gets a copy.
+
+    Tokens are those of lm-eval's default where that begins prompts with `bos` as asked; else they
+    are those of the text alone, and `_begun` puts `bos` in front.
     """
-    return _module("models.huggingface").HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer))
+    usual = bos == bos_token(tokenizer)
+    return _module("models.huggingface").HFLM(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        add_bos_token=None if usual else False,
+    )
+
+
+def _begun(context: list[int], bos: int | None) -> list[int]:
+    """The tokens of a context, the BOS token first where there is one."""
+    return context if bos is None or context[:1] == [bos] else [bos, *context]
 
 
 def _task(task: str, rows: list[Row]) -> Any:
@@ -207,14 +234,14 @@ def _task(task: str, rows: list[Row]) -> Any:
 
 
 def _scores(
-    model: PreTrainedModel,
     harness: Any,
     task: str,
     rows: list[Row],
-    most: int,
-    report: Callable[[int], None],
+    answers_to: Callable[[list[list[_Pair]], int], Iterator[tuple[float, bool]]],
 ) -> dict[str, list[float]]:
-    """Metric -> 0 or 1 for each question."""
+    """Metric -> 0 or 1 for each question; `answers_to` scores the choices of questions, given the
+    model's positions.
+    """
     definition = _task(task, rows)
     requests, sizes = [], []
     for number, row in enumerate(definition.eval_docs):
@@ -223,16 +250,10 @@ def _scores(
         requests += found
         sizes.append(len(found))
 
-    def score(
-        encoded: list[tuple[Any, list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
+    def score(encoded: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Any]:
         pairs = iter((context, choice) for _, context, choice in encoded)
-        questions = [
-            _question([next(pairs) for _ in range(size)], harness.max_length) for size in sizes
-        ]
-        return [
-            answer for answers in answer_all(model, questions, most, report) for answer in answers
-        ]
+        grouped = [[next(pairs) for _ in range(size)] for size in sizes]
+        return list(answers_to(grouped, harness.max_length))
 
     harness._loglikelihood_tokens = score  # lm-eval turns text into tokens and calls this
     answers = iter(harness.loglikelihood(requests, disable_tqdm=True))
@@ -245,8 +266,25 @@ def _scores(
     return scores
 
 
-def _question(pairs: list[tuple[list[int], list[int]]], positions: int) -> Question:
-    """Cut from the left to the model's positions, as lm-eval does."""
+def _answers(
+    model: PreTrainedModel,
+    bos: int | None,
+    most: int,
+    report: Callable[[int], None],
+    grouped: list[list[_Pair]],
+    positions: int,
+) -> Iterator[tuple[float, bool]]:
+    """Scores (context, choice) pairs, grouped by question."""
+    questions = [
+        _question([(_begun(context, bos), choice) for context, choice in pairs], positions)
+        for pairs in grouped
+    ]
+    for answers in answer_all(model, questions, most, report):
+        yield from answers
+
+
+def _question(pairs: list[_Pair], positions: int) -> Question:
+    """Cuts (context, choice) from the left to the model's positions, as lm-eval does."""
     for _, choice in pairs:
         if not 0 < len(choice) <= positions:
             raise TaskError(f"a choice has {len(choice)} tokens; the model takes 1 to {positions}")
@@ -266,8 +304,8 @@ def answer_all(
     most: int,
     report: Callable[[int], None] | None = None,
 ) -> list[list[tuple[float, bool]]]:
-    """For each choice of each question: its log-probability (nats) after the context, and whether
-    greedy decoding writes it.
+    """Scores each choice of each question: its log-probability (nats) after the context, and
+    whether greedy decoding writes it.
 
     Args:
         model: causal LM in evaluation mode.
@@ -325,7 +363,7 @@ def _batches(questions: Sequence[Question], most: int, model: PreTrainedModel) -
 
 
 def _answer(batch: Sequence[Question], model: PreTrainedModel) -> list[tuple[float, bool]]:
-    """The answers of one batch, choice by choice. Padding stands on the right, where causal
+    """Answers one batch, choice by choice. Padding stands on the right, where causal
     attention never looks.
     """
     prefix = min(question.shared for question in batch)
@@ -357,7 +395,9 @@ def _answer(batch: Sequence[Question], model: PreTrainedModel) -> list[tuple[flo
 def _log_probability(
     logits: Float[Tensor, "tokens vocabulary"], target: list[int]
 ) -> tuple[float, bool]:
-    """Of the tokens of one choice (nats), and whether each is the most likely one."""
+    """Gives the log-probability of one choice's tokens (nats), and whether each is the most likely
+    one.
+    """
     wanted = torch.tensor(target, device=logits.device)
     value = -float(F.cross_entropy(logits.float(), wanted, reduction="sum"))
     if not math.isfinite(value):

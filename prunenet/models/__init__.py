@@ -1,7 +1,8 @@
 """The anatomy of a supported model, and cutting it.
 
+anatomy.py          decoder layers and what can be cut of each, resolved once
 architectures.py    one frozen row per model type: where the FFN and the attention of a layer are
-layers.py           FFN weights of one decoder layer at a time, in memory or from disk
+layers.py           reads a model in memory or on disk: FFNs layer by layer, embeddings, sizes
 heads.py            groups of attention heads: key-value heads with their query heads
 masks.py            ratio -> widths (rounding, budgets) -> keep masks; pure
 hooks.py            changes what a module computes for a while, and no weight

@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.models.architectures import architecture_for, check_heads
-from prunenet.models.layers import decoder_layers, plain_linear
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.architectures import check_heads
 
 GROUPS, QUERY_HEADS, HEAD_DIM = "num_key_value_heads", "num_attention_heads", "head_dim"
 """Configuration fields of the families whose heads can be cut."""
@@ -66,18 +65,19 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
     Raises:
         UnsupportedArchitecture: no row for the model's type, or heads of the family cannot be cut.
     """
-    architecture = architecture_for(model.config)
-    check_heads(architecture)
-    config, found = model.config, []
+    anatomy, config = Anatomy.of(model), model.config
+    row = anatomy.architecture
+    check_heads(row)
     head_dim = getattr(config, HEAD_DIM, None) or config.hidden_size // getattr(config, QUERY_HEADS)
-    for index, layer in enumerate(decoder_layers(model, architecture)):
-        linears = [plain_linear(layer, path) for path in architecture.attention_in]
+    found = []
+    for layer in anatomy.layers:
+        linears = [layer.linear(path) for path in row.attention_in]
         query, key, value = (linear.weight.detach() for linear in linears)
         biases = tuple(
             linear.bias.detach() for linear in linears if isinstance(linear.bias, nn.Parameter)
         )
-        out = plain_linear(layer, architecture.attention_out).weight.detach()
-        found.append(Attention(index, query, key, value, out, biases, len(key) // head_dim))
+        out = layer.linear(row.attention_out).weight.detach()
+        found.append(Attention(layer.index, query, key, value, out, biases, len(key) // head_dim))
     return found
 
 
@@ -88,18 +88,7 @@ def group_counts(model: PreTrainedModel) -> list[int]:
 
 def out_linears(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear of each layer whose input is the heads' outputs; raises as `attentions`."""
-    architecture = architecture_for(model.config)
-    check_heads(architecture)
-    return [
-        plain_linear(layer, architecture.attention_out)
-        for layer in decoder_layers(model, architecture)
-    ]
-
-
-def spread(groups: Int[Tensor, " kept"], size: int) -> Int[Tensor, " entries"]:
-    """Numbers of the rows (or columns) of groups that have `size` of them each; -1 stays -1."""
-    rows = groups[:, None] * size + torch.arange(size, device=groups.device)
-    return torch.where(groups[:, None] < 0, -1, rows).flatten()
+    return Anatomy.of(model).outs
 
 
 def state_counts(config: Any, counts: Sequence[int]) -> bool:

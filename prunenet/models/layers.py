@@ -1,70 +1,22 @@
-"""Walks a model and yields the FFN of one decoder layer at a time: views on weights in memory, or
-copies read from disk.
-"""
+"""Reads a model in memory or on disk: FFNs layer by layer, embeddings, activation, sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from prunenet.models.architectures import Architecture, UnsupportedArchitecture, architecture_for
+from prunenet.models.anatomy import FFN as FFN
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.anatomy import check_whole as check_whole
+from prunenet.models.anatomy import decoder_layers as decoder_layers
+from prunenet.models.anatomy import plain_linear as plain_linear
 from prunenet.runtime.placement import parameters, present, ties
-
-
-@dataclass(frozen=True, slots=True)
-class FFN:
-    """The weights of one layer's FFN. Tensors are views: nothing is copied, dtype and device are
-    the model's.
-
-    Of a placed model (`prunenet.runtime.placement`) they may be the only copy on the layer's
-    device, and go with it.
-
-    Channel j is row j of `gate` and `up` (and of their biases) plus column j of `down`.
-
-    Attributes:
-        index: layer number, from 0.
-        gate: (d_ff, d_model); None in an ungated FFN.
-        up: (d_ff, d_model).
-        down: (d_model, d_ff).
-        gate_bias, up_bias: (d_ff,) or None.
-        down_bias: (d_model,) or None.
-        norm_scale: (d_model,) scale of the norm in front of the FFN; None when there is none (or it
-            has no scale).
-        attention_out: (d_model, heads * head_dim), what attention writes to the residual stream
-            with; None if unknown.
-    """
-
-    index: int
-    gate: Float[Tensor, "d_ff d_model"] | None
-    up: Float[Tensor, "d_ff d_model"]
-    down: Float[Tensor, "d_model d_ff"]
-    gate_bias: Float[Tensor, " d_ff"] | None = None
-    up_bias: Float[Tensor, " d_ff"] | None = None
-    down_bias: Float[Tensor, " d_model"] | None = None
-    norm_scale: Float[Tensor, " d_model"] | None = None
-    attention_out: Float[Tensor, "d_model d_attention"] | None = None
-
-    @property
-    def d_ff(self) -> int:
-        return self.up.shape[0]
-
-    @property
-    def d_model(self) -> int:
-        return self.up.shape[1]
-
-    @property
-    def channel_parameters(self) -> int:
-        """Parameters that go away with one channel."""
-        slices = 2 if self.gate is None else 3
-        biases = (self.up_bias is not None) + (self.gate_bias is not None)
-        return slices * self.d_model + biases
 
 
 @runtime_checkable
@@ -118,16 +70,12 @@ def ffn_at(model: Weights, index: int) -> FFN:
     """The FFN of one layer.
 
     Raises:
-        UnsupportedArchitecture: see `decoder_layers`; or the residual stream is sliced
-            (`prunenet.models.sliced_modeling`).
+        UnsupportedArchitecture: see `Anatomy.of`; or the residual stream is sliced.
     """
-    check_whole(structure(model))
-    if not isinstance(model, PreTrainedModel):
-        return model.ffn(index)
-    architecture = architecture_for(model.config)
-    layer = decoder_layers(model, architecture)[index]
-    with present(layer):
-        return read_ffn(layer, index, architecture)
+    if isinstance(model, PreTrainedModel):
+        return Anatomy.of(model).ffn(index)
+    check_whole(model.skeleton)
+    return model.ffn(index)
 
 
 def embeddings(model: Weights) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
@@ -145,89 +93,22 @@ def embeddings(model: Weights) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]
     return rows, None if columns is None or columns.data_ptr() == rows.data_ptr() else columns
 
 
-def decoder_layers(
-    model: PreTrainedModel, architecture: Architecture | None = None
-) -> nn.ModuleList:
-    """The decoder layers of a causal LM.
-
-    Raises:
-        UnsupportedArchitecture: the model type has no row, or the model is not the family's causal
-            LM.
-    """
-    architecture = architecture or architecture_for(model.config)
-    try:
-        layers = model.get_submodule(architecture.layers)
-    except AttributeError:
-        raise UnsupportedArchitecture(
-            f"a {type(model).__name__} has no {architecture.layers!r}; load it with"
-            " AutoModelForCausalLM"
-        ) from None
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-def read_ffn(layer: nn.Module, index: int, architecture: Architecture) -> FFN:
-    """The FFN of one decoder layer, as views."""
-    up = plain_linear(layer, architecture.up)
-    down = plain_linear(layer, architecture.down)
-    attention = _find(layer, (architecture.attention_out,))
-    norm = _find(layer, architecture.norms)
-    scale = getattr(norm, "weight", None)
-    gate_weight: Tensor | None
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    if architecture.fused:
-        gate_weight, up_weight = up.weight.detach().chunk(2)
-        gate_bias, up_bias = (None, None) if up.bias is None else up.bias.detach().chunk(2)
-    else:
-        gate = None if architecture.gate is None else plain_linear(layer, architecture.gate)
-        gate_weight, gate_bias = (
-            (None, None) if gate is None else (gate.weight.detach(), _detached(gate.bias))
-        )
-        up_weight, up_bias = up.weight.detach(), _detached(up.bias)
-    return FFN(
-        index=index,
-        gate=gate_weight,
-        up=up_weight,
-        down=down.weight.detach(),
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down_bias=_detached(down.bias),
-        norm_scale=scale.detach() + architecture.norm_offset if isinstance(scale, Tensor) else None,
-        attention_out=attention.weight.detach() if isinstance(attention, nn.Linear) else None,
-    )
-
-
 def iter_ffns(model: Weights) -> Iterator[FFN]:
-    """Yields the FFN of each decoder layer, first to last.
-
-    Raises:
-        UnsupportedArchitecture: see `ffn_at`.
-    """
-    for index in range(len(decoder_layers(structure(model)))):
-        yield ffn_at(model, index)
-
-
-def check_whole(model: PreTrainedModel) -> None:
-    """Raises UnsupportedArchitecture where the residual stream is sliced: FFNs then read and write
-    different directions.
-    """
-    if hasattr(model.config, "residual_widths"):
-        raise UnsupportedArchitecture(
-            f"a {type(model).__name__} has a sliced residual stream and is not cut any further;"
-            " give the dense model"
-        )
+    """Yields the FFN of each decoder layer, first to last. Raises as `ffn_at`."""
+    anatomy = Anatomy.of(structure(model))
+    anatomy.check_whole()
+    for index in range(len(anatomy.layers)):
+        yield anatomy.ffn(index) if isinstance(model, PreTrainedModel) else model.ffn(index)
 
 
 def ffn_widths(model: Weights) -> list[int]:
-    """Number of FFN channels of each layer."""
-    return [linear.in_features for linear in down_linears(structure(model))]
+    """Number of FFN channels of each layer. Raises as `Anatomy.of`."""
+    return Anatomy.of(structure(model)).widths
 
 
 def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
-    """The linear d_ff -> d_model of each layer: its input is the FFN's channel activations h."""
-    architecture = architecture_for(model.config)
-    return [plain_linear(layer, architecture.down) for layer in decoder_layers(model, architecture)]
+    """The linear d_ff -> d_model of each layer; its input is the activations h of the channels."""
+    return Anatomy.of(model).downs
 
 
 def activation(model: Weights) -> Callable[[Tensor], Tensor]:
@@ -241,23 +122,37 @@ def activation(model: Weights) -> Callable[[Tensor], Tensor]:
     return act
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that a sequence of this model may have; None: no limit is known."""
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most
+
+
+def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Raises ValueError where `tokens` exceeds the model's positions; `what` names the number to
+    lower.
+    """
+    most = positions(model)
+    if most is not None and tokens > most:
+        raise ValueError(
+            f"{what} is {tokens} tokens, more than the {most} positions of this model; ask for"
+            " fewer"
+        )
+
+
 def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
     """Raises ValueError where the model has no embedding for a token id, or no position for a
     token.
     """
     table: Any = model.get_input_embeddings()
     rows = table.weight.shape[0]
-    if int(ids.max()) >= rows:
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= rows:
         raise ValueError(
-            f"token id {int(ids.max())} is beyond the model's {rows} embeddings; give the model its"
-            " own tokenizer"
+            f"token id {high if high >= rows else low} is beyond the model's {rows} embeddings;"
+            " give the model its own tokenizer"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] > positions:
-        raise ValueError(
-            f"blocks of {ids.shape[1]} tokens do not fit the model's {positions} positions; give"
-            " shorter ones"
-        )
+    check_positions(model, ids.shape[1], "a block")
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -269,31 +164,3 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     tables = {id(module.weight) for module in modules if module is not None}
     total = sum(counts.values())
     return total, total - sum(counts.get(table, 0) for table in tables)
-
-
-def plain_linear(layer: nn.Module, path: str) -> nn.Linear:
-    """The linear at a path of a layer; raises UnsupportedArchitecture where it is of another kind,
-    as when quantised.
-    """
-    module = layer.get_submodule(path)
-    if not isinstance(module, nn.Linear) or not isinstance(module.weight, torch.nn.Parameter):
-        raise UnsupportedArchitecture(
-            f"{path} is a {type(module).__name__}, not a plain linear layer; load the model"
-            " unquantised"
-        )
-    return module
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _find(layer: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
-    for path in paths:
-        try:
-            module = layer.get_submodule(path)
-        except AttributeError:
-            continue
-        if module is not None:
-            return module
-    return None

@@ -46,7 +46,7 @@ def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:
     if round_to > d_ff:
         raise ValueError(
             f"a layer of {d_ff} channels has no multiple of {round_to} to be rounded to; give a"
-            " smaller --round"
+            " smaller `round_to`"
         )
     # 1e-9: keeps 0.7 * 1536 from falling under its own decimal value in binary.
     multiples = math.floor((1 - ratio) * d_ff / round_to + 0.5 + 1e-9)

@@ -1,10 +1,13 @@
-"""Causal language models whose layers differ in FFN width or heads. Travels beside the checkpoint;
-needs transformers only.
+"""Language models whose layers differ in FFN width or in heads.
+
+A copy of this file lies beside every checkpoint with per-layer widths; it needs transformers alone
+(4.57 or 5) and is run with `trust_remote_code=True`.
 
 `modeling.PerLayerLlamaForCausalLM` is `transformers.LlamaForCausalLM` with the widths of
-`config.per_layer_config`, and so on for any class name. `config.per_layer_ffn` says where the FFN
-is, as dotted paths, and `config.per_layer_heads` where attention is, whose width is its number of
-key-value heads. A model has either or both.
+`config.per_layer_config`. Any other class name works alike, such as `PerLayerLlamaModel`.
+`config.per_layer_ffn` locates the FFN by dotted paths from the causal LM, and
+`config.per_layer_heads` the attention, whose width is its number of key-value heads. A model has
+either or both.
 """
 
 from typing import Any
@@ -17,8 +20,9 @@ FFN, HEADS = "per_layer_ffn", "per_layer_heads"
 
 
 class PerLayerWidths:
-    """Builds the stock model at the widest layer's width, then narrows each layer. The checkpoint's
-    weights come later.
+    """Builds the stock model at the width of the widest layer, then narrows each layer.
+
+    The weights are those of a fresh model; `from_pretrained` fills in the checkpoint's later.
     """
 
     # makes save_pretrained copy this file and write config.auto_map
@@ -26,30 +30,48 @@ class PerLayerWidths:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         structures = [getattr(config, name) for name in (FFN, HEADS) if hasattr(config, name)]
-        fields = [structure["width"] for structure in structures]
-        widths = [
-            {field: getattr(layer, field) for field in fields} for layer in config.per_layer_config
-        ]
+        stated = config.per_layer_config
+        widths = {s["width"]: layer_values(config, s["width"]) for s in structures}
+        if not isinstance(stated, dict):
+            stated = {
+                layer: dict(zip(widths, values, strict=True))
+                for layer, values in enumerate(zip(*widths.values(), strict=True))
+            }
         # Stock code cannot read a width that differs between layers. It sees this very object
         # without them, and not a copy: from_pretrained and every submodule go on using it.
         config.per_layer_config = None
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-            for structure, field in zip(structures, fields, strict=True):
-                narrow(self, structure, [layer[field] for layer in widths], getattr(config, field))
+            for structure in structures:
+                field = structure["width"]
+                narrow(self, structure, widths[field], getattr(config, field))
         finally:
-            config.per_layer_config = dict(enumerate(widths))
+            config.per_layer_config = stated
 
 
 def is_per_layer(model: Any) -> bool:
-    """Whether a model needs this file to be loaded."""
+    """Returns whether loading a model needs this file."""
     return isinstance(model, PerLayerWidths)
+
+
+def layer_values(config: Any, field: str) -> list[int]:
+    """Returns a configuration field of each decoder layer, first to last."""
+    stated = config.per_layer_config
+    if not isinstance(stated, dict):
+        return [getattr(layer, field) for layer in stated]
+    # transformers 4 keeps what the file says: only layers that differ from the global value
+    given = {int(layer): fields for layer, fields in stated.items()}
+    widest = getattr(config, field)
+    return [given.get(layer, {}).get(field, widest) for layer in range(config.num_hidden_layers)]
 
 
 def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int) -> None:
     """Keeps the first channels, or heads, of each freshly built layer."""
     paths = [*((path, 0) for path in structure["inputs"]), (structure["output"], 1)]
-    for layer, width in zip(model.get_submodule(structure["layers"]), widths, strict=True):
+    layers, prefix = structure["layers"], model.base_model_prefix
+    if not hasattr(model, prefix):  # a bare decoder, such as LlamaModel
+        layers = layers.removeprefix(f"{prefix}.")
+    for layer, width in zip(model.get_submodule(layers), widths, strict=True):
         for path, dim in paths:
             linear = layer.get_submodule(path)
             # A fused gate and up linear has two rows per channel, a key-value head has those of its
@@ -65,7 +87,7 @@ def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int
 
 
 def __getattr__(name: str) -> Any:
-    """The per-layer form of a transformers class, made when first asked for."""
+    """Returns the per-layer form of a transformers class, made when first asked for."""
     if not name.startswith(PREFIX) or not hasattr(transformers, name.removeprefix(PREFIX)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     stock = getattr(transformers, name.removeprefix(PREFIX))

@@ -13,27 +13,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.models import modeling
+from prunenet.models.anatomy import Anatomy, DecoderLayer, Slice
 from prunenet.models.architectures import Architecture, architecture_for
-from prunenet.models.heads import (
-    GROUPS,
-    attentions,
-    group_counts,
-    out_linears,
-    spread,
-    state_counts,
-)
+from prunenet.models.heads import GROUPS, group_counts, state_counts
 from prunenet.models.hooks import zeroing
-from prunenet.models.layers import (
-    check_whole,
-    decoder_layers,
-    down_linears,
-    ffn_widths,
-    plain_linear,
-)
 from prunenet.models.masks import check_keep
 from prunenet.runtime.placement import derive, device_of, shared_copy
 
@@ -68,19 +55,17 @@ def narrowed(
             its heads cannot be cut.
         ValueError: not one mask per layer, a mask of the wrong length, or one that keeps nothing.
     """
-    _check(model, keep, groups)
-    architecture = architecture_for(model.config)
-    narrow = shared_copy(model)
-    for layer, mask in zip(decoder_layers(narrow, architecture), keep, strict=True):
-        _pick(layer, mask.nonzero().flatten(), mask.numel(), architecture)
+    _check(Anatomy.of(model), keep, groups)
+    narrow = Anatomy.of(shared_copy(model))
+    for layer, mask in zip(narrow.layers, keep, strict=True):
+        _pick_channels(layer, mask.nonzero().flatten())
     if groups is not None:
-        for layer, mask in zip(decoder_layers(narrow, architecture), groups, strict=True):
-            _pick_groups(layer, mask.nonzero().flatten(), mask.numel(), architecture)
+        for layer, mask in zip(narrow.layers, groups, strict=True):
+            _pick(layer.groups(mask.numel()), mask.nonzero().flatten(), mask.numel())
     counted = groups is not None or hasattr(model.config, modeling.HEADS)
-    set_widths(
-        narrow, [int(mask.sum()) for mask in keep], group_counts(narrow) if counted else None
-    )
-    return narrow
+    kept = [int(mask.sum()) for mask in keep]
+    set_widths(narrow.model, kept, group_counts(narrow.model) if counted else None)
+    return narrow.model
 
 
 @contextmanager
@@ -95,10 +80,11 @@ def masking(
     linear, the outputs of dropped heads in front of attention's output linear. The hooks that do so
     are gone after the block, however it ends. Arguments and errors as for `narrowed`.
     """
-    _check(model, keep, groups)
-    masked = list(zip(down_linears(model), keep, strict=True))
+    anatomy = Anatomy.of(model)
+    _check(anatomy, keep, groups)
+    masked = list(zip(anatomy.downs, keep, strict=True))
     if groups is not None:
-        outs = zip(out_linears(model), groups, strict=True)
+        outs = zip(anatomy.outs, groups, strict=True)
         masked += [
             (linear, mask.repeat_interleave(linear.in_features // len(mask)))
             for linear, mask in outs
@@ -118,24 +104,21 @@ def zero_padded(model: PreTrainedModel) -> PreTrainedModel:
     Where layers differ in their groups of heads, with groups of zeros to a number that stock
     configurations accept. Shares the other parameters with the given model, as `narrowed` does.
     """
-    architecture = architecture_for(model.config)
-    wide = shared_copy(model)
-    widths = ffn_widths(model)
-    for layer, width in zip(decoder_layers(wide, architecture), widths, strict=True):
-        index = torch.arange(max(widths))
-        _pick(layer, torch.where(index < width, index, -1), width, architecture)
+    wide = Anatomy.of(shared_copy(model))
+    widths, config = wide.widths, wide.model.config
+    index = torch.arange(max(widths))
+    for layer in wide.layers:
+        _pick_channels(layer, torch.where(index < layer.width, index, -1))
     counts = None
     if hasattr(model.config, modeling.HEADS):
-        # the stock field then says how many groups a stock model can have
-        wide.config.per_layer_config = None
-        index = torch.arange(getattr(wide.config, GROUPS))
-        for layer, count in zip(
-            decoder_layers(wide, architecture), group_counts(model), strict=True
-        ):
-            _pick_groups(layer, torch.where(index < count, index, -1), count, architecture)
-        counts = group_counts(wide)
-    set_widths(wide, [max(widths)] * len(widths), counts)
-    return wide
+        # The stock field then says how many groups a stock model can have.
+        config.per_layer_config = None
+        index = torch.arange(getattr(config, GROUPS))
+        for layer, count in zip(wide.layers, group_counts(model), strict=True):
+            _pick(layer.groups(count), torch.where(index < count, index, -1), count)
+        counts = group_counts(wide.model)
+    set_widths(wide.model, [max(widths)] * len(widths), counts)
+    return wide.model
 
 
 def set_widths(
@@ -185,11 +168,11 @@ def _structure(
     return {"width": field, "layers": architecture.layers, "inputs": list(inputs), "output": output}
 
 
-def _check(model: PreTrainedModel, keep: Sequence[Tensor], groups: Sequence[Tensor] | None) -> None:
-    check_whole(model)
-    widths = ffn_widths(model)
+def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | None) -> None:
+    anatomy.check_whole()
+    widths = anatomy.widths
     if groups is not None:
-        _check_groups([attention.groups for attention in attentions(model)], groups)
+        _check_groups(group_counts(anatomy.model), groups)
     if len(keep) != len(widths):
         raise ValueError(
             f"the model has {len(widths)} layers and needs one keep mask for each, got {len(keep)}"
@@ -223,46 +206,25 @@ def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
             )
 
 
-def _pick(
-    layer: nn.Module, channels: Int[Tensor, " width"], d_ff: int, architecture: Architecture
-) -> None:
-    """Rebuilds the FFN of a layer, d_ff channels wide, from the given channels of it; -1 is a
-    channel of zeros.
-    """
-    for path in architecture.input_linears:
-        rows = channels
-        if architecture.fused:
-            rows = torch.cat([channels, torch.where(channels < 0, channels, channels + d_ff)])
-        _pick_rows(plain_linear(layer, path), rows)
-    _pick_columns(plain_linear(layer, architecture.down), channels)
-    ffn: Any = layer.get_submodule(architecture.down.rpartition(".")[0])
+def _pick_channels(layer: DecoderLayer, channels: Int[Tensor, " width"]) -> None:
+    """Rebuilds the FFN of a layer from some of its channels; -1 is a channel of zeros."""
+    _pick(layer.channels(), channels, layer.width)
+    ffn: Any = layer.module.get_submodule(layer.architecture.down.rpartition(".")[0])
     if hasattr(ffn, "intermediate_size"):
         ffn.intermediate_size = channels.numel()
 
 
-def _pick_groups(
-    layer: nn.Module, groups: Int[Tensor, " kept"], count: int, architecture: Architecture
-) -> None:
-    """Rebuilds the attention of a layer, which has `count` groups, from the given ones of them; -1
-    is a group of zeros.
-    """
-    for path in architecture.attention_in:
-        linear = plain_linear(layer, path)
-        _pick_rows(linear, spread(groups, linear.out_features // count))
-    out = plain_linear(layer, architecture.attention_out)
-    _pick_columns(out, spread(groups, out.in_features // count))
-
-
-def _pick_rows(linear: nn.Linear, rows: Int[Tensor, " n"]) -> None:
-    derive(linear, "weight", partial(_selected, dim=0, index=rows))
-    if linear.bias is not None:
-        derive(linear, "bias", partial(_selected, dim=0, index=rows))
-    linear.out_features = rows.numel()
-
-
-def _pick_columns(linear: nn.Linear, columns: Int[Tensor, " n"]) -> None:
-    derive(linear, "weight", partial(_selected, dim=1, index=columns))
-    linear.in_features = columns.numel()
+def _pick(slices: Sequence[Slice], units: Int[Tensor, " kept"], count: int) -> None:
+    """Rebuilds linears from some of the `count` units that lie in them; -1 is a unit of zeros."""
+    for where in slices:
+        index, linear = where.entries(units, count), where.linear
+        derive(linear, "weight", partial(_selected, dim=where.axis, index=index))
+        if where.axis == 1:
+            linear.in_features = index.numel()
+            continue
+        if linear.bias is not None:
+            derive(linear, "bias", partial(_selected, dim=0, index=index))
+        linear.out_features = index.numel()
 
 
 def _selected(tensor: Tensor, dim: int, index: Int[Tensor, " n"]) -> Tensor:

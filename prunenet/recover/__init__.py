@@ -17,7 +17,12 @@ Data-Free Quantization Aware Training for Large Language Models", arXiv 2305.178
 - it is chosen on text held back, among all states seen and the pruned model itself, and never worse
   there.
 
+options.py   how a model is trained, and on which text
 lora.py      updates beside a model's linears, put there and merged
 training.py  trains them, resumes, keeps the best
-command.py   the subcommand
+record.py    a checkpoint on disk: loaded, trained, written with its provenance
 """
+
+from prunenet.runtime.callable_module import make_callable
+
+make_callable(__name__, "prunenet.recover.record")

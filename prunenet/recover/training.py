@@ -28,9 +28,11 @@ from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens
 from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.recover.lora import adapted, merged, updates_of
+from prunenet.recover.options import Tuning
 from prunenet.runtime import parallel
+from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
-from prunenet.text.calibration import CalibrationSet, check_seed
+from prunenet.text.calibration import CalibrationSet
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,42 +40,6 @@ if TYPE_CHECKING:
 STATE = "state.safetensors"
 """File of an unfinished run, in its folder."""
 _HELD = 32  # blocks held back, at most: a fifth of all
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """How a pruned model is trained.
-
-    Attributes:
-        steps: of AdamW, at least 1.
-        batch: blocks of each step, at least 1.
-        micro_batch: blocks that are in memory at once; gradients add up.
-        rank: of an update, at least 1.
-        learning_rate: at the first step, above 0; it falls linearly to 0.
-        seed: of the updates' start and of the order of the blocks.
-
-    Raises:
-        ValueError: one is out of range.
-    """
-
-    steps: int = 100
-    batch: int = 8
-    micro_batch: int = 4
-    rank: int = 16
-    learning_rate: float = 5e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-                )
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(
-                f"learning rate must be above 0, got {self.learning_rate}; 0.0005 is the default"
-            )
-        check_seed(self.seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,7 +190,7 @@ class _Run:
         if not math.isfinite(loss):
             rate = self.tuning.learning_rate
             raise ValueError(
-                f"the loss is {float(loss)} at step {step}; give a smaller --learning-rate than"
+                f"the loss is {float(loss)} at step {step}; give a smaller `learning_rate` than"
                 f" {rate}"
             )
         for parameter, gradient in zip(learned, gradients, strict=True):
@@ -305,7 +271,7 @@ def _check_asked(
     if count < 2 or tokens < 2:
         raise ValueError(
             "recovery trains on some blocks of text and chooses on others: give 2 blocks or more,"
-            f" of 2 tokens or more each, got {count} of {tokens}; give more text, or more --tokens"
+            f" of 2 tokens or more each, got {count} of {tokens}; give more text, or more `tokens`"
         )
     check_tokens(model, blocks.ids)
     if teacher is None:
@@ -333,5 +299,5 @@ def _log(file: Path | None, done: int) -> SummaryWriter | None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(file.parent)
     return SummaryWriter(str(file.parent), purge_step=done + 1)

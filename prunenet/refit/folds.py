@@ -35,13 +35,24 @@ def held_back(
 
 
 def folds_of(
-    blocks: Int[Tensor, "n tokens"],
-) -> tuple[Int[Tensor, "even tokens"], Int[Tensor, "odd tokens"]]:
-    """Every second block, and the others: of self-written text, where two kinds alternate, the two
-    kinds. As `held_back`.
+    blocks: Int[Tensor, "n tokens"], kinds: Int[Tensor, " n"] | None = None
+) -> tuple[Int[Tensor, "first tokens"], Int[Tensor, "second tokens"]]:
+    """Splits blocks into two folds: the kinds of writing where there are several, else every second
+    block and the others.
+
+    Args:
+        blocks: (n, tokens).
+        kinds: (n,) integers, see `prunenet.text.calibration.CalibrationSet`; even ones make the
+            first fold. None: all are of one kind.
+
+    Raises:
+        ValueError: fewer than two blocks.
     """
     held_back(blocks)
-    return blocks[::2], blocks[1::2]
+    if kinds is None or bool((kinds % 2 == kinds[0] % 2).all()):
+        kinds = torch.arange(len(blocks))
+    second = (kinds % 2).bool().to(blocks.device)
+    return blocks[~second], blocks[second]
 
 
 def pooled(

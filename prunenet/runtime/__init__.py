@@ -1,7 +1,10 @@
 """Devices, processes and files: what every room stands on.
 
-placement.py  where the weights of a model are: one device, several (accelerate's device map), or
-the disk parallel.py   collectives over the processes of one job (torch.distributed); the identity
-on one process team.py       joins the processes of a job and notices when one dies files.py
-folders and files that appear complete or not at all; the cache folder
+placement.py        where a model's weights are: one device, several (accelerate), or the disk
+parallel.py         collectives over the processes of one job; the identity on one process
+team.py             joins the processes of a job and notices when one dies
+files.py            files and folders that appear complete or not at all
+paths.py            what can be said of a path before any work; the cache folder
+locks.py            lock files: one process at a time, and none that is dead
+callable_module.py  a package that is called like the function it is named after
 """

@@ -1,131 +1,243 @@
-"""Folders and files that appear complete or not at all: written under a hidden name beside the
-target, then renamed.
+"""Files and folders that appear complete or not at all, each written by one process at a time.
+
+Content lies under a hidden name beside its target until it is complete, and is then renamed. `lock`
+keeps other processes away from a target. What a killed process leaves is removed by the next one.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from prunenet.runtime.locks import Busy, hold, lock_descriptor, remove_unlocked
+from prunenet.runtime.paths import CheckpointError as CheckpointError
+from prunenet.runtime.paths import cache_folder as cache_folder
+from prunenet.runtime.paths import check_absent as check_absent
+from prunenet.runtime.paths import check_file as check_file
+from prunenet.runtime.paths import check_home as check_home
+from prunenet.runtime.paths import check_place, disk_full, is_stream, resolved
+from prunenet.runtime.paths import check_room as check_room
+from prunenet.runtime.paths import expanded as expanded
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message is one sentence that says what to do."""
+_HIDDEN = re.compile(r"[0-9a-f]{32}")
 
 
-def cache_folder() -> Path:
-    """`PRUNENET_CACHE`, read at call time, or `~/.cache/prunenet`."""
-    return Path(os.environ.get("PRUNENET_CACHE") or "~/.cache/prunenet").expanduser()
+@contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """Keep other processes from writing `target` as long as the block lasts.
 
+    The hidden file `.NAME.lock` beside the target is locked, see `prunenet.runtime.locks`. All
+    threads of the process share the lock, and blocks may be nested. Missing parents are made, and
+    removed if nothing comes into them. What killed writers of the target have left is removed.
 
-def check_home(out: Path) -> None:
-    """Raises CheckpointError where a folder `out` cannot be, or cannot be written in: said before
-    the work, not after.
+    Raises:
+        CheckpointError: another process holds the lock, or the folder cannot be written.
     """
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise CheckpointError(
-            f"{out} cannot be written, because {place} is a file; give another folder"
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise CheckpointError(
-            f"{out} cannot be written, because {place} is closed to you; give another folder"
-        )
-
-
-def check_absent(out: Path) -> None:
-    """Raises CheckpointError where `out` exists and is not an empty folder, or cannot be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
-    check_home(out)
-
-
-def check_room(out: Path, needed: int) -> None:
-    """Raises CheckpointError where the disk that `out` will be on has less than `needed` bytes
-    free.
-    """
-    home = next(parent for parent in out.absolute().parents if parent.exists())
-    if shutil.disk_usage(home).free < needed:
-        raise _disk_full(out, needed, home)
+    real = resolved(target)
+    if not real.name:
+        raise CheckpointError(f"{target} is no name of a file or a folder; give one")
+    check_place(target, target.absolute().parent)
+    check_place(target, real.parent)
+    made = list[Path]()
+    try:
+        with ExitStack() as stack:
+            if _entered(stack, target, real, made):
+                _sweep(real, folders=True)
+            yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it is used
+                folder.rmdir()
 
 
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """Yields a folder that becomes `out` when the block succeeds and is removed, with all in it,
-    when it does not.
+    """Yield a folder that becomes `out` when the block succeeds, and is removed when it fails.
+
+    `out` is locked meanwhile. Links are followed.
 
     Args:
         out: the folder to create, with its parents; it may exist if it is empty.
         needed: bytes that will be written, at least.
 
     Raises:
-        CheckpointError: `out` exists, the disk is full, or the folder cannot be written.
+        CheckpointError: `out` exists, another process writes it, the disk is full, or the folder
+            cannot be written.
     """
-    check_absent(out)
-    check_room(out, needed)
-    missing = [parent for parent in out.absolute().parents if not parent.exists()]
-    home = out.absolute().parents[len(missing)]
+    real = resolved(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # What tempfile makes is closed to others; the folder inside it has the usual permissions.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as hidden:
-            folder = Path(hidden) / out.name
-            folder.mkdir()
-            yield folder
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    # safetensors closes its files to others
-                    path.chmod(folder.stat().st_mode & 0o666)
-                _sync(path)
-            _sync(folder)
-            folder.rename(out)
-        _sync(out.parent)
-    except BaseException as error:
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
-        # safetensors and tokenizers wrap the operating system's error in types of their own.
-        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(
-            error
-        ):
-            raise _disk_full(out, needed, home) from error
+        with lock(out):
+            check_absent(out)
+            check_room(out, needed)
+            hidden = _beside(real, uuid4().hex)
+            try:
+                # closed to others until it is complete; the folder in it has the usual permissions
+                hidden.mkdir(mode=0o700)
+                folder = hidden / real.name
+                folder.mkdir()
+                yield folder
+                _settle(folder)
+                folder.rename(real)
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+            _sync(real.parent)
+    except Exception as error:
+        if _is_full(error):
+            raise disk_full(out, needed) from error
         if isinstance(error, OSError):
             raise CheckpointError(f"{out} cannot be written: {error}") from error
         raise
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one.
+    """Replace a file in one step, so that a reader sees the old content or the new one.
+
+    Links are followed, and the permissions of an existing file are kept. A character device or a
+    pipe is written straight into.
 
     Raises:
-        OSError: the disk is full or refuses; its `filename` is the target, which is as it was.
+        OSError: the disk is full or refuses, or nobody reads the pipe; `filename` is the target,
+            which is as it was.
+        CheckpointError: a folder, a disk or a socket is in its place.
     """
-    # Not tempfile's: its files stay closed to others, and this one is going to be read by them.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    with naming(path):
+        if is_stream(path):
+            _write_straight(path, content)
+            return
+        real = resolved(path)
+        _sweep(real, folders=False)
+        temporary, descriptor = _hidden_file(real)
+        try:
+            with open(descriptor, "wb") as file:
+                if real.exists():
+                    os.fchmod(descriptor, stat.S_IMODE(real.stat().st_mode))
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+                os.replace(temporary, real)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync(real.parent)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and its missing parents, so that they survive a power cut.
+
+    Returns:
+        Those that were missing, deepest first.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    absolute = folder.absolute()
+    missing = [path for path in (absolute, *absolute.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+    return missing
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the operating system's errors inside the block the name of `path`."""
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """A hidden path beside the target, of a name that fits where the target's own does."""
+    name = target.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return target.with_name(f".{name}.{ending}")
+
+
+def _entered(stack: ExitStack, said: Path, target: Path, made: list[Path]) -> bool:
+    """Puts the lock of the target on the stack; see `hold`. Notes the folders that were made."""
+    while True:
+        try:
+            made[:0] = make_folders(target.parent)
+            return stack.enter_context(hold(_beside(target, "lock")))
+        except FileNotFoundError:
+            continue  # another process had made the folder, and has removed it
+        except Busy as error:
+            process = f" ({error})" if str(error) else ""
+            raise CheckpointError(
+                f"another prunenet{process} is writing {said}; wait for it, or give another `out`"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{said} cannot be written: {error.strerror}; give another `out`"
+            ) from error
+
+
+def _sweep(target: Path, *, folders: bool) -> None:
+    """Removes what killed writers of the target have left: unlocked hidden files, and, for the
+    holder of its lock, hidden folders.
+    """
+    prefix = _beside(target, "").name
+    with suppress(OSError):
+        for path in target.parent.iterdir():
+            ours = path.name.startswith(prefix) and _HIDDEN.fullmatch(path.name[len(prefix) :])
+            if ours and path.is_dir():
+                if folders:
+                    shutil.rmtree(path, ignore_errors=True)
+            elif ours:
+                remove_unlocked(path)
+
+
+def _hidden_file(target: Path) -> tuple[Path, int]:
+    """A new hidden file beside the target, locked against `_sweep`, and its descriptor."""
+    while True:
+        path = _beside(target, uuid4().hex)
+        # Not tempfile's: its files stay closed to others, and this one is going to be read by them.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(BlockingIOError):  # of a sweep, see below
+            lock_descriptor(descriptor)
+            if os.fstat(descriptor).st_nlink:
+                return path, descriptor
+        os.close(descriptor)  # swept between the two
+
+
+def _write_straight(path: Path, content: bytes) -> None:
+    try:
+        # without this flag a pipe that nobody reads would block for ever
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "Nobody reads this pipe; start its reader first") from None
         raise
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as file:
+        file.write(content)
 
 
-def _disk_full(out: Path, needed: int, home: Path) -> CheckpointError:
-    free = shutil.disk_usage(home).free
-    return CheckpointError(
-        f"no room for {out}: it takes at least {needed / 1e6:,.1f} MB and its disk has"
-        f" {free / 1e6:,.1f} MB free; make room or give a folder on another disk"
-    )
+def _is_full(error: Exception) -> bool:
+    """Whether a disk is full; safetensors and tokenizers have error types of their own."""
+    full = f"os error {errno.ENOSPC}"
+    return getattr(error, "errno", None) == errno.ENOSPC or full in str(error)
+
+
+def _settle(folder: Path) -> None:
+    """Gives the files the usual permissions, and puts all of them on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            # safetensors closes its files to others
+            path.chmod(folder.stat().st_mode & 0o666)
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

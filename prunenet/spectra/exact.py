@@ -13,8 +13,9 @@ package (docs/methods.md, sections 1.2 and 2):
 Precision, measured on matrices of SmolLM2-135M against float64 `svdvals`: a float32 eigensolver
 errs by up to 41 units of eps * lambda_max, nearly all of it in the last step, the iteration on the
 tridiagonal matrix. With the reduction in float32 and that cheap step in float64 it is under 0.7
-units. A bound of 8 units brackets the KS distance; where the bracket leaves a doubt (1 mask in 96)
-the mask is solved again in float64: the answer of float64 at the price of float32. LAPACK comes
+units. A bound of 8 units brackets the KS distance, and values equal to within rounding are ties on
+every route (`prunenet.spectra.distances.tie_bands`); where the bracket leaves a doubt (1 mask in
+96) the mask is solved again in float64: the answer of float64 at the price of float32. LAPACK comes
 from scipy, whose OpenBLAS solves a 576 x 576 problem in 15 ms where torch (MKL) takes 22 (one core,
 AMD EPYC), and from the upper triangle a seventh faster than from the lower. CUDA uses float64 and
 solves all masks of a batch in one call.
@@ -33,13 +34,13 @@ from torch import Tensor
 from prunenet.models.masks import check_keep
 from prunenet.runtime.choices import check_choice
 from prunenet.spectra.choices import Distance
-from prunenet.spectra.distances import ks_distance, ks_sides, wasserstein_distance
+from prunenet.spectra.distances import ks_distance, ks_sides, tie_bands, wasserstein_distance
 from prunenet.spectra.scale import rescaled
 from prunenet.spectra.tridiagonal import counts_below, eigenvalues, tridiagonal
 
-# Largest error of an eigenvalue that is allowed for, in units of eps * lambda_max (measured: see
-# above, and 64 is generous in float64, where it only decides which values count as equal).
-_ERROR_UNITS = {torch.float32: 8.0, torch.float64: 64.0}
+# Largest error of an eigenvalue from float32 that is allowed for, relative to lambda_max (measured:
+# see above).
+_SLACK = 8 * torch.finfo(torch.float32).eps
 
 _Gram = Float64[Tensor, "side side"]
 _PerMask = Float64[Tensor, " masks"]
@@ -148,19 +149,14 @@ class SpectralReference:
 
     def _ks(self, keep: Bool[Tensor, "masks d_ff"]) -> _PerMask:
         if self.gram.is_cuda:
-            return self._ks_snapped(
-                *_masked_eigenvalues(self.weight, self.gram, keep, torch.float64)
-            )
-        slack = _ERROR_UNITS[torch.float32] * torch.finfo(torch.float32).eps * self.eigenvalues[0]
+            return self._ks_solved(keep)
+        slack = _SLACK * self.eigenvalues[0]
         least, most = (
             self._ks_counted(keep, slack) if self._all_wide(keep) else self._ks_between(keep, slack)
         )
         doubtful = most - least > _STEP
         if doubtful.any():
-            again = _masked_eigenvalues(
-                self.weight, self.gram, keep[doubtful.to(keep.device)], torch.float64
-            )
-            most[doubtful] = self._ks_snapped(*again)
+            most[doubtful] = self._ks_solved(keep[doubtful.to(keep.device)])
         return most
 
     def _all_wide(self, keep: Bool[Tensor, "masks d_ff"]) -> bool:
@@ -183,12 +179,15 @@ class SpectralReference:
             for mask in keep.cpu()
         ]
         diagonal, beside = (np.stack(part) for part in zip(*reduced, strict=True))
-        rising = self.eigenvalues.flip(0).numpy()
+        rising, low = (
+            self.eigenvalues.flip(0).numpy(),
+            tie_bands(self.eigenvalues)[0].flip(0).numpy(),
+        )
         counts = counts_below(
-            diagonal, beside, np.concatenate((rising - float(slack), rising + float(slack)))
+            diagonal, beside, np.concatenate((low - float(slack), low + float(slack)))
         )
         # No true value is below 0, whatever its rounding.
-        more = np.where(rising > 0, counts.reshape(len(keep), 2, -1), 0) - np.searchsorted(
+        more = np.where(low > 0, counts.reshape(len(keep), 2, -1), 0) - np.searchsorted(
             rising, rising
         )
         least, most = torch.from_numpy(more.max(-1).clip(min=0) / len(rising)).T
@@ -202,21 +201,17 @@ class SpectralReference:
         # Interlacing: removing rows never raises a singular value, so the reference bounds the true
         # values from above.
         highest = torch.minimum(values + slack, self.eigenvalues)
-        below_high, above_high = ks_sides(self.eigenvalues, highest, counts)
-        below_low, above_low = ks_sides(self.eigenvalues, (values - slack).clamp(min=0), counts)
+        bands = tie_bands(self.eigenvalues)
+        below_high, above_high = ks_sides(self.eigenvalues, highest, counts, bands)
+        below_low, above_low = ks_sides(
+            self.eigenvalues, (values - slack).clamp(min=0), counts, bands
+        )
         return torch.maximum(below_high, above_low), torch.maximum(below_low, above_high)
 
-    def _ks_snapped(self, eigenvalues: Float64[Tensor, "masks side"], counts: _Counts) -> _PerMask:
-        """KS of values that are exact but for rounding: those which agree with the reference to
-        rounding are equal to it.
-        """
-        tolerance = (
-            _ERROR_UNITS[torch.float64] * torch.finfo(torch.float64).eps * self.eigenvalues[0]
-        )
-        moved = eigenvalues < self.eigenvalues - tolerance
-        return ks_distance(
-            self.eigenvalues, torch.where(moved, eigenvalues, self.eigenvalues), counts
-        )
+    def _ks_solved(self, keep: Bool[Tensor, "masks d_ff"]) -> _PerMask:
+        """KS of values from float64, exact but for rounding."""
+        found = _masked_eigenvalues(self.weight, self.gram, keep, torch.float64)
+        return ks_distance(self.eigenvalues, *found, tie_bands(self.eigenvalues))
 
 
 def _masked_eigenvalues(

@@ -1,41 +1,41 @@
-"""Token blocks to measure activations on: written by the model itself (cached on disk), or drawn
-from external text.
+"""Makes calibration sets: token blocks to measure activations on, written by the model itself
+(cached on disk), drawn from external text, or drawn at random.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.identity import weights_sha256
 from prunenet.checkpoints.regimes import TextRegime
+from prunenet.models.layers import positions
 from prunenet.runtime import parallel
-from prunenet.runtime.files import cache_folder, write_atomic
-from prunenet.text.corpora import (
-    CalibrationText,
-    TextError,
-    calibration_blocks,
-    content_sha256,
-    load_text,
-)
-from prunenet.text.generate import document_start, generate_blocks
+from prunenet.text.cached import Wanted, cached_text
+from prunenet.text.choices import Bos
+from prunenet.text.corpora import CalibrationText, TextError, content_sha256, load_text
+from prunenet.text.generate import BLOCK, SamplingOptions, document_start, generate_blocks
 from prunenet.text.random_tokens import random_blocks
+from prunenet.text.windows import bos_token, calibration_blocks
 
 # raise when generate_blocks samples differently: cached text is then written anew
 _GENERATOR_VERSION = 2
 PREFIX = 4
 """First tokens of a document that the model goes on from."""
+SEQUENCES = 160
+"""Sequences that a model writes for itself, before the filter."""
+DATA_BLOCKS = 32
+"""Windows drawn from external text."""
+RANDOM_BLOCKS = 64
+"""Blocks of random tokens."""
+PREFIX_SAMPLING = SamplingOptions(sequences=80, hot=0.7, temperature=0.7, penalty=1.1)
+"""How text behind document prefixes is sampled (arXiv 2410.17711)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,113 +43,158 @@ class CalibrationSet:
     """Token ids without padding, and where they come from.
 
     Attributes:
-        ids: (n, tokens).
-        regime: "self" (the model's own text) or "data" (external text); see DESIGN section 1.
+        ids: (n, tokens). With `bos`, that token stands in the first column.
+        regime: "self" (the model's own text) or "data" (external text); docs/design.md, section 1.
         source: how they were made, for the record.
+        bos: id of the BOS token that every row begins with; None where rows begin otherwise. What
+            judges a model on the rows leaves this position out, and a shorter piece of a row gets
+            the token in front; see `prunenet.text.windows`.
+        kinds: (n,) integers: rows of equal number are of one kind of writing. None: all are.
+            Self-written text has two kinds, from the document start (0) and from a random token
+            behind it (1); folds (`prunenet.refit.folds`) fit on one and judge on the other.
     """
 
     ids: Int[Tensor, "n tokens"]
     regime: TextRegime
     source: Mapping[str, Any]
+    bos: int | None = None
+    kinds: Int[Tensor, " n"] | None = None
+
+    def rows(self, which: slice) -> CalibrationSet:
+        """Some of the rows, with their kinds."""
+        kinds = None if self.kinds is None else self.kinds[which]
+        return replace(self, ids=self.ids[which], kinds=kinds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """How `calibration_for` makes a calibration set.
+
+    Attributes:
+        seed: of the sampling, or of the windows drawn; in [0, 2^32).
+        total: tokens in all, of self-written text before its filter; default 160 blocks of
+            self-written text, 32 of external text.
+        bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
+        column: of external text in rows, see `prunenet.text.corpora.load_text`.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+
+    seed: int = 0
+    total: int | None = None
+    bos: Bos = "auto"
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 def self_blocks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    sequences: int = 160,
-    tokens: int = 256,
+    sequences: int = SEQUENCES,
+    tokens: int = BLOCK,
     seed: int = 0,
+    bos: Bos = "auto",
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
-    """Text that the model writes by itself, half of it from the document start, half from a random
+    """Has the model write text by itself, half of it from the document start, half from a random
     token behind it.
 
     The two halves alternate. From the start alone, with a temperature that begins high, the text is
     nearest to technical prose; opened by uniformly random tokens and sampled as it is (temperature
-    1, no nucleus), nearest to encyclopedias and news (benchmarks/README.md, "Self-written text").
-    Of each half a fifth, the least likely, is dropped.
+    1, no nucleus), nearest to encyclopedias and news (docs/methods.md, section 17). Of each half a
+    fifth, the least likely, is dropped.
 
     Args:
         model: a causal LM.
         tokenizer: only its document-start token and the number of its tokens are used.
         sequences: how many are sampled, before the filter, at least 2.
-        tokens: length of each.
+        tokens: length of each, the document start included.
         seed: of the sampling.
+        bos: rows begin with the document start, which is the BOS token where `bos_token` says so;
+            "no" drops it from the rows where it is the BOS token.
         cache: folder; default `<cache>/self-generated`. The file's name is a hash of the weights
             and of every setting.
         progress: called with (tokens sampled, tokens in all) of each sequence.
 
     Raises:
-        ValueError: the tokenizer has no token to start from.
+        ValueError: the tokenizer has no token to start from, or a number is out of range.
     """
+    start, half = document_start(tokenizer, bos), max(sequences // 2, 1)
+    sampling = SamplingOptions(sequences=half, tokens=tokens, seed=seed, batch=half)
     source = {
         "sequences": sequences,
         "tokens": tokens,
         "seed": seed,
-        "start": document_start(tokenizer),
+        "start": start,
         "version": _GENERATOR_VERSION,
     }
-    ids = _cached(
-        model, source, cache, lambda: _written(model, tokenizer, sequences, tokens, seed, progress)
-    )
-    return CalibrationSet(ids, "self", {"text": "self-generated", **source})
+    known = min(len(tokenizer), model.config.vocab_size)
+
+    def write() -> Int[Tensor, "n tokens"]:
+        return _two_kinds(model, start, known, sampling, progress)
+
+    wanted = Wanted(2 * sampling.kept, tokens, start, model.config.vocab_size)
+    ids = cached_text(model, source, wanted, cache, write)
+    return _written(ids, "self", {"text": "self-generated", **source}, tokenizer, bos, kinds=2)
 
 
 def prefix_blocks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: CalibrationText,
+    sampling: SamplingOptions = PREFIX_SAMPLING,
     *,
-    sequences: int = 80,
-    tokens: int = 256,
     prefix: int = PREFIX,
-    seed: int = 0,
+    bos: Bos = "auto",
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
-    """Text that the model writes behind the first tokens of documents (METHODS.md 4, after arXiv
-    2410.17711); regime "data".
+    """Has the model write text behind the first tokens of documents (docs/methods.md, section 4,
+    after arXiv 2410.17711); regime "data".
 
-    The nucleus and the filter are those of `generate_blocks`; temperature 0.7 and repetition
-    penalty 1.1 from the start. A document is what stands between blank lines, or a line where a
-    text has too few of those.
+    A document is what stands between blank lines, or a line where a text has too few of those.
 
     Args:
         model, tokenizer: as for `self_blocks`.
         text: whose documents' openings are taken, drawn without replacement; in turn where there
             are fewer than sequences.
-        sequences: how many are sampled, before the filter.
-        tokens: length of each.
+        sampling: of the text; its seed also draws the documents.
         prefix: first tokens of a document; shorter documents are left out.
-        seed: of the draw and of the sampling.
-        cache, progress: as for `self_blocks`.
+        bos, cache, progress: as for `self_blocks`.
 
     Raises:
         TypeError: the text is not a `CalibrationText`.
         TextError: no document has so many tokens.
         ValueError: the tokenizer has no token to start from, or sequences that are too short.
     """
-    start = document_start(tokenizer)
-    opening = openings(tokenizer, text, sequences, prefix=prefix, seed=seed)
-    sampling: dict[str, Any] = {
-        "sequences": sequences,
-        "tokens": tokens,
-        "seed": seed,
-        "temperature": 0.7,
-        "penalty": 1.1,
-    }
+    start = document_start(tokenizer, bos)
+    opening = openings(tokenizer, text, sampling.sequences, prefix=prefix, seed=sampling.seed)
+    settings = asdict(sampling)
+    # What is as by default is not recorded: cached text keeps its name when options are added.
+    named = ("sequences", "tokens", "seed", "temperature", "penalty")
+    usual = asdict(replace(PREFIX_SAMPLING, hot=sampling.temperature))
     source = {
         "prefixes": Path(text.name).name,
         "sha256": content_sha256(text),
         "prefix": prefix,
-        **sampling,
+        **{name: value for name, value in settings.items() if name in named},
+        **{name: v for name, v in settings.items() if name not in named and v != usual[name]},
+        "start": start,
+        "version": _GENERATOR_VERSION,
     }
-    source |= {"start": start, "version": _GENERATOR_VERSION}
-    sampling |= {"hot": sampling["temperature"], "prefixes": opening, "progress": progress}
-    ids = _cached(model, source, cache, lambda: generate_blocks(model, start, **sampling).cpu())
-    return CalibrationSet(ids, "data", {"text": "self-generated from document prefixes", **source})
+
+    def write() -> Int[Tensor, "n tokens"]:
+        return generate_blocks(model, start, sampling, prefixes=opening, progress=progress).cpu()
+
+    wanted = Wanted(sampling.kept, sampling.tokens, start, model.config.vocab_size)
+    ids = cached_text(model, source, wanted, cache, write)
+    source = {"text": "self-generated from document prefixes", **source}
+    return _written(ids, "data", source, tokenizer, bos)
 
 
 def openings(
@@ -160,8 +205,11 @@ def openings(
     prefix: int = PREFIX,
     seed: int = 0,
 ) -> Int[Tensor, "n prefix"]:
-    """The first `prefix` tokens of up to `count` documents, drawn without replacement. Raises as
-    `prefix_blocks`.
+    """Draws up to `count` documents without replacement; returns the first `prefix` tokens of each.
+
+    Raises:
+        TypeError: the text is not a `CalibrationText`.
+        TextError: no document has so many tokens.
     """
     if not isinstance(text, CalibrationText):
         raise TypeError(
@@ -192,91 +240,59 @@ def openings(
 
 
 def token_blocks(
-    model: PreTrainedModel, *, count: int = 64, window: int = 256, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    count: int = RANDOM_BLOCKS,
+    window: int = BLOCK,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    bos: Bos = "auto",
 ) -> CalibrationSet:
-    """Uniformly drawn token ids (METHODS.md 3, `tokens`). Nothing is external, so the regime is
-    "self".
+    """Draws token ids uniformly (docs/methods.md, section 3, `tokens`). Nothing is external, so the
+    regime is "self".
+
+    Args:
+        model: causal LM.
+        count, window: blocks, and tokens drawn for each.
+        seed: of the draw.
+        tokenizer: the model's own, to begin blocks with BOS as it does; None: no BOS.
+        bos: see `prunenet.text.windows`.
 
     Raises:
-        ValueError: see `prunenet.text.random_tokens.random_blocks`.
+        ValueError: see `prunenet.text.random_tokens.random_blocks` and `bos_token`.
     """
-    ids = random_blocks(model, count, window, torch.Generator().manual_seed(seed))
-    return CalibrationSet(
-        ids, "self", {"text": "random tokens", "count": count, "window": window, "seed": seed}
-    )
-
-
-def _cached(
-    model: PreTrainedModel,
-    source: Mapping[str, Any],
-    cache: Path | None,
-    write: Callable[[], Int[Tensor, "n tokens"]],
-) -> Int[Tensor, "n tokens"]:
-    """What was written before with these settings by a model of the same weights, or else what
-    `write` writes now.
-    """
-    key = hashlib.sha256(
-        (json.dumps(source, sort_keys=True) + weights_sha256(model)).encode()
-    ).hexdigest()[:24]
-    path = (cache or cache_folder() / "self-generated") / f"{key}.safetensors"
-    try:
-        return load_file(path)["ids"]
-    except (FileNotFoundError, SafetensorError, KeyError):
-        # a cache that refuses says so before the work, not after
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ids = write()
-        write_atomic(path, save({"ids": ids.contiguous()}))
-        return ids
-
-
-def _written(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: int,
-    tokens: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-) -> Int[Tensor, "n tokens"]:
-    start, half = document_start(tokenizer), max(sequences // 2, 1)
-    shared: dict[str, Any] = {"sequences": half, "tokens": tokens, "batch": half}
-
-    def of_half(number: int) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, of: progress(number * of + done, 2 * of)
-
-    from_start = generate_blocks(model, start, seed=seed, progress=of_half(0), **shared)
-    known = min(len(tokenizer), model.config.vocab_size)
-    opening = torch.randint(known, (half, 1), generator=torch.Generator().manual_seed(seed))
-    plain: dict[str, Any] = {"hot": 1.0, "temperature": 1.0, "top_p": 1.0}
-    opened = generate_blocks(
-        model, start, seed=seed + 1, prefixes=opening, progress=of_half(1), **plain, **shared
-    )
-    return torch.stack((from_start, opened), 1).flatten(0, 1).cpu()
+    begins = None if tokenizer is None else bos_token(tokenizer, bos)
+    ids = random_blocks(model, count, window, torch.Generator().manual_seed(seed), bos=begins)
+    source = {"text": "random tokens", "count": count, "window": window, "seed": seed}
+    return CalibrationSet(ids, "self", source | {"bos": begins is not None}, begins)
 
 
 def data_blocks(
     tokenizer: PreTrainedTokenizerBase,
     text: CalibrationText,
     *,
-    count: int = 32,
-    window: int = 256,
+    count: int = DATA_BLOCKS,
+    window: int = BLOCK,
     seed: int = 0,
+    bos: Bos = "auto",
 ) -> CalibrationSet:
-    """Windows drawn from external text. Arguments and errors:
-    `prunenet.text.corpora.calibration_blocks`.
+    """Draws windows from external text. Arguments and errors:
+    `prunenet.text.windows.calibration_blocks`; `seed`: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = calibration_blocks(tokenizer, text, count=count, window=window, generator=generator)
-    return CalibrationSet(
-        ids,
-        "data",
-        {
-            "text": Path(text.name).name,
-            "sha256": content_sha256(text),
-            "count": count,
-            "window": window,
-            "seed": seed,
-        },
+    ids = calibration_blocks(
+        tokenizer, text, count=count, window=window, generator=generator, bos=bos
     )
+    begins = bos_token(tokenizer, bos)
+    source = {
+        "text": Path(text.name).name,
+        "sha256": content_sha256(text),
+        "count": count,
+        "window": window,
+        "seed": seed,
+        "bos": begins is not None,
+    }
+    return CalibrationSet(ids, "data", source, begins)
 
 
 def check_seed(seed: int) -> int:
@@ -288,56 +304,116 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def block_tokens(model: PreTrainedModel, front: int = 0) -> int:
+    """Tokens of a calibration block: 256, or as many as the model has positions for behind `front`
+    others.
+    """
+    most = positions(model)
+    return BLOCK if most is None else min(BLOCK, most - front)
+
+
 def calibration_for(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     moments: TextRegime,
     text: str,
+    options: CalibrationOptions | None = None,
     *,
-    seed: int = 0,
-    total: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
-    """`self_blocks`, or `data_blocks` of a text by its name; shorter where the model reads no 256
-    tokens.
-
-    `total`: tokens in all, of self-written text before its filter; the default is theirs.
+    """Makes the calibration set that a command asks for: `self_blocks`, or `data_blocks` of a text
+    by its name.
 
     Of several processes (`prunenet.runtime.parallel`) the first writes or reads, and the others are
     given the same.
 
-    Raises as those do, and ValueError for a seed out of range or a total of less than 2 blocks.
+    Args:
+        model, tokenizer: of the model to calibrate.
+        moments: "self" or "data".
+        text: for "data", see `prunenet.text.corpora.load_text`.
+        options: amount, seed, BOS, column.
+        progress: as for `self_blocks`.
+
+    Raises:
+        ValueError: a total of less than 2 blocks; see also `self_blocks` and `data_blocks`.
     """
-    check_seed(seed)
-    tokens = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
-    if total is not None and total < 2 * tokens:
+    options = options or CalibrationOptions()
+    seed, bos = options.seed, options.bos
+    begins = moments == "data" and bos_token(tokenizer, bos) is not None
+    tokens = block_tokens(model, front=int(begins))
+    if options.total is not None and options.total < 2 * tokens:
         raise ValueError(
-            f"--tokens must be at least {2 * tokens}, 2 blocks of {tokens}, got {total}"
+            f"total must be at least {2 * tokens} tokens, 2 blocks of {tokens}, got {options.total}"
         )
-    count = None if total is None else total // tokens
+    count = None if options.total is None else options.total // tokens
 
     def made() -> CalibrationSet:
         if moments == "self":
+            many = count or SEQUENCES
             return self_blocks(
                 model,
                 tokenizer,
-                sequences=count or 160,
+                sequences=many,
                 tokens=tokens,
                 seed=seed,
+                bos=bos,
                 progress=progress,
             )
-        return data_blocks(
-            tokenizer, load_text(text, CalibrationText), count=count or 32, window=tokens, seed=seed
-        )
+        external, many = load_text(text, CalibrationText, options.column), count or DATA_BLOCKS
+        return data_blocks(tokenizer, external, count=many, window=tokens, seed=seed, bos=bos)
 
     return blocks_from(0, made)
 
 
 def blocks_from(source: int, make: Callable[[], CalibrationSet]) -> CalibrationSet:
-    """What `make` gives on one of several processes, on all of them; it is not called on the
-    others.
-    """
+    """Calls `make` on one of several processes, and gives its result to all of them."""
     made = [make()] if parallel.rank() == source else []
+
+    def facts() -> tuple[Any, ...]:
+        found = made[0]
+        kinds = None if found.kinds is None else found.kinds.tolist()
+        return found.regime, dict(found.source), found.bos, kinds
+
     ids = parallel.broadcast(source, lambda: made[0].ids)
-    regime, how = parallel.broadcast_object(source, lambda: (made[0].regime, dict(made[0].source)))
-    return CalibrationSet(ids, regime, how)
+    regime, how, bos, kinds = parallel.broadcast_object(source, facts)
+    return CalibrationSet(ids, regime, how, bos, None if kinds is None else torch.tensor(kinds))
+
+
+def _two_kinds(
+    model: PreTrainedModel,
+    start: int,
+    known: int,
+    sampling: SamplingOptions,
+    progress: Callable[[int, int], None] | None,
+) -> Int[Tensor, "n tokens"]:
+    """Sequences from the start and, with a random one of the `known` tokens behind it, sampled as
+    the model is, in turn.
+    """
+
+    def of_half(number: int) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, of: progress(number * of + done, 2 * of)
+
+    from_start = generate_blocks(model, start, sampling, progress=of_half(0))
+    drawn = torch.Generator().manual_seed(sampling.seed)
+    opening = torch.randint(known, (sampling.sequences, 1), generator=drawn)
+    plain = replace(sampling, seed=sampling.seed + 1, hot=1.0, temperature=1.0, top_p=1.0)
+    opened = generate_blocks(model, start, plain, prefixes=opening, progress=of_half(1))
+    return torch.stack((from_start, opened), 1).flatten(0, 1).cpu()
+
+
+def _written(
+    ids: Int[Tensor, "n tokens"],
+    regime: TextRegime,
+    source: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    bos: Bos,
+    kinds: int = 1,
+) -> CalibrationSet:
+    """The set of self-written rows, of so many kinds in turn; without the document start where it
+    is the BOS token and rows are to begin without it.
+    """
+    begins = bos_token(tokenizer, bos)
+    if bos == "no" and source["start"] == tokenizer.bos_token_id:
+        ids = ids[:, 1:]
+    which = None if kinds == 1 else torch.arange(len(ids)) % kinds
+    return CalibrationSet(ids, regime, {**source, "bos": begins is not None}, begins, which)

@@ -1,4 +1,4 @@
-"""Text that a model writes by itself: calibration without data (METHODS.md 4).
+"""Text that a model writes by itself: calibration without data (docs/methods.md, section 4).
 
 After Ji et al., "Beware of Calibration Data for Pruning Large Language Models", ICLR 2025, arXiv
 2410.17711 (self-generated calibration, perplexity filter), and arXiv 2410.17170 (from the document
@@ -25,7 +25,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.models.layers import check_tokens
 from prunenet.runtime.placement import home
+from prunenet.text.choices import Bos
+from prunenet.text.windows import bos_token
 
+KEEP = 0.8
+"""Share of self-written sequences that the filter keeps."""
+BLOCK = 256
+"""Tokens of a block of calibration text, where the model reads as many."""
 # times that sequences too much like others are written anew, before they are given up
 _REWRITES = 4
 _MOST = 4096  # sorting a whole vocabulary of 49 152 takes a third as long as the model's own step
@@ -34,12 +40,74 @@ _MOST = 4096  # sorting a whole vocabulary of 49 152 takes a third as long as th
 _DOCUMENT_STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>", "</s>")
 
 
-def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token with which documents began in pre-training.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How sequences are sampled from a model, and which of them are kept.
+
+    Attributes:
+        sequences: how many to sample, before the filter.
+        tokens: length of each, the start and the prefix included.
+        seed: of the sampling.
+        keep: share of the sequences kept, those with the lowest perplexity under the model, in (0,
+            1].
+        hot, temperature, cooling: the temperature falls from `hot` to `temperature` linearly over
+            the first `cooling` tokens.
+        top_p: nucleus of the distribution that is sampled, in (0, 1]; never more than the 4096
+            likeliest tokens.
+        penalty: repetition penalty (Keskar et al., arXiv 1909.05858): the logits of tokens that the
+            sequence already has are divided by it where positive and multiplied where negative;
+            above 0, and 1 is none.
+        overlap: largest share of a sequence's sampled 8-grams that an earlier one may have, in (0,
+            1]; 1 allows copies.
+        openings: no two sequences have the same first `openings` sampled tokens behind the same
+            prefix; 0 allows it.
+        batch: sequences at once.
 
     Raises:
-        ValueError: the tokenizer has none of the usual ones, no BOS and no EOS.
+        ValueError: one is out of range.
     """
+
+    sequences: int = 40
+    tokens: int = BLOCK
+    seed: int = 0
+    keep: float = KEEP
+    hot: float = 2.5
+    temperature: float = 0.9
+    cooling: int = 8
+    top_p: float = 0.95
+    penalty: float = 1.0
+    overlap: float = 1.0
+    openings: int = 0
+    batch: int = 40
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "top_p", "overlap"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("sequences", "tokens", "temperature", "penalty", "batch"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def kept(self) -> int:
+        """Sequences that the filter leaves of all."""
+        return self.kept_of(self.sequences)
+
+    def kept_of(self, written: int) -> int:
+        """Sequences that the filter leaves of so many: at least one."""
+        return max(1, round(self.keep * written))
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int:
+    """Id of the token with which documents began in pre-training: the BOS token where the tokenizer
+    begins a text with it, or with `bos` "yes".
+
+    Raises:
+        ValueError: the tokenizer has none of the usual ones, no BOS and no EOS; or see `bos_token`.
+    """
+    begins = bos_token(tokenizer, bos)
+    if begins is not None:
+        return begins
     vocabulary = tokenizer.get_vocab()
     # A BOS that is one of them is meant; OPT's vocabulary also has others, which its training never
     # saw.
@@ -57,23 +125,12 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
 def generate_blocks(
     model: PreTrainedModel,
     start: int,
+    options: SamplingOptions | None = None,
     *,
-    sequences: int = 40,
-    tokens: int = 256,
-    keep: float = 0.8,
-    hot: float = 2.5,
-    temperature: float = 0.9,
-    cooling: int = 8,
-    top_p: float = 0.95,
-    batch: int = 40,
-    seed: int = 0,
     prefixes: Int[Tensor, "n k"] | None = None,
-    penalty: float = 1.0,
-    overlap: float = 1.0,
-    openings: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "kept tokens"]:
-    """Sequences sampled from the document start; the least likely are dropped.
+    """Samples sequences from the document start, and drops the least likely.
 
     With `overlap` or `openings`, sequences too much like an earlier one are written anew up to 4
     times, so that as many are left as without; those that still repeat are dropped, and the result
@@ -82,63 +139,41 @@ def generate_blocks(
     Args:
         model: a causal LM.
         start: id of the first token, see `document_start`; never sampled.
-        sequences: how many to sample.
-        tokens: length of each, the start and the prefix included.
-        keep: share of the sequences kept, those with the lowest perplexity under the model, in (0,
-            1].
-        hot, temperature, cooling: the temperature falls from `hot` to `temperature` linearly over
-            the first `cooling` tokens.
-        top_p: nucleus of the distribution that is sampled, in (0, 1]; never more than the 4096
-            likeliest tokens.
-        batch: sequences at once.
-        seed: of the sampling.
+        options: how to sample; default `SamplingOptions()`.
         prefixes: (n, k) token ids behind the start, in turn: sequence i has row i modulo n.
-            METHODS.md 4 takes the first 1 to 4 tokens of documents, with hot = temperature; text
-            from them is no longer the model's alone.
-        penalty: repetition penalty (Keskar et al., arXiv 1909.05858): the logits of tokens that the
-            sequence already has are divided by it where positive and multiplied where negative;
-            above 0, and 1 is none.
-        overlap: largest share of a sequence's sampled 8-grams that an earlier one may have, in (0,
-            1]; 1 allows copies.
-        openings: no two sequences have the same first `openings` sampled tokens behind the same
-            prefix; 0 allows it.
+            docs/methods.md, section 4, takes the first 1 to 4 tokens of documents, with hot =
+            temperature; text from them is no longer the model's alone.
         progress: called with (tokens sampled, tokens in all), counted over the batches; what is
             written anew adds to both.
 
     Raises:
-        ValueError: an argument out of range, too many tokens for the model's positions, or logits
-            that are not finite.
+        ValueError: too many tokens for the model's positions, prefixes that do not suit them, or
+            logits that are not finite.
     """
-    for name, share in (("keep", keep), ("top_p", top_p), ("overlap", overlap)):
-        if not 0 < share <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {share}")
-    for name, value in (
-        ("sequences", sequences),
-        ("temperature", temperature),
-        ("penalty", penalty),
-    ):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
-    check_tokens(model, torch.full((1, tokens), start))
-    prompts = _prompts(model, start, prefixes, sequences, tokens)
-    generator = torch.Generator(device=home(model)).manual_seed(seed)
-    writer = _Writer(model, tokens, hot, temperature, cooling, top_p, penalty, generator, progress)
-    ids, losses = prompts.new_empty(0, tokens), torch.zeros(0, device=home(model))
+    options = options or SamplingOptions()
+    sequences = options.sequences
+    check_tokens(model, torch.full((1, options.tokens), start))
+    prompts = _prompts(model, start, prefixes, sequences, options.tokens)
+    generator = torch.Generator(device=home(model)).manual_seed(options.seed)
+    writer = _Writer(model, options, generator, progress)
+    ids, losses = prompts.new_empty(0, options.tokens), torch.zeros(0, device=home(model))
     # whose prompt each row has; the prompts without a row
     origin, missing = torch.arange(0), torch.arange(sequences)
     for _ in range(1 + _REWRITES):
-        block, loss = writer.write(prompts, missing, batch)
+        block, loss = writer.write(prompts, missing)
         ids, losses, origin = (
             torch.cat((ids, block)),
             torch.cat((losses, loss)),
             torch.cat((origin, missing)),
         )
-        fine = distinct(ids, prompt=prompts.shape[1], overlap=overlap, openings=openings)
+        fine = distinct(
+            ids, prompt=prompts.shape[1], overlap=options.overlap, openings=options.openings
+        )
         ids, losses, origin = ids[fine.to(ids.device)], losses[fine.to(ids.device)], origin[fine]
         missing = torch.arange(sequences)[torch.isin(torch.arange(sequences), origin, invert=True)]
         if not len(missing):
             break
-    order = losses.argsort(stable=True)[: max(1, round(keep * len(ids)))]
+    order = losses.argsort(stable=True)[: options.kept_of(len(ids))]
     return ids[order.sort().values]
 
 
@@ -207,25 +242,20 @@ class _Writer:
     """Samples sequences, batch by batch, and counts what it has done."""
 
     model: PreTrainedModel
-    tokens: int
-    hot: float
-    temperature: float
-    cooling: int
-    top_p: float
-    penalty: float
+    options: SamplingOptions
     generator: torch.Generator
     progress: Callable[[int, int], None] | None
     done: int = 0
     planned: int = 0
 
     def write(
-        self, prompts: Int[Tensor, "sequences prompt"], which: Int[Tensor, " n"], batch: int
+        self, prompts: Int[Tensor, "sequences prompt"], which: Int[Tensor, " n"]
     ) -> tuple[Int[Tensor, "n tokens"], Float[Tensor, " n"]]:
-        """A sequence from each of the prompts asked for, and minus the log-likelihood of what was
-        sampled.
+        """Samples a sequence from each of the prompts asked for; returns them and minus the
+        log-likelihood of what was sampled.
         """
-        parts = torch.split(which, batch)
-        self.planned += len(parts) * self.tokens
+        parts = torch.split(which, self.options.batch)
+        self.planned += len(parts) * self.options.tokens
         blocks, losses = zip(
             *(self._batch(prompts[part.to(prompts.device)]) for part in parts), strict=True
         )
@@ -236,7 +266,7 @@ class _Writer:
     ) -> tuple[Int[Tensor, "n tokens"], Float[Tensor, " n"]]:
         block, cache, start = prompts, None, prompts[0, 0]
         loss = torch.zeros(len(block), device=block.device)
-        for sampled in range(self.tokens - prompts.shape[1]):
+        for sampled in range(self.options.tokens - prompts.shape[1]):
             out = self.model(
                 input_ids=block if cache is None else block[:, -1:],
                 past_key_values=cache,
@@ -256,22 +286,23 @@ class _Writer:
             block = torch.cat((block, token), 1)
             if self.progress is not None:
                 self.progress(self.done + block.shape[1], self.planned)
-        self.done += self.tokens
+        self.done += self.options.tokens
         return block, loss
 
     def _sample(
         self, logits: Float[Tensor, "n vocabulary"], block: Int[Tensor, "n so_far"], sampled: int
     ) -> Int[Tensor, "n 1"]:
-        if self.penalty != 1:
+        asked = self.options
+        if asked.penalty != 1:
             seen = logits.gather(1, block)
             logits = logits.scatter(
-                1, block, torch.where(seen > 0, seen / self.penalty, seen * self.penalty)
+                1, block, torch.where(seen > 0, seen / asked.penalty, seen * asked.penalty)
             )
         heat = max(
-            self.temperature,
-            self.hot + (self.temperature - self.hot) * sampled / max(self.cooling, 1),
+            asked.temperature,
+            asked.hot + (asked.temperature - asked.hot) * sampled / max(asked.cooling, 1),
         )
-        nucleus, candidates = _nucleus(logits / heat, self.top_p)
+        nucleus, candidates = _nucleus(logits / heat, asked.top_p)
         return candidates.gather(1, torch.multinomial(nucleus, 1, generator=self.generator))
 
 

@@ -1,5 +1,5 @@
-"""Inputs for moments where there is no text: directions on a sphere, and uniformly drawn tokens
-(METHODS.md 3).
+"""Draws token ids uniformly: inputs for moments where there is no text (docs/methods.md,
+section 3).
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ from prunenet.models.layers import check_tokens
 
 
 def random_blocks(
-    model: PreTrainedModel, count: int, window: int, generator: torch.Generator
-) -> Int[Tensor, "count window"]:
-    """Uniformly drawn token ids (METHODS.md 3, `tokens`): (count, window).
+    model: PreTrainedModel,
+    count: int,
+    window: int,
+    generator: torch.Generator,
+    *,
+    bos: int | None = None,
+) -> Int[Tensor, "count length"]:
+    """Draws token ids uniformly (docs/methods.md, section 3, `tokens`).
+
+    Args:
+        model: causal LM; ids are of its vocabulary.
+        count, window: blocks, and tokens drawn for each.
+        generator: of the draw.
+        bos: id of the BOS token in front of each; None: none, and `length` is the window.
 
     Raises:
         ValueError: fewer than one block or token, or blocks longer than the model reads.
@@ -30,5 +41,7 @@ def random_blocks(
         model.config.vocab_size, model.get_input_embeddings().get_parameter("weight").shape[0]
     )
     blocks = torch.randint(rows, (count, window), generator=generator, device=generator.device)
+    if bos is not None:
+        blocks = torch.cat((torch.full_like(blocks[:, :1], bos), blocks), 1)
     check_tokens(model, blocks)
     return blocks

@@ -69,8 +69,13 @@ class TaylorSums:
 
 
 def draw_windows(
-    ids: Int[Tensor, "n tokens"], count: int, length: int, generator: torch.Generator
-) -> Int[Tensor, "count length"]:
+    ids: Int[Tensor, "n tokens"],
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    *,
+    bos: int | None = None,
+) -> Int[Tensor, "count drawn"]:
     """`count` random windows of blocks, of different blocks as long as there are enough.
 
     Args:
@@ -78,16 +83,21 @@ def draw_windows(
         count: windows.
         length: tokens of each; no more than a block has.
         generator: on the CPU.
+        bos: id of the BOS token that blocks begin with; windows then begin with it too, besides
+            their `length` tokens.
     """
+    if bos is not None:
+        ids = ids[:, 1:]
     blocks, tokens = ids.shape
     length = min(length, tokens)
     rows = torch.cat(
         [torch.randperm(blocks, generator=generator) for _ in range(-(-count // blocks))]
     )[:count]
     starts = torch.randint(tokens - length + 1, (count,), generator=generator)
-    return torch.stack(
+    found = torch.stack(
         [ids[row, start : start + length] for row, start in zip(rows, starts, strict=True)]
     )
+    return found if bos is None else torch.cat((torch.full_like(found[:, :1], bos), found), 1)
 
 
 def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:

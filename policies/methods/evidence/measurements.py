@@ -99,6 +99,11 @@ class Evidence:
             )
         return self.blocks.ids
 
+    @property
+    def bos(self) -> int | None:
+        """Id of the BOS token that blocks begin with, if they do."""
+        return None if self.blocks is None else self.blocks.bos
+
     @cached_property
     def ffns(self) -> Sequence[FFN]:
         """The FFN of each layer, as views; a placed model (`prunenet.runtime.placement`) reads it
@@ -164,7 +169,7 @@ class Evidence:
 
     @property
     def _sequences(self) -> Int[Tensor, "n tokens"]:
-        return draw_windows(self.ids, 10, 64, self.generator())
+        return draw_windows(self.ids, 10, 64, self.generator(), bos=self.bos)
 
     @cached_property
     def input_norms(self) -> list[list[tuple[nn.Linear, Float[Tensor, " d_in"]]]]:

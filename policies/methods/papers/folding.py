@@ -168,7 +168,7 @@ def _filled(
     Takes points only from clusters of two or more.
     """
     labels, sizes = labels.clone(), torch.bincount(labels, minlength=k)
-    order = iter(distances.argsort(descending=True).tolist())
+    order = iter(distances.argsort(descending=True, stable=True).tolist())
     for empty in (sizes == 0).nonzero().flatten().tolist():
         point = next(i for i in order if sizes[labels[i]] > 1)
         sizes[labels[point]] -= 1

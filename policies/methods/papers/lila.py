@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.runtime.choices import check_choice
-from prunenet.spectra.distances import ks_distance
+from prunenet.spectra.distances import ks_distance, tie_bands
 
 Comparison = Literal["mass", "two_sample"]
 """What the KS distance compares: cumulative sums of the values, or the two samples."""
@@ -58,8 +58,7 @@ def layer_score(
     """Scores the rows of one matrix; arguments as for `scores`. Zeros for a zero matrix."""
     eigenvalues, drops = leave_one_out(up.double().abs(), min(count, *up.shape))
     if form == "two_sample":
-        same = drops <= 64 * _EPS * eigenvalues[0]
-        return ks_distance(eigenvalues, torch.where(same, eigenvalues, eigenvalues - drops))
+        return ks_distance(eigenvalues, eigenvalues - drops, bands=tie_bands(eigenvalues))
     before = _cumulative(eigenvalues.sqrt())
     return (_cumulative((eigenvalues - drops).clamp_min(0).sqrt()) - before).abs().amax(-1)
 

@@ -31,6 +31,8 @@ class WidthDivergence:
         model: a causal LM in eval mode.
         blocks: token ids to judge on; every architecture is judged on the same ones.
         scores: (d_ff,) of each layer, higher stays longer. Not with `refits`.
+        unscored: positions at the start of each block that are not judged, see
+            `prunenet.evaluation.divergence.divergences`.
         refits: every layer's down matrix refitted at a grid of levels, with their ranking. A width
             between two levels is judged as the level below it, so search with `step=refits.step`.
 
@@ -47,6 +49,7 @@ class WidthDivergence:
         scores: Sequence[Float[Tensor, " _"]] | None = None,
         *,
         refits: Refits | None = None,
+        unscored: int = 0,
     ) -> None:
         check_tokens(model, blocks)
         if (scores is None) == (refits is None):
@@ -54,6 +57,7 @@ class WidthDivergence:
                 f"give either scores or refits, got {'neither' if scores is None else 'both'}"
             )
         self._model, self._blocks, self._refits = model, blocks, refits
+        self._unscored = unscored
         self._d_ff = [linear.in_features for linear in down_linears(model)]
         self._scores = list(refits.scores) if refits is not None else list(scores or [])
         if [len(row) for row in self._scores] != self._d_ff:
@@ -66,6 +70,7 @@ class WidthDivergence:
     def key(self) -> str:
         """Hash of the weights, the text, the ranking and the refits."""
         digest = hashlib.sha256(weights_sha256(self._model).encode())
+        digest.update(b"unscored %d" % self._unscored if self._unscored else b"")
         for tensor in (self._blocks, *self._scores):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         if self._refits is not None:
@@ -84,7 +89,10 @@ class WidthDivergence:
     def many(self, architectures: Sequence[Sequence[int]]) -> list[float]:
         """Returns the divergence of several architectures, for which the dense model runs once."""
         found: list[float] = divergences(
-            self._model, [self._way(widths) for widths in architectures], self._blocks
+            self._model,
+            [self._way(widths) for widths in architectures],
+            self._blocks,
+            unscored=self._unscored,
         ).tolist()
         return found
 

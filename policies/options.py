@@ -1,0 +1,126 @@
+"""How much to cut from a model, and how: the options of `prune`, in Python and in the CLI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+from prunenet.models.masks import check_ratio
+
+if TYPE_CHECKING:
+    from prunenet.policies.artifact import Policy
+
+Widths = Literal["auto", "uniform", "per-layer"]
+Channels = Literal["policy", "blend", "elimination"]
+Refit = Literal["off", "layerwise", "sequential"]
+
+
+class PruneChoices(TypedDict, total=False):
+    """The fields of `PruneOptions`, for functions that take them by name."""
+
+    ratio: float | None
+    params: float | None
+    round_to: int
+    widths: Widths
+    channels: Channels | None
+    refit: Refit | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneOptions:
+    """How much to cut from a model, and how.
+
+    Attributes:
+        ratio: share of FFN channels removed, in [0, 1).
+        params: share of *all* parameters removed, in [0, 1), as nearly as rounded widths allow.
+            Exactly one of the two is given.
+        round_to: widths are multiples of this.
+        widths: "uniform", "per-layer" (the policy's allocation, as many channels in all) or "auto":
+            per-layer where that is predicted to lower perplexity by more than 5 %
+            (`prunenet.policies.apply.AUTO_GAIN`).
+        channels: "policy" (its scores), "blend" (two thirds of their ranks and one third of the
+            ranks by measured energy) or "elimination" (greedy, by activations). On self-written
+            text elimination fits that text more and others less. None: without calibration text the
+            policy; with text the blend, or the policy where it reads moments itself; without a
+            policy elimination.
+        refit: least squares of the down matrices on calibration text: "off", "layerwise" or
+            "sequential" (each layer behind the layers cut before it). None: layerwise where there
+            is text, else off.
+
+    Raises:
+        ValueError: neither or both of ratio and params, one out of range, or an unknown choice.
+    """
+
+    ratio: float | None = None
+    params: float | None = None
+    round_to: int = 8
+    widths: Widths = "auto"
+    channels: Channels | None = None
+    refit: Refit | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.params is None):
+            given = "neither" if self.ratio is None else "both"
+            raise ValueError(
+                "give one of `ratio` (share of FFN channels) and `params` (share of all"
+                f" parameters), got {given}"
+            )
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        elif not 0 <= (self.params or 0) < 1:
+            raise ValueError(f"`params` must be in [0, 1), got {self.params}")
+        choices: tuple[tuple[str, str | None, Any], ...] = (
+            ("widths", self.widths, Widths),
+            ("channels", self.channels, Channels),
+            ("refit", self.refit, Refit),
+        )
+        for name, value, allowed in choices:
+            if value is not None and value not in get_args(allowed):
+                known = ", ".join(get_args(allowed))
+                raise ValueError(f"unknown {name} {value!r}; it is one of {known}")
+
+    def filled(self, policy: Policy | None, measured: bool) -> PruneOptions:
+        """These options with the defaults of `channels` and `refit` filled in.
+
+        Args:
+            policy: the policy that is applied, if any.
+            measured: whether there is calibration text to measure activations on.
+
+        Raises:
+            ValueError: a choice needs a policy or text, and there is none.
+        """
+        default: Channels = (
+            "elimination" if policy is None else "policy" if policy.config.moments else "blend"
+        )
+        channels = self.channels or (default if measured else "policy")
+        refit = self.refit or ("layerwise" if measured else "off")
+        if policy is not None:
+            policy.check_measured(measured)
+        if not measured and (channels != "policy" or refit != "off"):
+            raise ValueError(
+                "blend, elimination and refit measure activations: give text (`blocks`), or switch"
+                " them off"
+            )
+        if policy is None and channels != "elimination":
+            raise ValueError(
+                "no policy to choose the channels; give one (`policy`), or text to choose them by"
+                " (`blocks`)"
+            )
+        if policy is None and self.widths == "per-layer":
+            raise ValueError(
+                "no policy to allocate widths; give one (`policy`), or take uniform `widths`"
+            )
+        return replace(self, channels=channels, refit=refit)
+
+
+def options_of(options: PruneOptions | None, choices: PruneChoices) -> PruneOptions:
+    """Options given as an object or by name.
+
+    Raises:
+        ValueError: given both ways; or as `PruneOptions`.
+    """
+    if options is None:
+        return PruneOptions(**choices)
+    if choices:
+        raise ValueError(f"give options, or {', '.join(choices)} by name, not both")
+    return options

@@ -1,0 +1,196 @@
+"""Reads what a pruned checkpoint says of itself: its provenance, its masks, and how to load it.
+
+A pruned model that another tool has saved (transformers, peft, TRL) has lost `prunenet.json` and
+`prunenet_masks.safetensors`. It is a model all the same, so what can do without them does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from prunenet.checkpoints.contents import CONFIG, MASKS, RECORD, config_fields
+from prunenet.checkpoints.provenance import Provenance
+from prunenet.checkpoints.sources import find_folder, in_short
+from prunenet.models import modeling
+from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.json_files import SIZE
+from prunenet.runtime.own_files import ContentError, unpacked
+
+_OURS = "prunenet*"
+_COPY = (
+    f"if another tool has saved the pruned model, copy {RECORD} and {MASKS} from the folder that"
+    " prunenet wrote"
+)
+
+
+def find_provenance(source: str | Path) -> Provenance | None:
+    """Returns the provenance of a checkpoint; None where it has none.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a record that is damaged or of a newer format.
+    """
+    path = find_folder(source, CONFIG, _OURS) / RECORD
+    try:
+        if path.stat().st_size > SIZE or not path.is_file():
+            raise CheckpointError(f"{path} cannot be read: it is no file of a few kilobytes")
+        return Provenance.from_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {in_short(error)}") from error
+
+
+def load_provenance(source: str | Path) -> Provenance:
+    """Returns the provenance of a checkpoint.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        CheckpointError: as `find_provenance`; or there is none.
+    """
+    if (found := find_provenance(source)) is None:
+        raise CheckpointError(
+            f"{source} is not a checkpoint of prunenet: it has no {RECORD}; {_COPY}"
+        )
+    return found
+
+
+def find_masks(
+    source: str | Path,
+) -> tuple[list[Bool[Tensor, " _"]] | None, list[Bool[Tensor, " _"]] | None]:
+    """Returns the keep masks of a checkpoint, and those of heads; None where it has none.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        CheckpointError: as `find_provenance`; or masks that are damaged or of another model.
+    """
+    made = find_provenance(source)
+    if made is None or not (find_folder(source, CONFIG, _OURS) / MASKS).exists():
+        return None, None
+    return load_masks(source), load_head_masks(source)
+
+
+def load_masks(source: str | Path) -> list[Bool[Tensor, " d_ff"]]:
+    """Returns the keep mask of each layer, over the channels of the base model.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        CheckpointError: as `load_provenance`; or masks that are missing, damaged or of another
+            model.
+    """
+    made = load_provenance(source)
+    return _masks(source, made.dense_widths, made.widths, "keep")
+
+
+def load_head_masks(source: str | Path) -> list[Bool[Tensor, " groups"]] | None:
+    """Returns the mask of each layer over the base model's groups of heads; None where heads are
+    whole.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        CheckpointError: as `load_masks`.
+    """
+    made = load_provenance(source)
+    if made.dense_groups is None or made.groups is None:
+        return None
+    return _masks(source, made.dense_groups, made.groups, "groups")
+
+
+def recorded_ratio(source: str | Path) -> float | None:
+    """Returns the share of FFN channels that a checkpoint was pruned by.
+
+    Args:
+        source: folder or hub id.
+
+    Returns:
+        0 for a model without provenance; None where it has per-layer widths and no provenance.
+
+    Raises:
+        CheckpointError: as `find_provenance`.
+    """
+    if (made := find_provenance(source)) is not None:
+        return made.ratio
+    fields = config_fields(find_folder(source, CONFIG))
+    return None if modeling.FFN in fields or modeling.HEADS in fields else 0.0
+
+
+def check_not_padded(source: str | Path, remedy: str) -> None:
+    """Refuses a checkpoint whose narrower layers are filled with zero channels.
+
+    Args:
+        source: folder or hub id.
+        remedy: what those zeros would do, and what to give instead.
+
+    Raises:
+        ValueError: it is one, by its provenance.
+        CheckpointError: as `find_provenance`.
+    """
+    made = find_provenance(source)
+    if made is not None and (made.padded_to is not None or made.padded_groups is not None):
+        raise ValueError(f"{source} is filled up with zeros, {remedy}")
+
+
+def how_to_load(folder: Path) -> str:
+    """Says in one sentence what a loader of a checkpoint needs; for the last lines and the card.
+
+    Args:
+        folder: complete.
+
+    Raises:
+        CheckpointError: it is no checkpoint.
+    """
+    fields = config_fields(folder)
+    if "residual_widths" in fields:
+        return "Load it with trust_remote_code=True: its residual stream is sliced."
+    if modeling.FFN not in fields and modeling.HEADS not in fields:
+        return "Any loader of this model family reads it."
+    what = "widths" if modeling.FFN in fields else "heads"
+    stock = "or make a stock checkpoint of it by `prunenet export --pad`"
+    if modeling.FFN in fields:
+        stock += ", or cut with --widths uniform"
+    return f"Load it with trust_remote_code=True, for its layers differ in their {what}; {stock}."
+
+
+def _masks(
+    source: str | Path, lengths: Sequence[int], kept: Sequence[int], what: str
+) -> list[Bool[Tensor, " _"]]:
+    path = find_folder(source, CONFIG, _OURS) / MASKS
+    masks = [torch.zeros(length, dtype=torch.bool) for length in lengths]
+    try:
+        indices, _ = unpacked(path)
+        for layer, (mask, count) in enumerate(zip(masks, kept, strict=True)):
+            name = f"layers.{layer}.{what}"
+            if name not in indices:
+                raise ContentError(f"it has no {name}")
+            mask[_sound(name, indices[name], count, len(mask))] = True
+    except (FileNotFoundError, ContentError) as error:
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise CheckpointError(f"{path} is missing or damaged: {why}; {_COPY}") from error
+    return masks
+
+
+def _sound(name: str, indices: Tensor, count: int, length: int) -> Tensor:
+    """The numbers of what was kept, rising; raises ContentError for anything else."""
+    if indices.dtype != torch.int32 or indices.shape != (count,):
+        raise ContentError(f"{name} is not the numbers of {count} entries, as {RECORD} says")
+    rising = bool((indices.diff() > 0).all())
+    if not rising or int(indices[0]) < 0 or int(indices[-1]) >= length:
+        raise ContentError(f"{name} is not numbers that rise from 0 to {length - 1} at most")
+    return indices.long()

@@ -1,0 +1,67 @@
+"""The command `prunenet prune`."""
+
+from __future__ import annotations
+
+from prunenet.cli import tables
+from prunenet.cli.console import errors, one_job, show
+from prunenet.cli.inputs import Checkpoint, blocks_for, check_streamable, check_text, open_model
+from prunenet.cli.options import Calibration, Json, Model, Out, PolicyName, Reading
+from prunenet.policies.options import PruneOptions
+from prunenet.runtime import parallel
+
+
+def prune(
+    model: Model,
+    out: Out,
+    options: PruneOptions,
+    calibration: Calibration,
+    reading: Reading,
+    policy: PolicyName = None,
+    as_json: Json = False,
+) -> None:
+    """Cut a model to any size into an ordinary checkpoint, by default without external data."""
+    with one_job(reading.device, out) as place:
+        from prunenet.checkpoints.streaming import StreamedCheckpoint
+        from prunenet.policies import apply
+        from prunenet.policies.artifact import policy_for
+        from prunenet.policies.stream import prune_streamed
+        from prunenet.runtime.files import check_absent
+
+        measured = calibration.moments != "none"
+        check_absent(out)
+        check_text(calibration.moments, calibration.text, calibration.tokens)
+        check_streamable(reading.stream, measured, "say --moments none as well")
+        source = Checkpoint(model)
+        trained, name = policy_for(policy, source.model_type)
+        options.filled(trained, measured)
+        dense = open_model(model, reading, place)
+        apply.ratio_of(dense, options)
+        if isinstance(dense, StreamedCheckpoint):
+            assert trained is not None, "PruneOptions.filled"
+            with tables.stages(errors) as advance:
+                provenance = prune_streamed(
+                    dense,
+                    out,
+                    trained,
+                    options,
+                    policy_name=name,
+                    progress=advance,
+                )
+        else:
+            blocks = None
+            if calibration.moments != "none":
+                blocks = blocks_for(
+                    dense, source, calibration.moments, calibration.text, calibration.options()
+                )
+            with tables.stages(errors) as advance:
+                pruned = apply.prune(
+                    dense, trained, options, blocks=blocks, policy_name=name, progress=advance
+                )
+            if parallel.is_first():
+                pruned.save_pretrained(out)
+            provenance = pruned.provenance
+        if not parallel.is_first():
+            return
+        source.note_tokenizer()
+        facts = tables.provenance_facts(provenance, out)
+        show(facts, as_json, lambda: tables.facts("pruned model", facts))

@@ -1,0 +1,134 @@
+"""How the command ends when it is told to: Ctrl-C, SIGTERM and SIGHUP unwind and clean up alike.
+
+Imports nothing that takes time: it stands before the imports of torch and transformers, which take
+seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_REPEATED = 3.0
+"""Seconds in which a second signal adds nothing: torchrun passes on what the terminal has sent."""
+_SWALLOWED = 0.05
+"""Seconds until an exception that a destructor has swallowed is raised again."""
+_received: list[tuple[int, float]] = []  # (signal, when), in the order in which they came
+
+
+class Ended(KeyboardInterrupt):
+    """The process has been told to end, by Ctrl-C or by a signal."""
+
+
+def exit_code() -> int:
+    """Return 128 plus the number of the first signal, as shells do; Ctrl-C's where none came."""
+    return 128 + (_received[0][0] if _received else signal.SIGINT)
+
+
+def received() -> bool:
+    """Return whether a signal to end has come."""
+    return bool(_received)
+
+
+@contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Make signals raise `Ended` inside the block, and end it with one word and its exit code.
+
+    Signals that the caller ignores (as `nohup` does) stay ignored. Blocks may be nested, and only
+    the outermost one acts; so do blocks outside the main thread, which gets no signals.
+
+    Raises:
+        SystemExit: a signal came; 130, 143 or 129.
+    """
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGALRM) is _raise
+    ):
+        yield
+        return
+    hook = sys.unraisablehook
+    sys.unraisablehook = _again(hook)
+    known = (signal.SIG_DFL, signal.default_int_handler)
+    taken = [number for number in _ENDING if signal.getsignal(number) in known]
+    before = {number: signal.signal(number, _raise) for number in (*taken, signal.SIGALRM)}
+    try:
+        yield
+    except SystemExit as end:
+        if received() and end.code == 128 + signal.SIGINT:  # typer's word for any KeyboardInterrupt
+            raise SystemExit(exit_code()) from None
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        # an import that is interrupted may fail with an error of its own
+        if not isinstance(error, KeyboardInterrupt) and not received():
+            raise
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write("interrupted\n")
+        raise SystemExit(exit_code()) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
+        _received.clear()
+
+
+def run(command: Callable[[], Any]) -> None:
+    """Run a command as all that this process does: `ending_cleanly`, from its first imports on."""
+    _fill_closed()
+    try:
+        with ending_cleanly():
+            command()
+    finally:
+        # nothing is left to clean up, and the interpreter's own end would show a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _drop_unwritten()
+
+
+def _raise(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGALRM:
+        raise Ended
+    _received.append((number, time.monotonic()))
+    if len(_received) > 1 and _received[-1][1] - _received[-2][1] < _REPEATED:
+        return
+    raise Ended
+
+
+def _again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A hook for exceptions that Python cannot raise: `Ended` is raised a little later."""
+
+    def raised_later(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _SWALLOWED)
+        else:
+            hook(unraisable)
+
+    return raised_later
+
+
+def _fill_closed() -> None:
+    """Opens what the caller has closed of standard input, output and error: else the next file
+    that is opened takes its number, and gets what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _drop_unwritten() -> None:
+    """Drops what the standard streams do not take: Python would end with exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,76 @@
+"""What a comparison varies and how its models are scored: options in Python and in the CLI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunenet.evaluation.options import EVALUATION, EvaluationOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """What is varied besides the method.
+
+    Attributes:
+        ratios: shares of FFN channels removed, in [0, 1).
+        seeds: of text, windows and draws, in [0, 2^32).
+        round_to: widths are multiples of this.
+        policy: a policy that ships, the folder of a trained one, or "none"; None: the family's.
+    """
+
+    ratios: Sequence[float] = (0.2, 0.3)
+    seeds: Sequence[int] = (0,)
+    round_to: int = 8
+    policy: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What every model is scored on.
+
+    Attributes:
+        texts: for perplexity: "builtin", files, or datasets as id[:config[:split]].
+        column: of texts in rows, see `prunenet.text.corpora.load_text`.
+        options: how texts are scored; its `bos` holds for calibration text and tasks too.
+        tasks: zero-shot tasks; ("all",) for every one in the folder.
+        task_data: folder of their `<task>.jsonl` files.
+        limit: questions of each task; None: all.
+    """
+
+    texts: Sequence[str] = ("builtin",)
+    column: str | None = None
+    options: EvaluationOptions = EVALUATION
+    tasks: Sequence[str] = ()
+    task_data: Path | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationTexts:
+    """The calibration text that methods read.
+
+    Attributes:
+        named: short names for texts, as in {"ptb": "ptb.valid.txt"}.
+        tokens: of each calibration set.
+        window: tokens of a block; None: 256, or what the model reads.
+    """
+
+    named: Mapping[str, str] = field(default_factory=dict)
+    tokens: int = 16384
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Callbacks of a comparison.
+
+    Attributes:
+        line: called with each new line.
+        progress: called with (cell, cells done, cells in all), and while text is sampled.
+    """
+
+    line: Callable[[dict[str, Any]], None] | None = None
+    progress: Callable[[str, int, int], None] | None = None

@@ -1,0 +1,208 @@
+"""Recovers a pruned checkpoint on disk: loads it, trains it, writes it with its provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.options import LoadOptions
+from prunenet.checkpoints.provenance import Provenance, RecoveryStep
+from prunenet.checkpoints.records import (
+    check_not_padded,
+    find_masks,
+    find_provenance,
+    load_provenance,
+)
+from prunenet.checkpoints.regimes import most
+from prunenet.checkpoints.save import save_pruned
+from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.recover.lora import load_peft
+from prunenet.recover.options import RecoverText, Tuning
+from prunenet.recover.training import STATE, Recovered, tuned
+from prunenet.runtime import parallel
+from prunenet.runtime.files import CheckpointError, check_absent
+from prunenet.runtime.placement import AUTO
+from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
+
+Progress = Callable[[str, int, int], None]
+_PADDED = (
+    "which training would not keep; recover the checkpoint that it was exported from, and export"
+    " that"
+)
+
+
+def recover(
+    pruned: str | Path,
+    out: str | Path,
+    tuning: Tuning | None = None,
+    *,
+    teacher: str | Path | None = None,
+    text: RecoverText | None = None,
+    resume: bool = False,
+    loading: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> Recovered:
+    """Trains a pruned checkpoint to predict what the dense model predicts (LoRA, merged).
+
+    Args:
+        pruned: folder or hub id of the pruned checkpoint.
+        out: folder to create; `OUT.recovery` beside it holds the run's state and its log.
+        tuning: how it is trained.
+        teacher: folder or hub id of the dense model, which samples the text and teaches; optional
+            with external text.
+        text: what it learns from.
+        resume: continue the unfinished run beside `out`.
+        loading: device and dtype; one device.
+        progress: called with (stage, done, in all).
+
+    Returns:
+        The recovered model and its losses; the checkpoint in `out` holds its weights.
+
+    Raises:
+        ValueError: options that contradict each other, a teacher that is not the base model, or a
+            checkpoint that training would spoil.
+        CheckpointError: a folder cannot be read or written.
+        ImportError: peft is not installed.
+    """
+    tuning, text, loading = tuning or Tuning(), text or RecoverText(), loading or LoadOptions()
+    source, out = str(pruned), Path(out)
+    _check_asked(teacher, text, loading)
+    run = _places(out, resume)
+    load_peft()
+    provenance = find_provenance(source) if teacher is not None else _recorded(source)
+    check_not_padded(source, _PADDED)
+    if teacher is not None and provenance is not None:
+        _check_base(str(teacher), provenance)
+    load = partial(load_model, device=loading.device, dtype=loading.dtype)
+    model, dense = load(source), None if teacher is None else load(teacher)
+    if provenance is None:
+        assert dense is not None, "_recorded"
+        provenance = Provenance.unrecorded(dense, model, *identify(str(teacher)))
+    elif dense is not None:
+        _check_shapes(str(teacher), dense, provenance)
+    writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
+    blocks = calibration_for(
+        writer,
+        load_tokenizer(str(tokens_of)),
+        text.moments,
+        text.text or "builtin",
+        CalibrationOptions(seed=tuning.seed, total=text.tokens, bos=text.bos, column=text.column),
+        progress=None if progress is None else partial(progress, "text"),
+    )
+
+    def advance(done: int, total: int, loss: float) -> None:
+        if progress is not None:
+            progress(f"recovering, loss {loss:.4f}", done, total)
+
+    found = tuned(model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance)
+    provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
+    if parallel.is_first():
+        masks, groups = find_masks(source)
+        save_pruned(found.model, out, masks, provenance, groups=groups)
+        (run / STATE).unlink()
+    return found
+
+
+def recorded(
+    provenance: Provenance,
+    found: Recovered,
+    tuning: Tuning,
+    blocks: CalibrationSet,
+    *,
+    taught: bool,
+) -> Provenance:
+    """The provenance of a recovered model; its regime is the most that any step looked at."""
+    step = RecoveryStep(
+        steps=tuning.steps,
+        batch=tuning.batch,
+        micro_batch=tuning.micro_batch,
+        rank=tuning.rank,
+        learning_rate=tuning.learning_rate,
+        seed=tuning.seed,
+        loss="KL(dense || pruned)" if taught else "next token",
+        loss_before=found.before,
+        loss_after=found.after,
+        best_step=found.best_step,
+        regime=blocks.regime,
+        text=dict(blocks.source),
+    )
+    regime = most([provenance.regime, blocks.regime])
+    return dataclasses.replace(provenance, regime=regime, recovered=(*provenance.recovered, step))
+
+
+def _check_asked(teacher: str | Path | None, text: RecoverText, loading: LoadOptions) -> None:
+    """Raises ValueError for options that contradict each other."""
+    if teacher is None and text.moments == "self":
+        raise ValueError(
+            "a pruned model learns nothing from text of its own: give the dense model, which"
+            " samples the text and teaches (`teacher`), or external text (`moments` data,"
+            " `text`)"
+        )
+    if loading.device == AUTO:
+        raise ValueError(
+            "recovery trains a model on one device: give that as `device`, such as cuda, in place"
+            " of auto"
+        )
+
+
+def _places(out: Path, resume: bool) -> Path:
+    """The folder beside `out` for the run's state and its log.
+
+    Raises:
+        CheckpointError: `out` or the folder cannot be made, or `out` exists.
+        ValueError: an unfinished run is there and `resume` is not set, or none and it is.
+    """
+    check_absent(out)
+    run = out.absolute().with_name(f"{out.absolute().name}.recovery")
+    unfinished = (run / STATE).exists()
+    if unfinished and not resume:
+        raise ValueError(
+            f"{run} holds an unfinished run; say `resume`, remove it, or give another `out`"
+        )
+    if resume and not unfinished:
+        raise ValueError(f"nothing to resume in {run}; start the run without `resume`")
+    return run
+
+
+def _recorded(source: str) -> Provenance:
+    """The provenance of a checkpoint, which only the dense model could stand in for."""
+    try:
+        return load_provenance(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, or give the dense model (`teacher`)") from None
+
+
+def _check_base(teacher: str, provenance: Provenance) -> None:
+    """Raises ValueError where the teacher is known not to be the base model: before any weight is
+    loaded.
+    """
+    name, revision = identify(teacher)
+    known = provenance.revision
+    comparable = known != "unknown" and known.startswith("sha256:") == revision.startswith(
+        "sha256:"
+    )
+    if comparable and known != revision:
+        raise ValueError(
+            f"the teacher {name} ({revision[:19]}) is not the model that was pruned,"
+            f" {provenance.base_model} ({known[:19]}); give that one"
+        )
+
+
+def _check_shapes(teacher: str, dense: PreTrainedModel, provenance: Provenance) -> None:
+    """Raises ValueError where the teacher has other sizes than the base model: a hub's revision
+    says nothing of a folder's.
+    """
+    said: tuple[Any, ...] = (list(provenance.dense_widths), provenance.parameters_before)
+    if (ffn_widths(dense), count_parameters(dense)[0]) != said:
+        raise ValueError(
+            f"the teacher {teacher} has other sizes than the model that was pruned,"
+            f" {provenance.base_model}: {count_parameters(dense)[0]:,} parameters and not"
+            f" {provenance.parameters_before:,}; give that one"
+        )
