@@ -27,7 +27,7 @@ WIDTH = 24
 
 @torch.no_grad()
 def damaged(kind: str, family: str = "llama"):
-    model = tiny_model(family)
+    model = tiny_model(family, bias=kind == "nan bias")
     ffns = list(iter_ffns(model))
     ffn = ffns[1]
     first = ffn.up if ffn.gate is None else ffn.gate

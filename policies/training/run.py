@@ -58,8 +58,12 @@ def _algorithm(
     """Makes either algorithm with the same policy, buffer and optimiser."""
     generator = torch.Generator().manual_seed(recipe.seed)
     masks = MaskModel(view, scorer, recipe.subset, generator, recipe.round_to)
-    common = partial(
-        A2C if recipe.algorithm == "a2c" else PPO,
+    if recipe.algorithm == "a2c":
+        algorithm: Callable[..., OnPolicyAlgorithm] = partial(A2C, use_rms_prop=False)
+    else:
+        batch = view.layers * recipe.masks
+        algorithm = partial(PPO, n_epochs=recipe.epochs, batch_size=batch)
+    return algorithm(
         KeepMaskPolicy,
         env,
         learning_rate=lambda remaining: recipe.learning_rate * remaining,
@@ -76,9 +80,6 @@ def _algorithm(
         seed=recipe.seed,
         device=view.context.device,
     )
-    if recipe.algorithm == "a2c":
-        return common(use_rms_prop=False)
-    return common(n_epochs=recipe.epochs, batch_size=view.layers * recipe.masks)
 
 
 class Run(BaseCallback):

@@ -159,12 +159,12 @@ def _optimizer_states(
         if number not in numbers:
             raise ContentError(f"it has an optimizer entry {name[:80]!r}, for no parameter")
         states.setdefault(numbers[number], {})[field] = tensor
-    for number, state in states.items():
-        like = parameters[number]
+    for index, state in states.items():
+        like = parameters[index]
         layout = dict.fromkeys(_MOMENTS, (like.dtype, tuple(like.shape)))
         check_layout(state, layout | {"step": (torch.float32, ())})
         if float(state["step"]) < 0 or bool((state["exp_avg_sq"] < 0).any()):
-            raise ContentError(f"the optimizer's entry {number} is negative")
+            raise ContentError(f"the optimizer's entry {index} is negative")
     return states
 
 
