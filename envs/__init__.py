@@ -1,7 +1,14 @@
-"""The Gymnasium environment in which a policy learns to prune: `prunenet/LayerwisePruning-v0`.
+"""Gymnasium environments in which a policy learns to prune: `prunenet/LayerwisePruning-v0`.
 
 Importing this package registers the environment; `gymnasium.make("prunenet/LayerwisePruning-v0",
 model=model)` makes it.
+
+layerwise.py   one sweep over the layers at a time
+vector.py      a batch of sweeps in step
+sweep.py       the rules of a sweep, shared by both
+rewards.py     rewards for the masks of one layer
+divergence.py  the reward for the masks of a whole sweep
+split.py       rewards computed by several processes
 """
 
 if __name__ == "envs":

@@ -1,9 +1,9 @@
-"""The divergence reward: how much of the dense model's next-token distribution the pruned model
-keeps (METHODS.md 2).
+"""Rewards how much of the dense model's next-token distribution the pruned model keeps
+(docs/methods.md, section 2).
 
-Paid once, at the end of a sweep, on text that the model wrote itself (no external data) or on given
-text. It sees what the layer-by-layer rewards cannot: how the cuts of different layers add up, and
-so where to cut.
+The reward is paid once, at the end of a sweep, on text that the model wrote itself (no external
+data) or on given text. Unlike the layer-by-layer rewards it measures how the cuts of different
+layers add up, and so which allocation of widths is best.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from prunenet.evaluation.divergence import Downs, divergences
 from prunenet.models.layers import check_tokens
 
 Refit = Callable[[int, Tensor, Tensor], Tensor]
-"""(layer, keep (d_ff,), its dense down matrix) -> that of the cut layer, with zeros in the columns
-of dropped channels.
+"""(layer, keep (d_ff,), dense down matrix) -> the cut down matrix, with zeros in the columns
+of removed channels.
 """
 
 
 class DivergenceReward:
-    """exp(-KL(dense || pruned)), the mean over tokens, in [0, 1]; 1 for the dense model.
+    """Pays exp(-KL(dense || pruned)), KL averaged over tokens: in [0, 1], 1 for the dense model.
 
-    Every sweep is judged on the same blocks: differences between masks are not differences between
-        texts.
+    Every sweep is judged on the same blocks, so that rewards of different masks are comparable.
 
     Args:
         model: a causal LM; read, never changed.
@@ -60,13 +59,13 @@ class DivergenceReward:
     def layer(
         self, index: int, keep: Bool[Tensor, "masks d_ff"]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """No term: it pays at the end of the sweep."""
+        """Returns no term: the reward is paid at the end of the sweep."""
         return {}
 
     def sweep(
         self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """The term `divergence`: (masks,), in [0, 1]."""
+        """Returns the term `divergence`, (masks,), in [0, 1]."""
         ways = [self._way([masks[number] for masks in keep]) for number in range(len(keep[0]))]
         lost = divergences(self._model, ways, self._blocks, unscored=self._unscored)
         return {"divergence": torch.exp(-lost).clamp(max=1)}

@@ -1,4 +1,4 @@
-"""The environment for one sweep at a time."""
+"""Implements the environment for one sweep at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from prunenet.envs.sweep import PROGRESS, Sweep, View, draw_ratio
 from prunenet.models.layers import Weights, iter_ffns, structure
 
 Observation = dict[str, NDArray[Any]]
+Info = dict[str, Any]
+"""Options and information, as gymnasium declares them."""
 BOUND = 4.0
 
 
 def observation_space(view: View, *, channels: bool = True) -> spaces.Dict:
-    """The space of one observation; without `channels`, only the layer's number and the context."""
+    """Returns the space of one observation.
+
+    Args:
+        view: statistics of the model.
+        channels: whether observations hold the channel statistics, besides context and layer.
+    """
     n_context = view.context.shape[1] + len(PROGRESS)
     parts: dict[str, spaces.Space[Any]] = {
         "context": spaces.Box(-BOUND, BOUND, (n_context,), np.float32),
@@ -35,15 +42,16 @@ def observation_space(view: View, *, channels: bool = True) -> spaces.Dict:
 class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     """Prune a language model's FFN channels, layer by layer, at a target ratio.
 
-    ## Description One episode is one sweep over the decoder layers of a causal language model,
-    first to last. At each layer the agent sees statistics of the layer's FFN channels and says
-    which channels stay. The model is read, never copied and never changed: after `close()` it is as
-    it was. It stays on its device, and so do the statistics and the masks' evaluation.
+    ## Description
+    One episode is one sweep over the decoder layers of a causal language model, first to last. At
+    each layer the agent observes statistics of the layer's FFN channels and chooses which channels
+    stay. The model is read, never copied and never changed: after `close()` it is as it was. It
+    stays on its device, where statistics and rewards are computed too.
 
-    ## Action Space `MultiBinary(d_ff)`: the keep mask of the current layer, 1 where the channel
-    stays. A mask that keeps fewer than `min_width` channels, has another length, or keeps so many
-    that later layers could not keep `min_width` within the budget (plus `slack`), is a
-    `ValueError`.
+    ## Action Space
+    `MultiBinary(d_ff)`: the keep mask of the current layer, 1 where the channel stays. A mask is a
+    `ValueError` if it keeps fewer than `min_width` channels, has another length, or keeps so many
+    that later layers could not keep `min_width` within the budget (plus `slack`).
 
     ## Observation Space
     A `Dict`:
@@ -60,20 +68,23 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     `prunenet.features.from_weights.layer_context`, then `ratio`, `target` (the share of d_ff that
     spends the budget evenly over the layers left) and `budget_left` (the share not yet spent).
 
-    ## Reward The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at
-    each step, sweep terms at the last one. By default the bounded spectral reward, 1 - KS distance
-    of singular values, averaged over the FFN's matrices: in [0, 1] a step. At the last step the
-    term `overdraft` takes off what the sweep kept beyond its budget, as a share of d_ff.
+    ## Reward
+    The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at each step,
+    sweep terms at the last one. By default the bounded spectral reward, 1 - KS distance of singular
+    values, averaged over the FFN's matrices: in [0, 1] a step. At the last step the term
+    `overdraft` subtracts what the sweep kept beyond its budget, as a share of d_ff.
 
-    ## Starting State The first layer with the whole budget, (1 - ratio) * layers * d_ff channels.
-    With a range of ratios, each `reset` draws one.
+    ## Starting State
+    The first layer with the whole budget, (1 - ratio) * layers * d_ff channels. With a range of
+    ratios, each `reset` draws one.
 
     ## Episode End
     Terminated after the last layer; never truncated.
 
-    ## Information `width` (channels kept in the layer just masked), `parameters_removed` (so far in
-    this sweep), `ratio`, `budget_left` (in channels), and `reward/<term>` for each term. `reset`
-    gives `ratio` and `budget_left`.
+    ## Information
+    `width` (channels kept in the layer just masked), `parameters_removed` (so far in this sweep),
+    `ratio`, `budget_left` (in channels), and `reward/<term>` for each term. `reset` gives `ratio`
+    and `budget_left`.
 
     ## Arguments
     * `model`: a causal LM of a supported family, in memory or streamed
@@ -92,7 +103,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     * v0: first version.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (as gymnasium declares it)
+    metadata: Info = {"render_modes": []}  # noqa: RUF012 (as gymnasium declares it)
 
     def __init__(
         self,
@@ -116,17 +127,17 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         self.action_space = spaces.MultiBinary(self._view.d_ff)
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Starts a sweep; see the class."""
+        self, *, seed: int | None = None, options: Info | None = None
+    ) -> tuple[Observation, Info]:
+        """Starts a sweep; the class describes it."""
         super().reset(seed=seed)
         ratio = (options or {}).get("ratio", self.ratio)
         self._sweep.start(draw_ratio(ratio, float(self.np_random.random())))
         self._removed = 0
         return self._observe(), self._budget_info()
 
-    def step(self, action: NDArray[Any]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Plays the keep mask of the current layer; see the class.
+    def step(self, action: NDArray[Any]) -> tuple[Observation, float, bool, bool, Info]:
+        """Plays the keep mask of the current layer; the class describes it.
 
         Raises:
             ValueError: the mask breaks a rule; the sweep stays where it was.
@@ -157,17 +168,17 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
             "layer": np.int64(layer),  # type: ignore[dict-item]
         }
 
-    def _budget_info(self) -> dict[str, Any]:
+    def _budget_info(self) -> Info:
         return {"ratio": self._sweep.ratio, "budget_left": int(self._sweep.left)}
 
 
 def channel_parameters(model: Weights) -> list[int]:
-    """Parameters that go away with one channel, for each layer."""
+    """Returns the parameters of one channel, for each layer."""
     return [ffn.channel_parameters for ffn in iter_ffns(structure(model))]
 
 
 def as_keep(action: Any, sweep: Sweep) -> Tensor:
-    """An action as booleans on the sweep's device.
+    """Converts an action to booleans on the sweep's device.
 
     Raises:
         ValueError: another length, or entries other than 0 and 1.

@@ -1,4 +1,4 @@
-"""Rewards: what a mask of one layer, or the masks of a whole sweep, are worth.
+"""Rewards for the mask of one layer, or for the masks of a whole sweep.
 
 A reward is an object with two methods (`Reward`); the environment adds up the terms that they
 return. To add one, write its formula as a pure function here (bounded, higher is better, batched
@@ -6,7 +6,7 @@ over masks) and a small class that holds what the formula needs of the model.
 
 Source of the spectral reward: Sengupta et al., "You Only Prune Once: Designing Calibration-Free
 Model Compression With Policy Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3;
-METHODS.md sections 1.1 and 2. What differs:
+docs/methods.md, sections 1.1 and 2. What differs:
 - bounded: 1 - distance, in [0, 1] (`form="bounded"`); the paper's unbounded 1 / KS is
   `form="inverse"`, capped at min(d_model, d_ff);
 - any of the FFN's matrices may be compared (the paper: the gate matrix alone), and besides
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,78 +27,76 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.models.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
-from prunenet.refit.moments import LayerWalk
+from prunenet.refit.moments import LayerWalk, check_activations
 from prunenet.runtime import parallel
+from prunenet.runtime.choices import check_choice
 from prunenet.runtime.placement import is_placed
+from prunenet.spectra.choices import Distance, Form, Matrix, Spectrum
 from prunenet.spectra.estimated import SpectralSketch
-from prunenet.spectra.exact import DISTANCES, Distance, SpectralReference
+from prunenet.spectra.exact import SpectralReference
 
-Matrix = Literal["gate", "up", "down"]
-Form = Literal["bounded", "inverse"]
-Spectrum = Literal["auto", "exact", "stochastic"]
 Route = SpectralReference | SpectralSketch
 
 EXACT_UP_TO = 2048
-"""Largest min(d_model, d_ff) that spectrum "auto" decomposes. The estimate is cheaper much earlier:
-one mask alone takes half of the exact route's time at 576 columns, a third at 2048 and a quarter at
-4096, where that is 5 s (benchmarks/README.md). Up to here exact all the same, because the estimate
-cannot tell apart masks whose distances differ by less than its error, as those of random masks
-do."""
+"""Largest min(d_model, d_ff) that spectrum "auto" decomposes.
+
+The estimate is cheaper much earlier: one mask alone takes half of the exact route's time at 576
+columns, a third at 2048 and a quarter at 4096, where that is 5 s (benchmarks/README.md). But it
+cannot tell apart masks whose distances differ by less than its error, as those of random masks do.
+"""
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """What the environment asks of a reward. Terms of the same name must not come from both
-    methods.
-    """
+    """The two methods that the environment calls; their terms must have different names."""
 
     def layer(
         self, index: int, keep: Bool[Tensor, "masks d_ff"]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """Terms paid when layer `index` has been masked."""
+        """Returns the terms paid when layer `index` has been masked."""
         ...
 
     def sweep(
         self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """Terms paid once all layers have been masked; `keep` holds the masks of each layer."""
+        """Returns the terms paid once all layers have been masked, given the masks of each."""
         ...
 
 
 def bounded(distance: Float[Tensor, " masks"]) -> Float[Tensor, " masks"]:
-    """1 - distance, for distances in [0, 1]."""
+    """Returns 1 - distance, for distances in [0, 1]."""
     return 1 - distance
 
 
 def inverse(distance: Float[Tensor, " masks"], most: float) -> Float[Tensor, " masks"]:
-    """1 / distance, at most `most` (PruneNet, section 3; the published code returns 99999 for a
-    perfect match).
+    """Returns 1 / distance, capped at `most` (PruneNet, section 3).
+
+    The published code returns 99999 for a distance of 0.
     """
     return (1 / distance.clamp(min=1 / most)).clamp(max=most)
 
 
 class SpectralReward:
-    """How well the singular values of a layer's matrices survive a mask, averaged over the matrices
-    (METHODS.md 2).
+    """Compares the singular values of a layer's matrices before and after the mask
+    (docs/methods.md, section 2).
 
-    Of several processes (`prunenet.runtime.parallel`) each decomposes the dense matrices of its own
-    layers, for all.
+    The reward is averaged over the matrices. Several processes (`prunenet.runtime.parallel`) share
+    the decompositions of the dense matrices.
 
     Args:
-        model: its weights are read, never changed. Of one that is streamed or placed
-            (`prunenet.runtime.placement`) only spectra are kept, d_model numbers a matrix (or some
-            900 where they are estimated); a layer is read again each time that its masks are
-            judged.
+        model: its weights are read, never changed. A streamed or placed model
+            (`prunenet.runtime.placement`) keeps only spectra, d_model numbers a matrix (or some 900
+            where they are estimated), and reads a layer again for each batch of its masks.
         distance: "ks", "wasserstein" (relative to the mean singular value) or "energy" (squared
             norm lost); all in [0, 1].
-        matrices: which of gate, up and down to compare; those that the family does not have are
-            passed over.
+        matrices: which of gate, up and down to compare; the family may lack some of them.
         form: "bounded" pays 1 - distance, "inverse" pays 1 / distance as published.
-        spectrum: "exact", "stochastic" (estimated, distances to within `SpectralSketch.bound`) or
-            "auto": exact up to `EXACT_UP_TO`. As an attribute, which of the two it is.
+        spectrum: "exact", "stochastic" (estimated, with distances to within `SpectralSketch.bound`)
+            or "auto", exact up to `EXACT_UP_TO`. The attribute is never "auto".
 
     Raises:
-        ValueError: unknown names, or none of the matrices exists in this family.
+        ValueError: unknown names, a weight that is NaN or infinite, or none of the matrices exists
+            in this family.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
 
@@ -106,25 +104,23 @@ class SpectralReward:
         self,
         model: Weights,
         *,
-        distance: str = "ks",
-        matrices: Sequence[str] = ("gate", "up", "down"),
-        form: str = "bounded",
-        spectrum: str = "auto",
+        distance: Distance = "ks",
+        matrices: Sequence[Matrix] = ("gate", "up", "down"),
+        form: Form = "bounded",
+        spectrum: Spectrum = "auto",
     ) -> None:
-        _check_name("distance", distance, DISTANCES)
-        _check_name("form", form, get_args(Form))
-        _check_name("spectrum", spectrum, get_args(Spectrum))
+        check_choice("distance", distance, Distance)
+        check_choice("form", form, Form)
+        check_choice("spectrum", spectrum, Spectrum)
         for name in matrices:
-            _check_name("matrix", name, get_args(Matrix))
-        self.distance = cast(Distance, distance)
-        self.form = form
+            check_choice("matrix", name, Matrix)
+        self.distance, self.form = distance, form
         self._model, self._matrices = model, matrices
-        side = _side(model)
-        self.spectrum: Spectrum = "stochastic" if side > EXACT_UP_TO else "exact"
-        if spectrum != "auto":
-            self.spectrum = cast(Spectrum, spectrum)
-        # See `prunenet.envs.split`. Estimates are products of the whole batch, whose rounding
-        # depends on its size.
+        self.spectrum = spectrum
+        if spectrum == "auto":
+            self.spectrum = "stochastic" if _side(model) > EXACT_UP_TO else "exact"
+        # Estimates are products of the whole batch of masks, whose rounding depends on its size: a
+        # batch must not be split (`prunenet.envs.split`).
         self.split: Mapping[str, str] = {
             "layer": "layers" if self.spectrum == "stochastic" else "masks"
         }
@@ -136,15 +132,18 @@ class SpectralReward:
             if self._keeps():
                 self._held[index] = references
         self._spectra: list[list[Tensor]] = parallel.gather_from_owners(spectra, layers)
-        for index in range(layers) if self._keeps() and self.spectrum == "exact" else ():
-            if index not in self._held:
-                self._held[index] = self._read(index, self._spectra[index])
+        if self._keeps() and self.spectrum == "exact":
+            # Any process may judge masks of any layer: take over what the others decomposed.
+            for index in range(layers):
+                if index not in self._held:
+                    self._held[index] = self._read(index, self._spectra[index])
 
     def layer(
         self, index: int, keep: Bool[Tensor, "masks d_ff"]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """The term `spectral_<distance>`: (masks,), in [0, 1] if bounded, in [1, min(d_model,
-        d_ff)] if inverse.
+        """Returns the term `spectral_<distance>`, (masks,).
+
+        It lies in [0, 1] if bounded, in [1, min(d_model, d_ff)] if inverse.
         """
         references = self._held.get(index) or self._read(index, self._spectra[index])
         distances = [
@@ -155,7 +154,7 @@ class SpectralReward:
         return {f"spectral_{self.distance}": torch.stack(paid).mean(0)}
 
     def _keeps(self) -> bool:
-        """Whether all layers have room on their devices at once."""
+        """Returns whether all layers have room on their devices at once."""
         return isinstance(self._model, PreTrainedModel) and not is_placed(self._model)
 
     def _read(self, index: int, spectra: Sequence[Tensor] | None) -> list[Route]:
@@ -169,44 +168,43 @@ class SpectralReward:
     def sweep(
         self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """No term: everything has been paid layer by layer."""
+        """Returns no term: everything has been paid layer by layer."""
         return {}
 
 
 def energy_lost(
     output_gram: Float[Tensor, "d_ff d_ff"], keep: Bool[Tensor, "masks d_ff"]
 ) -> Float[Tensor, " masks"]:
-    """tr(W_R H_RR W_R^T) / tr(W H W^T), clipped to [0, 1]: the share of a layer's output energy
-    lost with the channels R.
+    """Returns the share of a layer's output energy lost with the removed channels R.
+
+    That is tr(W_R H_RR W_R^T) / tr(W H W^T), clipped to [0, 1]; 0 for a layer that writes nothing.
 
     Args:
-        output_gram: H * (W^T W), element by element, with H = E[h h^T] and W the down matrix; then
-            the lost energy of a mask is the sum of the entries whose row and column are both
-            dropped.
+        output_gram: H * (W^T W), element by element, with H = E[h h^T] and W the down matrix. The
+            energy lost by a mask is the sum of the entries whose row and column are both removed.
         keep: the masks.
     """
     dropped = (~keep).to(output_gram)
     lost = ((dropped @ output_gram) * dropped).sum(1)
-    # A layer that writes nothing loses nothing.
     return (lost / output_gram.sum().clamp_min(torch.finfo(lost.dtype).tiny)).clamp(0, 1)
 
 
 class ReconstructionReward:
-    """The share of each layer's output energy that its mask keeps, without refit (METHODS.md 2,
-    "reconstruction").
+    """Measures the share of each layer's output energy that its mask keeps, without refit
+    (docs/methods.md, section 2, "reconstruction").
 
     Each layer is judged alone, on the dense model's activations: 1 - tr(W_R H_RR W_R^T) / tr(W H
-    W^T), by one (masks, d_ff) by (d_ff, d_ff) product. How the cuts of different layers add up is
-    the divergence reward's (`prunenet.envs.divergence`).
+    W^T), by one (masks, d_ff) by (d_ff, d_ff) product. `prunenet.envs.divergence` measures how the
+    cuts of different layers add up.
+
+    Memory holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is
+    placed (`prunenet.runtime.placement`). Several processes (`prunenet.runtime.parallel`) share the
+    layers; each passes the hidden states through all of them.
 
     Args:
         model: a causal LM; read, never changed.
         blocks: (n, tokens) token ids on which activations are measured. Where they were written by
             the model itself (`prunenet.text.generate`), no external data is used.
-
-    Holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is placed
-    (`prunenet.runtime.placement`). Of several processes (`prunenet.runtime.parallel`) each holds
-    and judges its own layers; all walk the way through the layers.
 
     Raises:
         ValueError: activations that are not finite, or blocks that the model cannot read.
@@ -222,35 +220,31 @@ class ReconstructionReward:
                 continue
             down = downs[index].weight.detach().float()
             output_gram = self._output_grams[index] = walk.moments(index).second.mul_(down.T @ down)
-            if not bool(torch.isfinite(output_gram).all()):
-                raise ValueError(
-                    f"the activations of layer {index} are not finite: the weights are damaged, or"
-                    f" {model.dtype} overflows"
-                )
+            check_activations(output_gram, index, model.dtype)
             if is_placed(model):
                 self._output_grams[index] = output_gram.cpu()
 
     def layer(
         self, index: int, keep: Bool[Tensor, "masks d_ff"]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """The term `reconstruction`: (masks,), in [0, 1]."""
+        """Returns the term `reconstruction`, (masks,), in [0, 1]."""
         lost = energy_lost(self._output_grams[index], keep)
         return {"reconstruction": bounded(lost).to(keep.device)}
 
     def sweep(
         self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """No term: everything has been paid layer by layer."""
+        """Returns no term: everything has been paid layer by layer."""
         return {}
 
 
 def _side(model: Weights) -> int:
-    """min(d_model, d_ff) of the widest layer."""
+    """Returns min(d_model, d_ff) of the widest layer."""
     return min(ffn_at(model, 0).up.shape[1], max(ffn_widths(model)))
 
 
 def _spectrum(reference: Route) -> Tensor:
-    """What a streamed layer's next reading is spared."""
+    """Returns the costly part of a reference, kept for a streamed layer's next reading."""
     return reference.density if isinstance(reference, SpectralSketch) else reference.eigenvalues
 
 
@@ -270,8 +264,3 @@ def _references(
             " gate or down"
         )
     return references
-
-
-def _check_name(what: str, name: str, allowed: tuple[str, ...]) -> None:
-    if name not in allowed:
-        raise ValueError(f"unknown {what} {name!r}; it is one of {', '.join(allowed)}")

@@ -1,12 +1,13 @@
-"""Judging masks with several processes: the first plays, and the others judge with it
-(`prunenet.runtime.parallel`).
+"""Splits the judging of masks between processes (`prunenet.runtime.parallel`).
 
-How a reward can be split it says itself, in an attribute `split`, by the name of its method:
-- "masks": each process judges some of the masks of the batch. For rewards that judge masks one by
-  one, to the same bits.
-- "layers": each process holds, and judges, some of the layers; the batch stays whole, and with it
-the rounding of its products. What is not in `split`, as everything of a reward of your own that
-does not say so, is the first process's alone.
+The first process plays; all processes judge. A reward says how it can be split in an attribute
+`split`, which maps the name of its method to one of these:
+- "masks": each process judges some of the masks of the batch. For rewards whose result for a mask
+  does not depend on the other masks, bit for bit.
+- "layers": each process holds, and judges, some of the layers. The batch stays whole, and with it
+  the rounding of its products.
+
+The first process alone judges what is not in `split`, such as a reward of your own without it.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ T = TypeVar("T")
 _SWEEP, _OVER = -1, -2
 
 
-def led(reward: Reward, play: Callable[[Reward], T]) -> T | None:
-    """What `play` gives, called by the first process with a reward that all judge for; None on the
-    others.
+def judged_by_all(reward: Reward, play: Callable[[Reward], T]) -> T | None:
+    """Calls `play` on the first process with a reward that all processes compute.
 
     Args:
         reward: of the same model and text on every process.
-        play: see `prunenet.policies.training.run.Run`.
+        play: trains with the reward it is given; see `prunenet.policies.training.run.Run`.
+
+    Returns:
+        The result of `play`; None on the other processes.
     """
     if parallel.size() == 1:
         return play(reward)
@@ -46,7 +49,7 @@ def led(reward: Reward, play: Callable[[Reward], T]) -> T | None:
 
 
 class _Judges:
-    """A reward whose masks come from the first process."""
+    """A reward that all processes compute, for masks that the first process sends."""
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward
@@ -55,7 +58,7 @@ class _Judges:
     def layer(
         self, index: int, keep: Bool[Tensor, "masks d_ff"]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """As the reward's."""
+        """Returns the reward's layer terms."""
         return (
             self._asked(index, keep) if "layer" in self._split else self._reward.layer(index, keep)
         )
@@ -63,7 +66,7 @@ class _Judges:
     def sweep(
         self, keep: Sequence[Bool[Tensor, "masks d_ff"]]
     ) -> dict[str, Float[Tensor, " masks"]]:
-        """As the reward's."""
+        """Returns the reward's sweep terms."""
         return (
             self._asked(_SWEEP, torch.stack(list(keep)))
             if "sweep" in self._split
@@ -71,12 +74,12 @@ class _Judges:
         )
 
     def serve(self) -> None:
-        """Judges what the first process asks, until it has no more."""
+        """Judges the masks that the first process sends, until it ends."""
         while (order := int(parallel.broadcast(0, _nothing))) != _OVER:
             self._judged(order, parallel.broadcast(0, _nothing))
 
     def end(self) -> None:
-        """Lets the others go on."""
+        """Tells the other processes to return from `serve`."""
         parallel.broadcast(0, lambda: torch.tensor(_OVER))
 
     def _asked(self, order: int, keep: Tensor) -> dict[str, Tensor]:
@@ -84,7 +87,7 @@ class _Judges:
         return self._judged(order, parallel.broadcast(0, lambda: keep))
 
     def _judged(self, order: int, keep: Tensor) -> dict[str, Tensor]:
-        """On all processes: the terms of all masks, by name."""
+        """Computes the terms of all masks, by name; called on all processes at once."""
         if order != _SWEEP and self._split["layer"] == "layers":
             owner = order % parallel.size()
             found = self._reward.layer(order, keep) if parallel.is_owner(order) else {}

@@ -1,6 +1,4 @@
-"""The rules of one sweep over the layers, for a batch of masks of the same layer. Both environments
-play by them.
-"""
+"""Implements the rules of a sweep over the layers, for a batch of masks, for both environments."""
 
 from __future__ import annotations
 
@@ -19,14 +17,16 @@ from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import check_keep, check_ratio
 
 PROGRESS = ("ratio", "target", "budget_left")
-"""What an observation's context holds beside the layer's own context, each in [0, 1]: the sweep's
-ratio, the share of this layer's channels that keeps the budget even over the layers left, and the
-share of the whole budget not yet spent."""
+"""Position in the sweep, appended to the layer's context in an observation; each in [0, 1].
+
+ratio: of the sweep. target: share of this layer's channels that spends the budget evenly over the
+layers left. budget_left: share of the whole budget not yet spent.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a sweep shows of a model, computed once: it does not change while masks are played.
+    """Holds the statistics that observations show, computed once for a model.
 
     Attributes:
         statistics: (d_ff, n_stats) for each layer, in [-4, 4].
@@ -38,8 +38,11 @@ class View:
 
     @classmethod
     def of(cls, model: Weights, blocks: Int[Tensor, "n tokens"] | None = None) -> View:
-        """Computes the statistics of a model's layers: from weights and, given token blocks, from
-        activations on them.
+        """Computes the statistics of a model's layers.
+
+        Args:
+            model: in memory or streamed.
+            blocks: token blocks; given, statistics of activations on them are computed as well.
 
         Raises:
             ValueError: the layers have different widths (an action must have one length); or as
@@ -57,7 +60,7 @@ class View:
         if blocks is not None:
             raise ValueError(
                 "activations are measured on a model in memory, and this one is read layer by layer"
-                " from its files"
+                " from its files: load it, or leave the blocks out"
             )
         statistics, rows = zip(*observe(model), strict=True)
         return cls(_together(statistics), torch.stack(_together(rows)))
@@ -72,22 +75,21 @@ class View:
 
 
 def _together(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """On the device of the first: layers may be on several."""
+    """Moves all tensors to the device of the first; layers may be on several devices."""
     return tuple(row.to(rows[0].device) for row in rows)
 
 
 class Sweep:
-    """A batch of sweeps in step: all are at the same layer, each has its own masks and its own
-    budget.
+    """Plays a batch of sweeps in step: all at the same layer, each with its own masks and budget.
 
     The budget is (1 - ratio) * layers * d_ff channels. A mask may keep more or fewer channels than
-    the target as long as each later layer can still keep `min_width`; the whole sweep may overdraw
+    the target as long as each later layer can still keep `min_width`. The whole sweep may overdraw
     its budget by at most `slack` * d_ff.
 
     Args:
-        view: what is shown of the model.
+        view: statistics of the model.
         reward: see `prunenet.envs.rewards`.
-        masks: how many sweeps run side by side, at least 1.
+        masks: sweeps in the batch, at least 1.
         min_width: fewest channels that a layer may keep, at least 1.
         slack: share of one layer's d_ff, in [0, 1].
     """
@@ -129,14 +131,15 @@ class Sweep:
         return self.layer == self.view.layers
 
     def target(self) -> Int[Tensor, " masks"]:
-        """Width at this layer that spends the budget evenly over the layers left, in [min_width,
-        d_ff].
+        """Returns the width that spends the budget evenly over the layers left.
+
+        It lies in [min_width, d_ff].
         """
         left = max(self.view.layers - self.layer, 1)
         return (self.left / left).round().long().clamp(self.min_width, self.view.d_ff)
 
     def context(self) -> Float[Tensor, "masks n"]:
-        """The layer's context, then PROGRESS, for each mask."""
+        """Returns the layer's context, then PROGRESS, for each mask."""
         row = self.view.context[min(self.layer, self.view.layers - 1)]
         progress = torch.stack(
             (
@@ -194,8 +197,11 @@ class Sweep:
 
 
 def draw_ratio(ratio: float | Sequence[float], uniform: float) -> float:
-    """The sweep's ratio: the given one, or one from [low, high] at the position `uniform` in [0,
-    1].
+    """Returns the sweep's ratio.
+
+    Args:
+        ratio: the ratio itself, or a range (low, high).
+        uniform: position in the range, in [0, 1].
 
     Raises:
         ValueError: a bound is not in [0, 1), or low is above high.

@@ -1,6 +1,4 @@
-"""The same environment for a batch of masks of one layer at once: one model in memory, one reward
-call a step.
-"""
+"""Implements the environment for a batch of masks: one model in memory, one reward call a step."""
 
 from __future__ import annotations
 
@@ -13,28 +11,28 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from prunenet.envs.layerwise import Observation, as_keep, observation_space
+from prunenet.envs.layerwise import Info, Observation, as_keep, observation_space
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.sweep import Sweep, View, draw_ratio
 from prunenet.models.layers import Weights
 
 
 class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
-    """`num_envs` sweeps of `LayerwisePruningEnv` in step, at the same layer and the same ratio.
+    """Plays `num_envs` sweeps of `LayerwisePruningEnv` in step, at the same layer and ratio.
 
     Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched.
     All sweeps end together and the next ones start in the same call (`AutoresetMode.SAME_STEP`:
-    `infos["final_obs"]` holds the last observations). The ratio of sweep number n depends on the
-    seed and on n alone, so that a run can be resumed at any sweep: `reset(options={"sweep": n})`.
+    `infos["final_obs"]` holds the last observations). The ratio of sweep n depends only on the
+    seed and on n, so that a run can be resumed at any sweep: `reset(options={"sweep": n})`.
 
     Args:
         model, reward, ratio, min_width, slack, view: as for `LayerwisePruningEnv`.
-        num_envs: number of masks a step, at least 1.
-        channels: whether observations hold the channel statistics. A trainer that keeps `view`
-            itself saves the copies.
+        num_envs: masks a step, at least 1.
+        channels: whether observations hold the channel statistics; not needed by a trainer that
+            holds `view` itself.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012 (as gymnasium declares it)
+    metadata: Info = {  # noqa: RUF012 (as gymnasium declares it)
         "render_modes": [],
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
@@ -70,10 +68,13 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         self.action_space = batch_space(self.single_action_space, num_envs)
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Starts all sweeps; with a seed, counts them from 0 again. Options: `ratio`; `sweep`, the
-        number to count from.
+        self, *, seed: int | None = None, options: Info | None = None
+    ) -> tuple[Observation, Info]:
+        """Starts all sweeps.
+
+        Args:
+            seed: counts sweeps from 0 again.
+            options: `ratio` of this sweep; `sweep`, the number to count from.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -85,7 +86,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
 
     def step(
         self, actions: NDArray[Any]
-    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], Info]:
         """Plays one keep mask in each sweep.
 
         Args:
@@ -102,7 +103,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
             )
         reward, terms = self._sweep.play(keep)
         done = self._sweep.done
-        infos: dict[str, Any] = {"width": keep.sum(1).cpu().numpy(), **self._budget_info()}
+        infos: Info = {"width": keep.sum(1).cpu().numpy(), **self._budget_info()}
         infos |= {f"reward/{name}": value.cpu().numpy() for name, value in terms.items()}
         if done:
             infos["final_obs"] = self._observe()
@@ -110,7 +111,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         ended = np.full(self.num_envs, done)
         return self._observe(), reward.double().cpu().numpy(), ended, np.zeros_like(ended), infos
 
-    def _start(self, options: dict[str, Any]) -> None:
+    def _start(self, options: Info) -> None:
         uniform = float(np.random.default_rng([self._seed, self._number]).random())
         self._number += 1
         self._sweep.start(draw_ratio(options.get("ratio", self.ratio), uniform))
@@ -126,7 +127,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
             observation["channels"] = np.tile(channels, (self.num_envs, 1))
         return observation
 
-    def _budget_info(self) -> dict[str, Any]:
+    def _budget_info(self) -> Info:
         return {
             "ratio": np.full(self.num_envs, self._sweep.ratio),
             "budget_left": self._sweep.left.cpu().numpy().copy(),

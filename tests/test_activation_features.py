@@ -298,8 +298,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_policy_bit_for_bit(tmp_path)
     def run(folder: str, recipe: Recipe = SHORT, **choices) -> None:
         train(
             tiny_model("llama"),
-            recipe,
-            where=WHERE,
+            replace(recipe, allocation=WHERE),
             blocks=own_text(),
             out=tmp_path / folder,
             **choices,

@@ -19,17 +19,18 @@ from prunenet.policies.methods.papers import adapruner
 from prunenet.policies.methods.papers.adapruner import (
     METRICS,
     STARTS,
+    AdaPrunerOptions,
     Metric,
     masked_loss,
     searched,
 )
 from prunenet.policies.methods.papers.calibration_pool import CalibrationPool, mean_hidden_states
-from prunenet.policies.methods.papers.tpe import Choice, SearchError, Span, best, search
+from prunenet.policies.methods.papers.tpe import Choice, Log, SearchError, Span, best, search
 from prunenet.text.calibration import CalibrationSet
 
 BLOCKS = CalibrationSet(token_ids(15, 12), "data", {})
 SPACE = {"x": Span(0.0, 1.0), "y": Span(-2.0, 2.0), "kind": Choice(("a", "b", "c"))}
-QUICK = {"widths": uniform, "sequences": 2, "tokens": 6, "clusters": 3}
+QUICK = AdaPrunerOptions(widths=uniform, sequences=2, tokens=6, clusters=3)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -152,7 +153,8 @@ def test_the_objective_is_the_loss_of_the_narrow_model() -> None:
 def test_a_search_starts_where_it_is_told_and_ends_no_worse(strategy) -> None:
     model = tiny_model("llama")
     evidence = Evidence(model, BLOCKS, seed=2)
-    found = searched(evidence, ratio=0.5, trials=8, strategy=strategy, **QUICK)
+    options = replace(QUICK, trials=8, strategy=strategy)
+    found = searched(evidence, ratio=0.5, options=options)
     held = BLOCKS.ids[-3:]
     assert len(found.trials) == 8
     assert [{name: t.params[name] for name in METRICS} for t in found.trials[:5]] == [
@@ -170,11 +172,9 @@ def test_a_search_starts_where_it_is_told_and_ends_no_worse(strategy) -> None:
     ]
     keep = [row >= row.topk(24).values[-1] for row in scores]
     assert masked_loss(model, keep, held) == found.trials[3].value
-    again = searched(evidence, ratio=0.5, trials=8, strategy=strategy, **QUICK)
+    again = searched(evidence, ratio=0.5, options=options)
     assert again.trials == found.trials
-    other = searched(
-        Evidence(model, BLOCKS, seed=3), ratio=0.5, trials=8, strategy=strategy, **QUICK
-    )
+    other = searched(Evidence(model, BLOCKS, seed=3), ratio=0.5, options=options)
     assert other.trials[5:] != found.trials[5:]
 
 
@@ -186,13 +186,11 @@ def test_adapruner_and_its_control_cost_the_same_and_cut_as_much_as_llm_pruner(m
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     for name in ("adapruner", "adapruner_random"):
         row = METHODS[name]
-        assert row.score.keywords.get("strategy", "tpe") == (
-            "random" if name == "adapruner_random" else "tpe"
-        )
+        options = row.score.keywords["options"]
+        assert options.strategy == ("random" if name == "adapruner_random" else "tpe")
         forwards.clear()
-        found = cut(
-            evidence, replace(row, score=partial(row.score, trials=2, tokens=6, clusters=2)), 0.3
-        )
+        small = replace(options, trials=2, tokens=6, clusters=2)
+        found = cut(evidence, replace(row, score=partial(adapruner.scores, options=small)), 0.3)
         sizes.append((len(forwards), found.widths))
     assert sizes[0] == sizes[1]
     reference = cut(evidence, "llm_pruner_mix", 0.3)
@@ -241,38 +239,40 @@ def test_a_killed_search_continues_to_the_same_end(strategy, half_written, tmp_p
 
     log = tmp_path / "new" / "log.jsonl"
     with pytest.raises(Killed):
-        search(dying, SPACE, 16, log=log, **options)
+        search(dying, SPACE, 16, log=Log(log, {}), **options)
     with log.open("a") as file:
         file.write(half_written)
     seen = []
-    resumed = search(dying, SPACE, 14, log=log, progress=lambda *done: seen.append(done), **options)
+    resumed = search(
+        dying, SPACE, 14, log=Log(log, {}), progress=lambda *done: seen.append(done), **options
+    )
     assert seen == [(12, 14), (13, 14), (14, 14)]
     assert len(calls) == 15
     assert resumed[2].value == math.inf
     assert resumed[:2] == whole[:2]
     if strategy == "random":
         assert [t.params for t in resumed] == [t.params for t in whole][:14]
-    longer = search(bowl, SPACE, 16, log=log, **options)
+    longer = search(bowl, SPACE, 16, log=Log(log, {}), **options)
     assert longer[:14] == resumed
-    assert search(dying, SPACE, 16, log=log, **options) == longer
+    assert search(dying, SPACE, 16, log=Log(log, {}), **options) == longer
     assert len(calls) == 15
     assert [json.loads(line) for line in log.read_text().splitlines()][3]["value"] is None
     calls[:] = [None] * 20
-    fresh = tmp_path / "fresh.jsonl"
+    fresh = Log(tmp_path / "fresh.jsonl", {})
     assert search(bowl, SPACE, 7, log=fresh, **options) == whole[:7]
     assert search(bowl, SPACE, 16, log=fresh, **options) == whole
 
 
 def test_a_log_of_another_search_or_of_another_model_is_not_continued(tmp_path) -> None:
     log = tmp_path / "log.jsonl"
-    run = partial(search, bowl, SPACE, 2, strategy="random", log=log)
+    run = partial(search, bowl, SPACE, 2, strategy="random", log=Log(log, {}))
     run(seed=0)
     with pytest.raises(SearchError, match="was started with seed 0, not 1"):
         run(seed=1)
     with pytest.raises(SearchError, match="was started with extra None, not 3"):
-        run(seed=0, settings={"extra": 3})
+        run(seed=0, log=Log(log, {"extra": 3}))
     other = tmp_path / "other.jsonl"
-    look = partial(searched, trials=1, log=other, **QUICK)
+    look = partial(searched, options=replace(QUICK, trials=1, log=other))
     look(Evidence(tiny_model("llama"), BLOCKS))
     with pytest.raises(SearchError, match="with model '"):
         look(Evidence(tiny_model("llama", seed=1), BLOCKS))
@@ -289,7 +289,7 @@ def test_a_file_that_is_no_log_is_refused_and_left_as_it_is(content, tmp_path) -
     log = tmp_path / "log.jsonl"
     log.write_text(content)
     with pytest.raises(SearchError, match="no log of a search, or is damaged"):
-        search(bowl, SPACE, 2, seed=0, strategy="random", log=log)
+        search(bowl, SPACE, 2, seed=0, strategy="random", log=Log(log, {}))
     assert log.read_text() == content
 
 
@@ -309,7 +309,7 @@ def test_a_search_says_nothing_and_leaves_optunas_log_as_it_was(capfd) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "message"),
     [
         ({"blocks": CalibrationSet(BLOCKS.ids[:1], "data", {})}, "give 2 blocks or more"),
         ({"blocks": None}, "blocks=None"),
@@ -319,9 +319,12 @@ def test_a_search_says_nothing_and_leaves_optunas_log_as_it_was(capfd) -> None:
         ({"tokens": 1}, "tokens >= 2"),
         ({"widths": adapruner.as_llm_pruner}, "protect fewer layers"),
         ({"ratio": 1.0}, "ratio must be in"),
+        ({"strategy": "grid"}, "unknown strategy 'grid'; it is one of tpe, random"),
     ],
 )
-def test_what_cannot_be_searched_is_said(options, message) -> None:
-    evidence = Evidence(tiny_model("llama"), options.pop("blocks", BLOCKS))
+def test_what_cannot_be_searched_is_said(unchecked, changes, message) -> None:
+    evidence = Evidence(tiny_model("llama"), changes.pop("blocks", BLOCKS))
+    ratio = changes.pop("ratio", 0.3)
+    options = replace(QUICK, **({"strategy": "random", "trials": 1} | changes))
     with pytest.raises(ValueError, match=message):
-        searched(evidence, **({**QUICK, "strategy": "random", "trials": 1} | options))
+        searched(evidence, ratio=ratio, options=options)

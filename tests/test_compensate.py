@@ -91,6 +91,8 @@ def test_a_blend_is_of_ranks():
     assert blended(scores, energy, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
     assert blended(scores, energy, 1.0).tolist() == [3.0, 2.0, 1.0, 0.0]
     assert blended(100 * scores + 3, 5 * energy, 0.25).tolist() == [1.5, 0.5, 2.5, 1.5]
+    # equal energies rank nothing
+    assert torch.equal(blended(scores, torch.zeros_like(energy), 0.25), scores)
 
 
 def test_measured_energies_have_their_share_in_the_channels():

@@ -457,9 +457,7 @@ def test_heads_and_channels_share_the_budget_of_channels_alone(
     name, allocation, nine_layers
 ) -> None:
     model, row = nine_layers.model, METHODS[name]
-    made = cut(
-        nine_layers, name, 0.5, allocation=allocation, round_to=1, heads=True, compensate="none"
-    )
+    made = cut(nine_layers, name, 0.5, allocation=allocation, round_to=1, heads=True, refit="off")
     narrow, cost = made.applied(model), Budget.of(model, 0.5).costs[0]
     left = count_parameters(model)[0] - cost * 9 * D_FF // 2 - count_parameters(narrow)[0]
     assert 0 <= left < cost

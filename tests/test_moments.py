@@ -1,17 +1,14 @@
-"""Moments: of all tokens or without the first ones, paired with the dense model's, and from inputs
-that are no text.
-"""
+"""Moments: of all tokens or without the first ones, and paired with the dense model's."""
 
 import copy
 
 import pytest
 import torch
-from families import D_FF, D_MODEL, FAMILIES, VOCABULARY, tiny_model, token_ids
+from families import D_FF, FAMILIES, VOCABULARY, tiny_model, token_ids
 
-from prunenet.models.architectures import ARCHITECTURES
-from prunenet.models.layers import decoder_layers, down_linears
+from prunenet.models.layers import down_linears
 from prunenet.refit.moments import LayerWalk, Moments, ffn_moments, paired_moments
-from prunenet.text.random_tokens import random_blocks, sphere_moments
+from prunenet.text.random_tokens import random_blocks
 
 BLOCKS = token_ids(6, 10)
 
@@ -133,52 +130,6 @@ def test_walks_that_do_not_go_together_are_refused():
     ):
         with pytest.raises(ValueError, match="give both walks the same blocks, batch and skip"):
             paired_moments(LayerWalk(model, BLOCKS), other, 0)
-
-
-def ffn_of(family: str, layer: torch.nn.Module):
-    """The modules' own way from the FFN's input to its output."""
-    if family == "opt":
-        return lambda x: layer.fc2(layer.activation_fn(layer.fc1(x)))
-    return layer.mlp
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sphere_moments_are_those_of_the_family_s_own_ffn(family):
-    model = tiny_model(family)
-    generator = torch.Generator().manual_seed(4)
-    norms = ARCHITECTURES[family].norms
-    for layer, linear, moments in zip(
-        decoder_layers(model),
-        down_linears(model),
-        sphere_moments(model, samples=40, generator=torch.Generator().manual_seed(4)),
-        strict=True,
-    ):
-        z = torch.randn(40, D_MODEL, generator=generator)
-        x = z / z.norm(dim=1, keepdim=True) * D_MODEL**0.5
-        name = next((name for name in norms if getattr(layer, name, None) is not None), None)
-        if name is not None:
-            x = x * (
-                layer.get_submodule(name).weight.detach() + (1 if family.startswith("gemma") else 0)
-            )
-        seen: list[torch.Tensor] = []
-        hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        with torch.no_grad():
-            ffn_of(family, layer)(x[None])
-        hook.remove()
-        assert_moments(moments, seen[0][0])
-
-
-def test_sphere_moments_are_drawn_with_the_generator_and_computed_in_float32():
-    model = tiny_model("llama")
-    first, again, other = (
-        [m.second for m in sphere_moments(model, samples=9, generator=g)]
-        for g in map(seeded, (0, 0, 1))
-    )
-    assert all(map(torch.equal, first, again))
-    assert not torch.equal(first[0], other[0])
-    half = next(sphere_moments(model.bfloat16(), samples=9, generator=seeded(0)))
-    assert half.second.dtype == half.mean.dtype == torch.float32
-    torch.testing.assert_close(half.second, first[0], rtol=0.1, atol=0.1)
 
 
 def seeded(seed: int) -> torch.Generator:

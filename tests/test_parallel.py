@@ -57,8 +57,7 @@ def learn(out: Path, resume: bool = False, death: int = 0) -> None:
         blocks = CalibrationSet(token_ids(8, 16), "self", {"text": "self-generated"})
         train(
             tiny_model("llama"),
-            LEARNING,
-            where=WIDTHS,
+            replace(LEARNING, allocation=WIDTHS),
             blocks=blocks,
             out=out / "text",
             resume=resume,

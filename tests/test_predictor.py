@@ -4,6 +4,7 @@ continues after a kill.
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ import torch
 from planted import Planted, optimum, room
 from scipy.stats import spearmanr
 
-from prunenet.policies.methods import Budget, Space, best_of_random, predictor_search, uniform
+from prunenet.policies.methods import (
+    Budget,
+    Prediction,
+    Space,
+    best_of_random,
+    predictor_search,
+    uniform,
+)
 from prunenet.policies.methods.widths.predictor import (
     LossPredictor,
     cross_validated,
@@ -20,7 +28,7 @@ from prunenet.policies.methods.widths.predictor import (
 )
 
 pytest.importorskip("sklearn")
-FEW = {"samples": 14, "measured": 4, "rounds": 2, "candidates": 300}
+FEW = Prediction(samples=14, measured=4, rounds=2, candidates=300)
 
 
 def pairs_of(
@@ -48,7 +56,7 @@ def test_at_equal_evaluations_it_beats_uniform_and_the_best_random_draw(seed) ->
     budget = room(12, 1536)
     loss = Planted(budget.d_ff, seed)
     found = predictor_search(
-        budget, loss, samples=40, measured=5, rounds=2, candidates=1000, seed=seed
+        budget, loss, Prediction(samples=40, measured=5, rounds=2, candidates=1000), seed=seed
     )
     random = best_of_random(budget, loss, len(found.best.pairs), seed=seed)
     assert len(found.best.pairs) == len(random.pairs) == 51
@@ -59,7 +67,7 @@ def test_at_equal_evaluations_it_beats_uniform_and_the_best_random_draw(seed) ->
 def test_every_architecture_spends_the_budget_exactly_and_is_measured_once() -> None:
     budget = room(7, 1536, round_to=16, floor=700)
     loss = Planted(budget.d_ff)
-    found = predictor_search(budget, loss, tied=4, **FEW).best
+    found = predictor_search(budget, loss, replace(FEW, tied=4)).best
     assert loss.calls == [widths for widths, _ in found.pairs]
     assert len(set(loss.calls)) == len(loss.calls) == 1 + 14 + 2 * 4
     for widths in loss.calls:
@@ -70,7 +78,7 @@ def test_every_architecture_spends_the_budget_exactly_and_is_measured_once() -> 
 def test_the_best_predicted_candidates_are_the_ones_that_are_measured() -> None:
     budget = room(8, 1536)
     found = predictor_search(
-        budget, Planted(budget.d_ff), samples=24, measured=6, rounds=1, candidates=300
+        budget, Planted(budget.d_ff), Prediction(samples=24, measured=6, rounds=1, candidates=300)
     )
     learnt, chosen = found.best.pairs[:25], [widths for widths, _ in found.best.pairs[25:]]
     predictor = LossPredictor(learnt, budget.d_ff)
@@ -81,7 +89,7 @@ def test_the_best_predicted_candidates_are_the_ones_that_are_measured() -> None:
 def test_a_seed_repeats_the_search_and_another_one_takes_another_way() -> None:
     budget = room(8, 1536)
     one, same, other = (
-        predictor_search(budget, Planted(budget.d_ff), seed=seed, **FEW) for seed in (0, 0, 1)
+        predictor_search(budget, Planted(budget.d_ff), seed=seed, options=FEW) for seed in (0, 0, 1)
     )
     assert one == same
     assert one.best.pairs != other.best.pairs
@@ -92,15 +100,15 @@ def test_a_killed_search_goes_on_to_the_same_result_without_measuring_twice(
     tmp_path, after
 ) -> None:
     budget = room(8, 1536)
-    expected = predictor_search(budget, Planted(budget.d_ff), **FEW)
+    expected = predictor_search(budget, Planted(budget.d_ff), options=FEW)
     path, killed, second = (
         tmp_path / "pairs.jsonl",
         Planted(budget.d_ff, dies_after=after),
         Planted(budget.d_ff),
     )
     with pytest.raises(KeyboardInterrupt):
-        predictor_search(budget, killed, path=path, **FEW)
-    assert predictor_search(budget, second, path=path, **FEW) == expected
+        predictor_search(budget, killed, path=path, options=FEW)
+    assert predictor_search(budget, second, path=path, options=FEW) == expected
     assert killed.calls + second.calls == [widths for widths, _ in expected.best.pairs]
     assert len(killed.calls) == after
 
@@ -145,18 +153,18 @@ def test_narrowing_keeps_the_sensitive_layers_wide_and_the_others_free() -> None
 
 def test_losses_that_do_not_differ_or_are_not_positive_are_no_obstacle() -> None:
     budget = room(6, 96)
-    flat = predictor_search(budget, lambda widths: 1.0, **FEW)
+    flat = predictor_search(budget, lambda widths: 1.0, options=FEW)
     assert flat.rank_correlation == 0
     assert sum(flat.importance) == 0
     assert flat.best.widths == uniform(budget)
     loss = Planted(budget.d_ff)
-    shifted = predictor_search(budget, lambda widths: loss(widths) - 5, **FEW)
+    shifted = predictor_search(budget, lambda widths: loss(widths) - 5, options=FEW)
     assert shifted.best.loss < loss(uniform(budget)) - 5
 
 
 def test_the_result_has_a_json_and_a_markdown_form() -> None:
     budget = room(6, 96)
-    found = predictor_search(budget, Planted(budget.d_ff), **FEW)
+    found = predictor_search(budget, Planted(budget.d_ff), options=FEW)
     facts = json.loads(json.dumps(found.as_dict()))
     assert facts["widths"] == found.best.widths
     assert facts["evaluations"] == len(found.best.pairs)
@@ -174,7 +182,7 @@ def test_the_result_has_a_json_and_a_markdown_form() -> None:
 )
 def test_numbers_that_make_no_sense_are_an_error(wrong) -> None:
     with pytest.raises(ValueError, match="the predictor takes 10 or more samples"):
-        predictor_search(room(6, 96), Planted((96,) * 6), **wrong)
+        Prediction(**wrong)
 
 
 def test_a_space_with_too_few_architectures_is_an_error() -> None:

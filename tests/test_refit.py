@@ -8,15 +8,7 @@ import torch
 from prunenet.models.masks import top_channels
 from prunenet.refit.eliminate import eliminate, score_order
 from prunenet.refit.moments import Moments, Target
-from prunenet.refit.ridge import (
-    choose_damping,
-    choose_shrinkage,
-    lost,
-    mean_bias,
-    ridge,
-    ridge_with_bias,
-    shrink,
-)
+from prunenet.refit.ridge import choose_damping, lost, ridge
 
 D_MODEL, D_FF, TOKENS = 7, 20, 300
 
@@ -50,10 +42,10 @@ def some_keep(width: int = 12, seed: int = 0) -> torch.Tensor:
     return top_channels(torch.rand(D_FF, generator=torch.Generator().manual_seed(seed)), width)
 
 
-def brute_lost(weight, h, keep, refitted, bias=0.0, t=None) -> float:
+def brute_lost(weight, h, keep, refitted, t=None) -> float:
     """The share of output energy lost, token by token."""
     wanted = (h if t is None else t) @ weight.T
-    return float((wanted - h[:, keep] @ refitted.T - bias).square().sum() / wanted.square().sum())
+    return float((wanted - h[:, keep] @ refitted.T).square().sum() / wanted.square().sum())
 
 
 def test_a_refit_worked_out_by_hand():
@@ -90,53 +82,33 @@ def test_the_refit_is_ridge_regression_on_the_tokens_themselves(damping):
 def test_the_gradient_of_the_objective_is_zero_at_the_solution():
     h, weight, keep = draws(), down(), some_keep()
     moments = moments_of(h)
-    refitted, bias = (
-        tensor.requires_grad_() for tensor in ridge_with_bias(weight, moments, keep, damping=0.2)
-    )
-    lam = 0.2 * (moments.second.diagonal() - moments.mean.square())[keep]
-    error = (h @ weight.T - h[:, keep] @ refitted.T - bias).square().sum() / len(h)
+    refitted = ridge(weight, moments.second, keep, damping=0.2).requires_grad_()
+    lam = 0.2 * moments.second.diagonal()[keep]
+    error = (h @ weight.T - h[:, keep] @ refitted.T).square().sum() / len(h)
     (error + (lam * (refitted - weight[:, keep]).square()).sum()).backward()
     assert float(refitted.grad.abs().max()) < 1e-9
-    assert float(bias.grad.abs().max()) < 1e-9
 
 
 def test_the_energy_lost_is_what_the_tokens_say():
-    h, t, weight, keep = draws(), draws(1), down(), some_keep()
-    moments, target = moments_of(h), target_of(t, h, weight)
-    refitted, bias = down(3)[:, :12], down(4)[:, 0]
-    given = {"bias": bias, "mean": moments.mean}
+    h, weight, keep = draws(), down(), some_keep()
+    moments = moments_of(h)
+    refitted = down(3)[:, :12]
     assert lost(weight, moments.second, keep, refitted) == pytest.approx(
         brute_lost(weight, h, keep, refitted)
     )
     assert lost(weight, moments.second, keep) == pytest.approx(
         brute_lost(weight, h, keep, weight[:, keep])
     )
-    assert lost(weight, moments.second, keep, refitted, **given) == pytest.approx(
-        brute_lost(weight, h, keep, refitted, bias)
-    )
-    for b, arguments in ((0.0, {}), (bias, given)):
-        expected = brute_lost(weight, h, keep, refitted, b, t)
-        assert lost(
-            weight, moments.second, keep, refitted, target=target, **arguments
-        ) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="give mean="):
-        lost(weight, moments.second, keep, bias=bias)
     assert lost(torch.zeros(D_MODEL, D_FF), moments.second, keep) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_refit_never_loses_more_and_a_bias_helps(seed):
+def test_a_refit_never_loses_more(seed):
     h, weight, keep = draws(seed), down(seed), some_keep(seed=seed)
     moments = moments_of(h)
     bare = lost(weight, moments.second, keep)
     plain = lost(weight, moments.second, keep, ridge(weight, moments.second, keep, damping=0.0))
-    refitted, bias = ridge_with_bias(weight, moments, keep, damping=0.0)
-    both = lost(weight, moments.second, keep, refitted, bias=bias, mean=moments.mean)
-    flap = lost(
-        weight, moments.second, keep, bias=mean_bias(weight, moments.mean, keep), mean=moments.mean
-    )
-    assert both < plain < bare
-    assert both < flap < bare
+    assert plain < bare
     for damping in (1e-3, 0.1, 10.0):
         assert (
             plain
@@ -147,20 +119,6 @@ def test_a_refit_never_loses_more_and_a_bias_helps(seed):
         )
 
 
-@pytest.mark.parametrize("damping", [0.0, 1.0])
-def test_with_a_bias_the_mean_output_is_exact(damping):
-    h, t, weight, keep = draws(), draws(1), down(), some_keep()
-    moments = moments_of(h)
-    refitted, bias = ridge_with_bias(weight, moments, keep, damping=damping)
-    torch.testing.assert_close(h[:, keep].mean(0) @ refitted.T + bias, h.mean(0) @ weight.T)
-    refitted, bias = ridge_with_bias(
-        weight, moments, keep, damping=damping, target=target_of(t, h, weight)
-    )
-    torch.testing.assert_close(h[:, keep].mean(0) @ refitted.T + bias, t.mean(0) @ weight.T)
-    bias = mean_bias(weight, moments.mean, keep)
-    torch.testing.assert_close(h[:, keep].mean(0) @ weight[:, keep].T + bias, h.mean(0) @ weight.T)
-
-
 def test_the_layer_s_own_activations_as_target_change_nothing():
     h, weight, keep = draws(), down(), some_keep()
     moments = moments_of(h)
@@ -168,12 +126,9 @@ def test_the_layer_s_own_activations_as_target_change_nothing():
         ridge(weight, moments.second, keep, cross=moments.second),
         ridge(weight, moments.second, keep),
     )
-    for mine, theirs in zip(
-        ridge_with_bias(weight, moments, keep),
-        ridge_with_bias(weight, moments, keep, target=target_of(h, h, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    folds, own = [moments, moments_of(draws(1))], [target_of(h, h, weight)] * 2
+    own[1] = target_of(draws(1), draws(1), weight)
+    assert choose_damping(weight, folds, keep, targets=own) == choose_damping(weight, folds, keep)
 
 
 def test_a_refit_towards_the_dense_layer_is_least_squares_on_its_output():
@@ -184,38 +139,25 @@ def test_a_refit_towards_the_dense_layer_is_least_squares_on_its_output():
     torch.testing.assert_close(
         refitted, torch.linalg.lstsq(h[:, keep], t @ weight.T).solution.T, rtol=1e-8, atol=1e-8
     )
-    refitted_too, bias = ridge_with_bias(weight, moments_of(h), keep, damping=0.0, target=target)
-    with_one = torch.linalg.lstsq(
-        torch.cat([h[:, keep], torch.ones_like(h[:, :1])], 1), t @ weight.T
-    ).solution.T
-    torch.testing.assert_close(
-        torch.cat([refitted_too, bias[:, None]], 1), with_one, rtol=1e-8, atol=1e-8
-    )
     blind = ridge(weight, second, keep, damping=0.0)
-    assert lost(weight, second, keep, refitted, target=target) < lost(
-        weight, second, keep, blind, target=target
-    )
+    assert brute_lost(weight, h, keep, refitted, t) < brute_lost(weight, h, keep, blind, t)
     whole = torch.ones(D_FF, dtype=torch.bool)
     assert torch.equal(ridge(weight, second, whole), weight)
     assert not torch.allclose(ridge(weight, second, whole, cross=target.cross), weight)
 
 
-def test_endless_damping_or_full_shrinkage_is_no_refit():
+def test_endless_damping_is_no_refit():
     h, weight, keep = draws(), down(), some_keep()
     second = moments_of(h).second
     torch.testing.assert_close(
         ridge(weight, second, keep, damping=1e12), weight[:, keep], rtol=1e-9, atol=1e-9
     )
-    torch.testing.assert_close(
-        ridge(weight, shrink(second, 1.0), keep, damping=0.1), weight[:, keep]
-    )
-    torch.testing.assert_close(shrink(second, 0.25).diagonal(), second.diagonal())
-    torch.testing.assert_close(shrink(second, 0.25)[0, 1], 0.75 * second[0, 1])
-    with pytest.raises(ValueError, match=r"shrinkage must be in \[0, 1\], got 2"):
-        shrink(second, 2.0)
+    # nor is there one without correlations
+    uncorrelated = second.diagonal().diag()
+    torch.testing.assert_close(ridge(weight, uncorrelated, keep, damping=0.1), weight[:, keep])
 
 
-def test_damping_and_shrinkage_lose_least_where_each_fold_is_judged_on_the_other():
+def test_the_damping_loses_least_where_each_fold_is_judged_on_the_other():
     weight, keep = down(), some_keep(10)
     texts = draws(5, tokens=16), draws(6, tokens=24)
     folds, candidates = [moments_of(h) for h in texts], (1e-4, 1e-2, 1e-1, 1.0, 100.0)
@@ -235,16 +177,6 @@ def test_damping_and_shrinkage_lose_least_where_each_fold_is_judged_on_the_other
     assert choose_damping(weight, folds, keep, candidates) == best
     assert best not in (1e-4, 100.0)  # or the test could not fail
     assert choose_damping(weight, [folds[0]] * 2, keep, candidates) == 1e-4
-    amounts = (0.0, 0.1, 0.5, 1.0)
-    losses = {
-        a: across(lambda f, a=a: ridge(weight, shrink(folds[f].second, a), keep, damping=1e-4))
-        for a in amounts
-    }
-    assert (
-        choose_shrinkage(weight, folds, keep, amounts, damping=1e-4)
-        == min(amounts, key=losses.__getitem__)
-        != 0
-    )
     wanted = [3 * h for h in texts]
     targets = [target_of(t, h, weight) for t, h in zip(wanted, texts, strict=True)]
     losses = {
@@ -295,13 +227,7 @@ def test_a_channel_that_is_never_active_keeps_its_column():
 def test_results_come_in_the_weight_s_dtype():
     moments, weight, keep = moments_of(draws()), down().bfloat16(), some_keep()
     fitted = Moments(moments.second.float(), moments.mean.float(), moments.tokens)
-    refitted, bias = ridge_with_bias(weight, fitted, keep)
-    assert {
-        refitted.dtype,
-        bias.dtype,
-        ridge(weight, fitted.second, keep).dtype,
-        mean_bias(weight, fitted.mean, keep).dtype,
-    } == {torch.bfloat16}
+    assert ridge(weight, fitted.second, keep).dtype == torch.bfloat16
     exact = ridge(weight.double(), moments.second, keep)
     torch.testing.assert_close(
         ridge(weight, fitted.second, keep).double(), exact, rtol=1e-2, atol=1e-2
@@ -312,23 +238,39 @@ def test_results_come_in_the_weight_s_dtype():
 def test_moments_that_cannot_be_solved_are_refused():
     weight, keep = down(), torch.ones(D_FF, dtype=torch.bool)
     flat = moments_of(draws(tokens=5)).second  # rank 5 of 20
-    singular = torch.zeros(D_FF, D_FF, dtype=torch.float64)
-    for second in (singular, flat * torch.nan):
-        with pytest.raises(
-            ValueError, match="not positive definite; raise it, or measure more tokens"
+    whole = moments_of(draws()).second
+    negative = whole - 2 * whole.diagonal().diag()
+    for second, said in (
+        (flat - 1e-9 * torch.eye(D_FF), "20 channels are not positive definite with damping 0.0"),
+        (negative, "20 channels are not positive definite with damping 0.0"),
+        (flat * torch.nan, "NaN or infinite: weights are damaged"),
+        (flat * 1e308 * 1e308, "NaN or infinite: weights are damaged"),
+    ):
+        for solve in (
+            lambda second=second: ridge(weight, second, keep, damping=0.0),
+            lambda second=second: eliminate(weight, second, damping=0.0),
         ):
-            ridge(weight, second, keep, damping=0.0)
-        with pytest.raises(
-            ValueError, match="not positive definite; raise it, or measure more tokens"
-        ):
-            eliminate(weight, second, damping=0.0)
+            with pytest.raises(ValueError, match=f"{said}.*; load the model as float32, or prune"):
+                solve()
     assert torch.isfinite(ridge(weight, flat, some_keep(), damping=1e-3)).all()
     with pytest.raises(ValueError, match="damping must be 0 or more, got -1"):
         ridge(weight, flat, keep, damping=-1.0)
     with pytest.raises(ValueError, match="keeps none"):
         ridge(weight, flat, ~keep)
-    with pytest.raises(ValueError, match="keeps none"):
-        mean_bias(weight, flat[0], ~keep)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-60])
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+def test_a_layer_without_energy_keeps_its_columns_and_the_order_of_its_channels(scale, damping):
+    weight, keep, second = down(), some_keep(), scale * moments_of(draws()).second
+    dead = Moments(second, torch.zeros(D_FF), 5)
+    assert torch.equal(ridge(weight, second, keep, damping=damping), weight[:, keep])
+    assert choose_damping(weight, [dead, dead], keep, (0.3, 0.1)) == 0.3
+    # one text alone may leave a layer idle
+    assert choose_damping(weight, [dead, moments_of(draws())], keep, (0.3, 0.1)) in (0.3, 0.1)
+    path = eliminate(weight, second, damping=damping, least=3)
+    assert path.order.tolist() == list(range(17))
+    assert path.loss.tolist() == [0.0] * 17
 
 
 def naive(

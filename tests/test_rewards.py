@@ -70,7 +70,7 @@ def test_the_inverse_form_is_capped_where_the_distance_vanishes():
         ({"matrices": ("query",)}, "unknown matrix 'query'"),
     ],
 )
-def test_unknown_names_are_clear_errors(options, message):
+def test_unknown_names_are_clear_errors(unchecked, options, message):
     with pytest.raises(ValueError, match=message):
         SpectralReward(tiny_model("llama"), **options)
 

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import families
@@ -8,7 +9,14 @@ import torch
 from families import D_FF, LAYERS, tiny_model, token_ids
 
 from prunenet.models.layers import count_parameters, decoder_layers, down_linears, iter_ffns
-from prunenet.policies.methods import METHODS, Evidence, cut, group_tuned, pruned_model
+from prunenet.policies.methods import (
+    METHODS,
+    Evidence,
+    GroupTuning,
+    cut,
+    group_tuned,
+    pruned_model,
+)
 from prunenet.policies.methods.evidence import gradients
 from prunenet.policies.methods.papers import saap
 from prunenet.policies.methods.papers.saap_tuning import Adapter, pooled, quantised, spread
@@ -160,7 +168,10 @@ def test_one_sort_cuts_all_layers_but_the_first_three_and_the_last_two(monkeypat
         (lambda: cut(Evidence(tiny_model("llama")), "saap", 0.3), "blocks=None"),
         (lambda: cut(Evidence(tiny_model("llama"), BLOCKS), "saap", 0.3), "protect fewer layers"),
         (lambda: quantised(torch.ones(2, 2), bits=9), "1 to 8 bits, got 9"),
-        (lambda: group_tuned(tiny_model("llama"), BLOCKS.ids, seeded(), steps=-1), "steps >= 0"),
+        (
+            lambda: group_tuned(tiny_model("llama"), BLOCKS.ids, seeded(), GroupTuning(steps=-1)),
+            "steps >= 0",
+        ),
         (lambda: group_tuned(tiny_model("llama"), BLOCKS.ids[:, :1], seeded()), "2 tokens or more"),
     ],
 )
@@ -207,8 +218,10 @@ def test_group_tuning_lowers_the_loss_moves_group_offsets_only_and_leaves_the_mo
     dense = tiny_model(model_type)
     model = pruned_model(Evidence(dense), "random", 0.3, allocation=[40, 16, 40])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    tuned = partial(group_tuned, model, BLOCKS.ids, rank=4, learning_rate=3e-2)
-    untrained, trained = tuned(seeded(), steps=0).model, tuned(seeded(), steps=15)
+    options = GroupTuning(rank=4, learning_rate=3e-2)
+    tuned = partial(group_tuned, model, BLOCKS.ids)
+    untrained = tuned(seeded(), replace(options, steps=0)).model
+    trained = tuned(seeded(), replace(options, steps=15))
     with torch.no_grad():
         losses = [
             float(gradients.next_token_loss(m, BLOCKS.ids)) for m in (untrained, trained.model)
@@ -231,10 +244,14 @@ def test_a_seed_reproduces_group_tuning_and_no_bits_and_no_steps_change_nothing(
     model, ids = tiny_model("llama"), token_ids()
     with torch.no_grad():
         found = [
-            group_tuned(model, BLOCKS.ids, seeded(seed), steps=3).model(ids).logits
+            group_tuned(model, BLOCKS.ids, seeded(seed), GroupTuning(steps=3)).model(ids).logits
             for seed in (0, 0, 1)
         ]
-        same = group_tuned(model, BLOCKS.ids, seeded(), steps=0, bits=None).model(ids).logits
+        same = (
+            group_tuned(model, BLOCKS.ids, seeded(), GroupTuning(steps=0, bits=None))
+            .model(ids)
+            .logits
+        )
         assert same.equal(model(ids).logits)
     assert found[0].equal(found[1])
     assert not found[0].equal(found[2])

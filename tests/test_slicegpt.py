@@ -337,7 +337,7 @@ def test_layers_of_different_shapes_are_refused(widths):
             "one allocation, uniform",
         ),
         (
-            lambda text: pruned_model(text, "slicegpt", 0.3, compensate="mean_bias"),
+            lambda text: pruned_model(text, "slicegpt", 0.3, refit="mean_bias"),
             "no options but round_to",
         ),
         (lambda text: unrotated(text.model, [8] * LAYERS), f"has {2 * LAYERS + 1} widths"),

@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 
 from prunenet.spectra import exact as spectra
+from prunenet.spectra.choices import DISTANCES
 from prunenet.spectra.distances import ks_distance, tie_bands, wasserstein_distance
-from prunenet.spectra.exact import DISTANCES, SpectralReference, energy_kept, gram
+from prunenet.spectra.exact import SpectralReference, energy_kept, gram
 from prunenet.spectra.tridiagonal import counts_below, tridiagonal
 
 SHAPES = [(96, 40), (40, 40), (24, 40), (60, 1), (1, 12)]
@@ -342,7 +343,7 @@ def test_bad_input_is_one_clear_sentence() -> None:
     try:
         with pytest.raises(ValueError, match="8 booleans, got 7"):
             reference.distance(torch.ones(1, 7, dtype=torch.bool))
-        with pytest.raises(ValueError, match="one of ks, wasserstein, energy, got 'chi'"):
+        with pytest.raises(ValueError, match="'chi'; it is one of ks, wasserstein, energy"):
             reference.distance(torch.ones(1, 8, dtype=torch.bool), "chi")
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

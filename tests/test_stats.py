@@ -12,7 +12,7 @@ import torch
 from families import D_FF, D_MODEL, FAMILIES, LAYERS, tiny_model
 
 from prunenet.features import from_weights as stats
-from prunenet.features import residual
+from prunenet.features import leverage, residual
 from prunenet.features.from_weights import CONTEXT, STATISTICS, channel_statistics, layer_context
 from prunenet.models.layers import activation, iter_ffns
 
@@ -228,7 +228,7 @@ def test_a_planted_copy_of_a_channel_has_a_twin() -> None:
 def test_chunked_twins_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     whole = channel_statistics(model)
-    monkeypatch.setattr(stats, "_CHUNK", 7)
+    monkeypatch.setattr(leverage, "_CHUNK", 7)
     for old, new in zip(whole, channel_statistics(model), strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
 

@@ -48,7 +48,13 @@ def long_run(algorithm: str, out: Path, resume: bool = False) -> None:
     """Each stage takes longer than it takes to kill it."""
     first = replace(SHORT, algorithm=algorithm, epochs=2, updates=60)
     where = replace(WHERE, algorithm=algorithm, epochs=2, updates=15)
-    train(tiny_model("llama"), first, where=where, blocks=own_text(5, 8), out=out, resume=resume)
+    train(
+        tiny_model("llama"),
+        replace(first, allocation=where),
+        blocks=own_text(5, 8),
+        out=out,
+        resume=resume,
+    )
 
 
 def kill_in(stage: str, out: Path, algorithm: str) -> None:
@@ -162,7 +168,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_nothing_to_resume_is_said(tmp_path):
     train(tiny_model("llama"), SHORT, out=tmp_path / "used")
-    with pytest.raises(PolicyError, match="say --resume, or give another folder"):
+    with pytest.raises(PolicyError, match="resume it, or give another folder"):
         train(tiny_model("llama"), SHORT, out=tmp_path / "used")
     with pytest.raises(PolicyError, match="nothing to resume"):
         train(tiny_model("llama"), SHORT, out=tmp_path / "fresh", resume=True)
@@ -242,7 +248,7 @@ def test_the_second_stage_leaves_most_channels_to_the_layer_that_matters_most(im
     with torch.no_grad():
         for layer, linear in enumerate(down_linears(model)):
             linear.weight.mul_(1 if layer == important else 0.01)
-    trained = train(model, SHORT, where=WHERE, blocks=own_text())
+    trained = train(model, replace(SHORT, allocation=WHERE), blocks=own_text())
     config = trained.policy.config
     widths = trained.policy.widths(model, 0.5, per_layer=True, round_to=4)
     assert (
@@ -260,7 +266,7 @@ def test_the_second_stage_leaves_most_channels_to_the_layer_that_matters_most(im
 def test_the_second_stage_leaves_the_channels_scores_as_they_are():
     model = tiny_model("llama")
     first = train(model, SHORT)
-    whole = train(model, SHORT, where=WHERE, blocks=own_text())
+    whole = train(model, replace(SHORT, allocation=WHERE), blocks=own_text())
     assert all(
         torch.equal(a, b)
         for a, b in zip(first.policy.scores(model), whole.policy.scores(model), strict=True)
@@ -275,7 +281,9 @@ def test_the_second_stage_leaves_the_channels_scores_as_they_are():
 
 def test_a_policy_that_has_learned_where_to_cut_reloads_to_the_same_bits(tmp_path):
     model = tiny_model("llama")
-    trained = train(model, SHORT, where=WHERE, blocks=own_text(), out=tmp_path / "a").policy
+    trained = train(
+        model, replace(SHORT, allocation=WHERE), blocks=own_text(), out=tmp_path / "a"
+    ).policy
     again = Policy.from_pretrained(tmp_path / "a")
     assert again.offsets(model) == trained.offsets(model) != [0.0] * 3
     assert all(
@@ -293,9 +301,16 @@ def test_the_regime_is_the_most_that_either_stage_looked_at():
 
     model, data = tiny_model("llama"), replace(own_text(), regime="data")
     assert train(model, SHORT, blocks=data).policy.config.regime == "weights"
-    assert train(model, SHORT, where=WHERE, blocks=own_text()).policy.config.regime == "self"
+    assert (
+        train(model, replace(SHORT, allocation=WHERE), blocks=own_text()).policy.config.regime
+        == "self"
+    )
     own = train(
-        model, SHORT, where=WHERE, blocks=data, reward=SpectralReward(model), regime="weights"
+        model,
+        replace(SHORT, allocation=WHERE),
+        blocks=data,
+        reward=SpectralReward(model),
+        regime="weights",
     )
     assert own.policy.config.regime == "data"
 
@@ -304,18 +319,17 @@ def test_a_second_stage_without_text_is_refused_before_the_first_one_runs(tmp_pa
     with pytest.raises(
         ValueError, match="the divergence reward is measured on text: give token blocks"
     ):
-        train(tiny_model("llama"), SHORT, where=WHERE, out=tmp_path / "out")
+        train(tiny_model("llama"), replace(SHORT, allocation=WHERE), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_resuming_with_another_second_stage_is_refused(tmp_path):
-    train(tiny_model("llama"), SHORT, where=WHERE, blocks=own_text(), out=tmp_path)
+    train(tiny_model("llama"), replace(SHORT, allocation=WHERE), blocks=own_text(), out=tmp_path)
     for other in (None, replace(WHERE, updates=5)):
         with pytest.raises(PolicyError, match="was started with recipe"):
             train(
                 tiny_model("llama"),
-                SHORT,
-                where=other,
+                replace(SHORT, allocation=other),
                 blocks=own_text(),
                 out=tmp_path,
                 resume=True,

@@ -1,30 +1,42 @@
-"""The methods that PruneNet is compared with, all on one signature, and where to cut as an axis of
-its own.
+"""Implements the methods that PruneNet is compared with, under one signature.
+
+A method scores channels; an allocation chooses the width of each layer. Both can be combined:
 
     evidence = Evidence(model, self_blocks(model, tokenizer), seed=0)
     narrow = pruned_model(evidence, "flap", 0.3)
     narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation="owl")
-    budget, judge = Budget.of(model, 0.3), WidthDivergence(model, evidence.ids, scores)
+
+    budget = Budget.of(model, 0.3)
+    judge = WidthDivergence(model, evidence.ids, scores)
     widths = evolution_search(budget, judge).widths
     narrow = pruned_model(evidence, "wanda_sp", 0.3, allocation=widths)
 
+Some methods cut attention heads as well as FFN channels:
+
     narrow = pruned_model(evidence, "llm_pruner_element1", 0.3, heads=True)
 
-FFN channels; attention heads too where a method that cuts them is asked to. SliceGPT slices the
-residual stream instead:
+SliceGPT slices the residual stream instead:
 
-    sliced(evidence, slicing=0.25).save_pretrained("sliced")  # or sliced(evidence, 0.3): as large
-    as a cut at that ratio
+    sliced(evidence, slicing=0.25).save_pretrained("sliced")
+    sliced(evidence, 0.3)  # has the parameters of a cut at ratio 0.3
 
-Formulas: METHODS.md section 6; each file opens with its source and with what differs from it.
+Formulas: docs/methods.md, section 6. Each file of `papers` opens with its source and with what
+differs from it.
+
+cut.py               the front door: one method, one allocation, one ratio
+table.py             one row a method
+searched_widths.py   searched allocations by name
+papers/              one paper a file
+evidence/            what methods measure
+widths/              budgets, allocations, searches
 """
 
 from prunenet.policies.methods.cut import WITH_HEADS, BaselineCut, cut, pruned_model
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.policies.methods.papers.saap_tuning import GroupTuned, group_tuned
+from prunenet.policies.methods.papers.saap_tuning import GroupTuned, GroupTuning, group_tuned
 from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.policies.methods.searched_widths import searched_widths
-from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
+from prunenet.policies.methods.table import METHODS, Allocation, Method, MethodRefit
 from prunenet.policies.methods.widths.allocation import (
     Budget,
     global_sort,
@@ -34,9 +46,13 @@ from prunenet.policies.methods.widths.allocation import (
     uniform,
 )
 from prunenet.policies.methods.widths.evaluations import Evaluator, Searched, best_of_random
-from prunenet.policies.methods.widths.evolution import Screen, evolution_search
+from prunenet.policies.methods.widths.evolution import Evolution, Screen, evolution_search
 from prunenet.policies.methods.widths.influence import block_influence, by_influence
-from prunenet.policies.methods.widths.predictor import PredictorSearch, predictor_search
+from prunenet.policies.methods.widths.predictor import (
+    Prediction,
+    PredictorSearch,
+    predictor_search,
+)
 from prunenet.policies.methods.widths.space import Space
 from prunenet.policies.methods.widths.width_divergence import WidthDivergence
 
@@ -46,11 +62,14 @@ __all__ = [
     "Allocation",
     "BaselineCut",
     "Budget",
-    "Compensation",
     "Evaluator",
     "Evidence",
+    "Evolution",
     "GroupTuned",
+    "GroupTuning",
     "Method",
+    "MethodRefit",
+    "Prediction",
     "PredictorSearch",
     "Screen",
     "Searched",

@@ -1,4 +1,4 @@
-"""One method, one allocation, one ratio -> a cut, and the narrow model that it makes in memory."""
+"""Applies one method and one allocation at one ratio: the cut, and the narrow model in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +21,7 @@ from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.evidence.structures import Scores, StructurePool, ranked, shared
 from prunenet.policies.methods.papers.flap import group_mean_bias, mean_bias, zscore
 from prunenet.policies.methods.searched_widths import searched_widths
-from prunenet.policies.methods.table import METHODS, Allocation, Compensation, Method
+from prunenet.policies.methods.table import METHODS, Allocation, Method, MethodRefit
 from prunenet.policies.methods.widths.allocation import (
     Budget,
     global_sort,
@@ -33,25 +32,26 @@ from prunenet.policies.methods.widths.allocation import (
 )
 from prunenet.policies.methods.widths.influence import by_influence
 from prunenet.refit.moments import LayerWalk
+from prunenet.runtime.choices import check_choice
 from prunenet.runtime.placement import check_together, derive, is_placed, present
 
 WITH_HEADS = ("uniform", "protected", "global")
-"""Allocations that are defined for attention heads too."""
+"""Allocations that are defined for attention heads as well."""
 _BY_SCORES = ("global", "predictor", "evolution")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BaselineCut:
-    """What a method makes of a model at one size.
+    """Holds a method's cut of a model at one size.
 
     Attributes:
         widths: channels left in each layer.
-        keep: (d_ff,) mask of each layer. For a merge, a template of the right width and no choice
-            of channels.
+        keep: (d_ff,) mask of each layer. For a merge, a mask of the right width that chooses no
+            channels.
         merged: the FFN of each layer where channels were merged; None where they were chosen.
         biases: (d_model,) of each layer, to be added behind the down linear; None without
-            compensation.
-        groups: (groups,) mask of the attention heads of each layer; None where heads were left
+            mean-bias compensation.
+        groups: (groups,) mask of the attention heads of each layer; None where heads are left
             whole.
         group_biases: (d_model,) of each layer, to be added behind attention's output linear.
     """
@@ -65,13 +65,12 @@ class BaselineCut:
 
     @torch.no_grad()
     def applied(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The narrow model, for evaluation in memory; the dense one stays as it is (see
-        `prunenet.models.surgery.narrowed`).
+        """Makes the narrow model, for evaluation in memory; the dense one stays as it is.
 
-        A bias is added to the down linear (and to attention's output linear where heads are cut),
-        whether or not the family's configuration knows of one. It costs d_model parameters a layer,
-        and can be saved and loaded only where the configuration has it (OPT, Phi, GPT-NeoX; Llama
-        with `mlp_bias`, for heads with `attention_bias`).
+        Parameters are shared as in `prunenet.models.surgery.narrowed`. A bias is added to the down
+        linear (and to attention's output linear where heads are cut) in every family. It costs
+        d_model parameters a layer, and can be saved and loaded only where the configuration has a
+        bias (OPT, Phi, GPT-NeoX; Llama with `mlp_bias`, for heads with `attention_bias`).
 
         Args:
             model: the model that the cut was made for.
@@ -104,17 +103,15 @@ def cut(
     ratio: float,
     *,
     allocation: Allocation | Sequence[int] | None = None,
-    compensate: Compensation | None = None,
+    refit: MethodRefit | None = None,
     sequential: bool = True,
     round_to: int = 8,
-    floor: int = 1,
     heads: bool = False,
 ) -> BaselineCut:
-    """Chooses, or merges, the FFN channels of every layer; with `heads`, chooses attention heads
-    too.
+    """Chooses, or merges, the FFN channels of every layer; with `heads`, attention heads as well.
 
-    All cuts at one ratio leave equal total parameters, biases of a compensation not counted: see
-        `allocation`, `structures`.
+    All cuts at one ratio leave the same number of parameters, without the biases of a mean-bias
+    compensation; see `Budget` and `prunenet.policies.methods.evidence.structures`.
 
     Args:
         evidence: the model and the text.
@@ -122,54 +119,55 @@ def cut(
         ratio: share of the FFN channels of all layers removed, in [0, 1).
         allocation: how widths are chosen, or the widths themselves (within the budget); default the
             method's own. For "global", scores that are not comparable between layers are
-            zscore in each layer first. "owl" and "influence" read text. "predictor" and
+            standardised in each layer first. "owl" and "influence" read text. "predictor" and
             "evolution" judge about 60 architectures on 1024 tokens of it, see `searched_widths`.
-        compensate: "mean_bias" adds what the removed channels write on average in the dense model;
-            default the method's own.
-        sequential: measure each layer behind the cut ones, where the method is published so; False
-            measures the dense model.
+        refit: "mean_bias" adds what the removed channels write on average in the dense model, "off"
+            nothing; default the method's own.
+        sequential: whether to measure each layer behind the cut ones, for methods published so;
+            False measures the dense model.
         round_to: widths are multiples of this.
-        floor: channels that each layer keeps at least.
-        heads: cut groups of attention heads as well, at least one stays in a layer. The budget does
-            not change: the more of them go, the more channels stay. By allocation "uniform" or
-            "protected" the layers that are cut lose the same share of both (LLM-Pruner); by
+        heads: whether to cut groups of attention heads as well; at least one stays in a layer. The
+            budget is the same: the more heads go, the more channels stay. By allocation "uniform"
+            or "protected" the layers that are cut lose the same share of both (LLM-Pruner); by
             "global" both are ranked together (FLAP, SAAP); no other is defined.
 
     Raises:
-        UnsupportedArchitecture: `heads`, and those of the model's family cannot be cut.
-        ValueError: an unknown method or allocation, text that is missing, a ratio out of range,
-            widths that do not fit, or `heads` with a method or an allocation that knows of channels
-            alone.
+        UnsupportedArchitecture: with `heads`, where the family's heads cannot be cut.
+        ValueError: an unknown method, allocation or refit, text that is missing, a ratio out of
+            range, widths that do not fit, scores that are not finite, or `heads` with a method or
+            an allocation for channels alone.
     """
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; it is one of {', '.join(METHODS)}")
-        method = METHODS[method]
+    method = _known(method)
     if method.rebuild is not None:
         raise ValueError(
             f"{method.name} cuts no FFN channels and has no masks of them; ask pruned_model for its"
             " model"
         )
-    budget = Budget.of(evidence.model, ratio, round_to=round_to, floor=floor)
     allocation = method.allocation if allocation is None else allocation
-    # scores of the dense model then only serve the widths
-    on_the_way = sequential and method.layer_score is not None
+    refit = method.refit if refit is None else refit
+    if isinstance(allocation, str):
+        check_choice("allocation", allocation, Allocation)
+    check_choice("refit", refit, MethodRefit)
+    budget = Budget.of(evidence.model, ratio, round_to=round_to)
+    # Where layers are scored one behind the other, scores of the dense model only serve the widths.
+    one_by_one = sequential and method.layer_score is not None
     groups, scores = None, None
     if heads:
         groups, scores, budget = _groups(evidence, method, budget, allocation)
-    elif method.score is not None and not (on_the_way and allocation not in _BY_SCORES):
+    elif method.score is not None and not (one_by_one and allocation not in _BY_SCORES):
         scores = method.score(evidence)
+        _check_finite(method, scores)
     widths = _widths(evidence, method, budget, allocation, scores)
     if method.merge is not None:
         keep = [torch.arange(d_ff) < width for d_ff, width in zip(budget.d_ff, widths, strict=True)]
         return BaselineCut(widths, keep, merged=method.merge(evidence, widths))
-    if on_the_way:
+    if one_by_one:
         keep = _sequential(evidence, method, widths)
     else:
         assert scores is not None
         keep = [top_channels(row, width) for row, width in zip(scores, widths, strict=True)]
     biases, group_biases = None, None
-    if (method.compensate if compensate is None else compensate) == "mean_bias":
+    if refit == "mean_bias":
         biases = list(map(mean_bias, evidence.ffns, evidence.energies, keep))
         if groups is not None:
             group_biases = list(
@@ -179,33 +177,68 @@ def cut(
 
 
 def pruned_model(
-    evidence: Evidence, method: str | Method, ratio: float, **options: Any
+    evidence: Evidence,
+    method: str | Method,
+    ratio: float,
+    *,
+    allocation: Allocation | Sequence[int] | None = None,
+    refit: MethodRefit | None = None,
+    sequential: bool = True,
+    round_to: int = 8,
+    heads: bool = False,
 ) -> PreTrainedModel:
-    """The narrow model of `cut` with the same arguments, for evaluation in memory; see
-    `BaselineCut.applied`.
+    """Makes the narrow model of `cut`, for evaluation in memory (`BaselineCut.applied`).
 
-    A method that cuts no FFN channels (slicegpt) makes a model of no more parameters; of the
-    options it takes `round_to`.
+    Arguments are those of `cut`. A method that cuts no FFN channels (slicegpt) makes a model of no
+    more parameters; it takes no option but `round_to`.
 
     Raises:
-        ValueError: as `cut`.
+        UnsupportedArchitecture, ValueError: as `cut`.
     """
-    row = METHODS.get(method) if isinstance(method, str) else method
-    if row is not None and row.rebuild is not None:
-        round_to = options.pop("round_to", 8)
-        if options.pop("allocation", "uniform") != "uniform" or options:
+    method = _known(method)
+    if method.rebuild is not None:
+        if allocation not in (None, "uniform") or refit or heads or not sequential:
             raise ValueError(
-                f"{row.name} has one allocation, uniform, and no options but round_to; leave the"
+                f"{method.name} has one allocation, uniform, and no options but round_to; leave the"
                 " others out"
             )
-        return row.rebuild(evidence, ratio, round_to)
-    return cut(evidence, method, ratio, **options).applied(evidence.model)
+        return method.rebuild(evidence, ratio, round_to)
+    found = cut(
+        evidence,
+        method,
+        ratio,
+        allocation=allocation,
+        refit=refit,
+        sequential=sequential,
+        round_to=round_to,
+        heads=heads,
+    )
+    return found.applied(evidence.model)
+
+
+def _known(method: str | Method) -> Method:
+    """Looks a method up by its name; raises ValueError for an unknown one."""
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; it is one of {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def _check_finite(method: Method, scores: Sequence[Float[Tensor, " _"]], first: int = 0) -> None:
+    """Raises ValueError where a score is NaN or infinite; scores are of layers from `first` on."""
+    for layer, row in enumerate(scores, first):
+        if not bool(torch.isfinite(row).all()):
+            raise ValueError(
+                f"scores of {method.name} in layer {layer} are not finite: weights or gradients are"
+                " damaged, or their products overflow"
+            )
 
 
 def _groups(
     evidence: Evidence, method: Method, budget: Budget, allocation: Allocation | Sequence[int]
 ) -> tuple[list[Bool[Tensor, " _"]], list[Float[Tensor, " _"]], Budget]:
-    """The heads that stay, and for the channels: their scores, and what the budget leaves them."""
+    """Chooses heads; returns their masks, scores of the channels, and the channels' budget."""
     if method.with_heads is None:
         able = ", ".join(name for name, row in METHODS.items() if row.with_heads is not None)
         raise ValueError(f"{method.name} scores no attention heads; the methods that do: {able}")
@@ -215,6 +248,8 @@ def _groups(
         )
     pool = StructurePool.of(evidence.model, budget)
     scores = method.with_heads(evidence)
+    _check_finite(method, scores.channels)
+    _check_finite(method, scores.groups)
     if allocation == "global":
         both = (
             scores
@@ -260,20 +295,15 @@ def _widths(
         return owl(budget, [outlier_share(*zip(*layer, strict=True)) for layer in layers])
     if allocation == "influence":
         return by_influence(budget, evidence.influence)
-    if allocation not in _BY_SCORES:
-        known = ", ".join(get_args(Allocation))
-        raise ValueError(
-            f"an allocation is one of {known}, or a list of widths, got {allocation!r}"
-        )
     if scores is None:
         raise ValueError(
             f"{method.name} has no scores to sort; use another allocation than {allocation!r}"
         )
-    if allocation != "global":
-        return searched_widths(evidence, budget, scores, allocation)
-    rows = scores if method.comparable else _zscores(scores)
-    first, last = method.protects if method.allocation == "global" else (0, 0)
-    return global_sort(budget, rows, first=first, last=last)
+    if allocation == "global":
+        rows = scores if method.comparable else _zscores(scores)
+        first, last = method.protects if method.allocation == "global" else (0, 0)
+        return global_sort(budget, rows, first=first, last=last)
+    return searched_widths(evidence, budget, scores, allocation)
 
 
 def _weight(linear: nn.Linear) -> Tensor:
@@ -284,13 +314,14 @@ def _weight(linear: nn.Linear) -> Tensor:
 def _sequential(
     evidence: Evidence, method: Method, widths: Sequence[int]
 ) -> list[Bool[Tensor, " _"]]:
-    """Each layer is scored behind the layers in front of it as they are after their cut."""
+    """Scores each layer behind the cut layers in front of it, and chooses its channels."""
     assert method.layer_score is not None
     downs, keep = down_linears(evidence.model), []
     with ExitStack() as hooks:
         walk = LayerWalk(evidence.model, evidence.ids, changing=True)
         for index in walk:
             scores = method.layer_score(evidence.ffns[index], walk.energies(index))
+            _check_finite(method, [scores], index)
             keep.append(top_channels(scores, widths[index]))
             hooks.enter_context(downs[index].register_forward_pre_hook(zeroing(~keep[-1])))
     return keep

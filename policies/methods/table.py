@@ -1,5 +1,5 @@
-"""The methods that PruneNet is compared with: one row each. To add one, write its file and add its
-row.
+"""Lists the methods that PruneNet is compared with, one row each. To add one, write its file and
+add its row.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -32,41 +32,42 @@ from prunenet.policies.methods.papers import (
 from prunenet.policies.methods.papers import (
     prunenet_published as published,
 )
+from prunenet.policies.methods.widths.evaluations import SearchedAllocation
 from prunenet.refit.moments import Energies
 
 Needs = Literal["weights", "text", "gradients"]
-Allocation = Literal["uniform", "global", "protected", "owl", "influence", "predictor", "evolution"]
-Compensation = Literal["none", "mean_bias"]
+"""What a method reads: weights alone, activations on text, or gradients of the loss on text."""
+Allocation = Literal["uniform", "global", "protected", "owl", "influence", SearchedAllocation]
+"""How the width of each layer is chosen."""
+MethodRefit = Literal["off", "mean_bias"]
+"""What a method does about the removed channels: nothing, or FLAP's mean-bias compensation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How to choose the FFN channels that stay, to merge them, or to make another model of equal
-    size.
+    """Describes a way to choose FFN channels, to merge them, or to make a model of equal size.
 
     Exactly one of `score`, `merge` and `rebuild` is given.
 
     Attributes:
         name: as in `METHODS`.
-        needs: what it looks at besides the architecture; "gradients" are of the loss on text.
+        needs: what the method reads besides the architecture.
         source: where it was published.
-        score: one score per channel of each layer, higher stays longer.
-        merge: the FFN of each layer, narrowed to the given widths.
-        with_heads: scores of channels and of groups of attention heads, where the method cuts both.
-        rebuild: the model at a ratio, widths a multiple of `round_to`, where it is no matter of FFN
-            channels; it has no more parameters than a cut at the ratio leaves. Raises
-            UnsupportedArchitecture where `able` does.
+        score: computes one score per channel of each layer; higher stays longer.
+        merge: makes the FFN of each layer, narrowed to the given widths.
+        with_heads: scores channels and groups of attention heads, where the method cuts both.
+        rebuild: makes the model at a ratio with widths a multiple of `round_to`, for a method that
+            does not cut FFN channels. The model has no more parameters than a cut at the ratio.
         able: raises UnsupportedArchitecture for a model that `rebuild` cannot take.
-        layer_score: the score of one layer, where the method is published as sequential (each layer
-            measured behind the already cut ones); None otherwise.
+        layer_score: scores one layer, for a method published as sequential (each layer measured
+            behind the already cut ones); None otherwise.
         comparable: whether scores of different layers, and those of channels and groups, may be
             ranked together as they are.
-        compensate: what the published method does about what it removed.
+        refit: what the published method does about the removed channels.
         allocation: the published one.
         protects: layers at both ends (first, last) that allocation "protected" leaves whole;
             "global" too, where that is the published one.
-        searches: whether `score` searches at a size and takes it, as `ratio`: the one of the cut is
-            meant.
+        searches: whether `score` searches at one ratio, and takes it as `ratio`.
     """
 
     name: str
@@ -79,16 +80,18 @@ class Method:
     able: Callable[[PreTrainedModel], None] | None = None
     layer_score: Callable[[FFN, Energies], Float[Tensor, " _"]] | None = None
     comparable: bool = False
-    compensate: Compensation = "none"
+    refit: MethodRefit = "off"
     allocation: Allocation = "uniform"
     protects: tuple[int, int] = (0, 0)
     searches: bool = False
 
 
 _PRUNENET = "Sengupta et al., ICLR 2025, arXiv 2501.15296"
-_LILA = "LILA, 2026, as in METHODS.md section 6; the distance is a reconstruction, see lila.py"
+_LILA = (
+    "LILA, 2026, as in docs/methods.md, section 6; the distance is a reconstruction, see lila.py"
+)
 _SAAP_SOURCE = (
-    "SAAP, Zheng et al., 2024, arXiv 2412.15127, as in METHODS.md section 8; mostly a"
+    "SAAP, Zheng et al., 2024, arXiv 2412.15127, as in docs/methods.md, section 8; mostly a"
     " reconstruction, see saap.py"
 )
 
@@ -106,30 +109,35 @@ def _taylor(variant: llm_pruner.Variant) -> Method:
     )
 
 
-def _saap(name: str, differs: str, **options: Any) -> Method:
+def _saap(
+    name: str, differs: str, *, beta: float = 0.5, removes: saap.Removes = "unstable"
+) -> Method:
     return Method(
         name,
         "gradients",
         f"{_SAAP_SOURCE}{differs}",
-        partial(saap.scores, **options),
-        with_heads=partial(saap.with_heads, **options),
+        partial(saap.scores, beta=beta, removes=removes),
+        with_heads=partial(saap.with_heads, beta=beta, removes=removes),
         comparable=True,
         allocation="global",
         protects=(3, 2),
     )
 
 
-_ADAPRUNER: dict[str, Any] = {
-    "searches": True,
-    "needs": "gradients",
-    "allocation": "protected",
-    "protects": adapruner.PROTECTS,
-}
+def _adapruner(name: str, differs: str, options: adapruner.AdaPrunerOptions) -> Method:
+    return Method(
+        name,
+        "gradients",
+        "AdaPruner, AAAI 2025, arXiv 2503.06184, as in docs/methods.md, section 7; a"
+        f" reconstruction, see adapruner.py{differs}",
+        partial(adapruner.scores, options=options),
+        allocation="protected",
+        protects=adapruner.PROTECTS,
+        searches=True,
+    )
+
+
 _TRIALS = 60  # as many as the searched allocations measure architectures
-_ADAPRUNER_SOURCE = (
-    "AdaPruner, AAAI 2025, arXiv 2503.06184, as in METHODS.md section 7; a reconstruction, see"
-    " adapruner.py"
-)
 _SLICEGPT = "Ashkboos et al., ICLR 2024, arXiv 2401.15024"
 _ROWS = (
     Method(
@@ -189,7 +197,7 @@ _ROWS = (
         flap.scores,
         with_heads=flap.with_heads,
         comparable=True,
-        compensate="mean_bias",
+        refit="mean_bias",
         allocation="global",
     ),
     _taylor("vector"),
@@ -199,17 +207,11 @@ _ROWS = (
     _saap("saap", ""),
     _saap("saap_flipped", "; the sign of the stability term turned over", removes="stable"),
     _saap("saap_fusion", "; without the stability term", beta=0.0),
-    Method(
-        "adapruner",
-        source=_ADAPRUNER_SOURCE,
-        score=partial(adapruner.scores, trials=_TRIALS),
-        **_ADAPRUNER,
-    ),
-    Method(
+    _adapruner("adapruner", "", adapruner.AdaPrunerOptions(trials=_TRIALS)),
+    _adapruner(
         "adapruner_random",
-        source=f"{_ADAPRUNER_SOURCE}; the best of as many random draws, its control",
-        score=partial(adapruner.scores, trials=_TRIALS, strategy="random", starts={}),
-        **_ADAPRUNER,
+        "; the best of as many random draws, its control",
+        adapruner.AdaPrunerOptions(trials=_TRIALS, strategy="random", starts={}),
     ),
     Method("slicegpt", "text", _SLICEGPT, rebuild=slicegpt.sliced_at, able=check_rotatable),
 )

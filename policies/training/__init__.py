@@ -1,10 +1,11 @@
-"""Training a policy: stable-baselines3 around the scorer. Applying a saved policy imports none of
+"""Trains a policy: stable-baselines3 around the scorer. Applying a saved policy imports none of
 this.
 
-recipe.py        presets and options of a training
+choices.py       the choices of a recipe
+recipe.py        recipes and presets
 train.py         a training from model to saved policy
-run.py           its updates, one stage after the other
-state.py         the state file of an unfinished training
+run.py           one stage: its updates, its evaluations, the best policy seen
+state.py         the state file of an unfinished stage
 actor_critic.py  the stable-baselines3 policy around scorer and distribution
 vec_env.py       our vector environment as stable-baselines3's
 subset.py        distributions over keep masks: sample, mode, exact log-probability, entropy

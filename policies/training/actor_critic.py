@@ -1,9 +1,10 @@
-"""The stable-baselines3 policy around the scorer and the distribution over keep masks, and its
+"""Wraps the scorer and the distribution over keep masks as a stable-baselines3 policy with its
 rollout buffer.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,26 +17,42 @@ from torch import Tensor, nn
 
 from prunenet.envs.sweep import PROGRESS, View
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.policies.training.recipe import Baseline, Subset
+from prunenet.policies.training.choices import Baseline, Subset
 from prunenet.policies.training.subset import Bernoulli, FixedWidth
 from prunenet.policies.training.swept_widths import SweptWidths
 
 
-class KeepMaskPolicy(ActorCriticPolicy):
-    """Actor: `ChannelScorer`, then a distribution over keep masks. Critic: a small perceptron on
-    the context.
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskModel:
+    """Holds what `KeepMaskPolicy` draws masks from.
 
-    The channel statistics are held here, once, as `view`; observations need only the layer's number
-    and the context. Masks of the same layer and width share one pass of the scorer and one solved
-    offset.
-
-    Args:
+    Attributes:
         view: statistics and context of the model in training.
         scorer: the network that is trained.
         subset: "fixed" (exact width), "bernoulli" (expected width) or "widths" (the best channels
-            of a width that is drawn).
-        round_to: of the widths that are drawn.
+            of a drawn width).
         generator: draws the masks.
+        round_to: drawn widths are multiples of this.
+    """
+
+    view: View
+    scorer: ChannelScorer
+    subset: Subset
+    generator: torch.Generator
+    round_to: int = 1
+
+
+class KeepMaskPolicy(ActorCriticPolicy):
+    """Scores channels and draws keep masks (actor); predicts returns from the context (critic).
+
+    The actor is a `ChannelScorer` with a distribution over keep masks, the critic a small
+    perceptron. Channel statistics are held once, in the view; observations carry only the layer's
+    number and the context. Masks of the same layer and width share one pass of the scorer and one
+    solved offset.
+
+    Args:
+        observation_space, action_space, lr_schedule, use_sde: see stable-baselines3.
+        masks: the scorer and the distribution.
     """
 
     def __init__(
@@ -44,31 +61,26 @@ class KeepMaskPolicy(ActorCriticPolicy):
         action_space: spaces.MultiBinary,
         lr_schedule: Any,
         *,
-        view: View,
-        scorer: ChannelScorer,
-        subset: Subset,
-        generator: torch.Generator,
-        round_to: int = 1,
+        masks: MaskModel,
         use_sde: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._parts = (view, scorer, subset)
-        self.round_to = round_to
-        self.generator = generator
+        # Modules can be set only once torch has initialised this one: see `_build`.
+        self._masks = masks
+        self.round_to, self.generator = masks.round_to, masks.generator
         super().__init__(observation_space, action_space, lr_schedule, use_sde=use_sde, **kwargs)
 
     def _build(self, lr_schedule: Any) -> None:
-        view, scorer, self.subset = self._parts
-        self.view = view
-        self.scorer = scorer
-        self.statistics = torch.stack(list(view.statistics))
-        n_context = view.context.shape[1] + len(PROGRESS)
+        self.view, self.scorer = self._masks.view, self._masks.scorer
+        self.subset = self._masks.subset
+        self.statistics = torch.stack(list(self.view.statistics))
+        n_context = self.view.context.shape[1] + len(PROGRESS)
         self.critic = nn.Sequential(nn.Linear(n_context, 32), nn.Tanh(), nn.Linear(32, 1))
         options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **options)
 
     def get_distribution(self, obs: Any) -> Any:
-        """The distribution over keep masks, one row per observation."""
+        """Returns the distribution over keep masks, one row per observation."""
         if self.subset == "widths":
             return self._swept(obs)
         target = obs["context"][:, -len(PROGRESS) + PROGRESS.index("target")]
@@ -96,11 +108,11 @@ class KeepMaskPolicy(ActorCriticPolicy):
         )
 
     def predict_values(self, obs: Any) -> Tensor:
-        """Expected return, (n, 1)."""
+        """Predicts the return of each observation, (n, 1)."""
         return self.critic(obs["context"])  # type: ignore[no-any-return]
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks (n, d_ff) as int8, values (n, 1) and exact log-probabilities (n,)."""
+        """Returns masks (n, d_ff) as int8, values (n, 1) and exact log-probabilities (n,)."""
         distribution = self.get_distribution(obs)
         keep = distribution.mode() if deterministic else distribution.sample(self.generator)
         return keep.to(torch.int8), self.predict_values(obs), distribution.log_prob(keep)
@@ -109,7 +121,7 @@ class KeepMaskPolicy(ActorCriticPolicy):
         return self.forward(observation, deterministic)[0]
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, exact log-probabilities and entropies of masks that were played."""
+        """Returns values, exact log-probabilities and entropies of sampled masks."""
         distribution = self.get_distribution(obs)
         return (
             self.predict_values(obs),
@@ -119,12 +131,15 @@ class KeepMaskPolicy(ActorCriticPolicy):
 
 
 class SweepRolloutBuffer(DictRolloutBuffer):
-    """One whole sweep of each environment; discounted reward-to-go against a baseline.
+    """Holds one whole sweep of each environment and computes advantages.
 
-    Where the published code pays gamma^layer * reward (METHODS.md 1.2, items 3 and 4), the return
-    here is what a mask can still influence. Baselines: "group", the mean over the masks of the same
-    layer in the same step, in units of their standard deviation; "value", the critic with lambda =
-    1; "none".
+    The return of a mask is the discounted reward-to-go, where the published code takes
+    gamma^layer * reward (docs/methods.md, section 1.2, items 3 and 4).
+
+    Args:
+        baseline: "group" subtracts the mean over the masks of the same layer in the same step and
+            divides by their standard deviation; "value" subtracts the critic's prediction (lambda
+            1); "none" takes returns as they are.
     """
 
     def __init__(self, *args: Any, baseline: Baseline = "group", **kwargs: Any) -> None:
@@ -132,8 +147,9 @@ class SweepRolloutBuffer(DictRolloutBuffer):
         super().__init__(*args, **kwargs)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[Any]) -> None:
-        """Fills `returns` and `advantages`, both (layers, masks). A rollout ends with the sweep:
-        nothing is bootstrapped.
+        """Fills `returns` and `advantages`, both (layers, masks).
+
+        A rollout ends with the sweep, so that nothing is bootstrapped.
         """
         assert bool(np.all(dones)), "a rollout is one sweep"
         total = np.zeros(self.n_envs)

@@ -1,34 +1,38 @@
-"""Training recipes: every choice that shapes a policy, in one frozen record."""
+"""Holds every choice that shapes a policy in one frozen record, and names presets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
-from prunenet.envs.rewards import Form, Matrix, Spectrum
 from prunenet.envs.sweep import draw_ratio
 from prunenet.models.masks import check_ratio
-from prunenet.spectra.exact import Distance
+from prunenet.policies.training.choices import (
+    Algorithm,
+    Baseline,
+    Features,
+    RewardName,
+    Subset,
+)
+from prunenet.runtime.choices import check_choice
+from prunenet.spectra.choices import Distance, Form, Matrix, Spectrum
 from prunenet.text.calibration import check_seed
 
-RewardName = Literal["spectral", "reconstruction", "divergence"]
-Algorithm = Literal["a2c", "ppo"]
-Baseline = Literal["group", "value", "none"]
-Subset = Literal["fixed", "bernoulli", "widths"]
-Features = Literal["weights", "moments"]
-
 MOMENT_PRIOR: Mapping[str, float] = {"moment_write": 1.0}
-"""Where a policy that reads moments starts: the order of Wanda-sp. No other of its statistics earns
-more `reconstruction` on other text (means over 20 tiny random models: 0.956; moment_fluctuation
-0.955, moment_unique 0.951; after a refit all 0.968)."""
+"""Start of a policy that reads moments: the order of Wanda-sp.
+
+No other of its statistics earns more `reconstruction` on other text (means over 20 tiny random
+models: 0.956; moment_fluctuation 0.955, moment_unique 0.951; after a refit all 0.968).
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a policy is trained. Equal recipes, models, texts, software and threads give equal
-    policies.
+    """Says how a policy is trained.
+
+    Equal recipes, models, texts, software and threads give equal policies.
 
     Attributes:
         reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction"
@@ -36,14 +40,14 @@ class Recipe:
             both on token blocks.
         features: what the scorer reads. "weights": statistics of the weights; the policy is applied
             from weights alone, whatever its reward read. "moments": besides those, statistics of
-            activations (`prunenet.features.from_activations`), which it then needs wherever it is
-            applied.
+            activations (`prunenet.features.from_activations`), which applying the policy needs too.
         distance, matrices, form, spectrum: of the spectral reward.
         ratio: range (low, high) of ratios; each sweep draws one. Equal bounds fix it.
         updates: sweeps, each followed by one policy update.
-        masks: masks of the same layer played side by side.
-        algorithm: stable-baselines3's "a2c" (one gradient step a sweep) or "ppo" (`epochs` of them,
-            clipped).
+        masks: masks of the same layer judged together in one step.
+        algorithm: stable-baselines3's "a2c" (one gradient step a sweep) or "ppo" (`epochs` clipped
+            steps).
+        epochs: gradient steps of "ppo" after each sweep.
         learning_rate: of AdamW, falling linearly to 0.
         gamma: discount from layer to layer, in [0, 1]. Layer rewards do not depend on earlier
             masks, so 0 has the least variance.
@@ -51,18 +55,20 @@ class Recipe:
             (`prunenet.policies.training.actor_critic`).
         subset: "fixed" or "bernoulli" (`prunenet.policies.training.subset`) train the channels'
             scores at uniform widths; "widths" (`prunenet.policies.training.swept_widths`) trains
-            where to cut, with the channels in the order of their scores.
+            the allocation, with the channels in the order of their scores.
         round_to: widths are multiples of this.
         blocks, tokens: how many blocks, and how many tokens of each, the divergence reward reads
             for each mask.
         entropy: weight of the entropy bonus.
         hidden: widths of the scorer's hidden layers.
-        prior: weights of the closed-form score that the scorer starts from; with moments, none
-            given means `MOMENT_PRIOR`.
+        prior: weights of the closed-form score that the scorer starts from; with moments, an empty
+            one means `MOMENT_PRIOR`.
         evaluate_every: updates between evaluations of the deterministic masks; the best policy seen
             is the result.
         evaluate_at: ratios of those evaluations.
-        seed: of everything random.
+        seed: of every random draw.
+        allocation: recipe of a second stage, such as `PRESETS["widths"]`, which learns the layers'
+            widths for the scores of the first one. None leaves widths uniform.
     """
 
     reward: RewardName = "reconstruction"
@@ -89,15 +95,17 @@ class Recipe:
     evaluate_every: int = 5
     evaluate_at: tuple[float, ...] = (0.2, 0.4)
     seed: int = 0
+    allocation: Recipe | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a number out of range."""
+        """Raises ValueError for an unknown name or a number out of range."""
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for matrix in self.matrices:
+            check_choice("matrix", matrix, Matrix)
+        if self.allocation is not None and self.allocation.allocation is not None:
+            raise ValueError("a training has two stages at most: an allocation has none of its own")
         draw_ratio(self.ratio, 0.5)
-        for name, allowed in _NAMES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}; it is one of {', '.join(allowed)}"
-                )
         for ratio in self.evaluate_at:
             check_ratio(ratio)
         check_seed(self.seed)
@@ -128,34 +136,37 @@ class Recipe:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
 
-_NAMES = {
-    "reward": get_args(RewardName),
-    "features": get_args(Features),
-    "spectrum": get_args(Spectrum),
-    "algorithm": get_args(Algorithm),
-    "baseline": get_args(Baseline),
-    "subset": get_args(Subset),
+_CHOICES = {
+    "reward": RewardName,
+    "features": Features,
+    "distance": Distance,
+    "form": Form,
+    "spectrum": Spectrum,
+    "algorithm": Algorithm,
+    "baseline": Baseline,
+    "subset": Subset,
 }
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON holds it: what a saved policy's configuration says.
+    """Converts one stage of a recipe to JSON values, as a saved policy's configuration holds it.
 
-    `spectrum` is left out where nobody chose: so are the records of before it existed, and their
-    runs can be resumed.
+    `spectrum` is left out where it is "auto", as in records from before it existed: their runs can
+    be resumed.
     """
-    fields: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(replace(recipe, allocation=None))))
+    del fields["allocation"]
     if recipe.spectrum == "auto":
         del fields["spectrum"]
     return fields
 
 
 PRESETS: dict[str, Recipe] = {
-    # Rewards what survives of each layer's output on text that the model wrote itself; applied from
-    # weights alone.
+    # Pays for what survives of each layer's output on text that the model wrote itself; applied
+    # from weights alone.
     "default": Recipe(),
-    # Where to cut: the second half of a training, after the channels' scores. Layers depend on each
-    # other here, so the whole sweep's reward is every layer's return (gamma 1).
+    # The second stage of a training, after the channels' scores. Layers depend on each other here,
+    # so the whole sweep's reward is every layer's return (gamma 1).
     "widths": Recipe(
         reward="divergence",
         subset="widths",
@@ -172,8 +183,8 @@ PRESETS: dict[str, Recipe] = {
     # comparison.
     "spectral": Recipe(reward="spectral", updates=20, masks=8),
     # arXiv 2501.15296, section 3 and appendix. Differs from the published code where that is wrong
-    # (METHODS.md 1.2): exact log-probability, a return that is reward-to-go, gradients clipped
-    # before the step, a width-free scorer.
+    # (docs/methods.md, section 1.2): exact log-probability, a return that is reward-to-go,
+    # gradients clipped before the step, a scorer that fits any width.
     "paper": Recipe(
         reward="spectral",
         distance="ks",
@@ -194,7 +205,7 @@ PRESETS: dict[str, Recipe] = {
 
 
 def recipe_for(preset: str, changes: Mapping[str, Any]) -> Recipe:
-    """A preset with some fields changed.
+    """Returns a preset with some fields changed.
 
     Raises:
         ValueError: unknown preset, or a value out of range.
@@ -205,5 +216,5 @@ def recipe_for(preset: str, changes: Mapping[str, Any]) -> Recipe:
 
 
 def widths_recipe(seed: int) -> Recipe:
-    """Of the second stage of a training."""
+    """Returns the preset "widths" at a seed."""
     return replace(PRESETS["widths"], seed=seed)

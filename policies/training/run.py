@@ -1,13 +1,16 @@
-"""One stage of a training: a stable-baselines3 algorithm, its checkpoints, and the best policy
+"""Runs one stage of a training: a stable-baselines3 algorithm, its saved states, the best policy
 seen.
 
-Every random draw depends on the seed and on the number of the update alone, so that a run killed at
-any moment and resumed ends with the same policy, bit for bit.
+Every random draw depends only on the seed and the number of the update. A run killed at any moment
+and resumed therefore ends with the same policy, bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +27,58 @@ from prunenet.envs.vector import LayerwisePruningVectorEnv
 from prunenet.models.layers import Weights
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.policies.training.actor_critic import KeepMaskPolicy, SweepRolloutBuffer
+from prunenet.policies.training.actor_critic import (
+    KeepMaskPolicy,
+    MaskModel,
+    SweepRolloutBuffer,
+)
 from prunenet.policies.training.recipe import Recipe
 from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.policies.training.vec_env import SweepVecEnv
 from prunenet.runtime.files import make_folders
 
 
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Says where a run saves its state, and which run it is.
+
+    Attributes:
+        file: of the state, in a folder of its own beside the TensorBoard log; None keeps all in
+            memory.
+        identity: JSON values that a resumed run must give alike.
+    """
+
+    file: Path | None
+    identity: dict[str, Any]
+
+
 def _algorithm(
     env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
 ) -> OnPolicyAlgorithm:
-    """Both algorithms with the same policy, buffer and optimiser."""
-    shared: dict[str, Any] = {
-        "learning_rate": lambda remaining: recipe.learning_rate * remaining,
-        "n_steps": view.layers,
-        "gamma": recipe.gamma,
-        "gae_lambda": 1.0,
-        "ent_coef": recipe.entropy,
-        "vf_coef": 0.5 if recipe.baseline == "value" else 0.0,
-        "rollout_buffer_class": SweepRolloutBuffer,
-        "rollout_buffer_kwargs": {"baseline": recipe.baseline},
-        "normalize_advantage": False,
-        "policy_kwargs": {
-            "view": view,
-            "scorer": scorer,
-            "subset": recipe.subset,
-            "round_to": recipe.round_to,
-            "generator": torch.Generator().manual_seed(recipe.seed),
-            "optimizer_class": torch.optim.AdamW,
-        },
-        "tensorboard_log": None if folder is None else str(folder),
-        "seed": recipe.seed,
-        "device": view.context.device,
-    }
+    """Makes either algorithm with the same policy, buffer and optimiser."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    masks = MaskModel(view, scorer, recipe.subset, generator, recipe.round_to)
     if recipe.algorithm == "a2c":
-        return A2C(KeepMaskPolicy, env, use_rms_prop=False, **shared)
-    return PPO(
-        KeepMaskPolicy, env, n_epochs=recipe.epochs, batch_size=view.layers * recipe.masks, **shared
+        algorithm: Callable[..., OnPolicyAlgorithm] = partial(A2C, use_rms_prop=False)
+    else:
+        batch = view.layers * recipe.masks
+        algorithm = partial(PPO, n_epochs=recipe.epochs, batch_size=batch)
+    return algorithm(
+        KeepMaskPolicy,
+        env,
+        learning_rate=lambda remaining: recipe.learning_rate * remaining,
+        n_steps=view.layers,
+        gamma=recipe.gamma,
+        gae_lambda=1.0,
+        ent_coef=recipe.entropy,
+        vf_coef=0.5 if recipe.baseline == "value" else 0.0,
+        rollout_buffer_class=SweepRolloutBuffer,
+        rollout_buffer_kwargs={"baseline": recipe.baseline},
+        normalize_advantage=False,
+        policy_kwargs={"masks": masks, "optimizer_class": torch.optim.AdamW},
+        tensorboard_log=None if folder is None else str(folder),
+        seed=recipe.seed,
+        device=view.context.device,
     )
 
 
@@ -69,13 +87,11 @@ class Run(BaseCallback):
 
     Args:
         view: of the model in training.
-        scorer: trained in place; afterwards it is the best that was seen.
+        scorer: trained in place; afterwards it has the best weights seen.
         reward: see `prunenet.envs.rewards`.
         recipe: of this stage.
-        state: file of the run's state, in a folder of its own beside the TensorBoard log; None
-            keeps all in memory.
+        saving: where the state is saved.
         progress: called with (updates done, updates in all, best reward so far).
-        identity: what a resumed run must say alike.
     """
 
     model: OnPolicyAlgorithm
@@ -86,23 +102,31 @@ class Run(BaseCallback):
         scorer: ChannelScorer,
         reward: Reward,
         recipe: Recipe,
-        state: Path | None,
+        saving: Saving,
         progress: Callable[[int, int, float], None] | None,
-        identity: dict[str, Any],
     ) -> None:
         super().__init__()
         self.view = view
         self.scorer = scorer.to(view.context.device)
         self.reward = reward
         self.recipe = recipe
-        self.file = state
+        self.file, self.identity = saving.file, saving.identity
         self.progress = progress
-        self.identity = identity
-        self.state = Progress(0, -float("inf"), {}, [])
+        self.state = Progress(0, -math.inf, {}, [])
 
     def learn(self, model: Weights, resume: bool) -> list[tuple[int, float]]:
-        """The whole run, or what is left of it. Returns the rewards at each evaluation, the first
-        before any update.
+        """Runs the whole stage, or what is left of it.
+
+        Args:
+            model: the model in training.
+            resume: whether to continue from the saved state.
+
+        Returns:
+            (updates, reward) at each evaluation, the first before any update.
+
+        Raises:
+            PolicyError: as `load_state`.
+            ValueError: a reward is not finite.
         """
         view, recipe = self.view, self.recipe
         env = SweepVecEnv(
@@ -131,8 +155,9 @@ class Run(BaseCallback):
         return self.state.history
 
     def restore(self, algorithm: OnPolicyAlgorithm, path: Path) -> None:
-        """Continues where the state was saved."""
-        self.state = load_state(path, algorithm.policy, algorithm.policy.optimizer, self.identity)
+        """Loads the saved state. Raises PolicyError as `load_state`."""
+        policy, updates = algorithm.policy, self.recipe.updates
+        self.state = load_state(path, policy, policy.optimizer, self.identity, updates)
         algorithm.num_timesteps = self.state.updates * self.view.layers * self.recipe.masks
 
     def _on_rollout_start(self) -> None:
@@ -170,6 +195,11 @@ class Run(BaseCallback):
     def _evaluate(self) -> None:
         scorer = self._policy.scorer
         value = mode_reward(scorer, self.view, self.reward, self.recipe)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the reward is {value} after {self.state.updates} updates: the model's weights are"
+                " damaged, or the reward is"
+            )
         self.state.history.append((self.state.updates, value))
         self.logger.record("prunenet/reward_of_mode", value)
         if value > self.state.best_reward:
@@ -181,8 +211,9 @@ class Run(BaseCallback):
 
 @torch.no_grad()
 def mode_reward(scorer: ChannelScorer, view: View, reward: Reward, recipe: Recipe) -> float:
-    """What the masks that `apply` would play are paid: mean over the layers, plus the sweep's; over
-    `recipe.evaluate_at`.
+    """Returns the reward of the masks that pruning with this policy would take.
+
+    Layer terms are averaged over layers and sweep terms added; then over `recipe.evaluate_at`.
     """
     scores = scorer(torch.stack(list(view.statistics)), view.context)
     offsets = scorer.offsets(view.context).tolist()

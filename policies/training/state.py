@@ -1,32 +1,36 @@
-"""The state of an unfinished training run: one safetensors file, replaced in one step, read without
-executing code.
+"""Saves and loads the state of an unfinished stage of training: one safetensors file.
+
+The file is replaced in one step, read without executing code, and carries a sha256 of its content:
+an altered state is refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from prunenet.policies.artifact import PolicyError
 from prunenet.runtime.files import write_atomic
+from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run has come.
+    """Says how far a stage has come.
 
     Attributes:
         updates: finished policy updates.
-        best_reward: of the deterministic masks, the highest seen; mean over layers and ratios.
-        best: the scorer's weights then.
+        best_reward: highest reward of the deterministic masks; mean over layers and ratios.
+        best: the scorer's weights at that evaluation.
         history: (updates, reward of the deterministic masks) at each evaluation.
     """
 
@@ -43,8 +47,14 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     run: Mapping[str, Any],
 ) -> None:
-    """Writes the run's state. `run` says which run this is (recipe, model); a resumed run must say
-    the same.
+    """Writes the state of a stage.
+
+    Args:
+        path: of the file.
+        progress: how far the stage has come.
+        policy, optimizer: in training.
+        run: JSON values that identify the run (recipe, model, text); a resumed run must give the
+            same.
     """
     tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
@@ -56,53 +66,106 @@ def save_state(
         "best_reward": progress.best_reward,
         "history": progress.history,
     }
-    content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, save(content, metadata={"prunenet": json.dumps(facts)}))
+    # Copies: parameters that are one tensor in the policy are written once a name.
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_atomic(path, packed(copies, json.loads(json.dumps(facts))))
 
 
 def load_state(
-    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
+    path: Path,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Mapping[str, Any],
+    updates: int,
 ) -> Progress:
-    """Puts the saved state into policy and optimizer.
+    """Loads a saved state into policy and optimizer.
+
+    Args:
+        path: of the file.
+        policy, optimizer: as the run made them; both are changed.
+        run: see `save_state`.
+        updates: of the whole stage.
 
     Raises:
         PolicyError: the file is missing or damaged, or belongs to another run.
     """
-    facts, tensors = _read(path)
-    saved = facts["run"]
-    asked = json.loads(json.dumps(run))
+    try:
+        tensors, facts = unpacked(path, hashed=True)
+        progress = _progress(facts, _under("best.", tensors), updates)
+        _check_run(path, facts["run"], json.loads(json.dumps(run)))
+        weights, template = _under("policy.", tensors), policy.state_dict()
+        check_layout(weights, layout_of(template))
+        check_layout(progress.best, layout_of(_under("scorer.", template)))
+        states = _optimizer_states(optimizer, _under("optimizer.", tensors))
+    except FileNotFoundError:
+        raise PolicyError(
+            f"nothing to resume: {path} does not exist; start a new run in another folder"
+        ) from None
+    except ContentError as error:
+        raise PolicyError(
+            f"{path} is damaged ({error}); start a new run in another folder"
+        ) from None
+    policy.load_state_dict(weights)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return progress
+
+
+def _check_run(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises PolicyError where the state belongs to another run."""
     changed = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if changed:
         key = changed[0]
         raise PolicyError(
             f"the run in {path.parent} was started with {key} {saved.get(key)!r}, not"
-            f" {asked.get(key)!r}; resume it with the same settings, or give another --out"
+            f" {asked.get(key)!r}; resume it with the same settings, or give another folder"
         )
-    policy.load_state_dict(_under("policy.", tensors))
-    template = optimizer.state_dict()
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under("optimizer.", tensors).items():
-        index, field = name.split(".", 1)
-        states.setdefault(int(index), {})[field] = tensor
-    optimizer.load_state_dict({**template, "state": states})
-    history = [(int(update), float(reward)) for update, reward in facts["history"]]
-    return Progress(facts["updates"], facts["best_reward"], _under("best.", tensors), history)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _progress(facts: Mapping[str, Any], best: dict[str, Tensor], updates: int) -> Progress:
+    """Builds the progress from the header's facts, each of which may be of any kind.
+
+    Raises:
+        ContentError: a fact is missing, of the wrong type, or out of range.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["prunenet"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise PolicyError(
-            f"nothing to resume: {path} does not exist; start the run without --resume"
-        ) from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise PolicyError(
-            f"{path} is damaged ({error}); start the run anew with another --out"
-        ) from None
-    return facts, tensors
+        run, done, reward = facts["run"], facts["updates"], facts["best_reward"]
+        at = [update for update, _ in facts["history"]]
+        values = [float(value) for _, value in facts["history"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ContentError(f"its facts are incomplete: {error!r}"[:200]) from None
+    whole = all(type(number) is int for number in (done, *at))
+    if not isinstance(run, dict) or not whole or not isinstance(reward, float | int):
+        raise ContentError("its facts are of the wrong types")
+    if not 0 <= done <= updates or at[:1] != [0] or at != sorted(set(at)) or at[-1] > done:
+        raise ContentError(f"updates {done}, evaluated at {at[:5]}, fit no stage of {updates}")
+    if not all(map(math.isfinite, values)) or reward != max(values):
+        raise ContentError(f"{reward} is not the best of its rewards")
+    return Progress(done, float(reward), best, list(zip(at, values, strict=True)))
+
+
+def _optimizer_states(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """Returns AdamW's state of each parameter that has one.
+
+    Raises:
+        ContentError: an entry does not fit its parameter.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = {str(number): number for number in range(len(parameters))}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in saved.items():
+        number, _, field = name.partition(".")
+        if number not in numbers:
+            raise ContentError(f"it has an optimizer entry {name[:80]!r}, for no parameter")
+        states.setdefault(numbers[number], {})[field] = tensor
+    for index, state in states.items():
+        like = parameters[index]
+        layout = dict.fromkeys(_MOMENTS, (like.dtype, tuple(like.shape)))
+        check_layout(state, layout | {"step": (torch.float32, ())})
+        if float(state["step"]) < 0 or bool((state["exp_avg_sq"] < 0).any()):
+            raise ContentError(f"the optimizer's entry {index} is negative")
+    return states
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

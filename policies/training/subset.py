@@ -1,15 +1,14 @@
-"""Distributions over the keep masks of one layer, with the exact log-probability of the mask that
-was played.
+"""Defines distributions over the keep masks of one layer, with exact log-probabilities.
 
-METHODS.md 1.2, item 2: the published PruneNet (arXiv 2501.15296) sums marginals with fresh noise,
-which is not the probability of any action. Here every channel keeps with probability sigmoid(logit
-+ offset); one offset per layer is solved so that the expected width is the target. Two
-distributions:
+The published PruneNet (arXiv 2501.15296) sums marginals with new noise, which is not the
+probability of any action (docs/methods.md, section 1.2, item 2). Here every channel stays with
+probability sigmoid(logit + offset), where one offset per layer makes the expected width the target.
+Two distributions:
 
-- `Bernoulli`: the keeps are independent; the width varies around the target.
-- `FixedWidth`: the same keeps, given that exactly `width` of them stay (the conditional Bernoulli
+- `Bernoulli`: channels are independent; the width varies around the target.
+- `FixedWidth`: the same, conditional on exactly `width` channels (the conditional Bernoulli
   distribution; Chen, Dempster and Liu, "Weighted finite population sampling to maximize entropy",
-  Biometrika 1994). No reward is spent on differences in size.
+  Biometrika 1994). Rewards then do not differ by size.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from torch.nn.functional import logsigmoid, softplus
 
 from prunenet.models.masks import top_channels
 
-# Halvings of a bracket some 80 wide, to where two Newton steps, which square the error, end at
-# rounding.
+# Halvings of a bracket some 80 wide, to 1e-6: two Newton steps, each of which squares the error,
+# then reach the rounding.
 _BISECTIONS = 26
 
 
 def solve_offset(
     logits: Float[Tensor, "masks d_ff"], width: Int[Tensor, " masks"]
 ) -> Float[Tensor, "masks 1"]:
-    """The offset b with sum_j sigmoid(logit_j + b) = width, for each mask; differentiable in the
-    logits.
+    """Solves sum_j sigmoid(logit_j + b) = width for the offset b of each mask.
 
-    Found by bisection to 1e-6 and two Newton steps, without gradient; another one then carries the
-    exact implicit derivative, db / dlogit_j = -p_j (1 - p_j) / sum_i p_i (1 - p_i).
+    Differentiable in the logits. Bisection to 1e-6 and two Newton steps find the offset without
+    gradient; a third step carries the exact implicit derivative, db / dlogit_j = -p_j (1 - p_j) /
+    sum_i p_i (1 - p_i).
 
     Args:
         logits: any finite values.
-        width: in [1, d_ff]; at d_ff the offset is a finite number that makes every keep practically
+        width: in [1, d_ff]; at d_ff the offset is finite and makes every channel practically
             certain.
     """
     # Keeps p (1 - p) away from 0 when everything is kept, where the offset would be infinite.
@@ -64,13 +63,13 @@ def solve_offset(
 
 
 class Bernoulli:
-    """Independent keeps whose expected number is the target width.
+    """Keeps channels independently, with the target width as their expected number.
 
     Args:
         logits: (cases, d_ff); only differences within a row matter.
         width: (cases,) target widths, in [1, d_ff].
-        rows: (masks,) which case each mask belongs to; by default one mask per case. Many masks of
-            one layer share a case, and everything costly is computed per case.
+        rows: (masks,) the case of each mask; default one mask per case. Many masks of one layer
+            share a case, for which everything costly is computed once.
     """
 
     def __init__(
@@ -91,9 +90,7 @@ class Bernoulli:
         return torch.sigmoid(self.shifted)
 
     def sample(self, generator: torch.Generator) -> Bool[Tensor, "masks d_ff"]:
-        """The masks. One that would keep nothing is drawn again, which at widths of practice never
-        happens (exp(-width)).
-        """
+        """Draws the masks; an empty one is drawn again (its probability is about exp(-width))."""
         probability = self._probability.detach()[self.rows]
         keep = _coins(probability, generator)
         while bool((empty := ~keep.any(1)).any()):
@@ -101,7 +98,7 @@ class Bernoulli:
         return keep
 
     def mode(self) -> Bool[Tensor, "masks d_ff"]:
-        """The `width` likeliest channels, for each mask."""
+        """Returns the `width` likeliest channels, for each mask."""
         logits = self.shifted.detach()
         cases = [
             top_channels(row, int(width)) for row, width in zip(logits, self.width, strict=True)
@@ -109,28 +106,29 @@ class Bernoulli:
         return torch.stack(cases)[self.rows]
 
     def log_prob(self, keep: Bool[Tensor, "masks d_ff"]) -> Float[Tensor, " masks"]:
-        """Exact log-probability of each mask, in nats."""
+        """Returns the exact log-probability of each mask, in nats."""
         stay, go = logsigmoid(self.shifted)[self.rows], logsigmoid(-self.shifted)[self.rows]
         return torch.where(keep, stay, go).sum(1)
 
     def entropy(self) -> Float[Tensor, " masks"]:
-        """In nats, in [0, d_ff ln 2]."""
+        """Returns the entropy of each mask's distribution, in nats, in [0, d_ff ln 2]."""
         return (softplus(self.shifted) - self._probability * self.shifted).sum(1)[self.rows]
 
 
 class FixedWidth(Bernoulli):
-    """The keeps of `Bernoulli` given that their number is exactly the target width.
+    """Keeps exactly the target width of channels: `Bernoulli`, conditional on the number kept.
 
-    log P(mask) = sum of the independent log-probabilities - log P(number of keeps = width).
-    Invariant to the offset, which only makes the second term well conditioned.
+    log P(mask) = sum of the independent log-probabilities - log P(number kept = width). It does not
+    depend on the offset, which only makes the second term well conditioned.
     """
 
     def _offset(self, logits: Float[Tensor, "cases d_ff"]) -> Float[Tensor, "cases 1"]:
         return solve_offset(logits.detach(), self.width)
 
     def sample(self, generator: torch.Generator) -> Bool[Tensor, "masks d_ff"]:
-        """The masks, by rejection: the target is the mean width, so one draw in about 2.5 standard
-        deviations is right.
+        """Draws the masks by rejection.
+
+        The target is the mean width, so that about one draw in 2.5 standard deviations is right.
         """
         keep = self.mode()
         width = self.width[self.rows]
@@ -149,33 +147,33 @@ class FixedWidth(Bernoulli):
         return keep
 
     def log_prob(self, keep: Bool[Tensor, "masks d_ff"]) -> Float[Tensor, " masks"]:
-        """Exact log-probability of each mask, in nats; -inf for a mask of another width."""
+        """Returns the exact log-probability of each mask, in nats; -inf for another width."""
         exact = super().log_prob(keep) - self._log_mass[self.rows]
         return torch.where(keep.sum(1) == self.width[self.rows], exact, -torch.inf)
 
     def entropy(self) -> Float[Tensor, " masks"]:
-        """Entropy of the independent keeps plus the log-mass of their number, in nats.
+        """Returns the independent entropy plus the log-mass of the width, in nats.
 
-        An overestimate, by under 0.3 nats where logits are moderate and more where they are spread
-        out; its gradient leaves the offset out. A figure for logs, not for training.
+        Overestimates by under 0.3 nats where logits are moderate, and by more where they are spread
+        out. Its gradient omits the offset: use it for logs, not for training.
         """
         return super().entropy() + self._log_mass[self.rows]
 
     @cached_property
     def _log_mass(self) -> Float[Tensor, " cases"]:
-        """log P(number of keeps = width)."""
+        """log P(number kept = width)."""
         chances = torch.sigmoid(self.shifted.to(torch.float64))
         mass: Tensor = _LogMass.apply(chances, self.width)  # type: ignore[no-untyped-call]
         return mass.to(self.shifted.dtype)
 
 
 class _LogMass(torch.autograd.Function):
-    """log P(sum of independent keeps = width), from the characteristic function of the sum at M
-    equally spaced frequencies.
+    """Computes log P(number kept = width) from the characteristic function of the number.
 
-    Exact for M > d_ff. Wide layers use fewer: with the width at the mean, masses that alias onto it
-    lie 8 standard deviations away and more, under 1e-13 of it. M is odd, so that no factor 1 + p
-    (e^iw - 1) vanishes.
+    The function is evaluated at M equally spaced frequencies, which is exact for M > d_ff. Wide
+    layers use fewer: with the width at the mean, masses that alias onto it lie 8 standard
+    deviations away and more, under 1e-13 of it. M is odd, so that no factor 1 + p (e^iw - 1)
+    vanishes.
     """
 
     @staticmethod
@@ -216,5 +214,5 @@ def _coins(
 
 
 def _spread(probability: Float[Tensor, "cases d_ff"]) -> float:
-    """Largest standard deviation of the number of keeps."""
+    """Returns the largest standard deviation of the number kept."""
     return math.sqrt(float((probability * (1 - probability)).sum(1).max().detach()))

@@ -1,13 +1,13 @@
-"""Where to cut: one log-odds per layer, and the distribution over widths that training draws from.
+"""Defines the distribution over layer widths that training draws from, by one log-odds per layer.
 
-Layer l keeps the share sigmoid(theta + offset_l) of its channels; theta meets the budget
+Layer l keeps the share sigmoid(theta + offset_l) of its channels, where theta meets the budget
 (`prunenet.models.masks.widths_for_budget` applies the same rule, rounded). The offsets do not
 depend on the ratio, so that masks nest as the ratio rises.
 
-The distribution is played layer by layer under the environment's rules: given what is left of the
-budget, the mean width of this layer follows from theta solved over the layers that are left; the
-last layer takes what is left. Its log-probability is exact, and its gradient reaches the offsets of
-this layer and of all later ones.
+Widths are drawn layer by layer under the environment's rules. The mean width of a layer follows
+from theta, solved over the remaining layers for the remaining budget; the last layer takes all that
+is left. The log-probability is exact, and its gradient reaches the offsets of this layer and of all
+later ones.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def mean_shares(
     layer: Int[Tensor, " sweeps"],
     budget: Float[Tensor, " sweeps"],
 ) -> Float[Tensor, "sweeps layers"]:
-    """sigmoid(theta + offsets), with theta such that the shares of layer `layer` and all later ones
-    add up to the budget.
+    """Returns sigmoid(theta + offsets), with theta solved for the remaining budget.
 
-    Differentiable in the offsets: theta's own derivative is that of the constraint (implicit
-    function theorem). Shares of earlier layers mean nothing.
+    The shares of layer `layer` and of all later layers sum to the budget. Differentiable in the
+    offsets: theta's derivative is that of the constraint (implicit function theorem). Shares of
+    earlier layers have no meaning.
     """
     later = torch.arange(len(offsets), device=offsets.device) >= layer[:, None]
     with torch.no_grad():
@@ -50,19 +50,18 @@ def mean_shares(
 
 
 class SweptWidths:
-    """Widths of layers in running sweeps: a normal around the mean share, in whole multiples; then
-    the best channels.
+    """Draws the width of the current layer of each sweep, then keeps the best channels.
 
-    Satisfies what `KeepMaskPolicy` asks of a distribution over keep masks (see
-    `prunenet.policies.training.subset`). The channels are those of the highest logits, so a mask's
-    probability is its width's, and 0 for any other mask. The last layer takes what is left of the
-    budget.
+    Widths follow a normal distribution around the mean share, in whole multiples. Has the interface
+    of the distributions in `prunenet.policies.training.subset`. The channels are those of the
+    highest logits: the probability of such a mask is that of its width, and 0 for any other mask.
+    The last layer takes all that is left of the budget.
 
     Args:
         logits: (layers, d_ff) of all channels, not trained here.
         offsets: (layers,) log-odds.
-        layer: at which layer each row's sweep stands.
-        left: channels that each row's sweep may still keep.
+        layer: (masks,) current layer of each sweep.
+        left: (masks,) channels that each sweep may still keep.
         round_to: widths are multiples of this.
         spread: standard deviation of a width, as a share of d_ff.
     """
@@ -92,18 +91,14 @@ class SweptWidths:
 
     @cached_property
     def _log_chances(self) -> Float[Tensor, "masks multiples"]:
-        """Log-probability of every multiple: a normal density at whole numbers, normalised over
-        those that are allowed.
-        """
+        """Log-probability of every multiple: a normal density normalised over the allowed ones."""
         multiples = torch.arange(int(self._high.max()) + 1, device=self._mean.device)
         density = -0.5 * ((multiples - self._mean) / self._spread) ** 2
         outside = (multiples < self._low[:, None]) | (multiples > self._high[:, None])
         return density.masked_fill(outside, -torch.inf).log_softmax(1)
 
     def sample(self, generator: torch.Generator) -> Bool[Tensor, "masks d_ff"]:
-        """The masks. Rows come in pairs whose draws mirror each other: the mean of a pair has less
-        variance.
-        """
+        """Draws the masks, in pairs of mirrored draws, whose mean has less variance."""
         chances = self._log_chances.detach().exp()
         draws = torch.rand(
             (len(chances) + 1) // 2, generator=generator, device=generator.device
@@ -112,7 +107,7 @@ class SweptWidths:
         return self._masks((chances.cumsum(1) < uniform).sum(1))
 
     def mode(self) -> Bool[Tensor, "masks d_ff"]:
-        """The likeliest width of each row."""
+        """Returns the mask of the likeliest width of each row."""
         return self._masks(self._log_chances.detach().argmax(1))
 
     def _masks(self, multiples: Int[Tensor, " masks"]) -> Bool[Tensor, "masks d_ff"]:
@@ -125,16 +120,14 @@ class SweptWidths:
         )
 
     def log_prob(self, keep: Bool[Tensor, "masks d_ff"]) -> Float[Tensor, " masks"]:
-        """Exact log-probability of each mask, in nats; -inf for a mask that this distribution never
-        plays.
-        """
+        """Returns the exact log-probability of each mask, in nats; -inf if it cannot be drawn."""
         multiples = torch.div(keep.sum(1), self._round, rounding_mode="floor")
         chances = self._log_chances
         value = chances.gather(1, multiples.clamp(max=chances.shape[1] - 1)[:, None]).squeeze(1)
-        ours = (keep == self._masks(multiples)).all(1)
-        return torch.where(ours, value, torch.full_like(value, -torch.inf))
+        possible = (keep == self._masks(multiples)).all(1)
+        return torch.where(possible, value, torch.full_like(value, -torch.inf))
 
     def entropy(self) -> Float[Tensor, " masks"]:
-        """Of the width, in nats."""
+        """Returns the entropy of each width, in nats."""
         chances = self._log_chances
         return -(chances.exp() * chances.masked_fill(chances.isinf(), 0)).sum(1)

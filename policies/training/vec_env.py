@@ -1,4 +1,4 @@
-"""Shows the batched environment to stable-baselines3, which has a vector interface of its own."""
+"""Adapts the batched environment to the vector interface of stable-baselines3."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
+from prunenet.envs.layerwise import Info
 from prunenet.envs.vector import LayerwisePruningVectorEnv
 
 
 class SweepVecEnv(VecEnv):
-    """A stable-baselines3 `VecEnv` over one `LayerwisePruningVectorEnv`: no copies, no
-    processes.
-    """
+    """Wraps one `LayerwisePruningVectorEnv` as a stable-baselines3 `VecEnv`."""
 
     def __init__(self, env: LayerwisePruningVectorEnv) -> None:
         self.env = env
@@ -24,7 +23,7 @@ class SweepVecEnv(VecEnv):
         self._paid = np.zeros(self.num_envs)
 
     def reset(self) -> Any:
-        """First observations of the next sweeps."""
+        """Starts the next sweeps and returns their first observations."""
         self._paid[:] = 0
         observation, _ = self.env.reset(seed=self._seeds[0], options=self._options[0])
         self._reset_seeds()
@@ -32,15 +31,15 @@ class SweepVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Takes the masks."""
+        """Stores the masks for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Plays them."""
+        """Plays the stored masks."""
         assert self._actions is not None, "step_wait() follows step_async()"
         observation, rewards, ended, _, infos = self.env.step(self._actions)
         self._paid += rewards
-        listed: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        listed: list[Info] = [{} for _ in range(self.num_envs)]
         if ended.all():
             final = infos["final_obs"]
             for i, info in enumerate(listed):
@@ -54,21 +53,21 @@ class SweepVecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The one environment's attribute, once per mask."""
+        """Returns the one environment's attribute, once per mask."""
         return [getattr(self.env, attr_name)] * self._count(indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Sets it on the one environment."""
+        """Sets an attribute of the one environment."""
         setattr(self.env, attr_name, value)
 
     def env_method(
         self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
     ) -> list[Any]:
-        """Calls it once; the answer counts for every mask."""
+        """Calls a method once and returns its result once per mask."""
         return [getattr(self.env, method_name)(*args, **kwargs)] * self._count(indices)
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """No mask has a wrapper of its own."""
+        """Returns False for every mask: wrappers surround the whole batch."""
         return [False] * self._count(indices)
 
     def _count(self, indices: int | Sequence[int] | None) -> int:

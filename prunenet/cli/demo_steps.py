@@ -109,7 +109,7 @@ def _policy(dense: PreTrainedModel, folder: Path, recipe: Recipe, console: Conso
     except PolicyError:
         pass
     else:
-        asked = (recorded(recipe, None), weights_sha256(dense))
+        asked = (recorded(recipe), weights_sha256(dense))
         if (policy.config.recipe, policy.config.trained_on.get("weights")) != asked:
             raise ValueError(
                 f"{folder} holds a policy of another recipe or model; remove it, or give another"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -27,6 +27,8 @@ from prunenet.cli.options import (
     Seed,
     TextColumn,
 )
+from prunenet.policies.training.choices import Algorithm, Features, LayerReward
+from prunenet.spectra.choices import Distance, Spectrum
 
 if TYPE_CHECKING:
     from prunenet.policies.training.recipe import Recipe
@@ -51,18 +53,18 @@ class Training:
         tuple[float, float] | None,
         typer.Option(help="Range of ratios to train at: low and high, in [0, 1)."),
     ] = None
-    algorithm: Annotated[
-        Literal["a2c", "ppo"] | None, typer.Option(help="stable-baselines3's algorithm.")
-    ] = None
+    algorithm: Annotated[Algorithm | None, typer.Option(help="stable-baselines3's algorithm.")] = (
+        None
+    )
     reward: Annotated[
-        Literal["spectral", "reconstruction"] | None,
+        LayerReward | None,
         typer.Option(
             help="spectral: from weights alone. reconstruction: from activations on text, see"
             " --moments."
         ),
     ] = None
     features: Annotated[
-        Literal["weights", "moments"] | None,
+        Features | None,
         typer.Option(
             help="What the policy reads: weights (the default), or also moments of activations; it"
             " then needs text to prune."
@@ -79,11 +81,11 @@ class Training:
     text_column: TextColumn = None
     bos: BosOption = "auto"
     distance: Annotated[
-        Literal["ks", "wasserstein", "energy"] | None,
+        Distance | None,
         typer.Option(help="Distance behind the spectral reward."),
     ] = None
     spectrum: Annotated[
-        Literal["auto", "exact", "stochastic"] | None,
+        Spectrum | None,
         typer.Option(
             help="Singular values behind the spectral reward: decomposed, estimated, or auto: by"
             " the model's size."
@@ -148,8 +150,7 @@ def train(
         with tables.progress(errors, "training", "reward") as advance:
             trained = learn(
                 dense,
-                recipe,
-                where=allocation,
+                replace(recipe, allocation=allocation),
                 out=out,
                 resume=resume,
                 blocks=blocks,

@@ -325,13 +325,13 @@ class Pruner:
         if allocation == "learned":
             learned = cast(Policy, self.policy)
             allocation = learned.widths(self.model, ratio, per_layer=True, round_to=self.round_to)
-        compensate: Any = "mean_bias" if spec.refit == "mean_bias" else "none"
+        refit: Any = "mean_bias" if spec.refit == "mean_bias" else "off"
         found = cut(
             evidence,
             self._method(spec, ratio, evidence),
             ratio,
             allocation=cast(Allocation, allocation),
-            compensate=compensate,
+            refit=refit,
             round_to=self.round_to,
             heads=spec.heads,
         )

@@ -270,4 +270,4 @@ def _defaults(method: str) -> tuple[str, str]:
     if method in _OWN:
         return _OWN[method]
     row = METHODS[method]
-    return row.allocation, "off" if row.compensate == "none" else row.compensate
+    return row.allocation, row.refit

@@ -1,6 +1,7 @@
-"""What a policy observes of a channel and of its layer.
+"""Describes channels and layers for a policy.
 
 from_weights.py      37 statistics of weights alone
+leverage.py          leading singular directions, leverages and twins of weight rows
 from_activations.py  statistics of measured moments
-residual.py          what the residual stream holds in front of a layer, estimated from weights
+residual.py          second moments of the residual stream, estimated from weights
 """

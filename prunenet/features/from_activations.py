@@ -1,18 +1,20 @@
-"""What token blocks say about each FFN channel, beside its weights: more that a policy may read
-(METHODS.md 3, 5 and 6).
+"""Computes statistics of each FFN channel's activations on token blocks, for policies that read
+them besides the weights (docs/methods.md, sections 3, 5 and 6).
 
-From a layer's moments (H = E[h h^T], mu = E[h]) and its down matrix W, in units in which every
-column of W has norm 1: what channel j writes is then |W_:j| h_j, and no statistic but
-`moment_energy` changes where h_j is multiplied and W_:j divided by the same number. Standardised
-inside the layer as in `prunenet.features.from_weights`; nothing depends on a width.
+Reads a layer's moments (H = E[h h^T], mu = E[h]) and its down matrix W, in units in which every
+column of W has norm 1, so that channel j writes |W_:j| h_j. No statistic but `moment_energy` then
+changes where h_j is multiplied and W_:j divided by the same number. Statistics are standardised
+inside the layer as in `prunenet.features.from_weights`; none depends on a width.
 
-`moment_write` ranks channels as Wanda-sp does (with the norm of a column in place of its mean),
-`moment_fluctuation` as FLAP (arXiv 2312.11983), `moment_unique` by Optimal Brain Surgeon's loss of
-one channel, |W_:j|^2 / [(H + lam I)^-1]_jj (Hassibi and Stork, NIPS 1992;
-`prunenet.refit.eliminate` drops one after the other by it). What differs: lam, 1 % of the mean
-energy as there, is taken in the units above, where it does not depend on how a channel splits its
-size between h and W; and it is taken off the loss again, so that a channel that writes nothing
-loses nothing. What is left is min_x E|h_j - x h_K|^2 + lam |x|^2 over the other channels K.
+`moment_write` ranks channels as Wanda-sp does (by the norm of a column in place of its mean) and
+`moment_fluctuation` as FLAP (arXiv 2312.11983). `moment_unique` is Optimal Brain Surgeon's loss of
+one channel, |W_:j|^2 / [(H + lam I)^-1]_jj (Hassibi and Stork, NIPS 1992), by which
+`prunenet.refit.eliminate` drops channels. What differs:
+
+- lam is 1 % of the mean energy in the units above, where it does not depend on how a channel splits
+  its size between h and W;
+- lam is subtracted from the loss again, so that a channel that writes nothing loses nothing. What
+  is left is min_x E|h_j - x h_K|^2 + lam |x|^2 over the other channels K.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from prunenet.models.layers import down_linears
 from prunenet.refit.cholesky import damped_cholesky
 from prunenet.refit.moments import LayerWalk, Moments
 from prunenet.runtime import parallel
+from prunenet.runtime.floats import in_float64
 
-# A policy that reads them stores both and refuses other values. Raise the version when a statistic
-# changes its meaning.
+# Stored with a policy that reads moments, which refuses other values. Raise the version when a
+# statistic changes its meaning.
 MOMENT_STATISTICS_VERSION = 1
 MOMENT_STATISTICS: tuple[str, ...] = (
     "moment_energy",  # log E[h^2]
@@ -50,10 +53,16 @@ def channel_features(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Float32[Tensor, "_ n_stats"]]:
-    """What a policy reads of each layer's channels: `channel_statistics` and, given blocks,
-    `moment_statistics` behind them.
+    """Computes what a policy reads: `channel_statistics` and, given blocks, `moment_statistics`.
 
-    Arguments and errors: as of those.
+    Args:
+        model, blocks, progress: as for `moment_statistics`.
+
+    Returns:
+        (d_ff, statistics) for each layer; those of moments are the last columns.
+
+    Raises:
+        UnsupportedArchitecture, ValueError: as the two functions.
     """
     from_weights = channel_statistics(model)
     if blocks is None:
@@ -69,18 +78,20 @@ def moment_statistics(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Float32[Tensor, "_ n_stats"]]:
-    """Standardised statistics of every FFN channel's activations: (d_ff, len(MOMENT_STATISTICS))
-    for each layer.
+    """Computes standardised statistics of every FFN channel's activations.
 
-    Values lie in [-4, 4] and are never NaN; a statistic that is constant in a layer is 0. Memory
-    holds the moments of one layer, in float64 while they are inverted. Of several processes
-    (`prunenet.runtime.parallel`) each measures its own layers; the way through the layers is walked
-    by all.
+    Memory holds the moments of one layer, in float64 while they are inverted. Several processes
+    (`prunenet.runtime.parallel`) share the measurements; each passes the hidden states through all
+    layers.
 
     Args:
         model: in eval mode; read, never changed.
         blocks: token ids without padding.
         progress: called with (layers done, layers in all).
+
+    Returns:
+        (d_ff, len(MOMENT_STATISTICS)) for each layer, in [-4, 4] and never NaN. A statistic that is
+        constant in a layer is 0.
 
     Raises:
         ValueError: blocks that the model cannot read, or activations that are not finite.
@@ -91,13 +102,8 @@ def moment_statistics(
     for index in walk:
         if not parallel.is_owner(index):
             continue
-        moments = walk.moments(index)
-        if not bool(torch.isfinite(moments.second).all()):
-            raise ValueError(
-                f"the activations of layer {index} are not finite: the weights are damaged, or"
-                f" {model.dtype} overflows"
-            )
-        found[index] = (layer_moment_statistics(downs[index].weight.detach(), moments),)
+        weight = downs[index].weight.detach()
+        found[index] = (layer_moment_statistics(weight, walk.moments(index)),)
         if progress is not None:
             progress(index + 1, len(downs))
     return [statistics for (statistics,) in parallel.gather_from_owners(found, len(downs))]
@@ -106,15 +112,16 @@ def moment_statistics(
 def layer_moment_statistics(
     weight: Float[Tensor, "d_model d_ff"], moments: Moments
 ) -> Float32[Tensor, "d_ff n_stats"]:
-    """The same of one layer.
+    """Computes `moment_statistics` of one layer.
 
     Args:
         weight: the down matrix W, any float dtype.
-        moments: of the activations in front of it, finite.
+        moments: of the activations in front of it.
+
+    Raises:
+        ValueError: a moment or a weight is NaN or infinite.
     """
-    # which has no float64
-    device = weight.device if weight.device.type != "mps" else torch.device("cpu")
-    norms = weight.to(device, torch.float64).norm(dim=0)
+    norms = in_float64(weight)[0].norm(dim=0)
     energy, mean = moments.second.diagonal().to(norms), moments.mean.to(norms)
     mean_share = (mean.square() / energy.clamp_min(_TINY)).clamp(max=1)
     written = energy * norms.square()
@@ -134,8 +141,8 @@ def layer_moment_statistics(
 
 
 def _unique(written: Float[Tensor, "d_ff d_ff"]) -> Float[Tensor, " d_ff"]:
-    """The output energy of each channel that a ridge regression on the others does not explain."""
-    lam = _DAMPING * max(float(written.diagonal().mean()), _TINY)  # a layer may write nothing
+    """Returns each channel's output energy that ridge regression on the others cannot explain."""
+    lam = _DAMPING * max(float(written.diagonal().mean()), _TINY)  # 0 for a dead layer
     inverse = torch.cholesky_inverse(damped_cholesky(written, lam, _DAMPING))
     return (1 / inverse.diagonal() - lam).clamp_min(0)
 

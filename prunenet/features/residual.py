@@ -1,5 +1,6 @@
-"""What the weights alone say about the residual stream in front of each layer (see
-`prunenet.features.from_weights`).
+"""Estimates second moments of the residual stream in front of each layer from the weights alone.
+
+The model behind the estimate is described in `prunenet.features.from_weights`.
 """
 
 from __future__ import annotations
@@ -11,26 +12,29 @@ from torch import Tensor
 from prunenet.models.layers import FFN, EmbeddingMatrix
 
 _TINY, _ROWS = 1e-30, 8192
-# columns of a symmetric product that are computed at once; a narrower one is a plain product
+# columns of a symmetric product that are computed at once; a narrower matrix is multiplied whole
 _BLOCK = 768
 _Square = Float32[Tensor, "d_model d_model"]
 
 
 class ResidualStream:
-    """Second moments of the residual stream in front of one layer after the other; d_model x
-    d_model matrices only.
+    """Holds second moments of the residual stream, updated layer by layer.
+
+    Memory holds d_model x d_model matrices only.
 
     Args:
         table: input embeddings.
-        head: output embeddings, where they are not the same.
+        head: output embeddings; None where they are tied.
 
     Attributes:
-        moment: of the embeddings and of what the FFNs read so far write.
-        mean: of the embeddings, of norm 1.
+        moment: second moment of the embeddings plus the writes of all FFNs read so far.
+        mean: mean embedding, scaled to norm 1.
         energy: mean squared norm of the embeddings.
-        embedding, unembedding: second moments, with trace d_model; one and the same where the
-            tables are.
+        embedding, unembedding: second moments with trace d_model; the same tensor where tied.
         attention: sum of W_o W_o^T over the layers read so far.
+
+    Raises:
+        ValueError: an embedding is NaN or infinite.
     """
 
     def __init__(self, table: EmbeddingMatrix, head: EmbeddingMatrix | None) -> None:
@@ -43,8 +47,12 @@ class ResidualStream:
         self.attention = torch.zeros_like(self.moment)
 
     def read_attention(self, ffn: FFN) -> None:
-        """Moves to the layer's device and adds what its attention writes."""
-        # embeddings of another width (opt-350m): what they add is unknown
+        """Moves to the layer's device and adds what its attention writes.
+
+        Raises:
+            ValueError: a weight is NaN or infinite.
+        """
+        # Embeddings of another width (opt-350m): the projection to d_model is not read.
         if len(self.moment) != ffn.d_model:
             self.moment = self.embedding = self.unembedding = torch.eye(ffn.d_model)
             self.mean, self.attention = torch.zeros(ffn.d_model), torch.zeros_like(self.moment)
@@ -52,10 +60,11 @@ class ResidualStream:
             setattr(self, name, getattr(self, name).to(ffn.up.device))
         if ffn.attention_out is not None:
             rows = ffn.attention_out.float()
+            check_weights(f"weights of layer {ffn.index}", rows)
             self.attention = self.attention + self_product(rows.T)
 
     def read_ffn(self, ffn: FFN, energy: Float32[Tensor, " d_ff"]) -> None:
-        """Adds what the FFN writes, given E[h^2] of its channels."""
+        """Adds what the FFN writes, given the expected energy E[h^2] of each channel."""
         columns = ffn.down.float() * energy.sqrt()
         self.moment = self.moment + self_product(columns.T)
 
@@ -63,26 +72,43 @@ class ResidualStream:
 def embedding_moments(
     table: EmbeddingMatrix,
 ) -> tuple[Float32[Tensor, "width width"], Float32[Tensor, " width"]]:
-    """Mean outer product and mean of the rows, a slab at a time: a table is never held whole in
-    float32.
+    """Computes the mean outer product and the mean of the rows.
+
+    Reads a slab at a time: a table is never held whole in float32.
+
+    Raises:
+        ValueError: an entry is NaN or infinite, or squares overflow float32.
     """
     moment = torch.zeros(table.shape[1], table.shape[1], device=table.device)
     mean = torch.zeros(table.shape[1], device=table.device)
     for start in range(0, len(table), _ROWS):
         rows = table[start : start + _ROWS].float()
+        check_weights("the embeddings", rows)
         moment += self_product(rows)
         mean += rows.sum(0)
+    if not bool(torch.isfinite(moment.trace())):
+        raise ValueError(
+            "the embeddings are too large: their squares overflow float32; the checkpoint is"
+            " damaged, load another"
+        )
     return moment / len(table), mean / len(table)
 
 
+def check_weights(what: str, *weights: Tensor) -> None:
+    """Raises ValueError where a weight is NaN or infinite; `what` begins the sentence."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights):
+        raise ValueError(f"{what} are NaN or infinite; the checkpoint is damaged, load another")
+
+
 def normalised(moment: _Square) -> _Square:
-    """Scaled to a trace of d_model; zero stays zero."""
+    """Scales a second moment to a trace of d_model; zero stays zero."""
     return moment * (len(moment) / moment.trace().clamp_min(_TINY))
 
 
 def self_product(rows: Float32[Tensor, "n width"]) -> Float32[Tensor, "width width"]:
-    """R^T R: what lies above the diagonal is computed and mirrored, 0.6 of a full product's time at
-    a width of 4096.
+    """Returns R^T R, of which the lower triangle is mirrored and not computed.
+
+    Takes 0.6 of a full product's time at a width of 4096.
     """
     width = rows.shape[1]
     if width <= _BLOCK:
@@ -99,8 +125,9 @@ def self_product(rows: Float32[Tensor, "n width"]) -> Float32[Tensor, "width wid
 def quadratic(
     rows: Float32[Tensor, "n width"], matrix: Float32[Tensor, "width width"]
 ) -> Float32[Tensor, " n"]:
-    """r^T M r of each row, M symmetric: its part above the diagonal counts twice, at 0.6 of a full
-    product's time.
+    """Returns r^T M r of each row r for a symmetric M.
+
+    Counts the part above the diagonal twice, which takes 0.6 of a full product's time.
     """
     width = rows.shape[1]
     if width <= _BLOCK:

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prunenet.models import modeling, sliced_modeling
 from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture, architecture_for
 from prunenet.models.layers import check_whole, decoder_layers
+from prunenet.runtime.floats import in_float64
 
 DAMPING = 0.01
 """Of the mean diagonal, added to a covariance's diagonal. It moves eigenvalues and no
@@ -300,8 +301,7 @@ def _config(model: PreTrainedModel, widths: Sequence[int]) -> PreTrainedConfig:
 
 def _exact(tensor: Tensor) -> Tensor:
     """In float64; on the CPU where the device has none."""
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    return in_float64(tensor.detach())[0]
 
 
 def _like(values: Tensor, parameter: Tensor) -> nn.Parameter:

@@ -1,9 +1,9 @@
-"""Measured activations, and the closed form that repairs a cut.
+"""Measures activations and repairs a cut by closed-form least squares.
 
 moments.py    second moments of FFN activations, one layer at a time
-folds.py      two halves of a calibration set: a damping is chosen on one and judged on the other
-cholesky.py   one damped factorisation for everybody
-ridge.py      least squares of the kept down-projection columns
-eliminate.py  greedy optimal-brain-surgeon elimination of channels
-cut.py        all layers of a model: channels chosen, refitted, kept as a `Cut`
+folds.py      two halves of a calibration set, one to fit on and one to judge on
+cholesky.py   the damped Cholesky factor of second moments
+ridge.py      ridge least squares of the kept down-projection columns
+eliminate.py  greedy Optimal Brain Surgeon elimination of channels
+cut.py        cuts all layers of a model: channels chosen and refitted
 """

@@ -1,13 +1,13 @@
-"""Cuts a model by its activations: which channels of each layer to keep, and what the kept ones
-write in place of the others.
+"""Cuts all layers of a model by its activations: chooses the channels that stay and refits them.
 
-Measures each layer once (`moments`), chooses channels by greedy elimination (`eliminate`) or by
-given scores, and refits the down matrix for them (`refit`), with its damping chosen across two
-folds of the text. Memory holds the moments of one layer.
+Measures each layer once (`prunenet.refit.moments`), chooses channels by greedy elimination
+(`eliminate`) or by given scores, and refits the down matrix (`ridge`) with a damping chosen across
+two folds of the text. Memory holds the moments of one layer.
 
-Of several processes (`prunenet.runtime.parallel`) each measures, orders and refits its own layers
-in `cut_layers`, to the same bits. Not split: the hidden states' way through the layers, which all
-walk, and `refit_sequentially`, where each layer is measured behind the one refitted before it.
+Several processes (`prunenet.runtime.parallel`) share the layers in `cut_layers`: each measures,
+orders and refits its own, with the same result bit for bit. Every process passes the hidden states
+through all layers. `refit_sequentially` is not shared: there each layer is measured behind the
+refitted one in front of it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ from prunenet.runtime.placement import derive, is_placed, present, shared_copy
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One way to cut a model.
+    """Holds the channels that stay in each layer, and the refitted down matrices.
 
     Attributes:
-        keep: (d_ff,) of each layer.
-        downs: (d_model, kept) of each layer, refitted; None where the dense columns stay as they
-            are.
+        keep: (d_ff,) mask of each layer.
+        downs: (d_model, kept) refitted matrix of each layer; None without a refit.
         dampings: of each layer's refit; empty without one.
     """
 
@@ -47,7 +46,7 @@ class Cut:
     dampings: tuple[float, ...] = ()
 
     def model(self, dense: PreTrainedModel) -> PreTrainedModel:
-        """The narrow model; the dense one stays as it is."""
+        """Makes the narrow model; the dense one stays as it is."""
         narrow = narrowed(dense, self.keep)
         if self.downs is not None:
             for linear, weight in zip(down_linears(narrow), self.downs, strict=True):
@@ -57,7 +56,7 @@ class Cut:
     def down(
         self, layer: int, dense: Float[Tensor, "d_model d_ff"]
     ) -> Float[Tensor, "d_model d_ff"]:
-        """The layer's down matrix with zeros in the columns of dropped channels."""
+        """Returns a layer's down matrix with zeros in the columns of removed channels."""
         keep = self.keep[layer].to(dense.device)
         if self.downs is None:
             return dense * keep.to(dense)
@@ -77,19 +76,21 @@ def cut_layers(
     refit: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Cut]:
-    """Cuts a model in several ways, measuring each layer once.
+    """Cuts a model to several sizes, measuring each layer once.
 
     Args:
         model: the dense model, in eval mode; not changed.
-        blocks: token blocks; the refit is fitted on all, with a damping chosen across `folds_of`
-            them.
-        widths: for each way, the width of each layer.
+        blocks: token blocks. The refit is fitted on all of them, with a damping chosen across
+            `folds_of` them, at the first size.
+        widths: for each size, the width of each layer.
         scores: of each layer's channels, higher stays; default the order of greedy elimination on
             these moments.
-        measured: how much of the order is that of the channels' measured output energies, see
-            `blended`.
+        measured: share of the measured output energies in the order, in [0, 1]; see `blended`.
         refit: whether the down matrices are refitted.
         progress: called with (layers done, layers in all).
+
+    Returns:
+        One cut for each size.
 
     Raises:
         ValueError: blocks that the model cannot read, too few of them, or activations that are not
@@ -97,43 +98,40 @@ def cut_layers(
     """
     downs = down_linears(model)
     walks = [LayerWalk(model, fold) for fold in folds_of(blocks)]
-    found: dict[int, list[Tensor]] = {}
+    # of each layer, one tensor for each size
+    keeps: dict[int, list[Tensor]] = {}
+    refitted: dict[int, list[Tensor]] = {}
+    dampings: dict[int, list[Tensor]] = {}
     for index, _ in zip(*walks, strict=True):
         if not parallel.is_owner(index):
             continue
-        folds, down = (
-            [_finite(walk.moments(index), index) for walk in walks],
-            downs[index].weight.detach(),
-        )
-        second = pooled(folds)
-        least = min(way[index] for way in widths)
-        order = (
-            _order(down, second, least)
-            if scores is None
-            else blended(scores[index], output_energy(down, second), measured)
-        )
-        damping, found[index] = None, []
-        for way in widths:
-            keep = top_channels(order, way[index])
-            if not refit:
-                found[index].append(keep)
-                continue
-            damping = damping or choose_damping(down, folds, keep)
-            refitted = ridge(down, second, keep, damping=damping)
-            found[index] += [
-                keep,
-                _put_by(model, refitted),
-                torch.tensor(damping, dtype=torch.float64),
-            ]
+        folds = [walk.moments(index) for walk in walks]
+        down, second = downs[index].weight.detach(), pooled(folds)
+        sizes = [size[index] for size in widths]
+        if scores is None:
+            order = _order(down, second, min(sizes))
+        else:
+            order = blended(scores[index], output_energy(down, second), measured)
+        keeps[index] = [top_channels(order, width) for width in sizes]
+        if refit:
+            damping = choose_damping(down, folds, keeps[index][0])
+            solved = (ridge(down, second, keep, damping=damping) for keep in keeps[index])
+            refitted[index] = [_stored(model, matrix) for matrix in solved]
+            dampings[index] = [torch.tensor(damping, dtype=torch.float64)]
         if progress is not None:
             progress(index + 1, len(downs))
-    layers = parallel.gather_from_owners(found, len(downs))
+    masks = _by_size(keeps, len(downs))
     if not refit:
-        return [Cut(list(keep), None) for keep in zip(*layers, strict=True)]
-    ways = [
-        [layer[start : start + 3] for layer in layers] for start in range(0, 3 * len(widths), 3)
-    ]
-    return [_cut([(keep, weight, float(damping)) for keep, weight, damping in way]) for way in ways]
+        return [Cut(mask, None) for mask in masks]
+    matrices = _by_size(refitted, len(downs))
+    chosen = tuple(float(damping) for damping in _by_size(dampings, len(downs))[0])
+    return [Cut(mask, matrix, chosen) for mask, matrix in zip(masks, matrices, strict=True)]
+
+
+def _by_size(found: dict[int, list[Tensor]], layers: int) -> list[list[Tensor]]:
+    """Gathers the layers of all processes: one list of layers for each size."""
+    gathered = parallel.gather_from_owners(found, layers)
+    return [list(size) for size in zip(*gathered, strict=True)]
 
 
 @torch.no_grad()
@@ -142,38 +140,24 @@ def refit_kept(
     keep: Sequence[Bool[Tensor, " _"]],
     folds: Sequence[Sequence[Moments]],
 ) -> Cut:
-    """What `cut_layers` makes of given channels, from moments that are there already.
+    """Refits given channels from measured moments, as `cut_layers` does.
 
     Args:
         model: the dense model, in eval mode; not changed.
-        keep: (d_ff,) of each layer.
+        keep: (d_ff,) mask of each layer.
         folds: of each layer, its moments on both of `folds_of` the blocks.
-
-    Raises:
-        ValueError: activations that are not finite.
     """
-    layers = []
-    for index, (linear, mask, parts) in enumerate(
-        zip(down_linears(model), keep, folds, strict=True)
-    ):
+    downs, dampings = [], []
+    for linear, mask, parts in zip(down_linears(model), keep, folds, strict=True):
         with present(linear):
             weight = linear.weight.detach()
-        damping = choose_damping(weight, [_finite(part, index) for part in parts], mask)
-        layers.append(
-            (mask, _put_by(model, ridge(weight, pooled(parts), mask, damping=damping)), damping)
-        )
-    return _cut(layers)
+        dampings.append(choose_damping(weight, parts, mask))
+        downs.append(_stored(model, ridge(weight, pooled(parts), mask, damping=dampings[-1])))
+    return Cut(list(keep), downs, tuple(dampings))
 
 
-def _cut(layers: Sequence[tuple[Tensor, Tensor, float]]) -> Cut:
-    keep = [mask for mask, _, _ in layers]
-    return Cut(
-        keep, [weight for _, weight, _ in layers], tuple(damping for _, _, damping in layers)
-    )
-
-
-def _put_by(model: PreTrainedModel, down: Tensor) -> Tensor:
-    """A refitted matrix waits on the CPU where the dense ones have no room on their device."""
+def _stored(model: PreTrainedModel, down: Tensor) -> Tensor:
+    """Moves a refitted matrix to the CPU where the model's weights do not fit their device."""
     return down.cpu() if is_placed(model) else down
 
 
@@ -184,12 +168,20 @@ def _order(down: Tensor, second: Tensor, least: int) -> Tensor:
 def blended(
     scores: Float[Tensor, " d_ff"], energy: Float[Tensor, " d_ff"], share: float
 ) -> Float[Tensor, " d_ff"]:
-    """(1 - share) of a channel's rank by scores and share of its rank by measured output energy;
-    share 0: the scores.
+    """Averages each channel's rank by scores and its rank by measured output energy.
 
-    Ranks, because neither scale means anything to the other.
+    Ranks, because scores and energies have no common scale.
+
+    Args:
+        scores: higher stays.
+        energy: see `output_energy`.
+        share: weight of the energies' ranks, in [0, 1].
+
+    Returns:
+        (1 - share) * rank + share * rank; the scores themselves at share 0, and for a layer without
+        energy.
     """
-    if share == 0:
+    if share == 0 or not bool(energy.any()):
         return scores
     by_scores, by_energy = (
         row.argsort(stable=True).argsort().double() for row in (scores.to(energy.device), energy)
@@ -200,15 +192,15 @@ def blended(
 def output_energy(
     down: Float[Tensor, "d_model d_ff"], second: Float[Tensor, "d_ff d_ff"]
 ) -> Float[Tensor, " d_ff"]:
-    """E|W_:j h_j|^2 of each channel."""
+    """Returns E|W_:j h_j|^2 of each channel j."""
     return second.diagonal() * down.to(second).square().sum(0)
 
 
 class Refits:
-    """Every layer's channels in an order, and its refitted down matrix at evenly spaced widths.
+    """Holds every layer's refitted down matrix at evenly spaced widths.
 
-    What a search over widths looks up in place of a solve. Holds about `levels` / 2 times the down
-    matrices, in their dtype.
+    A search over widths looks refits up here in place of solving for each. Memory holds about
+    `levels` / 2 times the down matrices, in their dtype.
 
     Args:
         model: the dense model; not changed.
@@ -217,12 +209,12 @@ class Refits:
             these moments.
         levels: widths of each layer, evenly spaced: the largest number up to this that divides
             d_ff.
-        damping: of every refit, see `prunenet.refit.ridge`; `cut_layers` chooses it for each layer,
-            which a search can do without.
+        damping: of every refit, see `prunenet.refit.ridge`; not chosen for each layer, as
+            `cut_layers` does.
         progress: called with (layers done, layers in all).
 
     Attributes:
-        step: between two widths, in channels.
+        step: channels between two widths.
         scores: (layers, d_ff), higher stays longer.
 
     Raises:
@@ -251,7 +243,7 @@ class Refits:
         orders = []
         walk = LayerWalk(model, blocks)
         for index in walk:
-            second, down = _finite(walk.moments(index), index).second, downs[index].weight.detach()
+            second, down = walk.moments(index).second, downs[index].weight.detach()
             orders.append(_order(down, second, self.step) if scores is None else scores[index])
             keeps = {
                 width: top_channels(orders[-1], width)
@@ -260,7 +252,7 @@ class Refits:
             solved = {
                 width: ridge(down, second, keep, damping=damping) for width, keep in keeps.items()
             }
-            self._found.append({width: _put_by(model, matrix) for width, matrix in solved.items()})
+            self._found.append({width: _stored(model, matrix) for width, matrix in solved.items()})
             if progress is not None:
                 progress(index + 1, len(downs))
         self.scores = torch.stack(orders).float()
@@ -268,8 +260,12 @@ class Refits:
     def down(
         self, layer: int, keep: Bool[Tensor, " _"], dense: Float[Tensor, "d_model d_ff"]
     ) -> Float[Tensor, "d_model d_ff"]:
-        """The layer's refitted down matrix for channels that `scores` ranks highest, with zeros in
-        the other columns.
+        """Returns a layer's refitted down matrix, with zeros in the columns of removed channels.
+
+        Args:
+            layer: number of the layer.
+            keep: the channels that `scores` ranks highest.
+            dense: the dense matrix, returned where all channels stay.
 
         Raises:
             KeyError: the mask's width is not a multiple of `step`.
@@ -290,15 +286,15 @@ def refit_sequentially(
     dense_targets: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cut:
-    """The same channels, each layer refitted behind the layers that are cut and refitted already
-    (METHODS.md 5).
+    """Refits the channels of a cut, each layer behind the cut and refitted layers in front of it
+    (docs/methods.md, section 5).
 
     Args:
         model: the dense model; not changed.
         cut: the channels to keep.
         blocks: as for `cut_layers`.
-        dense_targets: whether a layer is to write what the dense model's layer writes at the same
-            tokens; else what its own dense weights would write behind the pruned layers.
+        dense_targets: whether a layer is fitted to what the dense model's layer writes at the same
+            tokens; otherwise to what its own dense weights would write behind the pruned layers.
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -310,36 +306,28 @@ def refit_sequentially(
         (LayerWalk(model, fold), LayerWalk(pruned, fold, changing=True))
         for fold in folds_of(blocks)
     ]
-    layers: list[tuple[Tensor, Tensor, float]] = []
+    downs: list[Tensor] = []
+    dampings: list[float] = []
     for index, *_ in zip(*(walk for pair in walks for walk in pair), strict=True):
         measured = [_measured(*pair, index, dense_targets) for pair in walks]
-        folds, targets = (
-            [_finite(moments, index) for moments, _ in measured],
-            [t for _, t in measured if t is not None],
-        )
+        folds = [moments for moments, _ in measured]
+        targets = [target for _, target in measured if target is not None]
         keep, weight = cut.keep[index], dense[index].weight.detach()
         damping = choose_damping(weight, folds, keep, targets=targets or None)
         cross = pooled(folds, [target.cross for target in targets]) if targets else None
         refitted = ridge(weight, pooled(folds), keep, damping=damping, cross=cross)
-        layers.append((keep, _put_by(model, refitted), damping))
-        if index > 0:  # which all walks have passed
+        downs.append(_stored(model, refitted))
+        dampings.append(damping)
+        if index > 0:  # every walk has passed that layer: its zeroed matrix is no longer needed
             linears[index - 1].weight = dense[index - 1].weight
-        linears[index].weight = nn.Parameter(_cut(layers).down(index, weight), requires_grad=False)
+        narrow = Cut(cut.keep, downs).down(index, weight)
+        linears[index].weight = nn.Parameter(narrow, requires_grad=False)
         if progress is not None:
             progress(index + 1, len(dense))
-    return _cut(layers)
+    return Cut(list(cut.keep), downs, tuple(dampings))
 
 
 def _measured(
     dense: LayerWalk, pruned: LayerWalk, index: int, dense_targets: bool
 ) -> tuple[Moments, Target | None]:
     return paired_moments(dense, pruned, index) if dense_targets else (pruned.moments(index), None)
-
-
-def _finite(moments: Moments, index: int) -> Moments:
-    if not bool(torch.isfinite(moments.second).all()):
-        raise ValueError(
-            f"the activations of layer {index} are not finite: the weights are damaged, or their"
-            " dtype overflows"
-        )
-    return moments

@@ -1,19 +1,19 @@
-"""Greedy elimination of FFN channels, each drop followed by the best refit of those that stay
-(METHODS.md 5, "Greedy OBS").
+"""Eliminates FFN channels greedily, each drop followed by the best refit of those that stay
+(docs/methods.md, section 5, "Greedy OBS").
 
-After Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS
-1992, and its structured forms ZipLM (arXiv 2302.04089) and OSSCAR (arXiv 2403.12983): drop argmin_j
-|W_:j|^2 / [H^-1]_jj, then update W and H^-1 by the Schur complement. What differs:
+Source: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon",
+NIPS 1992, and its structured forms ZipLM (arXiv 2302.04089) and OSSCAR (arXiv 2403.12983): drop
+argmin_j |W_:j|^2 / [H^-1]_jj, then update W and H^-1 by the Schur complement. What differs:
 
 - Only what choosing needs is kept: A = H^-1 and G = W^T W. With a = A_:j / sqrt(A_jj), g = G_:j /
   sqrt(A_jj) and p = g - |w|^2 / 2 a, a drop is A - a a^T and G - p a^T - a p^T: no step touches
   d_model.
 - Both updates wait until a block of drops is full and are then two matrix products, as in a blocked
-  Cholesky factorisation; in between, only diagonals and the chosen columns are brought up to date.
+  Cholesky factorisation. In between, only diagonals and the chosen columns are brought up to date.
   The dropped channels leave the matrices with the block. In float64 throughout: H^-1 spans too many
   magnitudes for float32.
-- The loss reported is the true one, on H without damping, of the refit with damping
-  (`prunenet.refit.ridge`).
+- The reported loss is that of the refit with damping (`prunenet.refit.ridge`), on H without it.
+- A layer without energy loses nothing: its channels go in the order of their numbers.
 
 Cost: some 3 d_ff^3 multiply-adds for the whole path, in float64; about six d_ff x d_ff matrices at
 the peak. A layer of 1536 channels (SmolLM2-135M) down to 384 takes 1.3 s on one core of an AMD
@@ -28,7 +28,8 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from prunenet.refit.cholesky import damped_by_energy, damped_cholesky
+from prunenet.refit.cholesky import damped_by_energy, damped_cholesky, without_energy
+from prunenet.runtime.floats import in_float64
 
 _Square = Float64[Tensor, "d_ff d_ff"]
 _CHUNK = 512
@@ -36,13 +37,12 @@ _CHUNK = 512
 
 @dataclass(frozen=True, slots=True)
 class Elimination:
-    """A layer's channels in the order in which they are best dropped.
+    """Holds a layer's channels in the order in which they are dropped.
 
     Attributes:
         order: (dropped,) channel numbers, first dropped first.
-        loss: (dropped,) after each drop, the share of the layer's output energy tr(W H W^T) that is
-            lost although the channels that stay have been refitted (with the damping of the
-            elimination); from 0 up, 1 is all.
+        loss: (dropped,) share of the layer's output energy tr(W H W^T) lost after each drop and the
+            refit of the other channels; from 0 up, 1 is all.
     """
 
     order: Int64[Tensor, " dropped"]
@@ -58,10 +58,10 @@ def eliminate(
     least: int = 1,
     block: int = 64,
 ) -> Elimination:
-    """Drops one channel after the other, always the one whose loss costs the refitted layer least.
+    """Drops one channel after the other, each time the one that the refitted layer misses least.
 
-    "Least" is in the damped metric H + damping * diag(H), which a rescaling of channels (h_j by s,
-    W_:j by 1 / s) leaves alone. Of equal channels the lower number goes first.
+    Costs are measured in the damped metric H + damping * diag(H), which a rescaling of channels
+    (h_j by s, W_:j by 1 / s) leaves alone. Of equal channels the lower number goes first.
 
     Args:
         weight: the down matrix W, any float dtype.
@@ -80,9 +80,11 @@ def eliminate(
             f"a layer of {d_ff} channels can be left with 1 to {d_ff} in blocks of 1 or more, got"
             f" {least}, {block}"
         )
-    # which has no float64
-    device = weight.device if weight.device.type != "mps" else torch.device("cpu")
-    w, h = weight.to(device, torch.float64), second.to(device, torch.float64)
+    w, h = in_float64(weight, second)
+    device = w.device
+    if without_energy(h):
+        order = torch.arange(d_ff - least, device=weight.device)
+        return Elimination(order, torch.zeros(len(order), dtype=torch.float64, device=order.device))
     energy = ((w @ h) * w).sum()
     lam = damped_by_energy(h, damping)
     inverse, gram = torch.cholesky_inverse(damped_cholesky(h, lam, damping)), w.T @ w
@@ -118,8 +120,9 @@ def eliminate(
 
 
 def score_order(elimination: Elimination, d_ff: int) -> Float64[Tensor, " d_ff"]:
-    """Scores by which `prunenet.models.masks.top_channels` keeps what the elimination keeps, at any
-    width down to its last.
+    """Turns an elimination into scores for `prunenet.models.masks.top_channels`.
+
+    At any width down to the elimination's last, both keep the same channels.
 
     Args:
         elimination: of a layer of d_ff channels.
@@ -143,8 +146,10 @@ def _drop_block(
     Int[Tensor, " count"],
     Float64[Tensor, " count"],
 ]:
-    """Drops `count` channels without changing the matrices: (a of each, p of each, the channels,
-    damped loss of each).
+    """Chooses `count` channels and leaves the matrices as they are.
+
+    Returns:
+        a and p of each drop (see the module), the channels, and the damped loss of each.
     """
     panel, p = inverse.new_zeros(2, count, len(inverse))
     diagonal, norms = inverse.diagonal().clone(), gram.diagonal().clone()
@@ -173,12 +178,11 @@ def _change(
     order: Int[Tensor, " steps"],
     lam: Float64[Tensor, " d_ff"],
 ) -> Float64[Tensor, " steps"]:
-    """Squared norm, with the weights lam, of the change of W (dropped channels count as zeros)
-    after each step.
+    """Returns the squared norm, weighted by lam, of the change of W after each step.
 
-    The change is the sum of w a^T over the steps, so its squared norm sums (w_s . w_t)(a_s . a_t),
-    the latter product being the one with the weights; and W_:j of the step's channel is the sum of
-    w_s a_s[j] up to it, a triangular system for the w.
+    Dropped channels count as zeros. The change is the sum of w a^T over the steps, so its squared
+    norm sums (w_s . w_t)(a_s . a_t), where the second product is weighted. W_:j of a step's channel
+    is the sum of w_s a_s[j] up to that step: a triangular system for the w.
     """
     triangle = factors[:, order].triu_()
     w = torch.linalg.solve_triangular(triangle, dropped, upper=True, left=False)

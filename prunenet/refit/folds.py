@@ -18,6 +18,10 @@ def held_back(
 ) -> tuple[Int[Tensor, "fit tokens"], Int[Tensor, "held tokens"]]:
     """Splits blocks into those to fit on and those, at least one, to judge on.
 
+    Args:
+        blocks: token ids.
+        share: of the blocks to judge on, taken from the end.
+
     Raises:
         ValueError: fewer than two blocks.
     """
@@ -54,8 +58,11 @@ def folds_of(
 def pooled(
     folds: Sequence[Moments], matrices: Sequence[Float[Tensor, "d_ff d_ff"]] | None = None
 ) -> Float[Tensor, "d_ff d_ff"]:
-    """The second moments of all folds' tokens together; or another mean over tokens, given that of
-    each fold.
+    """Averages matrices of several folds, weighted by their tokens.
+
+    Args:
+        folds: moments of each fold.
+        matrices: one mean over tokens of each fold; default its second moments.
     """
     tokens = sum(fold.tokens for fold in folds)
     parts = [fold.second for fold in folds] if matrices is None else matrices

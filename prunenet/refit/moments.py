@@ -1,11 +1,11 @@
-"""Second moments of FFN activations, layer by layer: what refit and the reconstruction reward need
-(METHODS.md 3).
+"""Measures second moments of FFN activations, layer by layer, for the refit and the reconstruction
+reward (docs/methods.md, section 3).
 
-One pass over the token blocks carries their hidden states from layer to layer, so that memory holds
-the moments of one layer and the hidden states of all blocks, which may wait on the CPU. A caller
-may change a layer between measuring and passing it: the next layer is then measured behind the
-changed one (sequential mode, METHODS.md 5); `paired_moments` also relates it to the dense model's
-layer.
+One pass over the token blocks carries their hidden states from layer to layer. Memory holds the
+moments of one layer and the hidden states of all blocks, which may wait on the CPU. A caller may
+change a layer between its measurement and its forward pass, so that the next layer is measured
+behind the changed one (sequential mode, section 5). `paired_moments` also relates the activations
+to those of the dense model's layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,17 +23,18 @@ from transformers import PreTrainedModel
 from prunenet.models.architectures import architecture_for
 from prunenet.models.hooks import calling
 from prunenet.models.layers import check_tokens, decoder_layers, down_linears
+from prunenet.runtime.floats import float64_device
 from prunenet.runtime.placement import device_of, home, is_placed, present
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of one layer's activations h, the input of its down linear, over all tokens.
+    """Moments of one layer's activations h, the inputs of its down linear, over all tokens.
 
     Attributes:
         second: E[h h^T], (d_ff, d_ff), float32.
         mean: E[h], (d_ff,), float32.
-        tokens: how many were averaged: those that are not skipped.
+        tokens: how many were averaged; skipped ones do not count.
     """
 
     second: Float[Tensor, "d_ff d_ff"]
@@ -43,14 +44,13 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Energies:
-    """Of one layer's activations h, each channel alone: what scores need that relate no channel to
-    another.
+    """Moments of each channel alone, for scores that relate no channel to another.
 
     Attributes:
         energy: E[h_j^2], (d_ff,), float32: the diagonal of `Moments.second`, at 1 / d_ff of its
             work and memory.
         mean: E[h], (d_ff,), float32.
-        tokens: how many were averaged: those that are not skipped.
+        tokens: how many were averaged; skipped ones do not count.
     """
 
     energy: Float[Tensor, " d_ff"]
@@ -60,7 +60,7 @@ class Energies:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a dense model's layer has, t, where the pruned model's has h: the same layer and tokens.
+    """Relates the dense layer's activations t to the pruned layer's h at the same tokens.
 
     Attributes:
         cross: E[t h^T], (d_ff, d_ff), float32.
@@ -73,8 +73,22 @@ class Target:
     energy: float
 
 
+class LayerCall(NamedTuple):
+    """Holds the arguments of one call of a decoder layer.
+
+    Attributes:
+        hidden: the hidden states; None where they come from the layer in front.
+        args: other positional arguments.
+        kwargs: named arguments.
+    """
+
+    hidden: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class _Captured(Exception):
-    """Stops the forward pass once the first layer's input is known."""
+    """Ends the forward pass once the arguments of all layers are recorded."""
 
 
 class _Sums:
@@ -90,30 +104,47 @@ class _Sums:
         self.second.addmm_(h.T, h)
         self.mean.add_(h.sum(0))
 
-    def moments(self) -> Moments:
+    def moments(self, layer: int, dtype: torch.dtype) -> Moments:
+        check_activations(self.second, layer, dtype)
         return Moments(self.second.div_(self.tokens), self.mean.div_(self.tokens), self.tokens)
+
+
+def check_activations(values: Tensor, layer: int, dtype: torch.dtype) -> None:
+    """Checks numbers that were computed from a layer's activations.
+
+    Args:
+        values: such as second moments.
+        layer: number of the layer.
+        dtype: of the model.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"the activations of layer {layer} are not finite: the weights are damaged, or"
+            f" {str(dtype).removeprefix('torch.')} overflows"
+        )
 
 
 class LayerWalk:
     """Carries token blocks through a model, one decoder layer at a time.
 
+    Iterating yields layer numbers, first to last. In the loop body the caller may measure that
+    layer (`moments`, `energies`) and, with `changing`, change it. Its weights are then on the
+    device where it computes.
+
     Args:
-        model: a causal LM in eval mode; not changed by the walk itself.
+        model: a causal LM in eval mode; the walk itself does not change it.
         blocks: (n, tokens) token ids, without padding.
         batch: blocks per forward pass.
-        changing: whether the caller changes layers on the way. Then leaving the loop body passes
-            the hidden states through the layer as it is by then; otherwise the outputs of the
-            measurement are passed on, at half the cost.
-        skip: positions at the start of each block that no moment counts, in [0, tokens). The first
-            token of a block is often an attention sink, with activations so large that it alone
-            shapes H; later tokens still see it.
-        offload: whether hidden states wait on the CPU, a batch at a time being on the layer's
-            device. Those of a model that accelerate has placed (`prunenet.runtime.placement`)
-            always do.
-
-    Iterate over it: each layer may be measured (`moments`, `energies`) and, if `changing`, changed
-    before or after. Inside the loop body the weights of that layer are on its device, wherever they
-    are kept.
+        changing: whether the caller changes layers. The hidden states then pass the layer as it is
+            after the loop body; otherwise the measurement's outputs serve, at half the cost.
+        skip: positions at the start of each block left out of all moments, in [0, tokens). The
+            first token is often an attention sink, with activations so large that it alone shapes
+            H; later tokens still attend to it.
+        offload: whether hidden states wait on the CPU, one batch at a time on the layer's device.
+            Always so for a model that accelerate has placed (`prunenet.runtime.placement`).
 
     Raises:
         ValueError: blocks that the model cannot read, or `skip` out of range.
@@ -139,12 +170,13 @@ class LayerWalk:
         self.layers = list(decoder_layers(model, architecture))
         self._downs = down_linears(model)
         self._offload = offload or is_placed(model)
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._calls: list[list[LayerCall]] = []
         self._hidden: list[Tensor] = []
         for part in torch.split(blocks.to(home(model)), batch):
             calls = layer_calls(model, part)
-            self._hidden.append(self._put_by(calls[0][0]))
-            self._calls.append([(args, kwargs) for _, args, kwargs in calls])
+            assert calls[0].hidden is not None
+            self._hidden.append(self._put_by(calls[0].hidden))
+            self._calls.append([call._replace(hidden=None) for call in calls])
         self._outputs: list[Tensor] = []
         self._changing = changing
         self._skip, self._batch = skip, batch
@@ -161,32 +193,39 @@ class LayerWalk:
             self._hidden = self._outputs
 
     def device(self, index: int) -> torch.device:
-        """Where a layer computes, and its moments are."""
+        """Returns the device on which a layer computes, and on which its moments are."""
         return device_of(self._downs[index])
 
     @torch.no_grad()
     def moments(self, index: int) -> Moments:
-        """Of the layer that the walk stands at."""
+        """Measures the second moments of the current layer's activations.
+
+        Raises:
+            ValueError: the activations are not finite.
+        """
         sums = _Sums(self._downs[index].in_features, self.device(index))
         for h in self._activations(index):
             sums.add(h)
-        return sums.moments()
+        return sums.moments(index, self._downs[index].weight.dtype)
 
     @torch.no_grad()
     def energies(self, index: int) -> Energies:
-        """Of the layer that the walk stands at."""
+        """Measures the energies of the current layer's activations.
+
+        Raises:
+            ValueError: the activations are not finite.
+        """
         energy, mean = torch.zeros(2, self._downs[index].in_features, device=self.device(index))
         tokens = 0
         for h in self._activations(index):
             tokens += len(h)
             energy += h.square().sum(0)
             mean += h.sum(0)
+        check_activations(energy, index, self._downs[index].weight.dtype)
         return Energies(energy.div_(tokens), mean.div_(tokens), tokens)
 
     def _activations(self, index: int) -> Iterator[Float[Tensor, "tokens d_ff"]]:
-        """In front of the layer's down linear, batch by batch; what the layer then puts out is
-        kept.
-        """
+        """Yields the down linear's inputs, batch by batch, and keeps the layer's outputs."""
         outputs = []
         for part in range(len(self._calls)):
             output, h, _ = self._measured(index, part)
@@ -195,8 +234,11 @@ class LayerWalk:
         self._outputs = outputs
 
     def _measured(self, index: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden states behind the layer; then, of each token that counts, h and |W h|^2 in
-        float32), of one batch.
+        """Passes one batch through the layer.
+
+        Returns:
+            Hidden states behind the layer; then, in float32 and without the skipped tokens, h and
+            |W h|^2 of each token.
         """
         seen: list[Tensor] = []
 
@@ -219,8 +261,9 @@ class LayerWalk:
 
     @torch.no_grad()
     def _through(self, index: int, part: int) -> Tensor:
-        args, kwargs = self._calls[part][index]
-        out = self.layers[index](self._hidden[part].to(self.device(index)), *args, **kwargs)
+        call = self._calls[part][index]
+        hidden = self._hidden[part].to(self.device(index))
+        out = self.layers[index](hidden, *call.args, **call.kwargs)
         result = out[0] if isinstance(out, tuple) else out
         assert isinstance(result, Tensor)
         return self._put_by(result)
@@ -230,25 +273,25 @@ class LayerWalk:
 
 
 @torch.no_grad()
-def layer_calls(
-    model: PreTrainedModel, ids: Int[Tensor, "n tokens"]
-) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(hidden states, other arguments, keyword arguments) with which each layer is called; hidden
-    states of layer 0 only.
+def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[LayerCall]:
+    """Records the arguments with which each decoder layer is called.
 
-    The layers themselves are skipped while the calls are recorded: each hands its input on.
+    The layers themselves are skipped meanwhile: each returns its input.
 
     Args:
         model: a causal LM in eval mode, left as it is.
         ids: token ids without padding, on the model's device.
+
+    Returns:
+        One call a layer, first to last; only the first one has hidden states.
     """
     layers = list(decoder_layers(model))
-    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[LayerCall] = []
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            calls.append((hidden if index == 0 else None, rest, kwargs))
+            calls.append(LayerCall(hidden if index == 0 else None, rest, kwargs))
             if index == len(layers) - 1:
                 raise _Captured
             return hidden
@@ -270,8 +313,9 @@ def ffn_moments(
     batch: int = 4,
     skip: int = 0,
 ) -> Iterator[Moments]:
-    """The moments of each layer of a model left as it is, first to last. Arguments: see
-    `LayerWalk`.
+    """Yields the moments of each layer of an unchanged model, first to last.
+
+    Arguments and errors are those of `LayerWalk`.
     """
     walk = LayerWalk(model, blocks, batch=batch, skip=skip)
     for index in walk:
@@ -280,21 +324,20 @@ def ffn_moments(
 
 @torch.no_grad()
 def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Moments, Target]:
-    """Of the layer at which both walks stand: the pruned model's moments, and what the dense model
-    has in its place.
+    """Measures the current layer of two walks: the pruned model's moments, and the dense target.
 
-    For sequential refit (METHODS.md 5): walk both at once, `for index, _ in zip(dense, pruned)`,
-    the pruned walk with `changing=True`, and narrow the pruned model's layer after it was measured.
-    Holds two d_ff x d_ff matrices.
+    Serves the sequential refit (docs/methods.md, section 5): iterate over both walks at once, the
+    pruned one with `changing=True`, and narrow the pruned model's layer after this call. Holds two
+    d_ff x d_ff matrices.
 
     Args:
         dense: over the dense model.
         pruned: over the model being pruned, with the same blocks, batch and `skip`; this layer
             still has all its channels.
-        index: of the layer.
+        index: number of the layer.
 
     Raises:
-        ValueError: other blocks, another batch, skip or width.
+        ValueError: blocks, batch, skip or width differ, or activations are not finite.
     """
     if (dense._batch, dense._skip) != (pruned._batch, pruned._skip) or not torch.equal(
         dense.blocks.cpu(), pruned.blocks.cpu()
@@ -314,7 +357,7 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
         torch.zeros(d_ff, d_ff, device=device),
         torch.zeros(d_ff, device=device),
     )
-    energy = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+    energy = torch.zeros((), dtype=torch.float64, device=float64_device(device))
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     for part in range(len(pruned._calls)):
         dense_output, t, written = dense._measured(index, part)
@@ -327,6 +370,6 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
         outputs[0].append(dense_output)
         outputs[1].append(pruned_output)
     dense._outputs, pruned._outputs = outputs
-    return sums.moments(), Target(
+    return sums.moments(index, pruned._downs[index].weight.dtype), Target(
         cross.div_(sums.tokens), mean.div_(sums.tokens), float(energy) / sums.tokens
     )

@@ -44,8 +44,12 @@ def packed(tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
     return save(content, metadata={_KEY: header})
 
 
-def unpacked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unpacked(path: Path, *, hashed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts of a file that `packed` gave.
+
+    Args:
+        path: of the file.
+        hashed: whether a file without a hash, of a version before, is refused.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,6 +72,8 @@ def unpacked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = str(error).splitlines() or [type(error).__name__]
         raise ContentError(reason[0][:200]) from None
     written = facts.pop(_HASH, None)
+    if written is None and hashed:
+        raise ContentError("its header has no sha256")
     if written is not None and written != _digest(tensors, facts):
         raise ContentError("its content is not what was written, by its sha256")
     return tensors, facts

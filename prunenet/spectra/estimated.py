@@ -1,12 +1,12 @@
-"""How far a keep mask moves the singular values, estimated without decomposing anything: the
+"""Estimates how far a keep mask moves the singular values, without decomposing the matrix: the
 spectral reward of wide layers.
 
-Stochastic Lanczos quadrature: Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic
-Lanczos quadrature", SIAM J. Matrix Anal. Appl. 2017; as an estimate of a whole spectrum with its
-error, Chen, Trogdon and Ubaru, ICML 2021, arXiv 2105.06595. From a random sign vector z, k Lanczos
-steps on A = W[K]^T W[K] give a k x k tridiagonal matrix whose eigenvalues, weighed by the squared
-first entries of its eigenvectors, are the Gauss quadrature of z's share in the spectrum of A; its
-mean over z is the distribution of the squared singular values. What differs:
+Source: stochastic Lanczos quadrature. Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via
+stochastic Lanczos quadrature", SIAM J. Matrix Anal. Appl. 2017; as an estimate of a whole spectrum
+with its error, Chen, Trogdon and Ubaru, ICML 2021, arXiv 2105.06595. From a random sign vector z, k
+Lanczos steps on A = W[K]^T W[K] give a k x k tridiagonal matrix. Its eigenvalues, weighted by the
+squared first entries of its eigenvectors, are the Gauss quadrature of z's share in the spectrum of
+A; the mean over z is the distribution of the squared singular values. What differs:
 
 * Difference of two: the dense matrix and every mask take the same sign vectors, so that part of
   their errors cancels.
@@ -15,18 +15,18 @@ mean over z is the distribution of the squared singular values. What differs:
 * A weight of the quadrature is spread over the cell around its node, half to either side, and the
   cell is no wider than a uniform grid of `steps` cells has them: a sum of steps would cost 1 /
   steps in the Kolmogorov-Smirnov (KS) distance.
-* Structural zeros of a mask narrower than d_model are known, and taken off: as in the exact route,
-  min(width, d_model) count.
+* Structural zeros of a mask narrower than d_model are known and subtracted: as in the exact route,
+  min(width, d_model) values count.
 
 Chosen over Chebyshev moments with the Jackson kernel, measured on 10 gate matrices of SmolLM2-135M
 at equal cost (probe): root mean square error of the KS distance 0.009 against 0.010 at ratio 0.3
 with 8 vectors and 24 products, and no bias of the kernel.
 
-What it cannot do: tell random masks of one width apart. Their distances differ by about 1 / d_model
-(eigenvalues repel), and its own error falls with the root of d_model * probes only. Where that
-matters take `prunenet.spectra.exact`, which is exact. Nor are estimates of matrices with many equal
-values the same on every processor: nodes found twice part as rounding has it. They stay within
-their bound of the exact distance, for which such values are ties.
+Limits: the estimate cannot distinguish random masks of one width. Their distances differ by about
+1 / d_model (eigenvalues repel), while its error falls only with the root of d_model * probes. Where
+that matters use `prunenet.spectra.exact`. Estimates of matrices with many equal values differ
+between processors, because nodes found twice split by rounding. They stay within their bound of the
+exact distance, for which such values are ties.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from prunenet.models.masks import check_keep
-from prunenet.spectra.exact import DISTANCES, Distance, energy_kept
+from prunenet.runtime.choices import check_choice
+from prunenet.spectra.choices import Distance
+from prunenet.spectra.exact import energy_kept
+from prunenet.spectra.scale import rescaled
 
 # 8 vectors and 16 products: more products change no error (see benchmarks/README.md), more vectors
 # shrink it by their root.
@@ -62,14 +65,15 @@ _Vectors = Float32[Tensor, "masks probes side"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SpectralSketch:
-    """One weight matrix of a dense layer, ready to estimate how far any mask moves its spectrum.
+    """Holds one weight matrix of a dense layer and its estimated spectrum, to compare masks with.
 
     Takes the place of `prunenet.spectra.exact.SpectralReference`. Memory beyond the weight view:
     side * PROBES float32, and the Gram matrix (side^2 float32) on a CPU: with it a mask alone costs
     half (`_multiplied`).
 
     Attributes:
-        weight: (d_ff, d_model), a view; pass `down` transposed.
+        weight: (d_ff, d_model), a view (see `rescaled` for extreme weights); pass `down`
+            transposed.
         probes: random signs, the same for every matrix of this side.
         gram: W^T W, or W W^T where d_ff < d_model; None: always by the weight itself.
         density: the dense matrix, estimated: singular values, rising from 0, and the share of them
@@ -90,24 +94,20 @@ class SpectralSketch:
         held: bool = True,
         probes: int = PROBES,
     ) -> SpectralSketch:
-        """Reads one matrix.
+        """Estimates the spectrum of one matrix.
 
         Args:
             weight: (d_ff, d_model).
-            density: kept from an earlier reading; saves a mask's work.
-            held: whether many batches of masks follow; then a CPU takes the Gram matrix too, for 2
-                d_ff d_model^2 FLOPs.
+            density: from an earlier call; saves the work of one mask.
+            held: whether many batches of masks follow; a CPU then computes the Gram matrix too, in
+                2 d_ff d_model^2 FLOPs.
             probes: sign vectors.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
         d_ff, d_model = weight.shape
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                "a weight matrix holds NaN or infinite values; the checkpoint is damaged, load"
-                " another"
-            )
+        weight = rescaled(weight)
         # Drawn on the CPU: the same on every device.
         signs = (
             torch.randint(
@@ -140,20 +140,21 @@ class SpectralSketch:
     def distance(
         self, keep: Bool[Tensor, "masks d_ff"], kind: Distance = "ks"
     ) -> Float[Tensor, " masks"]:
-        """How far each mask moves the spectrum, in [0, 1], float32, on the masks' device; exactly 0
-        for a full mask.
+        """Estimates how far each mask moves the spectrum.
 
         Args:
             keep: at least one channel each; widths may differ.
             kind: "ks", "wasserstein" (relative to the mean singular value, clipped), or "energy"
                 (the share removed, exact).
 
+        Returns:
+            (masks,) in [0, 1], float32, on the masks' device; exactly 0 for a full mask.
+
         Raises:
             ValueError: unknown kind, a mask of the wrong length, or one that keeps nothing.
         """
         check_keep(keep, self.weight.shape[0])
-        if kind not in DISTANCES:
-            raise ValueError(f"a spectral distance is one of {', '.join(DISTANCES)}, got {kind!r}")
+        check_choice("spectral distance", kind, Distance)
         masks = keep.to(self.weight.device)
         if kind == "energy":
             distance = 1 - energy_kept(self.weight, masks)
@@ -167,8 +168,8 @@ class SpectralSketch:
     def bound(
         self, keep: Bool[Tensor, "masks d_ff"], kind: Distance = "ks"
     ) -> Float64[Tensor, " masks"]:
-        """By how much each `distance` may be off, in [0, 1]: three standard deviations, and the
-        quadrature. Costs as much.
+        """Bounds the error of each `distance`, in [0, 1]: three standard deviations, and the
+        quadrature. Costs as much as the distance.
 
         * The share of a spectrum below a point, from `probes` sign vectors, has variance at most 1
           / (2 side probes): that of a projector P of rank r is 2 (r - sum P_ii^2) / (side^2
@@ -203,8 +204,9 @@ class SpectralSketch:
         return bound.nan_to_num(1.0).clamp(max=1)
 
     def _zeros(self, keep: Bool[Tensor, "masks d_ff"]) -> Float64[Tensor, "masks 1"]:
-        """Share of a mask's estimated spectrum that is no singular value of it: side - width zeros,
-        on d_model columns.
+        """Returns the share of structural zeros in a mask's estimated spectrum.
+
+        There are side - width of them, on d_model columns.
         """
         d_model, side = self.weight.shape[1], self.probes.shape[1]
         zeros = (1 - keep.sum(-1, keepdim=True).double() / side).clamp(min=0)
@@ -248,13 +250,13 @@ def _multiplied(
     gram: Float32[Tensor, "side side"] | None,
     keep: Bool[Tensor, "masks d_ff"],
 ) -> Callable[[_Vectors], _Vectors]:
-    """What multiplies by W[K]^T W[K] (W[K] W[K]^T where d_ff < d_model) of each mask.
+    """Returns a function that multiplies by W[K]^T W[K] (W[K] W[K]^T where d_ff < d_model).
 
-    Two routes. All masks' vectors through the whole W and back, rows masked between: 4 d_ff d_model
-    FLOPs a vector, and W is read once for all masks. Or G x - W[R]^T W[R] x with the rows R of each
-    mask picked out: half the FLOPs at ratio 0.3, but each mask reads rows of its own. Vectors are
-    few, so that bytes decide. A GPU would have to tell how many rows there are: there it is always
-    the first.
+    There are two routes. The first multiplies all masks' vectors by the whole W and back, with rows
+    masked between: 4 d_ff d_model FLOPs a vector, and W is read once for all masks. The second is
+    G x - W[R]^T W[R] x with the rows R of each mask gathered: half the FLOPs at ratio 0.3, but each
+    mask reads its own rows. Vectors are few, so that memory traffic decides. A GPU always takes the
+    first route: the second would have to wait for the number of rows.
     """
     kept = keep.unsqueeze(1).to(weight.dtype)
     d_ff, d_model = weight.shape
@@ -275,11 +277,13 @@ def _multiplied(
 def _lanczos(
     apply: Callable[[_Vectors], _Vectors], start: _Vectors
 ) -> tuple[Float64[Tensor, "masks probes steps"], Float64[Tensor, "masks probes beside"]]:
-    """STEPS steps of the symmetric Lanczos iteration for each mask and probe: diagonal and
-    off-diagonal.
+    """Runs STEPS steps of the symmetric Lanczos iteration for each mask and probe.
 
-    Not reorthogonalised: eigenvalues found twice share their weight. An exhausted Krylov space goes
-        on with zeros, of weight 0.
+    Not reorthogonalised: eigenvalues found twice share their weight. An exhausted Krylov space
+    continues with zeros, of weight 0.
+
+    Returns:
+        Diagonal and off-diagonal of the tridiagonal matrices.
     """
     q = start / start.norm(dim=-1, keepdim=True)
     before, beta = torch.zeros_like(q), torch.zeros_like(q[..., :1])
@@ -301,8 +305,9 @@ def _lanczos(
 def _knots(
     nodes: Float64[Tensor, "masks probes steps"], weights: Float64[Tensor, "masks probes steps"]
 ) -> Float64[Tensor, "2 masks probes knots"]:
-    """Corners of the cumulative distribution with each weight spread over the cell of its node:
-    places, and shares at them.
+    """Returns the corners of the cumulative distribution: places, and shares at them.
+
+    Each weight is spread over the cell of its node.
     """
     widest = nodes[..., -1:] * (math.pi / 2 / nodes.shape[-1])
     middle = (nodes[..., 1:] + nodes[..., :-1]) / 2
@@ -322,7 +327,7 @@ def _knots(
 def _share_below(
     knots: Float64[Tensor, "2 masks probes knots"], points: Float64[Tensor, " points"]
 ) -> Float64[Tensor, "masks points"]:
-    """The cumulative distribution at each point: linear between knots, mean over the probes."""
+    """Evaluates the cumulative distribution: linear between knots, averaged over the probes."""
     places, shares = knots
     at = points.expand(*places.shape[:-1], -1).contiguous()
     after = torch.searchsorted(places, at).clamp(1, places.shape[-1] - 1)

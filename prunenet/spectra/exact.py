@@ -1,7 +1,7 @@
-"""How far a keep mask moves the singular values of a weight matrix: the reward of PruneNet (arXiv
-2501.15296, section 3).
+"""Measures how far a keep mask moves the singular values of a weight matrix, exactly.
 
-What differs from the paper and its package (METHODS.md 1.2 and 2):
+Source: the reward of PruneNet (arXiv 2501.15296, section 3). What differs from the paper and its
+package (docs/methods.md, sections 1.2 and 2):
 
 * No singular value decomposition. The singular values of W[K] are the square roots of the
   eigenvalues of G - W[R]^T W[R], where G = W^T W is computed once: a (d_model, d_model) problem in
@@ -24,7 +24,6 @@ solves all masks of a batch in one call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -33,11 +32,11 @@ from scipy.linalg import blas  # type: ignore[import-untyped]
 from torch import Tensor
 
 from prunenet.models.masks import check_keep
+from prunenet.runtime.choices import check_choice
+from prunenet.spectra.choices import Distance
 from prunenet.spectra.distances import ks_distance, ks_sides, tie_bands, wasserstein_distance
+from prunenet.spectra.scale import rescaled
 from prunenet.spectra.tridiagonal import counts_below, eigenvalues, tridiagonal
-
-Distance = Literal["ks", "wasserstein", "energy"]
-DISTANCES: tuple[Distance, ...] = get_args(Distance)
 
 # Largest error of an eigenvalue from float32 that is allowed for, relative to lambda_max (measured:
 # see above).
@@ -53,9 +52,9 @@ _STEP = 1e-12
 
 
 def gram(weight: Float[Tensor, "d_ff d_model"]) -> Float64[Tensor, "side side"]:
-    """W^T W when d_ff >= d_model, otherwise W W^T: the smaller of the two, in float64.
+    """Returns the smaller of W^T W and W W^T in float64 (W^T W where d_ff >= d_model).
 
-    On the weight's device (the CPU for devices that have no float64).
+    It is on the weight's device if that is a CUDA device, else on the CPU.
     """
     work = weight.to(_work_device(weight), torch.float64)
     return work.T @ work if work.shape[0] >= work.shape[1] else work @ work.T
@@ -64,8 +63,9 @@ def gram(weight: Float[Tensor, "d_ff d_model"]) -> Float64[Tensor, "side side"]:
 def energy_kept(
     weight: Float[Tensor, "d_ff d_model"], keep: Bool[Tensor, "masks d_ff"]
 ) -> _PerMask:
-    """|W[K]|_F^2 / |W|_F^2, in [0, 1]: the sum of squared singular values kept. Needs no spectrum;
-    1 for a zero matrix.
+    """Returns |W[K]|_F^2 / |W|_F^2, in [0, 1]: the share of squared singular values kept.
+
+    Needs no spectrum; 1 for a zero matrix.
     """
     energy = weight.to(_work_device(weight), torch.float64).square().sum(-1)
     total = energy.sum()
@@ -77,12 +77,13 @@ def energy_kept(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SpectralReference:
-    """One weight matrix of a dense layer, ready to say how far any mask moves its spectrum.
+    """Holds one weight matrix of a dense layer and its spectrum, to compare masks with.
 
     Memory beyond the weight view: side^2 float64, 2.7 MB for SmolLM2-135M, 134 MB for Llama-2-7B.
 
     Attributes:
-        weight: (d_ff, d_model), a view; pass `down` transposed.
+        weight: (d_ff, d_model), a view (see `rescaled` for extreme weights); pass `down`
+            transposed.
         gram: (side, side), see `gram`.
         eigenvalues: (side,) of `gram`, falling: the squared singular values.
     """
@@ -97,18 +98,17 @@ class SpectralReference:
         weight: Float[Tensor, "d_ff d_model"],
         eigenvalues: Float64[Tensor, " side"] | None = None,
     ) -> SpectralReference:
-        """Reads one matrix; `eigenvalues`, where they were kept from an earlier reading, are the
-        costly half of it.
+        """Computes Gram matrix and eigenvalues of one matrix.
+
+        Args:
+            weight: (d_ff, d_model).
+            eigenvalues: from an earlier call, which save half of the work.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
+        weight = rescaled(weight)
         matrix = gram(weight)
-        if not torch.isfinite(matrix).all():
-            raise ValueError(
-                "a weight matrix holds NaN or infinite values; the checkpoint is damaged, load"
-                " another"
-            )
         return cls(weight, matrix, _eigenvalues(matrix) if eigenvalues is None else eigenvalues)
 
     @property
@@ -119,20 +119,21 @@ class SpectralReference:
     def distance(
         self, keep: Bool[Tensor, "masks d_ff"], kind: Distance = "ks"
     ) -> Float[Tensor, " masks"]:
-        """How far each mask moves the spectrum, in [0, 1], float32, on the masks' device; exactly 0
-        for a full mask.
+        """Measures how far each mask moves the spectrum.
 
         Args:
             keep: at least one channel each; widths may differ.
             kind: "ks", "wasserstein" (relative to the mean singular value, clipped), or "energy"
                 (the share removed).
 
+        Returns:
+            (masks,) in [0, 1], float32, on the masks' device; exactly 0 for a full mask.
+
         Raises:
             ValueError: unknown kind, a mask of the wrong length, or one that keeps nothing.
         """
         check_keep(keep, self.weight.shape[0])
-        if kind not in DISTANCES:
-            raise ValueError(f"a spectral distance is one of {', '.join(DISTANCES)}, got {kind!r}")
+        check_choice("spectral distance", kind, Distance)
         result, cut = torch.zeros(keep.shape[0], device=keep.device), ~keep.all(-1)
         if kind == "energy":
             distance = 1 - energy_kept(self.weight, keep[cut])
@@ -235,9 +236,7 @@ def _masked_eigenvalues(
 def _stacked_eigenvalues(
     weight: Float[Tensor, "d_ff d_model"], gram: _Gram, keep: Bool[Tensor, "masks d_ff"]
 ) -> Float64[Tensor, "masks side"]:
-    """`_masked_eigenvalues` in float64, with one product and one decomposition for as many masks as
-    memory allows.
-    """
+    """Computes `_masked_eigenvalues` in float64, for as many masks at once as memory allows."""
     (d_ff, d_model), side, removed = weight.shape, len(gram), ~keep
     most, most_kept = int(removed.sum(-1).max()), int(keep.sum(-1).max())
     down = most <= most_kept
@@ -264,9 +263,7 @@ def _masked_gram(
     keep: Bool[Tensor, " d_ff"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "count count"]:
-    """Gram matrix of W[K] on its smaller side, by the cheapest route; only its upper triangle is
-    meant.
-    """
+    """Returns the Gram matrix of W[K] on its smaller side; only its upper triangle is valid."""
     (d_ff, d_model), width = weight.shape, int(keep.sum())
     if d_ff < d_model:
         return gram[keep.to(gram.device)][:, keep.to(gram.device)].to(dtype)
@@ -282,8 +279,9 @@ def _product(
     dtype: torch.dtype,
     minus_from: Float64[Tensor, "side side"] | None = None,
 ) -> Float[Tensor, "side side"]:
-    """X^T X, or `minus_from` - X^T X; on the CPU its upper triangle only, at half the cost of a
-    full product.
+    """Returns X^T X, or `minus_from` - X^T X.
+
+    On the CPU only the upper triangle is computed, at half the cost of a full product.
     """
     if rows.is_cuda:  # in float64, whatever torch may do to float32 products (TF32)
         rows = rows.double()
@@ -296,8 +294,9 @@ def _product(
 
 
 def _eigenvalues(matrix: Float[Tensor, "n n"]) -> Float64[Tensor, " n"]:
-    """Eigenvalues of the symmetric matrix given by the upper triangle, 0 or more, falling, in
-    float64.
+    """Returns the eigenvalues of a symmetric matrix given by its upper triangle.
+
+    They are 0 or more, falling, in float64.
     """
     if matrix.is_cuda:
         rising: Tensor = torch.linalg.eigvalsh(matrix.double(), UPLO="U")

@@ -1,9 +1,9 @@
-"""Eigenvalues of symmetric matrices on a CPU, and how many lie below given points without computing
-any, through LAPACK.
+"""Computes eigenvalues of symmetric matrices on a CPU through LAPACK, or counts those below given
+points.
 
 The counts are Sturm's (Golub and Van Loan, Matrix Computations, section 8.4.1): as many eigenvalues
 of T lie below x as the factorisation of T - x has negative pivots. A Kolmogorov-Smirnov distance
-needs counts alone: at 576 points they take half the time of the eigenvalues themselves, and all
+needs counts alone. At 576 points they take half the time of the eigenvalues themselves, and all
 masks of a batch share one pass.
 """
 
@@ -16,7 +16,7 @@ from numpy import ndarray
 from scipy.linalg import lapack  # type: ignore[import-untyped]
 from torch import Tensor
 
-# In place of e^2 = 0, whose quotient with a pivot of 0 would be no number.
+# Replaces e^2 = 0, whose quotient with a pivot of 0 would be NaN.
 _TINY = 1e-300
 # Steps of the recurrence whose pivots are held at once: few enough to stay in the cache.
 _STEPS = 64
@@ -25,10 +25,13 @@ _STEPS = 64
 def tridiagonal(
     matrix: Float[Tensor, "n n"],
 ) -> tuple[Float64[ndarray, " n"], Float64[ndarray, " rest"]]:
-    """Diagonal and off-diagonal of a tridiagonal matrix with the eigenvalues of a symmetric one
-    (upper triangle, n >= 2).
+    """Reduces a symmetric matrix to a tridiagonal one with the same eigenvalues.
 
-    Reduced in the matrix's own precision, given in float64.
+    Args:
+        matrix: its upper triangle is read; n >= 2.
+
+    Returns:
+        Diagonal and off-diagonal in float64, reduced in the matrix's own precision.
 
     Raises:
         ValueError: the matrix holds NaN.
@@ -43,7 +46,7 @@ def tridiagonal(
 
 
 def eigenvalues(matrix: Float[Tensor, "n n"]) -> Float64[Tensor, " n"]:
-    """Of a symmetric matrix given by its upper triangle, rising.
+    """Computes the eigenvalues of a symmetric matrix given by its upper triangle, rising.
 
     Raises:
         ValueError: no convergence, which NaN or infinite entries cause.
@@ -64,7 +67,7 @@ def counts_below(
     beside: Float64[ndarray, "masks rest"],
     points: Float64[ndarray, " points"],
 ) -> Int[ndarray, "masks points"]:
-    """How many eigenvalues of each tridiagonal matrix lie below each point."""
+    """Counts the eigenvalues of each tridiagonal matrix below each point."""
     squares = np.maximum(beside**2, _TINY)[..., None]
     pivot = diagonal[:, :1] - points
     count: ndarray = (pivot < 0).astype(np.int64)

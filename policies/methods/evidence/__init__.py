@@ -1,6 +1,6 @@
-"""What methods measure: energies, gradients, scores of structures.
+"""Measures what methods score by: energies, gradients, outputs of heads.
 
 measurements.py  `Evidence`: a model, a text, and every measurement of them, each made once
 gradients.py     Taylor importance from gradients of the calibration loss
-structures.py    channels and groups of heads in one budget
+structures.py    channels and groups of attention heads under one budget
 """

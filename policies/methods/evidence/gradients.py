@@ -1,8 +1,8 @@
-"""Taylor importance of FFN channels and of groups of heads: sums over weights and gradients of the
-calibration loss.
+"""Computes Taylor importance of FFN channels and groups of heads from gradients of the calibration
+loss.
 
 Source: Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS
-2023, arXiv 2305.11627, section 3.2; METHODS.md section 6.
+2023, arXiv 2305.11627, section 3.2; docs/methods.md, section 6.
 
 What differs:
 - a channel's bias counts as one more weight of its slice (LLaMA has none);
@@ -32,13 +32,14 @@ from prunenet.runtime.placement import check_together, home
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One slice (gate, up or down) of every channel of a layer, one channel a row, its bias the
-    last entry where it has one.
+    """Holds one slice (gate, up or down) of every channel of a layer, one channel a row.
+
+    The last entry of a row is the channel's bias, where it has one.
 
     Attributes:
         weight: w.
         first: g, the gradient of the mean loss.
-        second: G, the mean over sequences of the squared gradient of each.
+        second: G, the mean over sequences of each sequence's squared gradient.
     """
 
     weight: Float[Tensor, "d_ff entries"]
@@ -48,12 +49,11 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class TaylorSums:
-    """Of one layer: sums over the weights w of each slice (gate, up, down; ungated: up, down) of
-    each channel.
+    """Holds sums over the weights w of each slice of each structure of a layer.
 
-    The slices of a group of heads are its rows of the query, key and value matrices and its columns
-    of the output matrix. g is the gradient of the mean loss, G the mean over sequences of the
-    squared gradient of each.
+    The slices of a channel are its gate, up and down weights (ungated: up, down). Those of a group
+    of heads are its rows of the query, key and value matrices and its columns of the output matrix.
+    g is the gradient of the mean loss, G the mean over sequences of each one's squared gradient.
 
     Attributes:
         vector: sum of w g.
@@ -101,13 +101,14 @@ def draw_windows(
 
 
 def taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:
-    """Of each layer. Arguments and errors: `channel_gradients`."""
+    """Computes the Taylor sums of each layer's channels; arguments as for `channel_gradients`."""
     return [_sums(slices) for slices in channel_gradients(model, windows)]
 
 
 def group_taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) -> list[TaylorSums]:
-    """Of the groups of heads of each layer. Arguments and errors: `channel_gradients`, and those of
-    `prunenet.models.heads`.
+    """Computes the Taylor sums of each layer's groups of heads.
+
+    Arguments and errors are those of `channel_gradients` and `prunenet.models.heads`.
     """
     counts, architecture = group_counts(model), architecture_for(model.config)
     parameters = [
@@ -122,11 +123,11 @@ def group_taylor_sums(model: PreTrainedModel, windows: Int[Tensor, "n tokens"]) 
 def channel_gradients(
     model: PreTrainedModel, windows: Int[Tensor, "n tokens"]
 ) -> Iterator[list[Slice]]:
-    """The slices (gate, up, down; ungated: up, down) of each layer, from one backward pass for each
-    window.
+    """Yields the slices (gate, up, down; ungated: up, down) of each layer with their gradients.
 
-    Holds two float copies of the FFN weights until the last layer is read (640 MB for
-    SmolLM2-135M). The model's own gradients and flags stay as they are.
+    Takes one backward pass for each window. Memory holds two float copies of the FFN weights until
+    the last layer is read (640 MB for SmolLM2-135M). The model's own gradients and flags stay as
+    they are.
 
     Args:
         model: in eval mode.
@@ -149,9 +150,7 @@ def _gradients(
     windows: Int[Tensor, "n tokens"],
     parameters: list[list[tuple[bool, list[nn.Parameter]]]],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(gradient of the mean loss, mean of the squared gradients of each window) of each parameter,
-    in order.
-    """
+    """Yields the gradient of the mean loss, and the mean squared gradient, of each parameter."""
     check_together(model, "a method that reads gradients")
     check_tokens(model, windows)
     if windows.shape[1] < 2:
@@ -159,7 +158,7 @@ def _gradients(
     flat = [parameter for layer in parameters for _, rows in layer for parameter in rows]
     first = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in flat]
     second = [torch.zeros_like(total) for total in first]
-    with _only_these_learn(model, flat), torch.enable_grad():
+    with _requiring_grad(model, flat), torch.enable_grad():
         for window in torch.split(windows.to(home(model)), 1):
             for i, gradient in enumerate(torch.autograd.grad(next_token_loss(model, window), flat)):
                 first[i] += gradient / len(windows)
@@ -170,8 +169,11 @@ def _gradients(
 def _parameters(
     layer: nn.Module, inputs: Sequence[str], output: str
 ) -> list[tuple[bool, list[nn.Parameter]]]:
-    """(whether channels are columns, [weight, and bias if its channels' own]) of each linear of an
-    FFN, or of attention.
+    """Lists the linears of an FFN, or of attention.
+
+    Returns:
+        For each: whether its channels are columns; its weight, and its bias where that belongs to
+        the channels.
     """
     linears = [layer.get_submodule(path) for path in inputs]
     found = [
@@ -206,7 +208,7 @@ def _slices(
 
 
 def _sums(slices: list[Slice], groups: int | None = None) -> TaylorSums:
-    """Of channels; or of so many groups, each of neighbouring rows of every matrix."""
+    """Sums over each channel, or over so many groups of neighbouring rows of every matrix."""
     rows = [(part.weight * part.first, part.weight.square() * part.second) for part in slices]
 
     def stacked(sums: list[Tensor]) -> Tensor:
@@ -225,7 +227,7 @@ def _sums(slices: list[Slice], groups: int | None = None) -> TaylorSums:
 
 
 @contextmanager
-def _only_these_learn(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+def _requiring_grad(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)

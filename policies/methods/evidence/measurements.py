@@ -1,5 +1,5 @@
-"""What pruning methods look at, computed once for all of them: weights, energies, what linears
-read, Taylor sums.
+"""Measures what pruning methods read, once for all of them: norms of weights, activation energies,
+input norms of linears, Taylor sums.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunenet.features.residual import check_weights
 from prunenet.models.heads import Attention, attentions, out_linears
 from prunenet.models.layers import FFN, check_tokens, decoder_layers, ffn_at, iter_ffns
 from prunenet.policies.methods.evidence.gradients import (
@@ -24,7 +25,7 @@ from prunenet.policies.methods.evidence.gradients import (
     taylor_sums,
 )
 from prunenet.policies.methods.widths.influence import block_influence
-from prunenet.refit.moments import Energies, LayerWalk
+from prunenet.refit.moments import Energies, LayerWalk, check_activations
 from prunenet.runtime.placement import check_together, device_of, home, is_placed
 from prunenet.text.calibration import CalibrationSet
 
@@ -33,10 +34,10 @@ _BATCH = 4
 
 @dataclass(frozen=True, slots=True)
 class ChannelNorms:
-    """Euclidean norms of each channel's slices, float32.
+    """Holds Euclidean norms of each channel's slices, float32.
 
     Attributes:
-        gate: (d_ff,) of the gate rows; of the only input matrix (`up`) where the FFN has no gate.
+        gate: (d_ff,) of the gate rows; of the up rows where the FFN has no gate.
         up: (d_ff,) of the up rows.
         down: (d_ff,) of the down columns.
         gated: whether `gate` is a matrix of its own.
@@ -50,7 +51,7 @@ class ChannelNorms:
 
 @dataclass(frozen=True, slots=True)
 class HeadOutputs:
-    """Of one layer: what its heads put into attention's output linear, over all tokens.
+    """Holds moments of the inputs of one layer's attention output linear, over all tokens.
 
     Attributes:
         mean, variance: (d_attention,), float32.
@@ -62,15 +63,18 @@ class HeadOutputs:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A dense model, the text that a method may read, and everything measured on them so far.
+    """Holds a dense model, calibration text, and every measurement made on them so far.
 
-    What is measured is kept: a few numbers a channel. The model must not change while its evidence
-    is in use; measuring leaves it as it was.
+    Measurements are kept: a few numbers a channel. The model must not change while its evidence is
+    in use; measuring leaves it as it was.
 
     Attributes:
         model: a causal LM in eval mode.
         blocks: text to measure on; None for methods that read the weights alone.
         seed: of every random draw.
+
+    Raises:
+        ValueError: on reading an attribute, where weights or activations are not finite.
     """
 
     model: PreTrainedModel
@@ -78,7 +82,7 @@ class Evidence:
     seed: int = 0
 
     def generator(self) -> torch.Generator:
-        """A fresh CPU generator at the seed."""
+        """Makes a new CPU generator at the seed."""
         return torch.Generator().manual_seed(self.seed)
 
     @property
@@ -102,20 +106,26 @@ class Evidence:
 
     @cached_property
     def ffns(self) -> Sequence[FFN]:
-        """Of each layer, as views; read anew each time where the model is placed
-        (`prunenet.runtime.placement`).
+        """The FFN of each layer, as views; a placed model (`prunenet.runtime.placement`) reads it
+        anew each time.
         """
-        return _Read(self.model) if is_placed(self.model) else list(iter_ffns(self.model))
+        if is_placed(self.model):
+            return _Read(self.model)
+        return [_checked(ffn) for ffn in iter_ffns(self.model)]
 
     @cached_property
     def attentions(self) -> list[Attention]:
-        """Of each layer, as views; raises UnsupportedArchitecture where heads cannot be cut."""
+        """The attention of each layer, as views.
+
+        Raises:
+            UnsupportedArchitecture: heads of this family cannot be cut.
+        """
         check_together(self.model, "scoring heads")
         return attentions(self.model)
 
     @cached_property
     def norms(self) -> list[ChannelNorms]:
-        """Of each layer."""
+        """Norms of each layer's channels."""
         found = []
         for ffn in self.ffns:
             up = ffn.up.float().norm(dim=1)
@@ -125,30 +135,31 @@ class Evidence:
 
     @cached_property
     def energies(self) -> list[Energies]:
-        """Of each layer of the dense model, over all blocks."""
+        """Activation energies of each layer of the dense model, over all blocks."""
         walk = LayerWalk(self.model, self.ids, batch=_BATCH)
         return [walk.energies(index) for index in walk]
 
     @cached_property
     def taylor(self) -> list[TaylorSums]:
-        """Of each layer, from 10 sequences of 64 tokens drawn from the blocks (shorter where the
-        blocks are).
+        """Taylor sums of each layer, from 10 sequences of 64 tokens drawn from the blocks.
+
+        Sequences are shorter where the blocks are.
         """
         return taylor_sums(self.model, self._sequences)
 
     @cached_property
     def taylor_by_sequence(self) -> list[list[TaylorSums]]:
-        """The same for each of the sequences alone: first the sequence, then the layer."""
+        """Taylor sums of each sequence alone: first the sequence, then the layer."""
         return [taylor_sums(self.model, sequence[None]) for sequence in self._sequences]
 
     @cached_property
     def group_taylor(self) -> list[TaylorSums]:
-        """Of each layer's groups of heads, from the same sequences."""
+        """Taylor sums of each layer's groups of heads, from the same sequences."""
         return group_taylor_sums(self.model, self._sequences)
 
     @cached_property
     def group_taylor_by_sequence(self) -> list[list[TaylorSums]]:
-        """The same for each of the sequences alone."""
+        """Taylor sums of groups of heads, of each sequence alone."""
         return [group_taylor_sums(self.model, sequence[None]) for sequence in self._sequences]
 
     @cached_property
@@ -162,9 +173,7 @@ class Evidence:
 
     @cached_property
     def input_norms(self) -> list[list[tuple[nn.Linear, Float[Tensor, " d_in"]]]]:
-        """Each linear of each decoder layer with the norms of its inputs over all tokens: (d_in,),
-        float32.
-        """
+        """Each linear of each decoder layer, with norms of its inputs over all tokens, float32."""
         linears = [
             [m for m in layer.modules() if isinstance(m, nn.Linear)]
             for layer in decoder_layers(self.model)
@@ -180,11 +189,14 @@ class Evidence:
             squares[linear] += inputs[0].flatten(0, -2).float().square().sum(0)
 
         self._watch(squares, add)
+        for index, layer in enumerate(linears):
+            for linear in layer:
+                check_activations(squares[linear], index, self.model.dtype)
         return [[(linear, squares[linear].sqrt()) for linear in layer] for layer in linears]
 
     @cached_property
     def head_outputs(self) -> list[HeadOutputs]:
-        """Of each layer of the dense model."""
+        """Moments of what each layer's heads put out, in the dense model."""
         linears = out_linears(self.model)
         # In float64, on the CPU: the variance is a small difference where the mean is large.
         sums = {
@@ -198,7 +210,8 @@ class Evidence:
 
         self._watch(sums, add)
         found = []
-        for linear in linears:
+        for index, linear in enumerate(linears):
+            check_activations(sums[linear], index, self.model.dtype)
             mean, second = (sums[linear] / self.ids.numel()).unbind()
             variance = (second - mean.square()).clamp_min(0)
             found.append(
@@ -209,7 +222,7 @@ class Evidence:
     def _watch(
         self, linears: Iterable[nn.Linear], see: Callable[[nn.Module, tuple[Any, ...]], None]
     ) -> None:
-        """Shows what enters each linear of the dense model, over all tokens."""
+        """Calls `see` with the inputs of each linear of the dense model, over all tokens."""
         check_tokens(self.model, self.ids)
         with ExitStack() as hooks, torch.no_grad():
             for linear in linears:
@@ -220,7 +233,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class _Read(Sequence[FFN]):
-    """The FFN of each layer of a model, none of which is held."""
+    """Reads the FFN of a layer from a placed model each time it is indexed."""
 
     model: PreTrainedModel
 
@@ -230,4 +243,11 @@ class _Read(Sequence[FFN]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return ffn_at(self.model, index % len(self))
+        return _checked(ffn_at(self.model, index % len(self)))
+
+
+def _checked(ffn: FFN) -> FFN:
+    """Returns an FFN whose weights are finite; raises ValueError for any other."""
+    parts = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias)
+    check_weights(f"weights of layer {ffn.index}", *(part for part in parts if part is not None))
+    return ffn

@@ -1,9 +1,8 @@
-"""Two kinds of structure under one budget: FFN channels, and groups of attention heads (see
-`prunenet.models.heads`).
+"""Puts FFN channels and groups of attention heads (`prunenet.models.heads`) under one budget.
 
-The budget is the one of FFN channels alone: what a cut of the same ratio in every FFN would leave
-of *all* parameters. Groups are chosen first; channels then fill the rest of the budget, so that all
-cuts at one ratio are of equal size, to less than one rounding step of channels from below.
+The budget is that of FFN channels alone: what a cut of the same ratio in every FFN would leave of
+*all* parameters. Groups are chosen first and channels fill the rest, so that all cuts at one ratio
+are of equal size, from below to less than one rounding step of channels.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from prunenet.policies.methods.widths.allocation import Budget
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One score for each structure of each layer; higher stays longer.
+    """Holds one score for each structure of each layer; higher stays longer.
 
     Attributes:
         channels: (d_ff,) of each layer.
@@ -35,11 +34,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class StructurePool:
-    """What channels and groups may cost together.
+    """Holds the parameters that channels and groups may take together.
 
     Attributes:
         ffn: the budget of a cut of channels alone.
-        groups: of each layer of the dense model.
+        groups: how many each layer of the dense model has.
         costs: parameters of one group of each layer.
     """
 
@@ -49,21 +48,25 @@ class StructurePool:
 
     @classmethod
     def of(cls, model: PreTrainedModel, ffn: Budget) -> StructurePool:
-        """Raises UnsupportedArchitecture where heads cannot be cut."""
+        """Reads the groups of a model.
+
+        Raises:
+            UnsupportedArchitecture: heads of this family cannot be cut.
+        """
         found = attentions(model)
         return cls(ffn, tuple(a.groups for a in found), tuple(a.group_parameters for a in found))
 
     @property
     def parameters(self) -> int:
-        """Of all channels and groups that stay, at most."""
+        """Most parameters that all channels and groups that stay may have."""
         return self.ffn.parameters + self.cost(self.groups)
 
     def cost(self, counts: Sequence[int]) -> int:
-        """Parameters of so many groups of each layer."""
+        """Returns the parameters of so many groups of each layer."""
         return sum(cost * count for cost, count in zip(self.costs, counts, strict=True))
 
     def rest(self, counts: Sequence[int]) -> Budget:
-        """What so many groups leave to channels: no more than there are."""
+        """Returns the budget that so many groups leave to channels, at most all of them."""
         return replace(
             self.ffn,
             parameters=min(self.parameters - self.cost(counts), self.ffn.cost(self.ffn.d_ff)),
@@ -71,14 +74,17 @@ class StructurePool:
 
 
 def shared(pool: StructurePool, *, first: int = 0, last: int = 0) -> list[int]:
-    """The same share of groups as of channels, and the same in every layer (LLM-Pruner, arXiv
-    2305.11627).
+    """Chooses the same share of groups as of channels in every layer.
 
-    Rounded to whole groups, at least one each; what rounding takes or leaves, channels make up for.
+    As LLM-Pruner does (arXiv 2305.11627). Rounds to whole groups, at least one each; channels make
+    up for the rounding.
 
     Args:
-        pool: for all layers together.
+        pool: of all layers.
         first, last: how many layers at each end are left whole.
+
+    Returns:
+        Groups left in each layer.
     """
     layers = range(len(pool.groups))
     inner = range(first, len(pool.groups) - last)
@@ -108,20 +114,22 @@ def shared(pool: StructurePool, *, first: int = 0, last: int = 0) -> list[int]:
 
 
 def ranked(pool: StructurePool, scores: Scores, *, first: int = 0, last: int = 0) -> list[int]:
-    """Groups left in each layer by one ranking of all channels and groups (FLAP, arXiv 2312.11983,
-    section 4.2).
+    """Chooses groups by one ranking of all channels and groups.
 
-    The best stay as long as their parameters fit the budget: a group weighs as much as its
-        parameters do in channels.
+    As FLAP does (arXiv 2312.11983, section 4.2): the best structures stay as long as their
+    parameters fit the budget.
 
     Args:
         pool: its floor of channels, and one group, stay in every layer first.
         scores: on one scale.
         first, last: how many layers at each end are left whole.
 
+    Returns:
+        Groups left in each layer.
+
     Raises:
         ValueError: not one score a structure, one that is not a number, or floors and whole layers
-            that cannot be paid for.
+            that exceed the budget.
     """
     found = [[len(row) for row in rows] for rows in (scores.channels, scores.groups)]
     wanted = [list(pool.ffn.d_ff), list(pool.groups)]

@@ -1,4 +1,4 @@
-"""One paper a file. Each opens with its source and with what differs from it.
+"""Implements one paper a file; each opens with its source and with what differs from it.
 
 random_channels.py, magnitude.py       the two controls
 wanda_sp.py, flap.py, llm_pruner.py    scores from activations or gradients

@@ -1,8 +1,8 @@
-"""Calibration windows in clusters, to be drawn by a mixture: the data subspace of AdaPruner's
-search (METHODS.md section 7).
+"""Clusters calibration windows and draws from a mixture of clusters: the data subspace of
+AdaPruner's search (docs/methods.md, section 7).
 
-[rec], our reconstruction: AdaPruner (AAAI 2025, arXiv 2503.06184) filters out short or
-uninformative texts and searches a calibration-data subspace; what differs is listed in `adapruner`.
+Source: AdaPruner (AAAI 2025, arXiv 2503.06184), which filters out short or uninformative texts and
+searches a calibration-data subspace. [rec], our reconstruction: `adapruner` lists what differs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH = 4
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPool:
-    """Calibration windows to choose from.
+    """Holds calibration windows and their clusters.
 
     Attributes:
         windows: token ids.
@@ -46,20 +46,21 @@ class CalibrationPool:
         clusters: int = 8,
         most: int = 256,
     ) -> CalibrationPool:
-        """Cuts blocks into windows, drops the least informative fifth and clusters the others by
-        mean hidden state.
+        """Cuts blocks into windows, drops the least informative fifth and clusters the others.
+
+        Windows are clustered by their mean hidden states.
 
         Args:
             model: in eval mode; read once on every window.
             ids: token blocks.
             generator: draws the windows, where there are too many, and the start of k-means.
-            tokens: length of a window, 2 or more; METHODS.md names 64 to 128. No more than a block
-                has.
-            clusters: METHODS.md names 8 to 16. No more than there are windows.
-            most: windows that are looked at, at least 1.
+            tokens: length of a window, 2 or more and at most that of a block (docs/methods.md,
+                section 7: 64 to 128).
+            clusters: at most one a window (docs/methods.md, section 7: 8 to 16).
+            most: windows that are clustered, at least 1.
 
         Raises:
-            ValueError: a number out of range.
+            ValueError: a number out of range, or hidden states that are not finite.
         """
         if tokens < 2 or clusters < 1 or most < 1:
             raise ValueError(
@@ -79,19 +80,20 @@ class CalibrationPool:
 
     @property
     def sizes(self) -> Int[Tensor, " clusters"]:
-        """Windows of each cluster."""
+        """Number of windows of each cluster."""
         return torch.bincount(self.labels, minlength=self.clusters)
 
     def drawn(
         self, weights: Sequence[float], count: int, generator: torch.Generator
     ) -> Int[Tensor, "drawn tokens"]:
-        """Different windows, drawn one by one: first a cluster in proportion to its weight, then
-        evenly one of its windows.
+        """Draws different windows, one by one.
+
+        Each draw takes a cluster in proportion to its weight and then evenly one of its windows.
 
         Args:
-            weights: of each cluster, 0 or more. Clusters of weight 0 serve when all others are used
-                up.
-            count: windows; no more than the pool has.
+            weights: of each cluster, 0 or more. A cluster of weight 0 is drawn from only once all
+                others are empty.
+            count: windows; at most as many as the pool has.
             generator: on the CPU.
         """
         share = torch.tensor(weights, dtype=torch.float64) / self.sizes
@@ -106,9 +108,7 @@ class CalibrationPool:
 def mean_hidden_states(
     model: PreTrainedModel, windows: Int[Tensor, "n tokens"]
 ) -> Float[Tensor, "n d_model"]:
-    """Mean over tokens of the last hidden states (behind the final norm) of each window,
-    float32.
-    """
+    """Averages the last hidden states (behind the final norm) of each window over its tokens."""
     parts = torch.split(windows.to(home(model)), _BATCH)
     return torch.cat(
         [

@@ -1,8 +1,8 @@
-"""Model folding: channels are merged, not removed. Needs the weights alone.
+"""Model folding: merges channels instead of removing them. Needs the weights alone.
 
 Source: Wang, Sikic, Thiele and Saukh, "Forget the Data and Fine-Tuning! Just Fold the Network to
-Compress", ICLR 2025, arXiv 2502.10216; METHODS.md section 6. Channels are clustered by their
-weights (gate row, up row, down column, end to end); input rows of a cluster are replaced by their
+Compress", ICLR 2025, arXiv 2502.10216; docs/methods.md, section 6. Channels are clustered by their
+weights (gate row, up row, down column, concatenated); input rows of a cluster are replaced by their
 mean, output columns by their sum.
 
 What differs:
@@ -25,16 +25,16 @@ from prunenet.policies.methods.evidence.measurements import Evidence
 
 
 def merge(evidence: Evidence, widths: Sequence[int]) -> list[FFN]:
-    """The FFN of each layer, merged to its width.
+    """Merges the FFN of each layer to its width.
 
     Args:
         evidence: its weights are read; its seed starts k-means. Distances of a layer take d_ff^2
             float64.
-        widths: clusters of each layer, in [1, d_ff]; at d_ff the layer is the dense one, its
+        widths: clusters of each layer, in [1, d_ff]; at d_ff the layer is the dense one with its
             channels in another order.
 
     Raises:
-        ValueError: not one width a layer, or one out of range.
+        ValueError: not one width a layer, one out of range, or weights that are not finite.
     """
     generator = evidence.generator()
     return [
@@ -44,15 +44,16 @@ def merge(evidence: Evidence, widths: Sequence[int]) -> list[FFN]:
 
 
 def points(ffn: FFN) -> Float[Tensor, "d_ff features"]:
-    """The vector of each channel: its rows, its biases, its down column."""
+    """Concatenates each channel's rows, down column and biases."""
     rows = [t.float() for t in (ffn.gate, ffn.up, ffn.down.T) if t is not None]
     biases = [t.float().unsqueeze(1) for t in (ffn.gate_bias, ffn.up_bias) if t is not None]
     return torch.cat(rows + biases, dim=1)
 
 
 def folded(ffn: FFN, labels: Int[Tensor, " d_ff"], width: int) -> FFN:
-    """An FFN of `width` channels: means of the input rows and biases of each cluster, sums of its
-    output columns.
+    """Makes an FFN with one channel a cluster.
+
+    It has the mean of the cluster's input rows and biases, and the sum of its output columns.
 
     Args:
         ffn: the dense one.
@@ -91,22 +92,27 @@ def kmeans(
     *,
     iterations: int = 100,
 ) -> Int[Tensor, " n"]:
-    """k-means: the cluster of each point, in [0, k); none is empty.
+    """Clusters points by k-means.
 
     Works on inner products, so that a step costs n^2 whatever the number of features.
 
     Args:
-        points: one a row.
+        points: one a row, finite.
         k: clusters, in [1, n].
         generator: on the CPU; draws the k-means++ start.
-        iterations: at most so many steps of Lloyd's algorithm.
+        iterations: most steps of Lloyd's algorithm.
+
+    Returns:
+        The cluster of each point, in [0, k); none is empty.
 
     Raises:
-        ValueError: k out of range.
+        ValueError: k out of range, or points that are not finite.
     """
     n = len(points)
     if not 1 <= k <= n:
         raise ValueError(f"{n} channels can be folded into 1 to {n}, got {k}")
+    if not bool(torch.isfinite(points).all()):
+        raise ValueError("k-means needs finite points: weights or hidden states are damaged")
     gram = points.double() @ points.double().T
     centres = _plus_plus(gram.cpu(), k, generator).to(gram.device)
     squares = gram.diagonal()
@@ -120,7 +126,7 @@ def kmeans(
         to_centre = gram.new_zeros(n, k).index_add_(1, labels, gram) / sizes
         own = to_centre.gather(1, labels[:, None]).squeeze(1)
         centre_squares = gram.new_zeros(k).index_add_(0, labels, own) / sizes
-        # less the point's own square, which is the same for all centres
+        # without the point's own square, which is the same for all centres
         distances = centre_squares - 2 * to_centre
         nearest, following = distances.min(1)
         # A point stays where it is unless another centre is truly nearer: rounding must not make
@@ -136,7 +142,7 @@ def kmeans(
 def _plus_plus(
     gram: Float64[Tensor, "n n"], k: int, generator: torch.Generator
 ) -> Int[Tensor, " k"]:
-    """k different points, each drawn in proportion to its squared distance from those before
+    """Draws k different points in proportion to their squared distance from those before
     (k-means++).
     """
     squares, chosen = gram.diagonal(), torch.zeros(len(gram), dtype=torch.bool)
@@ -157,8 +163,9 @@ def _plus_plus(
 def _filled(
     labels: Int[Tensor, " n"], distances: Float64[Tensor, " n"], k: int
 ) -> Int[Tensor, " n"]:
-    """Gives each empty cluster the point farthest from its own centre, out of a cluster of two or
-    more.
+    """Moves the point farthest from its own centre into each empty cluster.
+
+    Takes points only from clusters of two or more.
     """
     labels, sizes = labels.clone(), torch.bincount(labels, minlength=k)
     order = iter(distances.argsort(descending=True, stable=True).tolist())

@@ -1,11 +1,11 @@
-"""PruneNet as published, for comparison: its own scorer, sampling and training.
+"""PruneNet as published: scores channels by its own scorer, sampling and training, for comparison.
 
 Source: Sengupta et al., "You Only Prune Once: Designing Calibration-Free Model Compression With
 Policy Learning" (PruneNet), ICLR 2025, arXiv 2501.15296, section 3, and the authors' package
-`efficient-pruners` 0.1.0; METHODS.md sections 1.1 and 1.2. Kept on purpose: the mask is a draw; the
-loss sums log keep weights with fresh noise, which is no action's log-probability; rewards are 1 /
-KS, without baseline; layer l's is multiplied by gamma^l; one step an episode; the policy is kept as
-it is after the episode of the highest reward.
+`efficient-pruners` 0.1.0; docs/methods.md, sections 1.1 and 1.2. Kept on purpose: the mask is
+sampled; the loss sums log keep weights with new noise, which is not the log-probability of any
+action; rewards are 1 / KS, without baseline; layer l's is multiplied by gamma^l; one step an
+episode; the policy of the episode with the highest reward is kept.
 
 What differs:
 - float32: in the package on a CPU, float16 loss scaling overflows and skips every step, so that its
@@ -32,8 +32,9 @@ _PERFECT = 99999.0  # the package's reward for a KS distance of 0
 
 
 class PublishedScorer(nn.Module):
-    """alpha = sigmoid((W A + b) v), one for all layers; starts as the package's (A and b as
-    `nn.Linear`, v uniform in [0, 1)).
+    """Computes alpha = sigmoid((W A + b) v), with one A, b and v for all layers.
+
+    Starts as the package's scorer: A and b as in `nn.Linear`, v uniform in [0, 1).
 
     Args:
         d_model, d_ff: of every layer.
@@ -48,17 +49,17 @@ class PublishedScorer(nn.Module):
         self.v = nn.Parameter(torch.rand(d_ff, generator=generator))
 
     def forward(self, weight: Float32[Tensor, "d_ff d_model"]) -> Float32[Tensor, " d_ff"]:
-        """logit(alpha) of each row."""
+        """Returns logit(alpha) of each row."""
         logits: Tensor = weight @ (self.a @ self.v) + self.b @ self.v
         return logits
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedTraining:
-    """How a policy was trained.
+    """Holds a trained scorer and its rewards.
 
     Attributes:
-        scorer: the best episode's.
+        scorer: of the best episode.
         rewards: of each episode, summed over layers.
     """
 
@@ -69,14 +70,16 @@ class PublishedTraining:
 def scores(
     evidence: Evidence, *, train: bool = False, ratio: float = 0.3
 ) -> list[Float[Tensor, " _"]]:
-    """Log keep weights plus Gumbel noise: the top k are a draw of k rows without replacement in
-    proportion to p.
+    """Returns log keep weights plus Gumbel noise.
+
+    The top k are k rows drawn without replacement in proportion to p.
 
     Args:
         evidence: its gate matrices are read (fc1 where there is no gate); its seed starts the
-            scorer and draws.
-        train: by the published recipe; otherwise the scorer is at its random start.
-        ratio: at which it is trained.
+            scorer and all draws.
+        train: whether to train by the published recipe; otherwise the scorer is at its random
+            start.
+        ratio: at which the scorer is trained.
 
     Raises:
         ValueError: layers of different widths, which one scorer cannot serve.
@@ -95,8 +98,9 @@ def scores(
 def log_keep_weights(
     logits: Float[Tensor, " d_ff"], generator: torch.Generator
 ) -> Float[Tensor, " d_ff"]:
-    """log p = log sigmoid(logit(eps) + logit(alpha)), eps uniform in (0, 1): binary concrete at
-    temperature 1.
+    """Returns log p = log sigmoid(logit(eps) + logit(alpha)), eps uniform in (0, 1).
+
+    This is the binary concrete distribution at temperature 1.
     """
     eps = (
         torch.rand(logits.shape, generator=generator)
@@ -109,9 +113,7 @@ def log_keep_weights(
 def drawing_keys(
     log_weights: Float[Tensor, "*batch d_ff"], generator: torch.Generator
 ) -> Float[Tensor, "*batch d_ff"]:
-    """Keys whose top k are k items drawn one by one without replacement, each in proportion to its
-    weight.
-    """
+    """Returns keys whose top k are k items drawn without replacement, in proportion to weights."""
     uniform = torch.rand(log_weights.shape, generator=generator).clamp_min(
         torch.finfo(torch.float32).tiny
     )
@@ -120,7 +122,7 @@ def drawing_keys(
 
 
 def started(evidence: Evidence, generator: torch.Generator) -> PublishedScorer:
-    """A scorer at its random start, on the model's device. Raises as `scores` does."""
+    """Makes a scorer at its random start, on the model's device; raises as `scores`."""
     shapes = {(ffn.d_model, ffn.d_ff) for ffn in evidence.ffns}
     if len(shapes) > 1:
         raise ValueError(
@@ -140,7 +142,8 @@ def trained(
     learning_rate: float = 1e-3,
     gamma: float = 0.99,
 ) -> PublishedTraining:
-    """REINFORCE by the published recipe: AdamW, gradients clipped to norm 1, one step an episode.
+    """Trains by the published recipe: REINFORCE, AdamW, gradients clipped to norm 1, one step an
+    episode.
 
     Args:
         evidence: its gate matrices are read.

@@ -1,5 +1,6 @@
-"""Uniformly random channels (METHODS.md section 6): the baseline of every method. Report several
-seeds with their spread.
+"""Random: scores channels by uniform draws (docs/methods.md, section 6).
+
+Source: the control of every method. Report several seeds with their spread.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from prunenet.policies.methods.evidence.structures import Scores
 
 
 def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
-    """Uniform draws in [0, 1) for each layer; masks of one seed nest as the ratio rises."""
+    """Draws uniformly in [0, 1) for each layer; masks of one seed nest as the ratio rises."""
     return _draws(evidence, evidence.generator())
 
 
 def with_heads(evidence: Evidence) -> Scores:
-    """The same draws for channels, then draws for the groups of heads of each layer."""
+    """Draws as `scores` for channels, then for the groups of heads of each layer."""
     generator = evidence.generator()
     channels = _draws(evidence, generator)
     groups = [

@@ -1,9 +1,10 @@
-"""SAAP: structurally-aware adaptive pruning. Its fine-tuning is in `group_tuning`.
+"""SAAP: scores structures by fused Taylor importances and their stability.
 
 Source: Zheng et al., "Adaptive Pruning for Large Language Models with Structural Importance
-Awareness", arXiv 2412.15127; METHODS.md section 8. Documented: vector-wise and element-wise Taylor
-importances, fused as two outputs with homoscedastic Gaussian noise; an importance-fluctuation and a
-stability indicator make layers comparable; all structures are ranked together.
+Awareness", arXiv 2412.15127; docs/methods.md, section 8. Documented: vector-wise and element-wise
+Taylor importances, fused as two outputs with homoscedastic Gaussian noise; an importance
+fluctuation and a stability indicator make layers comparable; all structures are ranked together.
+Its fine-tuning is in `saap_tuning`.
 
 What differs. All formulas below are [rec], our reconstruction, and nothing measured with them is
 the paper's number:
@@ -13,9 +14,9 @@ the paper's number:
   is smallest, so that every log term is 0 or more and the logarithm of fused exists whatever the
   scale of the loss;
 - fluctuation F_j = standard deviation / mean over calibration sequences of sum_m I_m,j / (2 s_m^2);
-  stability indicator A = F zscore within the layer; a channel's score is z(log fused) - beta
-  A, z over all channels of the model. So what fluctuates is removed, where FLAP removes what does
-  not: `removes` turns the sign over, to be measured;
+  the stability indicator A is F standardised within the layer; a channel's score is z(log fused) -
+  beta A, z over all channels of the model. Fluctuating channels are removed, where FLAP removes
+  stable ones: `removes` changes the sign, so that both can be measured;
 - a layer has one type of structure, FFN channels, or with heads a second one, groups of heads
   (`with_heads`), with an s and a standardisation of F of its own, z over both; the first 3 and the
   last 2 layers are left whole; beta is 0.5;
@@ -35,10 +36,12 @@ from prunenet.policies.methods.evidence.gradients import TaylorSums
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.evidence.structures import Scores
 from prunenet.policies.methods.papers.flap import zscore
+from prunenet.runtime.choices import check_choice
 
 Element = Literal["element1", "element2", "mix"]
 Removes = Literal["unstable", "stable"]
-# of a fused importance, whose mean in a layer is 1 or more: a dead channel must not shape z
+"""Channels that the stability term removes first."""
+# Least fused importance, whose mean in a layer is 1 or more: a dead channel must not dominate z.
 _LEAST = 1e-6
 
 
@@ -49,18 +52,20 @@ def scores(
     removes: Removes = "unstable",
     element: Element = "mix",
 ) -> list[Float[Tensor, " _"]]:
-    """z(log fused) - beta A of each channel; comparable between layers. With `removes="stable"`,
-    plus beta A.
+    """Returns z(log fused) - beta A of each channel, comparable between layers.
+
+    With `removes="stable"` the score is z(log fused) + beta A.
 
     Args:
         evidence: gradients are measured on 10 sequences of 64 tokens of its text, together and one
             by one.
-        beta: weight of the stability term, 0 or more; METHODS.md names 0, 0.25, 0.5 and 1.
-        removes: which channels the stability term disfavours.
-        element: the element-wise importance, see `llm_pruner.scores`.
+        beta: weight of the stability term, 0 or more (docs/methods.md, section 8: 0, 0.25, 0.5 and
+            1).
+        removes: see `Removes`.
+        element: the element-wise importance, see `llm_pruner.Variant`.
 
     Raises:
-        ValueError: a negative beta.
+        ValueError: a negative beta, an unknown name, or no text.
     """
     return _ranked(evidence, beta, removes, element, heads=False)
 
@@ -72,7 +77,7 @@ def with_heads(
     removes: Removes = "unstable",
     element: Element = "mix",
 ) -> Scores:
-    """The same of channels and groups of heads, ranked together. Arguments and errors: `scores`."""
+    """Scores channels and groups of heads together; arguments and errors as for `scores`."""
     found = _ranked(evidence, beta, removes, element, heads=True)
     layers = len(evidence.taylor)
     return Scores(found[:layers], found[layers:])
@@ -81,7 +86,9 @@ def with_heads(
 def _ranked(
     evidence: Evidence, beta: float, removes: Removes, element: Element, *, heads: bool
 ) -> list[Float[Tensor, " _"]]:
-    """Of the channels of each layer, then of the groups of each."""
+    """Scores the channels of each layer, then the groups of each."""
+    check_choice("removes", removes, Removes)
+    check_choice("element", element, Element)
     if beta < 0:
         raise ValueError(
             f"beta must be 0 or more, got {beta}; to remove stable channels say removes='stable'"
@@ -105,8 +112,9 @@ def _ranked(
 
 
 def fused(importances: Sequence[Float64[Tensor, "2 _"]]) -> list[Float64[Tensor, " _"]]:
-    """sum_m I_m / (2 s_m^2) + log s_m, s_m^2 = mean I_m of the layer in units of the smallest such
-    mean; at least 0.
+    """Returns sum_m I_m / (2 s_m^2) + log s_m, at least 0.
+
+    s_m^2 is the mean I_m of the layer, in units of the smallest such mean.
 
     Args:
         importances: of each layer, (2, d_ff), 0 or more.
@@ -124,8 +132,9 @@ def fused(importances: Sequence[Float64[Tensor, "2 _"]]) -> list[Float64[Tensor,
 def fluctuation(
     importances: Float64[Tensor, "sequences 2 d_ff"], means: Float64[Tensor, " 2"]
 ) -> Float64[Tensor, " d_ff"]:
-    """Standard deviation / mean, over sequences, of sum_m I_m / (2 s_m^2); 0 where a channel never
-    matters.
+    """Returns standard deviation / mean, over sequences, of sum_m I_m / (2 s_m^2).
+
+    It is 0 for a channel whose importance is always 0.
 
     Args:
         importances: of one layer, measured on each sequence alone.
@@ -137,7 +146,7 @@ def fluctuation(
 
 
 def _importances(sums: TaylorSums, element: str) -> Float64[Tensor, "2 d_ff"]:
-    """(vector-wise, element-wise), each added up over a channel's slices as LLM-Pruner does."""
+    """Returns vector-wise and element-wise importances, summed over slices as in LLM-Pruner."""
     return torch.stack(
         [part.abs().sum(0).double() for part in (sums.vector, getattr(sums, element))]
     )

@@ -1,18 +1,18 @@
-"""SliceGPT: the residual stream is rotated to its principal directions, and the smallest are sliced
-off every matrix.
+"""SliceGPT: rotates the residual stream to its principal directions and slices off the smallest.
 
 Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
-ICLR 2024, arXiv 2401.15024, section 3, and the authors' code; METHODS.md section 6. The rotation
-itself is in `prunenet.models.rotation`, the modules of the sliced model are in
+ICLR 2024, arXiv 2401.15024, section 3, and the authors' code; docs/methods.md, section 6. The
+rotation itself is in `prunenet.models.rotation`, the modules of the sliced model are in
 `prunenet.models.sliced_modeling`. As in the authors' code, covariances are of the residual stream
-in front of the norm, each is measured behind what is sliced already, and the LM head stays whole.
+in front of the norm, each is measured behind the layers already sliced, and the LM head stays
+whole.
 
 What differs:
 - the size may be given as a ratio of FFN channels: the sliced model is then the largest that has no
   more parameters than a model that lost so many channels. With tied embeddings the budget is
   strict: slicing needs an LM head of its own;
-- no random rotation inside the sliced stream at the end, which changes nothing but what half
-  precision loses;
+- no random rotation inside the sliced stream at the end, which changes only the rounding of half
+  precision;
 - families with RMSNorms only (the authors also turn LayerNorms into RMSNorms);
 - text is the caller's; the authors use 1024 sequences of 2048 tokens of WikiText-2 or Alpaca.
 """
@@ -57,15 +57,16 @@ def sliced(
     round_to: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
-    """Slices a model; the given one stays as it is. `Pruned.save_pretrained` writes a checkpoint
-    that brings its modules along.
+    """Slices a model; the given one stays as it is.
+
+    `Pruned.save_pretrained` writes a checkpoint that contains the code of its modules.
 
     Args:
         evidence: the model and the text to measure on.
         ratio: share of FFN channels, in [0, 1), whose removal from every layer would leave as many
             parameters: the slice is the widest that does not exceed them.
-        slicing: SliceGPT's own measure: share of the residual stream sliced off, in [0, 1). Exactly
-            one of the two is given.
+        slicing: SliceGPT's own measure: share of the residual stream sliced off, in [0, 1). Give
+            exactly one of `ratio` and `slicing`.
         slice_head: whether the stream in front of the LM head is sliced too (the authors leave it
             whole).
         round_to: the width left is a multiple of this (rounded down, as the authors do), or d_model
@@ -121,20 +122,22 @@ def sliced(
 
 
 def sliced_at(evidence: Evidence, ratio: float, round_to: int = 8) -> PreTrainedModel:
-    """The model of `sliced` at a ratio, as published: the row of the table."""
+    """Returns the model of `sliced` at a ratio, as published; the row of `METHODS`."""
     return sliced(evidence, ratio, round_to=round_to).model
 
 
 def parameters_left(model: PreTrainedModel, ratio: float, round_to: int = 8) -> int:
-    """Parameters of the model once `ratio` of the FFN channels of every layer is removed. Raises as
-    `Budget.of`.
+    """Returns the parameters left when `ratio` of the FFN channels of every layer is removed.
+
+    Raises:
+        ValueError: as `Budget.of`.
     """
     budget = Budget.of(model, ratio, round_to=round_to)
     return count_parameters(model)[0] - budget.cost(budget.d_ff) + budget.parameters
 
 
 def width_at_slicing(d_model: int, slicing: float, round_to: int = 8) -> int:
-    """(1 - slicing) d_model, rounded down to a multiple of `round_to`; d_model itself at 0.
+    """Returns (1 - slicing) d_model, rounded down to a multiple of `round_to`; d_model at 0.
 
     Raises:
         ValueError: slicing is not in [0, 1), or nothing would be left.
@@ -162,11 +165,10 @@ def slice_stream(
     basis: Basis = eigenbasis,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
-    """The model with its residual stream sliced to these widths, each point measured behind what is
-    sliced in front of it.
+    """Slices the residual stream of a model to the given widths.
 
-    Memory holds the sliced model, one layer's matrices in float64, and the hidden states of all
-    blocks.
+    Each point is measured behind the layers already sliced in front of it. Memory holds the sliced
+    model, one layer's matrices in float64, and the hidden states of all blocks.
 
     Args:
         model: a causal LM in eval mode that passes `check_rotatable`; not changed.
@@ -184,7 +186,8 @@ def slice_stream(
     made = unrotated(model, widths)
     calls = [layer_calls(model, part) for part in torch.split(ids.to(home(model)), _BATCH)]
     left = iter(widths)
-    hidden, before = _turned([call[0][0] for call in calls], basis, next(left))
+    embedded = [call[0].hidden for call in calls if call[0].hidden is not None]
+    hidden, before = _turned(embedded, basis, next(left))
     rotate_ends(model, made, first=before)
     layers = list(decoder_layers(made))
     for index, (layer, blocks) in enumerate(zip(layers, blocks_of(model, made), strict=True)):
@@ -192,7 +195,8 @@ def slice_stream(
             block.read(before)
             block.write(before, None)  # the whole stream, to be measured
             whole = [
-                step(layer, part, call[index][2]) for part, call in zip(hidden, calls, strict=True)
+                step(layer, part, call[index].kwargs)
+                for part, call in zip(hidden, calls, strict=True)
             ]
             hidden, behind = _turned(whole, basis, next(left))
             block.write(before, behind)
@@ -206,7 +210,7 @@ def slice_stream(
 def _turned(
     whole: list[Tensor], basis: Basis, width: int
 ) -> tuple[list[Tensor], Float64[Tensor, "d_model width"]]:
-    """The stream in its first `width` principal directions, and these."""
+    """Projects the stream on its first `width` principal directions; returns both."""
     kept = basis(covariance(whole))[:, :width]
     return [part @ kept.to(part) for part in whole], kept
 

@@ -1,8 +1,8 @@
-"""A small seeded search over named numbers and choices, with a log of JSON lines from which a
-killed search continues.
+"""Searches named numbers and choices with a seed, and logs JSON lines from which a killed search
+continues.
 
-Each proposal is a function of the space, the seed and the trials before it (a fresh sampler each
-time), so that a resumed search makes the trials that an unbroken one would have made.
+Each proposal depends only on the space, the seed and the trials before it (a new sampler each
+time). A resumed search therefore makes the trials that an uninterrupted one would have made.
 
 Sources: the tree-structured Parzen estimator of Bergstra et al., "Algorithms for Hyper-Parameter
 Optimization", NeurIPS 2011, as implemented by Optuna (Akiba et al., KDD 2019, arXiv 1907.10902)
@@ -21,15 +21,17 @@ from typing import Any, Literal
 
 import torch
 
+from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import write_atomic
 
 Value = float | int | str
 Strategy = Literal["tpe", "random"]
+"""Proposes by all trials so far (tree-structured Parzen estimator), or draws at random."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A number in [low, high]."""
+    """The numbers in [low, high]."""
 
     low: float
     high: float
@@ -37,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of several options, without an order."""
+    """Several options, without an order."""
 
     options: tuple[int | str, ...]
 
@@ -47,7 +49,7 @@ Space = Mapping[str, Span | Choice]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One point of the space, and what it is worth.
+    """Holds one point of the space and its value.
 
     Attributes:
         params: a value for each name of the space.
@@ -59,11 +61,25 @@ class Trial:
 
 
 class SearchError(ValueError):
-    """A log that is damaged, or that belongs to another search."""
+    """Raised for a log that is damaged, or that belongs to another search."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Names the file of a search's trials.
+
+    Attributes:
+        path: JSON lines, the first of which identifies the search; every trial is added at once. A
+            search with the same settings continues from it, at a larger number of trials too.
+        settings: JSON values on which the objective depends besides the point.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The first of those with the lowest value."""
+    """Returns the trial of the lowest value; of equal ones the first."""
     return min(trials, key=lambda trial: trial.value)
 
 
@@ -75,29 +91,26 @@ def search(
     seed: int,
     strategy: Strategy = "tpe",
     starts: Sequence[Mapping[str, Value]] = (),
-    log: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
+    log: Log | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trial]:
     """Minimises an objective.
 
     Args:
         objective: deterministic; called once a trial.
-        space: what is searched.
-        trials: how many, those found in the log and the starting points among them; at least 1.
+        space: the numbers and choices to search.
+        trials: how many, including those in the log and the starting points; at least 1.
         seed: of every proposal, 0 or more.
-        strategy: "tpe" proposes by all trials before, "random" draws each trial by itself.
+        strategy: "tpe" proposes by all trials before, "random" draws each trial independently.
         starts: points that are tried first.
-        log: file of JSON lines that every trial is added to; a search with the same settings
-            continues from it, at a larger `trials` too. Its first line says which search it is.
-        settings: what else the objective depends on, JSON values.
+        log: where trials are kept; None keeps them in memory.
         progress: called with (trials done, trials in all).
 
     Returns:
         The trials, in order.
 
     Raises:
-        ValueError: no trials, or a seed below 0.
+        ValueError: no trials, a seed below 0, or an unknown strategy.
         SearchError: the log is damaged or belongs to another search.
         ImportError: "tpe" without Optuna.
     """
@@ -105,23 +118,25 @@ def search(
         raise ValueError(
             f"a search needs 1 trial or more and a seed of 0 or more, got {trials} and {seed}"
         )
+    check_choice("strategy", strategy, Strategy)
     propose = _tpe() if strategy == "tpe" else _random
-    header = dict(settings or {}) | {
+    header = {
+        **({} if log is None else log.settings),
         "strategy": strategy,
         "seed": seed,
         "starts": [dict(start) for start in starts],
+        "space": {name: asdict(axis) for name, axis in space.items()},
     }
-    header["space"] = {name: asdict(axis) for name, axis in space.items()}
-    done = [] if log is None else _opened(log, header)[:trials]
+    done = [] if log is None else _opened(log.path, header)[:trials]
     while len(done) < trials:
         number = len(done)
-        # Seeds of neighbouring searches and of neighbouring trials must not meet.
+        # Different for neighbouring searches and for neighbouring trials.
         drawn = (seed * 1_000_003 + number) % 2**32
         params = dict(starts[number]) if number < len(starts) else propose(space, done, drawn)
         value = float(objective(params))
         done.append(Trial(params, value if math.isfinite(value) else math.inf))
         if log is not None:
-            with log.open("a", encoding="utf-8") as file:
+            with log.path.open("a", encoding="utf-8") as file:
                 file.write(_line(done[-1]))
         if progress is not None:
             progress(len(done), trials)
@@ -153,9 +168,7 @@ def _tpe() -> Propose:
 
     @contextmanager
     def quiet() -> Iterator[None]:
-        """A study announces itself in Optuna's log; a fresh one a trial would fill the caller's
-        screen.
-        """
+        """Silences Optuna's message about a new study, of which there is one a trial."""
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
         try:
@@ -196,12 +209,14 @@ def _line(trial: Trial) -> str:
 
 
 def _opened(log: Path, header: Mapping[str, Any]) -> list[Trial]:
-    """The log's trials; a log that does not exist yet is begun, and a last line cut off by a kill
-    is taken away.
+    """Reads the trials of a log; starts a new log, and removes a last line cut off by a kill.
+
+    Raises:
+        SearchError: the log is damaged or belongs to another search.
     """
     header = json.loads(json.dumps(header))
     log.parent.mkdir(parents=True, exist_ok=True)
-    # What was being written when the process was killed has no end of line.
+    # A line that was being written when the process was killed has no end.
     whole, _, rest = (log.read_text(encoding="utf-8") if log.exists() else "").rpartition("\n")
     lines = whole.splitlines()
     try:
@@ -215,7 +230,7 @@ def _opened(log: Path, header: Mapping[str, Any]) -> list[Trial]:
         raise SearchError(
             f"{str(log)!r} is no log of a search, or is damaged; remove it or give another file"
         ) from None
-    # The caller's settings come first: they explain a changed space or start.
+    # The caller's settings are named first: they explain a changed space or start.
     changed = [key for key in {**header, **saved} if saved.get(key) != header.get(key)]
     if changed:
         key = changed[0]

@@ -1,8 +1,8 @@
-"""Wanda-sp: the structured form of Wanda.
+"""Wanda-sp: scores channels by weights times activation norms, the structured form of Wanda.
 
 Sources: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda),
 ICLR 2024, arXiv 2306.11695; its structured form in An et al. (FLAP), AAAI 2024, arXiv 2312.11983,
-section 5.1; METHODS.md section 6.
+section 5.1; docs/methods.md, section 6.
 
 What differs: FFN channels only.
 """
@@ -18,16 +18,19 @@ from prunenet.refit.moments import Energies
 
 
 def layer_score(ffn: FFN, energies: Energies) -> Float[Tensor, " d_ff"]:
-    """mean_i |W_ij| * |X_j|_2: W the down matrix, X_j the activations of channel j over all
-    tokens.
+    """Returns mean_i |W_ij| * |X_j|_2 of each channel j.
+
+    W is the down matrix, X_j the channel's activations over all tokens.
     """
     norm = (energies.energy * energies.tokens).sqrt()
     return ffn.down.float().abs().mean(0) * norm
 
 
 def scores(evidence: Evidence) -> list[Float[Tensor, " _"]]:
-    """Of each layer of the dense model, in one pass. As published, each layer is measured behind
-    the cut ones: see `cut`.
+    """Scores each layer of the dense model, in one pass.
+
+    As published, each layer is measured behind the cut ones: `prunenet.policies.methods.cut` calls
+    `layer_score` for that.
     """
     return [
         layer_score(ffn, energies)

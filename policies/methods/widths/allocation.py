@@ -1,9 +1,9 @@
-"""Where to cut: the width of each layer under one budget of parameters, for any scores (METHODS.md
+"""Allocates widths to layers under one budget of parameters, for any scores (docs/methods.md,
 sections 1.2, 5 and 6).
 
 The budget is what a cut of the same ratio in every layer leaves, so that methods are compared at
-equal total parameters (METHODS.md section 10). Widths are multiples of `round_to` (or whole
-layers). Every allocation meets the budget exactly where all channels cost the same and layers are
+equal total parameters (docs/methods.md, section 10). Widths are multiples of `round_to`, or whole
+layers. Every allocation meets the budget exactly where all channels cost the same and layers are
 multiples of `round_to`; otherwise from below, by less than one step.
 """
 
@@ -23,12 +23,12 @@ from prunenet.models.masks import width_at
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the FFN channels of a cut model may cost.
+    """Holds the number of parameters that the FFN channels of a cut model may have.
 
     Attributes:
         d_ff: channels of each layer of the dense model.
         costs: parameters of one channel of each layer.
-        parameters: of all channels that stay, at most.
+        parameters: most parameters of all channels that stay.
         round_to: widths are multiples of this, or d_ff.
         floor: channels that every layer keeps, at least 1; rounded up to a multiple.
     """
@@ -43,7 +43,7 @@ class Budget:
     def of(
         cls, model: PreTrainedModel, ratio: float, *, round_to: int = 8, floor: int = 1
     ) -> Budget:
-        """What is left when `ratio` of the channels of every layer is removed.
+        """Makes the budget that is left when `ratio` of the channels of every layer is removed.
 
         Args:
             model: the dense one.
@@ -62,27 +62,27 @@ class Budget:
 
     @property
     def share(self) -> float:
-        """Of the channels' parameters, how much stays, in (0, 1]."""
+        """Share of the channels' parameters that stays, in (0, 1]."""
         return self.parameters / self.cost(self.d_ff)
 
     def cost(self, widths: Sequence[int]) -> int:
-        """Parameters of so many channels of each layer."""
+        """Returns the parameters of so many channels of each layer."""
         return sum(cost * width for cost, width in zip(self.costs, widths, strict=True))
 
     def least(self, layer: int) -> int:
-        """Channels that a layer keeps in any case."""
+        """Returns the fewest channels that a layer may keep."""
         return min(-(-max(self.floor, 1) // self.round_to) * self.round_to, self.d_ff[layer])
 
 
 def uniform(budget: Budget) -> list[int]:
-    """The same share of every layer."""
+    """Keeps the same share of every layer."""
     return fitted(budget, [budget.share * d_ff for d_ff in budget.d_ff])
 
 
 def global_sort(
     budget: Budget, scores: Sequence[Float[Tensor, " _"]], *, first: int = 0, last: int = 0
 ) -> list[int]:
-    """One ranking of the channels of all layers (FLAP, arXiv 2312.11983, section 4.2).
+    """Ranks the channels of all layers together (FLAP, arXiv 2312.11983, section 4.2).
 
     Args:
         budget: its floor is kept in every layer first.
@@ -90,8 +90,8 @@ def global_sort(
         first, last: how many layers at each end are left whole.
 
     Raises:
-        ValueError: not one score a channel, one that is not a number, or layers to be left whole
-            that cannot be paid for.
+        ValueError: not one score a channel, one that is not a number, or whole layers that exceed
+            the budget.
     """
     if [len(row) for row in scores] != list(budget.d_ff):
         raise ValueError(
@@ -112,14 +112,16 @@ def global_sort(
 
 
 def protected(budget: Budget, first: int, last: int) -> list[int]:
-    """Layers at both ends left whole, the same share of all others (LLM-Pruner, arXiv 2305.11627).
+    """Leaves layers at both ends whole and cuts all others by the same share.
+
+    As LLM-Pruner does (arXiv 2305.11627).
 
     Args:
-        budget: for all layers together.
-        first, last: how many layers at each end, 0 or more.
+        budget: of all layers.
+        first, last: how many layers at each end are left whole, 0 or more.
 
     Raises:
-        ValueError: nothing is left to cut, or the layers left cannot make up for those left whole.
+        ValueError: nothing is left to cut, or the other layers cannot make up for the whole ones.
     """
     inner = _inner(budget, first, last)
     whole = budget.cost([0 if layer in inner else d_ff for layer, d_ff in enumerate(budget.d_ff)])
@@ -134,8 +136,10 @@ def protected(budget: Budget, first: int, last: int) -> list[int]:
 
 
 def _inner(budget: Budget, first: int, last: int) -> range:
-    """The layers that may be cut; raises ValueError where they cannot make up for those left
-    whole.
+    """Returns the layers that may be cut.
+
+    Raises:
+        ValueError: they cannot make up for those left whole.
     """
     inner = range(first, len(budget.d_ff) - last)
     least = [
@@ -151,18 +155,23 @@ def _inner(budget: Budget, first: int, last: int) -> range:
 
 
 def owl(budget: Budget, outliers: Sequence[float], *, lam: float = 0.08) -> list[int]:
-    """More channels for layers with more outliers (OWL: Yin et al., ICML 2024, arXiv 2310.05175,
-    section 4).
+    """Keeps more channels in layers with more outliers.
 
-    As in the authors' code, the shares kept span 2 lam and have the budget's share as their mean.
-    Where that asks for more than a whole layer, the rest goes to the others.
+    As OWL does (Yin et al., ICML 2024, arXiv 2310.05175, section 4, and the authors' code): the
+    shares kept span 2 lam and have the budget's share as their mean. What exceeds a whole layer
+    goes to the others.
 
     Args:
         budget: of all layers.
         outliers: of each layer, see `outlier_share`.
         lam: half the span between the layers' shares.
+
+    Raises:
+        ValueError: an outlier share is not finite, or as `fitted`.
     """
     found = torch.tensor(outliers, dtype=torch.float64)
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(f"OWL needs finite shares of outliers, got {list(outliers)}")
     spread = found.max() - found.min()
     offset = 2 * lam * (found - found.min()) / spread if spread > 0 else torch.zeros_like(found)
     shares = budget.share + offset - offset.mean()
@@ -177,8 +186,9 @@ def outlier_share(
     *,
     m: float = 5.0,
 ) -> float:
-    """Percentage of a layer's Wanda scores |W_ij| |X_j| above m times their mean, over all its
-    matrices together, in [0, 100].
+    """Returns the percentage of a layer's Wanda scores |W_ij| |X_j| above m times their mean.
+
+    Counts all its matrices together; in [0, 100].
 
     Args:
         weights: (d_out, d_in) of each linear of the layer.
@@ -195,15 +205,16 @@ def outlier_share(
 
 
 def fitted(budget: Budget, wanted: Sequence[float]) -> list[int]:
-    """Widths nearest to the wanted ones that fill the budget: steps go where the shortfall is
-    largest, lower layers first.
+    """Rounds wanted widths to multiples that fill the budget.
+
+    Steps go where the shortfall is largest, lower layers first.
 
     Args:
         budget: met from below, by less than the smallest step that is left.
         wanted: channels of each layer, of any size and sum.
 
     Raises:
-        ValueError: the floors alone cost more than the budget.
+        ValueError: the floors alone exceed the budget.
     """
     step = budget.round_to
     widths = []

@@ -1,5 +1,5 @@
-"""What a search over widths has measured: each architecture once, in a file that a killed search
-continues from.
+"""Evaluates architectures for a search over widths, each once, and keeps the losses in a file from
+which a killed search continues.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from prunenet.policies.methods.widths.allocation import Budget, uniform
 from prunenet.policies.methods.widths.space import Space
 
+SearchedAllocation = Literal["predictor", "evolution"]
+"""Search that finds an allocation."""
 Evaluator = Callable[[Sequence[int]], float]
 """Widths of all layers -> loss, lower is better, the same at every call.
 
-It may have two attributes: `many(list of widths) -> list of losses`, where several at once are
+Two attributes are optional: `many(list of widths) -> list of losses`, where several at once are
 cheaper, and `key`, a string that tells its losses from those of other evaluators in one file.
 """
 Widths = tuple[int, ...]
@@ -28,12 +30,12 @@ _TOGETHER = 8  # architectures between two writes, where several at once are che
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """The best architecture that a search has measured.
+    """Holds the best architecture of a search.
 
     Attributes:
         widths: channels of each layer.
         loss: its loss.
-        pairs: all that the search has measured, each once, in order.
+        pairs: every architecture measured and its loss, each once, in order.
     """
 
     widths: list[int]
@@ -42,19 +44,19 @@ class Searched:
 
 
 class Evaluations:
-    """An evaluator that is asked once for each architecture.
+    """Calls an evaluator once for each architecture.
 
     Args:
         evaluate: see `Evaluator`.
-        path: a JSON-lines file of {"evaluator", "widths", "loss"}. What it holds of this evaluator
-            is not measured again; what is new is added at once, so that a killed search, started
-            again, takes the same way and goes on. Several searches may share a file.
+        path: a JSON-lines file of {"evaluator", "widths", "loss"}. Losses of this evaluator are
+            taken from it, and new ones are added at once: a killed search, started again, repeats
+            its steps without measuring and continues. Several searches may share a file.
 
     Attributes:
-        pairs: what this search has asked for, in order.
+        pairs: architectures requested so far and their losses, in order.
 
     Raises:
-        ValueError: the file holds a line that is not one of these (the last may be cut short).
+        ValueError: the file holds another kind of line (the last one may be cut short).
     """
 
     def __init__(self, evaluate: Evaluator, path: str | Path | None = None) -> None:
@@ -65,7 +67,7 @@ class Evaluations:
         self._known = {} if self._path is None else _read(self._path, self._key)
 
     def __call__(self, candidates: Sequence[Widths]) -> list[float]:
-        """The loss of each.
+        """Returns the loss of each candidate.
 
         Raises:
             ValueError: a loss is not a finite number.
@@ -103,7 +105,7 @@ class Evaluations:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def best(self) -> Searched:
-        """Of what this search has asked for; of equal ones the first."""
+        """Returns the best architecture requested so far; of equal ones the first."""
         widths = min(self.pairs, key=self.pairs.__getitem__)
         return Searched(list(widths), self.pairs[widths], list(self.pairs.items()))
 
@@ -117,8 +119,9 @@ def best_of_random(
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Searched:
-    """The control of every search: the best of the uniform architecture and `count` - 1 different
-    random ones.
+    """Returns the best of the uniform architecture and `count` - 1 random ones.
+
+    This is the control of every search.
 
     Args:
         budget: of all layers.
@@ -138,8 +141,9 @@ def best_of_random(
 def fresh(
     space: Space, count: int, generator: torch.Generator, known: Container[Widths], *, tied: int = 1
 ) -> list[Widths]:
-    """Random architectures that differ from each other and from the known ones; fewer where the
-    space holds fewer.
+    """Draws different random architectures that are not known yet.
+
+    Returns fewer where the space holds fewer.
     """
     found: dict[Widths, None] = {}
     for _ in range(10):

@@ -1,11 +1,11 @@
-"""Evolutionary search over widths: level switches between two layers at a constant budget.
+"""Searches widths by evolution: level switches between two layers at a constant budget.
 
 Source: Sieberling, Kuznedelev, Kurtic and Alistarh, "EvoPress: Towards Optimal Dynamic Model
-Compression via Evolutionary Search", arXiv 2410.14649, and the authors' code; METHODS.md section 5
-("Widths without data"). As there: one parent; each child takes min(a, b) switches, a and b uniform
-in {1, 2, 3}; a switch makes one layer a level wider and another one a level narrower; children are
-first judged on little text, the survivors on more; the parent goes only for a child that is no
-worse.
+Compression via Evolutionary Search", arXiv 2410.14649, and the authors' code; docs/methods.md,
+section 5 ("Widths without data"). As there: one parent; each child takes min(a, b) switches, a and
+b uniform in {1, 2, 3}; a switch makes one layer a level wider and another one a level narrower;
+children are first judged on little text, the survivors on more; only a child that is no worse
+replaces the parent.
 
 What differs:
 - FFN widths in place of sparsity, quantisation or dropped blocks;
@@ -14,7 +14,7 @@ What differs:
   (published where no level is the target itself);
 - text does not change between generations, so that the parent is judged once, the search cannot end
   worse than it started on its own measure, and a killed search continues;
-- no architecture is judged twice; where all that the draws find is known, the search has converged
+- no architecture is judged twice; where the draws find only known ones, the search has converged
   and ends early.
 """
 
@@ -42,69 +42,87 @@ _TRIES = 200  # draws for one child
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """A cheap first judgement of the children.
+    """Selects children by a cheap loss before the full evaluation.
 
     Attributes:
         evaluate: for example the same loss on less text.
-        survivors: children that go on to the next judgement, at least 1.
+        survivors: children that are evaluated further, at least 1.
     """
 
     evaluate: Evaluator
     survivors: int
 
 
+@dataclass(frozen=True, slots=True)
+class Evolution:
+    """Holds the options of an evolutionary search.
+
+    Attributes:
+        generations: 0 or more.
+        offspring: children of a generation, 1 or more.
+        initial: random architectures that compete with the start to be the first parent, 0 or more.
+        screens: evaluations before the full one, from little text to more.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    generations: int = 24
+    offspring: int = 2
+    initial: int = 11
+    screens: tuple[Screen, ...] = ()
+
+    def __post_init__(self) -> None:
+        survivors = [screen.survivors for screen in self.screens]
+        if min(self.generations, self.initial) < 0 or min(self.offspring, *survivors, 1) < 1:
+            raise ValueError(
+                "evolution takes 0 or more generations and initial architectures, and 1 or more"
+                f" children and survivors, got generations={self.generations},"
+                f" initial={self.initial}, offspring={self.offspring}, {survivors=}"
+            )
+
+
 def evolution_search(
     budget: Budget,
     evaluate: Evaluator,
+    options: Evolution | None = None,
     *,
-    generations: int = 24,
-    offspring: int = 2,
-    initial: int = 11,
-    screens: Sequence[Screen] = (),
     start: Sequence[int] | None = None,
     step: int | None = None,
     seed: int = 0,
     path: str | Path | None = None,
 ) -> Searched:
-    """The best architecture that evolution finds; never worse than its start.
+    """Searches widths by evolution; the result is never worse than the start.
 
-    Without screens, 1 + initial + generations * offspring architectures are judged, or fewer where
-    it converges; with screens, the children that survive the last one.
+    Without screens, 1 + initial + generations * offspring architectures are evaluated, or fewer
+    where the search converges; with screens, the children that survive the last one.
 
     Args:
         budget: spent by every architecture as `fitted` does.
-        evaluate: the full judgement.
-        generations: 0 or more.
-        offspring: children of a generation, 1 or more.
-        initial: random architectures that compete with the start to be the first parent, 0 or more.
-        screens: judgements before the full one, from little text to more.
+        evaluate: the full evaluation.
+        options: default `Evolution()`.
         start: an architecture to start from; default uniform.
         step: channels of one level, a multiple of `round_to`; default about a twenty-fourth of the
             widest layer.
         seed: of the switches.
-        path: JSON-lines file of everything judged; a killed search, started again, goes on (see
-            `Evaluations`).
+        path: JSON-lines file of all evaluations, from which a killed search, started again,
+            continues (see `Evaluations`).
 
     Raises:
-        ValueError: a number out of range, a start that does not fit, or as `Evaluations`.
+        ValueError: a start or a step that does not fit, or as `Evaluations`.
     """
-    survivors = [screen.survivors for screen in screens]
-    if min(generations, initial) < 0 or min(offspring, *survivors, 1) < 1:
-        raise ValueError(
-            "evolution takes 0 or more generations and initial architectures, and 1 or more"
-            f" children and survivors, got {generations=}, {initial=}, {offspring=}, {survivors=}"
-        )
+    options = options or Evolution()
     step = level_step(budget, step)
     generator = torch.Generator().manual_seed(seed)
     full = Evaluations(evaluate, path)
-    screened = [(Evaluations(screen.evaluate, path), screen.survivors) for screen in screens]
+    screened = [(Evaluations(s.evaluate, path), s.survivors) for s in options.screens]
     first = [_started(budget, start)]
-    first += fresh(Space.around(budget, step=step), initial, generator, first)
+    first += fresh(Space.around(budget, step=step), options.initial, generator, first)
     seen = set(first)
     losses = full(first)
     parent, loss = _fittest(first, losses)[0], min(losses)
-    for _ in range(generations):
-        children = _children(budget, parent, step, offspring, seen, generator)
+    for _ in range(options.generations):
+        children = _children(budget, parent, step, options.offspring, seen, generator)
         if not children:
             break
         seen |= set(children)
@@ -131,7 +149,7 @@ def _started(budget: Budget, start: Sequence[int] | None) -> Widths:
 
 
 def _fittest(children: Sequence[Widths], losses: Sequence[float]) -> list[Widths]:
-    """Best first; of equal ones the first drawn."""
+    """Sorts children, best first; of equal ones the first drawn comes first."""
     return [
         child for _, child in sorted(zip(losses, children, strict=True), key=lambda pair: pair[0])
     ]
@@ -145,7 +163,7 @@ def _children(
     seen: set[Widths],
     generator: torch.Generator,
 ) -> list[Widths]:
-    """Up to `count` different architectures that were not seen before."""
+    """Draws up to `count` different children of a parent that were not seen before."""
     found: dict[Widths, None] = {}
     for _ in range(count * _TRIES):
         if len(found) == count:
@@ -159,7 +177,7 @@ def _children(
 
 
 def _switched(budget: Budget, widths: Widths, amount: int, generator: torch.Generator) -> Widths:
-    """One layer wider by up to `amount` channels, another one narrower by as many parameters."""
+    """Widens one layer by up to `amount` channels and narrows another by as many parameters."""
     step = budget.round_to
     wider = [i for i, width in enumerate(widths) if budget.d_ff[i] - width >= step]
     narrower = [i for i, width in enumerate(widths) if width - budget.least(i) >= step]

@@ -1,4 +1,4 @@
-"""Block influence: layers that change the residual stream little lose more channels.
+"""Allocates by block influence: layers that change the residual stream little lose more channels.
 
 Sources: the measure is that of Men et al., "ShortGPT: Layers in Large Language Models are More
 Redundant Than You Expect", arXiv 2403.03853, section 3; the softmax over layers is that of Lin et
@@ -6,15 +6,15 @@ al., "MoDeGPT: Modular Decomposition for Large Language Model Compression", ICLR
 2408.09632.
 
 What differs:
-- [rec] the softmax temperature: the text of the second paper was not at hand;
+- [rec] the softmax temperature: the text of the second paper was not available;
 - FFN channels only: a layer's influence is that of its attention too, which stays whole;
-- what a layer cannot give up, because nothing would be left of it, is taken from the others (see
-  `allocation.fitted`).
+- channels that a layer cannot lose, because none would be left, are taken from the others
+  (`allocation.fitted`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,8 +32,9 @@ from prunenet.runtime.placement import home
 def by_influence(
     budget: Budget, influence: Sequence[float], *, temperature: float = 0.1
 ) -> list[int]:
-    """Layer l loses the share L ratio softmax(-influence / temperature)_l of its channels: on
-    average the ratio, more where influence is low.
+    """Removes the share L ratio softmax(-influence / temperature)_l of the channels of layer l.
+
+    That is the ratio on average, and more where influence is low.
 
     Args:
         budget: of all layers.
@@ -67,8 +68,9 @@ def by_influence(
 def block_influence(
     model: PreTrainedModel, ids: Int[Tensor, "n tokens"], *, batch: int = 4
 ) -> list[float]:
-    """1 - cosine of the hidden states in front of and behind each decoder layer, mean over tokens,
-    in [0, 2].
+    """Returns 1 - cosine of the hidden states in front of and behind each decoder layer.
+
+    Averages over tokens; in [0, 2].
 
     Args:
         model: in eval mode.
@@ -84,12 +86,12 @@ def block_influence(
 
     def measure(index: int) -> Any:
         def hook(
-            _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+            _module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any
         ) -> None:
             before = inputs[0] if inputs else named["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
-            sums[index] += (1 - cosines).sum(dtype=torch.float64).cpu()
+            sums[index] += (1 - cosines).cpu().sum(dtype=torch.float64)
 
         return hook
 

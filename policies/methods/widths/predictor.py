@@ -1,7 +1,7 @@
-"""Accuracy predictor: boosted trees learn from some measured architectures which of many others to
-measure.
+"""Searches widths by an accuracy predictor: boosted trees trained on some evaluated architectures
+choose which others to evaluate.
 
-Source: "accuracy predictor", ICASSP 2024, arXiv 2309.09507; METHODS.md section 9. As there:
+Source: "accuracy predictor", ICASSP 2024, arXiv 2309.09507; docs/methods.md, section 9. As there:
 architectures are drawn at random and measured, gradient-boosted trees learn the loss from the
 vector of widths, feature importances narrow the space, thousands of random vectors are predicted,
 the best few are measured, and the best measured one is the result.
@@ -50,11 +50,10 @@ Pairs = Sequence[tuple[Widths, float]]
 
 
 class LossPredictor:
-    """Gradient-boosted trees from the widths of all layers to a loss; exact repetition gives exact
-    repetition.
+    """Predicts a loss from the widths of all layers by gradient-boosted trees; deterministic.
 
-    They learn the logarithm of losses that are all positive, and are to be used on the range that
-    they were trained on: trees do not extrapolate.
+    Learns the logarithm where all losses are positive. Trees do not extrapolate: predict only
+    within the range of the training widths.
 
     Args:
         pairs: measured architectures with their losses, at least 2.
@@ -88,7 +87,7 @@ class LossPredictor:
         self.importance: list[float] = self._trees.feature_importances_.tolist()
 
     def __call__(self, architectures: Sequence[Sequence[int]]) -> Float64[ndarray, " n"]:
-        """Of each: its predicted loss, up to a monotone function."""
+        """Predicts the loss of each architecture, up to a monotone function."""
         return np.asarray(self._trees.predict(self._features(architectures)))
 
     def _features(self, architectures: Sequence[Sequence[int]]) -> Float64[ndarray, "n layers"]:
@@ -99,14 +98,14 @@ class LossPredictor:
 
 @dataclass(frozen=True, slots=True)
 class PredictorSearch:
-    """What the search found, and how good its predictor was.
+    """Holds the result of a search, and how good its predictor was.
 
     Attributes:
-        best: the best architecture measured, and all that were.
-        importance: of each layer's width for the loss, see `LossPredictor`; of all pairs measured.
-        rank_correlation: Spearman's, in [-1, 1], between the losses of the random architectures and
-            what predictors say that have not seen them (five-fold cross-validation).
-        samples: how many random architectures it is of.
+        best: the best architecture, and all that were evaluated.
+        importance: of each layer's width for the loss, see `LossPredictor`; from all evaluations.
+        rank_correlation: Spearman's, in [-1, 1], between losses of the random architectures and
+            their predictions by five-fold cross-validation.
+        samples: how many random architectures the correlation is measured on.
         space: in which the last candidates were drawn.
     """
 
@@ -116,10 +115,8 @@ class PredictorSearch:
     samples: int
     space: Space
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; the architectures measured are left out, see
-        `prunenet.policies.methods.widths.evaluations`.
-        """
+    def as_dict(self) -> dict[str, object]:
+        """Converts the result to JSON values, without the evaluated architectures."""
         return {
             "widths": self.best.widths,
             "loss": self.best.loss,
@@ -132,9 +129,7 @@ class PredictorSearch:
         }
 
     def markdown(self) -> str:
-        """One row a layer: its importance, the widths that stayed in the search, and the width
-        found.
-        """
+        """Makes a table of one row a layer: importance, widths searched, width found."""
         rows = zip(self.importance, self.space.low, self.space.high, self.best.widths, strict=True)
         table = "\n".join(
             f"| {layer} | {share:.3f} | {low} to {high} | {width} |"
@@ -148,74 +143,93 @@ class PredictorSearch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Holds the options of a search by an accuracy predictor.
+
+    Attributes:
+        samples: random architectures to learn from, 10 or more.
+        measured: candidates evaluated in a round, those predicted best; 1 or more.
+        rounds: of learning, predicting and evaluating, 1 (as published) or more.
+        candidates: random architectures predicted in a round, at least `measured`.
+        tied: how many adjacent layers share a draw in 400 of 525 samples (published: 4; 1 ties
+            none).
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    samples: int = 44
+    measured: int = 5
+    rounds: int = 3
+    candidates: int = 2000
+    tied: int = 1
+
+    def __post_init__(self) -> None:
+        enough = self.samples >= 2 * _FOLDS and self.candidates >= self.measured
+        if not enough or min(self.measured, self.rounds, self.tied) < 1:
+            raise ValueError(
+                f"the predictor takes {2 * _FOLDS} or more samples, 1 or more of measured, rounds"
+                " and tied, and at least as many candidates as are measured, got"
+                f" samples={self.samples}, measured={self.measured}, rounds={self.rounds},"
+                f" tied={self.tied}, candidates={self.candidates}"
+            )
+
+
 def predictor_search(
     budget: Budget,
     evaluate: Evaluator,
+    options: Prediction | None = None,
     *,
-    samples: int = 44,
-    measured: int = 5,
-    rounds: int = 3,
-    candidates: int = 2000,
-    tied: int = 1,
     space: Space | None = None,
     seed: int = 0,
     path: str | Path | None = None,
 ) -> PredictorSearch:
-    """The best of 1 + samples + rounds * measured architectures: uniform, random ones, and those
-    that a predictor chose.
+    """Returns the best of 1 + samples + rounds * measured architectures.
+
+    They are the uniform one, random ones, and those that a predictor chose.
 
     Args:
         budget: spent by every architecture.
         evaluate: see `Evaluator`.
-        samples: random architectures to learn from, 10 or more.
-        measured: candidates measured in a round, those predicted best; 1 or more.
-        rounds: of learning, predicting and measuring, 1 (as published) or more.
-        candidates: random architectures predicted in a round, at least `measured`.
-        tied: so many adjacent layers share a draw in 400 of 525 samples (published: 4; 1 ties
-            none).
+        options: default `Prediction()`.
         space: to search; default `Space.around(budget)`.
         seed: of the draws and of the trees.
-        path: JSON-lines file of the pairs; a killed search, started again, goes on (see
-            `Evaluations`).
+        path: JSON-lines file of all evaluations, from which a killed search, started again,
+            continues (see `Evaluations`).
 
     Raises:
-        ValueError: a number out of range, a space with too few architectures to learn from, or as
-            `Evaluations`.
+        ValueError: a space with too few architectures to learn from, or as `Evaluations`.
         ImportError: scikit-learn is not installed.
     """
-    if samples < 2 * _FOLDS or min(measured, rounds, tied) < 1 or candidates < measured:
-        raise ValueError(
-            f"the predictor takes {2 * _FOLDS} or more samples, 1 or more of measured, rounds and"
-            f" tied, and at least as many candidates as are measured, got {samples=}, {measured=},"
-            f" {rounds=}, {tied=}, {candidates=}"
-        )
-    _boosting()  # where it is missing, said before anything is measured
+    options = options or Prediction()
+    _boosting()  # fails before anything is evaluated
     space = space or Space.around(budget)
     generator = torch.Generator().manual_seed(seed)
     evaluations = Evaluations(evaluate, path)
-    drawn = _samples(space, tuple(uniform(budget)), samples, tied, generator)
+    drawn = _samples(space, tuple(uniform(budget)), options, generator)
     evaluations(drawn)
     pairs = list(evaluations.pairs.items())
     correlation = cross_validated(pairs, budget.d_ff, seed=seed)
     inner = space
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         predictor = LossPredictor(list(evaluations.pairs.items()), budget.d_ff, seed=seed)
         inner = narrowed(space, predictor, list(evaluations.pairs))
-        new = fresh(inner, candidates, generator, evaluations.pairs)
+        new = fresh(inner, options.candidates, generator, evaluations.pairs)
         if not new:
             break
-        evaluations([new[i] for i in np.argsort(predictor(new), kind="stable")[:measured]])
+        order = np.argsort(predictor(new), kind="stable")
+        evaluations([new[i] for i in order[: options.measured]])
     importance = LossPredictor(list(evaluations.pairs.items()), budget.d_ff, seed=seed).importance
     return PredictorSearch(evaluations.best(), importance, correlation, len(pairs), inner)
 
 
 def cross_validated(pairs: Pairs, d_ff: Sequence[int], *, seed: int = 0) -> float:
-    """Spearman's rank correlation between losses and the predictions of predictors that have not
-    seen them, in [-1, 1].
+    """Returns Spearman's rank correlation, in [-1, 1], between losses and held-out predictions.
 
     Args:
-        pairs: measured architectures with their losses, at least 10; every fifth one is held out at
-            a time.
+        pairs: evaluated architectures with their losses, at least 10; every fifth one is held out
+            at a time.
         d_ff, seed: see `LossPredictor`.
 
     Returns:
@@ -232,19 +246,20 @@ def cross_validated(pairs: Pairs, d_ff: Sequence[int], *, seed: int = 0) -> floa
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's, in [-1, 1]; 0 where one of the two is constant."""
+    """Returns Spearman's rank correlation, in [-1, 1]; 0 where one of the two is constant."""
     a, b = (rankdata(row) - (len(row) + 1) / 2 for row in (first, second))
     norms = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum()) / norms if norms > 0 else 0.0
 
 
 def narrowed(space: Space, predictor: LossPredictor, measured: Sequence[Widths]) -> Space:
-    """The space with, in the layers that matter, only the levels between the best ones by partial
-    dependence.
+    """Narrows the space to the better half of the levels, by partial dependence.
+
+    Only the layers that matter are narrowed: the fewest that carry 80 % of the importance.
 
     Args:
-        space: all that may be searched.
-        predictor: its importances say which layers matter: the fewest that carry 80 %.
+        space: the whole space.
+        predictor: gives the importances and the effects of levels.
         measured: architectures over which the effect of a layer's width is averaged.
 
     Returns:
@@ -267,16 +282,16 @@ def narrowed(space: Space, predictor: LossPredictor, measured: Sequence[Widths])
 
 
 def _samples(
-    space: Space, first: Widths, count: int, tied: int, generator: torch.Generator
+    space: Space, first: Widths, options: Prediction, generator: torch.Generator
 ) -> list[Widths]:
-    """The given architecture and so many random ones.
+    """Draws random architectures to learn from, after the given one.
 
     Raises:
-        ValueError: there are not enough to learn from.
+        ValueError: the space holds too few.
     """
-    found = [first]
-    if tied > 1:
-        found += fresh(space, round(count * _TIED_SHARE), generator, found, tied=tied)
+    found, count = [first], options.samples
+    if options.tied > 1:
+        found += fresh(space, round(count * _TIED_SHARE), generator, found, tied=options.tied)
     found += fresh(space, count + 1 - len(found), generator, found)
     if len(found) < 2 * _FOLDS:
         raise ValueError(
@@ -287,8 +302,10 @@ def _samples(
 
 
 def _boosting() -> tuple[Any, Any]:
-    """scikit-learn's `config_context` and its boosted trees; loading them takes seconds, so only
-    where they are used.
+    """Imports scikit-learn's `config_context` and its boosted trees, which takes seconds.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
     """
     try:
         from sklearn import config_context  # type: ignore[import-untyped]

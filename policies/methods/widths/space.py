@@ -1,6 +1,4 @@
-"""Architectures to search among: vectors of widths, one per layer, that all spend the same
-budget.
-"""
+"""Describes the architectures of a search: vectors of widths, one per layer, under one budget."""
 
 from __future__ import annotations
 
@@ -20,13 +18,14 @@ _BISECTIONS = 40
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The widths that a search may take. All but a rest of less than one step are multiples of
-    `step`.
+    """Holds the range of widths of each layer.
+
+    Widths are multiples of `step`, but for a rest of less than one step in one layer.
 
     Attributes:
-        budget: what every architecture spends, as far as its `round_to` allows.
-        low, high: of each layer, in channels.
-        step: between two widths of a layer, a multiple of the budget's `round_to`.
+        budget: spent by every architecture as far as its `round_to` allows.
+        low, high: fewest and most channels of each layer.
+        step: channels between two levels of a layer, a multiple of the budget's `round_to`.
     """
 
     budget: Budget
@@ -36,8 +35,9 @@ class Space:
 
     @classmethod
     def around(cls, budget: Budget, *, span: float = 0.3, step: int | None = None) -> Space:
-        """Every layer keeps the budget's share of its channels, give or take `span` (and within its
-        floor and its d_ff).
+        """Makes the space in which each layer keeps the budget's share of its channels +- `span`.
+
+        Ranges end at the layer's floor and at its d_ff.
 
         Args:
             budget: of all layers.
@@ -46,7 +46,7 @@ class Space:
 
         Raises:
             ValueError: the span is out of range, the step is no multiple of `round_to`, or the
-                floors cost more than the budget.
+                floors exceed the budget.
         """
         if not 0 < span <= 1:
             raise ValueError(f"a span of widths must be in (0, 1], got {span}")
@@ -67,7 +67,7 @@ class Space:
             high.append(
                 min(max(math.ceil((budget.share + span) * d_ff / step) * step, lowest), d_ff)
             )
-        # Floors above the share: what they cost is missing elsewhere.
+        # Where floors are above the share, the other layers must be able to keep fewer channels.
         return cls(
             budget,
             tuple(low if budget.cost(low) <= budget.parameters else least),
@@ -76,8 +76,9 @@ class Space:
         )
 
     def narrowed(self, low: Sequence[int], high: Sequence[int]) -> Space:
-        """The part of the space between these widths, or the space itself where nothing there
-        spends the budget.
+        """Returns the part of the space between these widths.
+
+        Returns the space itself where no architecture in that part spends the budget.
         """
         inner = replace(
             self, low=tuple(map(max, self.low, low)), high=tuple(map(min, self.high, high))
@@ -94,13 +95,14 @@ class Space:
     def draw(
         self, count: int, generator: torch.Generator, *, tied: int = 1
     ) -> list[tuple[int, ...]]:
-        """Random architectures: a uniform draw in every layer's range, shifted by one share for all
-        layers to meet the budget.
+        """Draws random architectures: uniform in every layer's range, then shifted to the budget.
+
+        The shift is one share of d_ff for all layers.
 
         Args:
             count: how many, not necessarily different.
             generator: of the draws, on the CPU.
-            tied: so many adjacent layers share one draw.
+            tied: how many adjacent layers share one draw.
         """
         d_ff, low, high = (
             torch.tensor(row, dtype=torch.float64)
@@ -125,7 +127,7 @@ class Space:
         low: Float64[Tensor, " layers"],
         high: Float64[Tensor, " layers"],
     ) -> Float64[Tensor, "count layers"]:
-        """The draws plus the share of d_ff, one for each row, at which they spend the budget."""
+        """Adds to each row the share of d_ff at which it spends the budget."""
         costs = torch.tensor(self.budget.costs, dtype=torch.float64)
         below, above = (
             torch.full((len(drawn), 1), -1.0).double(),
@@ -148,15 +150,15 @@ class Space:
         *,
         spread: bool,
     ) -> Int64[Tensor, "count layers"]:
-        """Steps go where the shortfall is largest, until none can be paid for.
+        """Raises widths where the shortfall is largest, until no step fits the budget.
 
         Args:
-            widths: as they are.
-            wanted: before they were rounded.
-            step: of a raise.
+            widths: rounded down.
+            wanted: before rounding.
+            step: channels of one raise.
             most: widths up to which layers are raised.
-            spread: whether a step makes a layer's shortfall smaller, so that the next goes to
-                another one.
+            spread: whether a raise reduces a layer's shortfall, so that the next one goes to
+                another layer.
         """
         costs, cap = torch.tensor(self.budget.costs), torch.tensor(list(most))
         shortfall, left = (
@@ -178,8 +180,11 @@ class Space:
 
 
 def level_step(budget: Budget, step: int | None = None) -> int:
-    """The distance between two levels of a layer, in channels: the given one, or about a
-    twenty-fourth of the widest layer.
+    """Returns the channels between two levels of a layer.
+
+    Args:
+        budget: of all layers.
+        step: the number itself; default about a twenty-fourth of the widest layer.
 
     Raises:
         ValueError: it is no multiple of the budget's `round_to`.

@@ -1,5 +1,5 @@
-"""What an architecture costs: KL(dense || pruned) on given text, for fixed channel rankings
-(METHODS.md sections 2 and 5).
+"""Evaluates an architecture by KL(dense || pruned) on given text, for fixed channel rankings
+(docs/methods.md, sections 2 and 5).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from prunenet.runtime.placement import present
 
 
 class WidthDivergence:
-    """Widths -> KL(dense || pruned), in nats per token: an `Evaluator`.
+    """Computes KL(dense || pruned) of widths, in nats per token; an `Evaluator`.
 
-    Rankings of channels are made once; an architecture is then only a choice of masks. The model is
-    read, never changed.
+    Channels are ranked once, so that an architecture is only a choice of masks. The model is read,
+    never changed.
 
     Args:
         model: a causal LM in eval mode.
@@ -68,13 +68,13 @@ class WidthDivergence:
 
     @cached_property
     def key(self) -> str:
-        """Of the weights, the text, the ranking and the refits."""
+        """Hash of the weights, the text, the ranking and the refits."""
         digest = hashlib.sha256(weights_sha256(self._model).encode())
         digest.update(b"unscored %d" % self._unscored if self._unscored else b"")
         for tensor in (self._blocks, *self._scores):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         if self._refits is not None:
-            # One refitted matrix tells refits on other text, or with other damping, apart.
+            # One refitted matrix differs between refits on other text, or with other damping.
             linear = down_linears(self._model)[0]
             with present(linear):
                 dense = linear.weight.detach()
@@ -83,11 +83,11 @@ class WidthDivergence:
         return digest.hexdigest()[:16]
 
     def __call__(self, widths: Sequence[int]) -> float:
-        """Of one architecture."""
+        """Returns the divergence of one architecture."""
         return self.many([widths])[0]
 
     def many(self, architectures: Sequence[Sequence[int]]) -> list[float]:
-        """Of several: the dense model then runs once for all of them."""
+        """Returns the divergence of several architectures, for which the dense model runs once."""
         found: list[float] = divergences(
             self._model,
             [self._way(widths) for widths in architectures],
