@@ -108,7 +108,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
         first = rows[0]
         note = (
             f"perplexity: {first['text']}, windows of {first['window']}"
-            f"{' behind BOS' if first['bos'] else ''}, {first['tokens']:,} tokens"
+            f"{' behind BOS' if first.get('bos') else ''}, {first['tokens']:,} tokens"
         )
     table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:
