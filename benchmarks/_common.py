@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet import __version__
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.compare.machine import peak_memory, synchronise
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.text.corpora import TestText, load_text
 
@@ -91,9 +92,8 @@ def scored(
         else:
             source = str(data / source)
         text = load_text(source, TestText)
-        result = perplexity(
-            model, tokenizer, text, window=window, max_windows=most, batch_size=batch_size
-        )
+        options = EvaluationOptions(window=window, max_windows=most, batch_size=batch_size)
+        result = perplexity(model, tokenizer, text, options)
         found |= {f"perplexity_{name}": result.value, f"tokens_{name}": result.tokens}
     return found
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from _common import Line, append_line, is_measured, opened, parser, read_lines
 
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.policies.methods import (
     Budget,
@@ -78,7 +79,8 @@ def measure(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         (cut,) = cut_layers(model, written.ids, [facts["widths"]], scores=scores, refit=args.refit)
         narrow = cut.model(model)
-        value = perplexity(narrow, tokenizer, test, window=1024, max_windows=args.max_windows).value
+        options = EvaluationOptions(max_windows=args.max_windows)
+        value = perplexity(narrow, tokenizer, test, options).value
         append_line(args.out, cell | facts | {"perplexity": value, "seconds": seconds})
         print(cell, f"KL {facts['loss']:.4f}, perplexity {value:.2f}, {seconds:.0f} s", flush=True)
 

@@ -11,7 +11,7 @@ from _common import opened
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.compare.pruner import KEPT, Amount, Pruner
+from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.spec import parse
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.models.layers import ffn_widths
@@ -22,6 +22,7 @@ from prunenet.policies.methods import METHODS
 from prunenet.recover.training import Tuning, tuned
 from prunenet.refit.cut import Cut, cut_layers
 from prunenet.text.corpora import CalibrationText, load_text
+from prunenet.text.generate import KEEP
 
 Make = Callable[[float], PreTrainedModel]
 CALIBRATION = {"ptb": "ptb/ptb.valid.txt", "wikitext2": "wikitext2/wiki.valid.tokens"}
@@ -67,7 +68,7 @@ class Bench:
 
     def pruner(self, policy: Policy | None) -> Pruner:
         """Of a policy, on text that the model writes."""
-        amount = Amount(round(self.sequences * KEPT), 256)
+        amount = Amount(round(self.sequences * KEEP), 256)
         return Pruner(self.model, self.tokenizer, policy=policy, amount=amount)
 
     def rows(self) -> Iterator[Row]:

@@ -28,6 +28,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.load import load_model
 from prunenet.compare.machine import synchronise
+from prunenet.evaluation.options import SpeedOptions
 from prunenet.evaluation.speed import speed, speed_side_by_side
 from prunenet.models.heads import out_linears
 from prunenet.models.layers import ffn_widths, iter_ffns
@@ -125,9 +127,15 @@ def measured(
     models: dict[str, PreTrainedModel], arguments: argparse.Namespace, batch: int, compiled: bool
 ) -> dict[str, Any]:
     """Speed, FLOPs and memory of each model, and its speed over the dense one's."""
-    asked = {"prompt": arguments.prompt, "new_tokens": arguments.new_tokens, "batch": batch}
+    asked = SpeedOptions(
+        prompt=arguments.prompt,
+        new_tokens=arguments.new_tokens,
+        batch=batch,
+        repeats=arguments.repeats,
+        compiled=compiled,
+    )
     memory = {name: added(model, arguments.device, asked) for name, model in models.items()}
-    paces = speed_side_by_side(models, **asked, repeats=arguments.repeats, compiled=compiled)
+    paces = speed_side_by_side(models, asked)
     work = {
         name: flops(model, arguments.prompt, arguments.new_tokens) for name, model in models.items()
     }
@@ -154,7 +162,7 @@ def measured(
     return rows
 
 
-def added(model: PreTrainedModel, device: str, asked: dict[str, int]) -> float:
+def added(model: PreTrainedModel, device: str, asked: SpeedOptions) -> float:
     """Megabytes that one prefill and its decoding hold beside the weights; plain, for compiled code
     reuses its buffers.
     """
@@ -166,7 +174,7 @@ def added(model: PreTrainedModel, device: str, asked: dict[str, int]) -> float:
     with clock.phase("nothing"):
         pass
     with clock.phase("memory"):
-        speed(model, **asked, repeats=1)
+        speed(model, replace(asked, repeats=1, compiled=False))
     return clock.phases["memory"]["peak_megabytes"] - clock.phases["nothing"]["peak_megabytes"]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import down_linears, ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
@@ -110,7 +111,8 @@ def study(arguments: argparse.Namespace) -> None:
         paid = {name: _paid(reward, keep).tolist() for name, reward in rewards.items()}
         for index, number in enumerate(numbers):
             with masking(model, drawn[index]):
-                value = perplexity(model, tokenizer, text, window=768, max_windows=1).value
+                options = EvaluationOptions(window=768, max_windows=1)
+                value = perplexity(model, tokenizer, text, options).value
             line = {
                 "mask": number,
                 "kind": kinds[index],

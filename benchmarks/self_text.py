@@ -43,9 +43,10 @@ from prunenet.models.layers import down_linears
 from prunenet.models.masks import top_channels, width_at
 from prunenet.refit.moments import LayerWalk
 from prunenet.refit.ridge import lost, ridge
-from prunenet.text.corpora import CalibrationText, calibration_blocks, load_text
-from prunenet.text.generate import document_start, generate_blocks
+from prunenet.text.corpora import CalibrationText, load_text
+from prunenet.text.generate import SamplingOptions, document_start, generate_blocks
 from prunenet.text.random_tokens import random_blocks
+from prunenet.text.windows import calibration_blocks
 
 RATIO, DAMPING, WINDOW, HALF = 0.3, 0.3, 128, 16  # HALF: windows in half a real text
 TEXTS = {
@@ -170,18 +171,15 @@ class Bench:
             prefixes = torch.tensor([self.tokenizer(chat.split("@@")[0])["input_ids"]])
         prompt = 1 if prefixes is None else 1 + prefixes.shape[1]
         tokens = WINDOW - 1 + prompt
-        ids = generate_blocks(
-            self.model,
-            self.start,
+        options = SamplingOptions(
             sequences=count,
             tokens=tokens,
             keep=keep,
             batch=count,
             seed=seed,
-            prefixes=prefixes,
             **sampling,  # type: ignore[arg-type]
         )
-        return ids, prompt
+        return generate_blocks(self.model, self.start, options, prefixes=prefixes), prompt
 
     def run(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Writes a text and scores it."""

@@ -22,6 +22,7 @@ from _common import append_line, is_measured, opened, parser, read_lines, table_
 from stories import stories_model
 from transformers import PreTrainedModel
 
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.models.layers import count_parameters
 from prunenet.policies.apply import prune
@@ -29,7 +30,7 @@ from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import Evidence, pruned_model
 from prunenet.text.calibration import self_blocks
 from prunenet.text.corpora import TestText, load_text
-from prunenet.text.generate import document_start, generate_blocks
+from prunenet.text.generate import SamplingOptions, document_start, generate_blocks
 
 Make = Callable[[float], PreTrainedModel]
 WINDOW, STORIES, STORY_SEED = 256, 64, 1_000_003
@@ -50,11 +51,16 @@ class Bench:
 
     def _stories(self) -> TestText:
         """Plain samples of the dense model: temperature 1, no nucleus, no filter."""
-        plain: dict[str, Any] = {"hot": 1.0, "temperature": 1.0, "top_p": 1.0, "keep": 1.0}
-        start = document_start(self.tokenizer)
-        ids = generate_blocks(
-            self.model, start, sequences=STORIES, tokens=WINDOW, seed=STORY_SEED, **plain
+        plain = SamplingOptions(
+            sequences=STORIES,
+            tokens=WINDOW,
+            seed=STORY_SEED,
+            hot=1.0,
+            temperature=1.0,
+            top_p=1.0,
+            keep=1.0,
         )
+        ids = generate_blocks(self.model, document_start(self.tokenizer), plain)
         return TestText(
             "stories15M writes", "\n\n".join(self.tokenizer.decode(row[1:]) for row in ids)
         )
@@ -93,9 +99,8 @@ class Bench:
     def scored(self, model: PreTrainedModel, windows: int) -> dict[str, float]:
         found = {}
         for name, text in self.texts.items():
-            found[f"perplexity_{name}"] = perplexity(
-                model, self.tokenizer, text, window=WINDOW, max_windows=windows, batch_size=8
-            ).value
+            options = EvaluationOptions(window=WINDOW, max_windows=windows, batch_size=8)
+            found[f"perplexity_{name}"] = perplexity(model, self.tokenizer, text, options).value
         return found
 
 

@@ -241,16 +241,14 @@ def test_self_written_text_knows_its_bos_token_and_can_leave_it_out(model, tmp_p
 def test_a_short_model_s_calibration_windows_leave_a_position_for_bos(model, tmp_path) -> None:
     (tmp_path / "text.txt").write_text(counting(0, 3000))
     asked = (model, with_bos(words()), "data", str(tmp_path / "text.txt"))
-    found = calibration_for(*asked, CalibrationOptions(total=256))
+    found = calibration_for(*asked, CalibrationOptions(tokens=256))
     assert found.ids.shape == (4, 64)
     assert found.source["window"] == 63
-    bare = calibration_for(*asked, CalibrationOptions(total=256, bos="no"))
+    bare = calibration_for(*asked, CalibrationOptions(tokens=256, bos="no"))
     assert bare.ids.shape == (4, 64)
     assert bare.source["window"] == 64
-    with pytest.raises(
-        ValueError, match="total must be at least 126 tokens, 2 blocks of 63, got 100"
-    ):
-        calibration_for(*asked, CalibrationOptions(total=100))
+    with pytest.raises(ValueError, match="`tokens` must be at least 126, 2 blocks of 63, got 100"):
+        calibration_for(*asked, CalibrationOptions(tokens=100))
 
 
 def test_shorter_windows_of_a_calibration_set_begin_with_bos_too(model) -> None:

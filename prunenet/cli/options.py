@@ -115,7 +115,7 @@ class Calibration:
         from prunenet.text.calibration import CalibrationOptions
 
         return CalibrationOptions(
-            seed=self.seed, total=self.tokens, bos=self.bos, column=self.text_column
+            seed=self.seed, tokens=self.tokens, bos=self.bos, column=self.text_column
         )
 
 

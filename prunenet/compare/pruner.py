@@ -32,7 +32,6 @@ from prunenet.text.calibration import (
     CalibrationSet,
     blocks_from,
     data_blocks,
-    openings,
     prefix_blocks,
     self_blocks,
     token_blocks,
@@ -40,7 +39,7 @@ from prunenet.text.calibration import (
 from prunenet.text.choices import Bos
 from prunenet.text.corpora import CalibrationText, content_sha256
 from prunenet.text.generate import BLOCK, KEEP
-from prunenet.text.windows import bos_token
+from prunenet.text.windows import bos_token, openings
 
 _Scores = Float[Tensor, " _"]
 _PROTECTS = (4, 2)  # LLM-Pruner's, for methods that protect no layers of their own
@@ -151,12 +150,9 @@ class Pruner:
         """Raises ValueError for calibration text that is too short, or windows that the model
         cannot read.
         """
-        begins = bos_token(self.tokenizer, self.bos)
-        if begins is not None and any(spec.text or spec.moments == "random" for spec in specs):
-            check_positions(
-                self.model, self._amount.window + 1, "calibration window with its BOS token"
-            )
-        check_positions(self.model, self._amount.window, "calibration window")
+        front = int(bos_token(self.tokenizer, self.bos) is not None)
+        what = "calibration window" + " with its BOS token" * front
+        check_positions(self.model, self._amount.window + front, what)
         for moments, name in sorted(
             {(spec.moments, spec.text) for spec in specs if spec.moments and spec.text}
         ):
@@ -257,41 +253,29 @@ class Pruner:
     def _written(
         self, moments: str, seed: int, progress: Callable[[int, int], None]
     ) -> CalibrationSet:
+        model, tokenizer, bos = self.model, self.tokenizer, self.bos
         count, window = self._amount.count, self._amount.window
-        sequences = 2 * round(count / KEEP / 2)
+        many = 2 * round(count / KEEP / 2)
         if moments == "self":
             return self_blocks(
-                self.model,
-                self.tokenizer,
-                sequences=sequences,
+                model,
+                tokenizer,
+                sequences=many,
                 tokens=window,
                 seed=seed,
-                bos=self.bos,
+                bos=bos,
                 progress=progress,
             )
         if moments == "random":
             return token_blocks(
-                self.model,
-                count=count,
-                window=window,
-                seed=seed,
-                tokenizer=self.tokenizer,
-                bos=self.bos,
+                model, count=count, window=window, seed=seed, tokenizer=tokenizer, bos=bos
             )
         if moments.startswith("seed:"):
             text = self._texts[moments.removeprefix("seed:")]
-            sampling = replace(PREFIX_SAMPLING, sequences=sequences, tokens=window, seed=seed)
-            return prefix_blocks(
-                self.model, self.tokenizer, text, sampling, bos=self.bos, progress=progress
-            )
-        return data_blocks(
-            self.tokenizer,
-            self._texts[moments],
-            count=count,
-            window=window,
-            seed=seed,
-            bos=self.bos,
-        )
+            sampling = replace(PREFIX_SAMPLING, sequences=many, tokens=window, seed=seed)
+            return prefix_blocks(model, tokenizer, text, sampling, bos=bos, progress=progress)
+        text = self._texts[moments]
+        return data_blocks(tokenizer, text, count=count, window=window, seed=seed, bos=bos)
 
     def _evidence_of(
         self, moments: str | None, blocks: CalibrationSet | None, seed: int

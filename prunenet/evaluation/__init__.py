@@ -1,11 +1,12 @@
 """Perplexity, zero-shot accuracy, speed, divergence, and a figure of them.
 
-perplexity.py    sliding-window perplexity and its options
+options.py       how a text is scored and how speed is measured
+perplexity.py    sliding-window perplexity
 losses.py        loss of a model on token blocks
 divergence.py    KL(dense || pruned) on token blocks
 zeroshot.py      multiple-choice tasks by lm-eval's definitions
 task_files.py    their questions, from local files
-speed.py         tokens per second, side by side, and its options
+speed.py         tokens per second, side by side
 result.py        all that was measured on one model, as one record
 side_by_side.py  all of it for several checkpoints
 report.py        the figure

@@ -61,7 +61,7 @@ def divergences(
     check_tokens(model, blocks)
     if not 0 <= unscored < blocks.shape[1]:
         raise ValueError(
-            f"unscored must be in [0, {blocks.shape[1]}) for blocks of {blocks.shape[1]} tokens,"
+            f"`unscored` must be in [0, {blocks.shape[1]}) for blocks of {blocks.shape[1]} tokens,"
             f" got {unscored}"
         )
     linears = down_linears(model)

@@ -128,8 +128,7 @@ def zero_shot(
         limit: only the first questions of each file, at least 1; default all.
         batch_size: questions in one forward pass at most, at least 1; fewer where that is cheaper.
             Results do not depend on it, up to the order of floating-point sums.
-        bos: whether prompts begin with the BOS token: "auto" (as the tokenizer begins a text),
-            "yes" or "no".
+        bos: whether prompts begin with the BOS token: as the tokenizer begins a text, or yes, no.
         progress: called with (questions done, questions in all) after each batch, counted over the
             tasks.
 
@@ -143,8 +142,9 @@ def zero_shot(
         ValueError: an argument is out of range, the tokenizer has no BOS token, or the model's
             log-probabilities are not finite.
     """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size and limit must be 1 or more, got {batch_size} and {limit}")
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be 1 or more, got {value}")
     begins = bos_token(tokenizer, bos)
     data = {task: read_task(task, file) for task, file in task_files(tasks).items()}
     total, done, results = sum(len(rows[:limit]) for rows, _ in data.values()), 0, []
@@ -168,9 +168,7 @@ def zero_shot(
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Gives the mean of zeros and ones, and its standard error as lm-eval takes it (sample standard
-    deviation).
-    """
+    """Gives the mean of zeros and ones, and its standard error (of a sample), as lm-eval does."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(mean * (1 - mean) / (len(values) - 1)) if len(values) > 1 else None
 
@@ -206,20 +204,12 @@ def _harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: in
     """Makes lm-eval's view of a model in memory. It sets a padding token on its tokenizer, so it
     gets a copy.
 
-    Tokens are those of lm-eval's default where that begins prompts with `bos` as asked; else they
-    are those of the text alone, and `_begun` puts `bos` in front.
+    Tokens are lm-eval's where its default is what is asked; else the text's, without BOS.
     """
-    usual = bos == bos_token(tokenizer)
+    usual = None if bos == bos_token(tokenizer) else False
     return _module("models.huggingface").HFLM(
-        pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),
-        add_bos_token=None if usual else False,
+        pretrained=model, tokenizer=copy.deepcopy(tokenizer), add_bos_token=usual
     )
-
-
-def _begun(context: list[int], bos: int | None) -> list[int]:
-    """The tokens of a context, the BOS token first where there is one."""
-    return context if bos is None or context[:1] == [bos] else [bos, *context]
 
 
 def _task(task: str, rows: list[Row]) -> Any:
@@ -274,9 +264,10 @@ def _answers(
     grouped: list[list[_Pair]],
     positions: int,
 ) -> Iterator[tuple[float, bool]]:
-    """Scores (context, choice) pairs, grouped by question."""
+    """Scores (context, choice) pairs, grouped by question; contexts begin with `bos`, if any."""
+    front = [] if bos is None else [bos]
     questions = [
-        _question([(_begun(context, bos), choice) for context, choice in pairs], positions)
+        _question([(c if c[:1] == front else front + c, choice) for c, choice in pairs], positions)
         for pairs in grouped
     ]
     for answers in answer_all(model, questions, most, report):

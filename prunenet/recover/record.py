@@ -93,7 +93,7 @@ def recover(
         load_tokenizer(str(tokens_of)),
         text.moments,
         text.text or "builtin",
-        CalibrationOptions(seed=tuning.seed, total=text.tokens, bos=text.bos, column=text.column),
+        CalibrationOptions(seed=tuning.seed, tokens=text.tokens, bos=text.bos, column=text.column),
         progress=None if progress is None else partial(progress, "text"),
     )
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.runtime.files import cache_folder, write_atomic
+from prunenet.runtime.own_files import ContentError, check_layout, packed, unpacked
 from prunenet.text.formats import TextError
 
+_FORMAT = "self-written text"
 _log = logging.getLogger(__name__)
 
 
@@ -77,40 +77,26 @@ def cached_text(
         ids, fault = _read(path, wanted)
         if ids is not None:
             return ids
-        _log.warning("note: the cached text %s %s; it is written anew", path, fault)
+        _log.warning("note: the cached text %s is written anew: %s", path, fault)
     path.parent.mkdir(parents=True, exist_ok=True)
     ids = write()
-    _save(path, ids)
+    write_atomic(path, packed({"ids": ids}, {"format": _FORMAT}))
     return ids
-
-
-def _save(path: Path, ids: Int[Tensor, "n tokens"]) -> None:
-    """Writes token ids with their hash."""
-    ids = ids.contiguous()
-    write_atomic(path, save({"ids": ids}, metadata={"sha256": _sha256(ids)}))
 
 
 def _read(path: Path, wanted: Wanted) -> tuple[Tensor | None, str]:
     """The token ids of a file; or None, and what is wrong with it, as the end of a sentence."""
     try:
-        with safe_open(path, framework="pt") as file:
-            said = (file.metadata() or {}).get("sha256")
-            ids = file.get_tensor("ids")
-    except (SafetensorError, OSError):
-        return None, "is damaged"
-    if said is None:
-        return None, "has no hash of its content (an earlier version wrote it)"
-    shape = tuple(ids.shape)
-    fits = len(shape) == 2 and 0 < shape[0] <= wanted.rows and shape[1] == wanted.tokens
-    if not fits or ids.dtype != torch.int64:
-        return None, "is not of the shape that was asked for"
-    if said != _sha256(ids):
-        return None, "was altered"
+        tensors, facts = unpacked(path)
+        # A file without a hash is one of an earlier version, or one that another hand wrote since.
+        if facts.get("format") != _FORMAT:
+            raise ContentError("it has no sha256 of its content, as earlier versions wrote it")
+        ids = tensors["ids"] if "ids" in tensors else torch.empty(0)
+        rows = min(max(*ids.shape[:1], 1), wanted.rows) if ids.dim() else 1
+        check_layout(tensors, {"ids": (torch.int64, (rows, wanted.tokens))})
+    except ContentError as error:
+        return None, str(error)
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= wanted.vocabulary or not bool((ids[:, 0] == wanted.start).all()):
-        return None, "holds tokens that this model would not write"
+        return None, "it holds tokens that this model would not write"
     return ids, ""
-
-
-def _sha256(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().data).hexdigest()

@@ -19,15 +19,13 @@ from prunenet.models.layers import positions
 from prunenet.runtime import parallel
 from prunenet.text.cached import Wanted, cached_text
 from prunenet.text.choices import Bos
-from prunenet.text.corpora import CalibrationText, TextError, content_sha256, load_text
+from prunenet.text.corpora import CalibrationText, content_sha256, load_text
 from prunenet.text.generate import BLOCK, SamplingOptions, document_start, generate_blocks
 from prunenet.text.random_tokens import random_blocks
-from prunenet.text.windows import bos_token, calibration_blocks
+from prunenet.text.windows import PREFIX, bos_token, calibration_blocks, openings
 
 # raise when generate_blocks samples differently: cached text is then written anew
 _GENERATOR_VERSION = 2
-PREFIX = 4
-"""First tokens of a document that the model goes on from."""
 SEQUENCES = 160
 """Sequences that a model writes for itself, before the filter."""
 DATA_BLOCKS = 32
@@ -72,8 +70,8 @@ class CalibrationOptions:
 
     Attributes:
         seed: of the sampling, or of the windows drawn; in [0, 2^32).
-        total: tokens in all, of self-written text before its filter; default 160 blocks of
-            self-written text, 32 of external text.
+        tokens: in all, of self-written text before its filter; None: 160 blocks of self-written
+            text, 32 of external text.
         bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
         column: of external text in rows, see `prunenet.text.corpora.load_text`.
 
@@ -82,7 +80,7 @@ class CalibrationOptions:
     """
 
     seed: int = 0
-    total: int | None = None
+    tokens: int | None = None
     bos: Bos = "auto"
     column: str | None = None
 
@@ -197,48 +195,6 @@ def prefix_blocks(
     return _written(ids, "data", source, tokenizer, bos)
 
 
-def openings(
-    tokenizer: PreTrainedTokenizerBase,
-    text: CalibrationText,
-    count: int,
-    *,
-    prefix: int = PREFIX,
-    seed: int = 0,
-) -> Int[Tensor, "n prefix"]:
-    """Draws up to `count` documents without replacement; returns the first `prefix` tokens of each.
-
-    Raises:
-        TypeError: the text is not a `CalibrationText`.
-        TextError: no document has so many tokens.
-    """
-    if not isinstance(text, CalibrationText):
-        raise TypeError(
-            f"prefixes are taken from a CalibrationText, got a {type(text).__name__}: test text is"
-            " only ever scored"
-        )
-    documents = [part.strip() for part in text.content.split("\n\n") if part.strip()]
-    if len(documents) < count:
-        documents = [line.strip() for line in text.content.splitlines() if line.strip()]
-    found = []
-    for number in torch.randperm(
-        len(documents), generator=torch.Generator().manual_seed(seed)
-    ).tolist():
-        # A token takes no more than 64 characters as a rule: long documents need not be read whole.
-        ids = tokenizer(documents[number][: 64 * prefix], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ][:prefix]
-        if len(ids) == prefix:
-            found.append(ids)
-        if len(found) == count:
-            break
-    if not found:
-        raise TextError(
-            f"text {text.name!r} has no document of {prefix} tokens or more to take the first"
-            " tokens of; give more text"
-        )
-    return torch.tensor(found)
-
-
 def token_blocks(
     model: PreTrainedModel,
     *,
@@ -335,18 +291,15 @@ def calibration_for(
         progress: as for `self_blocks`.
 
     Raises:
-        ValueError: a total of less than 2 blocks; see also `self_blocks` and `data_blocks`.
+        ValueError: fewer tokens than 2 blocks; see also `self_blocks` and `data_blocks`.
     """
     options = options or CalibrationOptions()
     seed, bos = options.seed, options.bos
     begins = moments == "data" and bos_token(tokenizer, bos) is not None
-    tokens = block_tokens(model, front=int(begins))
-    if options.total is not None and options.total < 2 * tokens:
-        raise ValueError(
-            f"`total` must be at least {2 * tokens} tokens, 2 blocks of {tokens}, got"
-            f" {options.total}"
-        )
-    count = None if options.total is None else options.total // tokens
+    block, total = block_tokens(model, front=int(begins)), options.tokens
+    if total is not None and total < 2 * block:
+        raise ValueError(f"`tokens` must be at least {2 * block}, 2 blocks of {block}, got {total}")
+    count = None if total is None else total // block
 
     def made() -> CalibrationSet:
         if moments == "self":
@@ -355,13 +308,13 @@ def calibration_for(
                 model,
                 tokenizer,
                 sequences=many,
-                tokens=tokens,
+                tokens=block,
                 seed=seed,
                 bos=bos,
                 progress=progress,
             )
         external, many = load_text(text, CalibrationText, options.column), count or DATA_BLOCKS
-        return data_blocks(tokenizer, external, count=many, window=tokens, seed=seed, bos=bos)
+        return data_blocks(tokenizer, external, count=many, window=block, seed=seed, bos=bos)
 
     return blocks_from(0, made)
 

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+from prunenet.runtime.paths import expanded
 from prunenet.text.formats import (
     SUFFIXES,
     TextError,
@@ -38,7 +39,7 @@ from prunenet.text.formats import (
     read_file,
     without_surrogates,
 )
-from prunenet.text.hub import dataset_texts, expanded, split_source
+from prunenet.text.hub import dataset_texts, split_source
 
 __all__ = [
     "CalibrationText",
@@ -153,7 +154,7 @@ def _file_content(path: Path, column: str | None) -> str:
         return _joined(column_texts(found, column))
     if column is not None:
         raise TextError(
-            f"{str(path)!r} is plain text, which has no column {column!r}; leave the column out"
+            f"{str(path)!r} is plain text, which has no column {column!r}; leave `column` out"
         )
     return found
 

@@ -83,10 +83,10 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name in ("keep", "top_p", "overlap"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}")
         for name in ("sequences", "tokens", "temperature", "penalty", "batch"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}")
 
     @property
     def kept(self) -> int:

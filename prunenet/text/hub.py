@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prunenet.runtime.paths import expanded
 from prunenet.text.formats import Row, Table, TextError, column_texts
 
 
@@ -44,14 +45,6 @@ def split_source(source: str) -> tuple[Path, str, str]:
         return whole, "", ""
     name, config, split, *_ = (*source.split(":"), "", "")
     return expanded(name), config, split
-
-
-def expanded(source: str | Path) -> Path:
-    """The path with `~` expanded; as it is where the user that it names is unknown."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        return Path(source)
 
 
 def _seen(source: str) -> TextError:

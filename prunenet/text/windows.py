@@ -28,6 +28,8 @@ from transformers import PreTrainedTokenizerBase
 from prunenet.text.choices import Bos
 from prunenet.text.corpora import CalibrationText, TestText, TextError, content_sha256
 
+PREFIX = 4
+"""First tokens of a document that a model goes on from."""
 _KEPT = 4  # texts whose tokens are kept for each tokenizer
 _Tokens = OrderedDict[tuple[str, int], Tensor]
 _tokens: WeakKeyDictionary[PreTrainedTokenizerBase, _Tokens] = WeakKeyDictionary()
@@ -44,7 +46,7 @@ def bos_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | No
     token: int | None = tokenizer.bos_token_id
     if bos == "yes" and token is None:
         raise ValueError(
-            "the tokenizer has no BOS token for windows to begin with; leave bos at 'auto'"
+            "the tokenizer has no BOS token for windows to begin with; leave `bos` at 'auto'"
         )
     if bos == "auto" and list(tokenizer("x")["input_ids"][:1]) != [token]:
         return None
@@ -54,7 +56,7 @@ def bos_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | No
 def check_bos(bos: Bos) -> Bos:
     """Returns the choice. Raises ValueError where it is unknown."""
     if bos not in get_args(Bos):
-        raise ValueError(f"bos must be one of {', '.join(get_args(Bos))}, got {bos!r}")
+        raise ValueError(f"`bos` must be one of {', '.join(get_args(Bos))}, got {bos!r}")
     return bos
 
 
@@ -62,11 +64,11 @@ def check_window(window: int, stride: int | None = None) -> None:
     """Raises ValueError for a window of fewer than 2 tokens, or a stride outside [1, window]."""
     if window < 2:
         raise ValueError(
-            f"a window has at least 2 tokens (one is context for the next), got {window}"
+            f"`window` must be at least 2 tokens (one is context for the next), got {window}"
         )
     if stride is not None and not 1 <= stride <= window:
         raise ValueError(
-            f"stride must be in [1, {window}] for a window of {window} tokens, got {stride}"
+            f"`stride` must be in [1, {window}] for a window of {window} tokens, got {stride}"
         )
 
 
@@ -119,7 +121,7 @@ def token_windows(
     if len(ids) < window:
         raise TextError(
             f"the text has {len(ids)} tokens, fewer than one window of {window}; give more text or"
-            " a smaller window"
+            " a smaller `window`"
         )
     front = ids.new_tensor([] if bos is None else [bos])
     starts = range(0, len(ids) - window + 1, stride)
@@ -177,3 +179,45 @@ def calibration_blocks(
         )
     chosen = torch.randperm(len(windows), generator=generator)[:count]
     return torch.stack([windows[i] for i in chosen.tolist()])
+
+
+def openings(
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    count: int,
+    *,
+    prefix: int = PREFIX,
+    seed: int = 0,
+) -> Int[Tensor, "n prefix"]:
+    """Draws up to `count` documents without replacement; returns the first `prefix` tokens of each.
+
+    Raises:
+        TypeError: the text is not a `CalibrationText`.
+        TextError: no document has so many tokens.
+    """
+    if not isinstance(text, CalibrationText):
+        raise TypeError(
+            f"prefixes are taken from a CalibrationText, got a {type(text).__name__}: test text is"
+            " only ever scored"
+        )
+    documents = [part.strip() for part in text.content.split("\n\n") if part.strip()]
+    if len(documents) < count:
+        documents = [line.strip() for line in text.content.splitlines() if line.strip()]
+    found = []
+    for number in torch.randperm(
+        len(documents), generator=torch.Generator().manual_seed(seed)
+    ).tolist():
+        # A token takes no more than 64 characters as a rule: long documents need not be read whole.
+        ids = tokenizer(documents[number][: 64 * prefix], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ][:prefix]
+        if len(ids) == prefix:
+            found.append(ids)
+        if len(found) == count:
+            break
+    if not found:
+        raise TextError(
+            f"text {text.name!r} has no document of {prefix} tokens or more to take the first"
+            " tokens of; give more text"
+        )
+    return torch.tensor(found)
