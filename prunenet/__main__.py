@@ -1,5 +1,7 @@
 """`python -m prunenet` is the command `prunenet`."""
 
+import os
+
 from prunenet.cli.signals import run
 
 
@@ -9,6 +11,8 @@ def main() -> None:
 
 
 def _command() -> None:
+    # read by torch as it is imported: a peer that has gone is said in one sentence, not in frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from prunenet.cli.app import main as command
 
     command()

@@ -131,6 +131,23 @@ def test_a_signal_that_a_destructor_swallows_ends_all_the_same(tmp_path):
     )
 
 
+def test_a_signal_ends_a_process_whose_main_thread_is_in_a_call_that_does_not_return(tmp_path):
+    code = WORK.format(then="wait()").replace(
+        "def work",
+        """
+import ctypes, threading, prunenet.cli.signals as signals
+signals._DEAF = 0.2
+def wait():
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    mutex, library = ctypes.create_string_buffer(100), ctypes.CDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # of itself: for ever
+def work""",
+    )
+    assert ended(python(code, tmp_path / "out")) == (143, "working\n", "interrupted\n")
+    assert len(list(tmp_path.iterdir())) == 2, "its lock and its folder, for the next to sweep"
+
+
 def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path):
     then = "os.kill(os.getpid(), signal.SIGHUP)"
     code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + WORK.format(then=then)

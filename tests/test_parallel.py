@@ -165,6 +165,28 @@ def test_a_rank_that_fails_ends_the_whole_job_with_its_one_sentence(home):
     assert said(ended, "error: 3 is not a ratio; give 0.3")
 
 
+def absent(rank: int) -> None:
+    """One rank is killed before it has come to the others, and there is no agent of torchrun's."""
+    from prunenet.cli.console import one_job
+    from prunenet.runtime import team
+
+    team._PATIENCE, team._MEETING = 0.5, 3.0
+    if os.environ["RANK"] == str(rank):
+        os.kill(os.getpid(), 9)
+    with one_job("cpu"):
+        pytest.fail("nobody to work with")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_before_the_others_have_met_is_named_soon_and_waited_for_in_bounds(
+    home, rank
+):
+    ended = job(2, home, absent, rank, patience=30)
+    assert ended.codes == [[-9, 1], [1, -9]][rank]
+    assert "waiting for process" in ended.errors[1 - rank]
+    assert said(ended, "of this job has not come within 3 seconds: it was killed, or cannot reach")
+
+
 # --- the commands ---
 
 

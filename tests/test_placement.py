@@ -315,7 +315,7 @@ def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(
         else:
             refusals += 1
             assert theirs["error"].endswith(
-                "needs all weights on one device, and --device auto has placed them on several"
+                "needs all weights on one device, and `device` auto has placed them on several"
             )
     assert refusals == 2
 

@@ -21,6 +21,8 @@ _REPEATED = 3.0
 """Seconds in which a second signal adds nothing: torchrun passes on what the terminal has sent."""
 _SWALLOWED = 0.05
 """Seconds until an exception that a destructor has swallowed is raised again."""
+_DEAF = 15.0
+"""Seconds until a process ends though its main thread is in a call that does not return."""
 _received: list[tuple[int, float]] = []  # (signal, when), in the order in which they came
 
 
@@ -58,6 +60,7 @@ def ending_cleanly() -> Iterator[None]:
     known = (signal.SIG_DFL, signal.default_int_handler)
     taken = [number for number in _ENDING if signal.getsignal(number) in known]
     before = {number: signal.signal(number, _raise) for number in (*taken, signal.SIGALRM)}
+    deaf = _start_last_resort()
     try:
         yield
     except SystemExit as end:
@@ -73,6 +76,8 @@ def ending_cleanly() -> Iterator[None]:
         raise SystemExit(exit_code()) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.set_wakeup_fd(-1)
+        os.close(deaf)
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = hook
@@ -98,6 +103,31 @@ def _raise(number: int, _: FrameType | None) -> None:
     if len(_received) > 1 and _received[-1][1] - _received[-2][1] < _REPEATED:
         return
     raise Ended
+
+
+def _start_last_resort() -> int:
+    """Starts a thread that ends a process whose main thread does not hear; returns the descriptor
+    whose closing ends the thread.
+
+    Python calls a handler in the main thread alone, and not inside a call of a library, such as one
+    that waits for another process. The descriptor is told of each signal at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_the_deaf, args=(reader,), daemon=True).start()
+    return writer
+
+
+def _end_the_deaf(reader: int) -> None:
+    while number := int.from_bytes(os.read(reader, 1), "little"):
+        deadline = time.monotonic() + _DEAF
+        while number in _ENDING and not received():
+            time.sleep(_SWALLOWED)
+            if time.monotonic() > deadline:
+                os.write(2, b"interrupted\n")
+                os._exit(128 + number)
+    os.close(reader)
 
 
 def _again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,11 +1,9 @@
-"""Many processes, one job: the ranks that torchrun starts share layers, masks and cells
-(torch.distributed).
+"""Share work between the processes that torchrun starts (torch.distributed).
 
-Nothing here does anything until `joined`: in one process every function is the identity, and a
-program that uses torch.distributed for its own purposes is left alone. Inside, work is split and
-its results are put together in a fixed order, so that every rank has what one process would have.
-Tensors travel on their device: between CPUs by gloo, between CUDA devices by NCCL, byte for byte.
-How ranks meet, and stop when one of them fails: `prunenet.runtime.team`.
+Outside of `joined` every function is the identity, and a program that uses torch.distributed for
+its own purposes is left alone. Inside, results are combined in a fixed order, so that every rank
+has what one process would have. Tensors travel byte for byte: between CPUs by gloo, between GPUs by
+NCCL. `prunenet.runtime.team` starts and ends the job.
 """
 
 from __future__ import annotations
@@ -33,32 +31,33 @@ _apart = False
 
 
 def rank() -> int:
-    """This process's number in the job, from 0."""
+    """Return this process's number in the job, from 0."""
     return 0 if _team is None or _apart else _team.rank
 
 
 def size() -> int:
-    """How many processes the job has."""
+    """Return the number of processes in the job."""
     return 1 if _team is None or _apart else _team.size
 
 
 def is_first() -> bool:
-    """Whether this is the process that reads and writes for all: files, the screen, TensorBoard."""
+    """Return whether this process writes for all: files, the screen, TensorBoard."""
     return rank() == 0
 
 
 def is_owner(index: int) -> bool:
-    """Whether layer (or text, ...) `index` is this rank's: they are dealt out in turn."""
+    """Return whether layer (or text, ...) `index` belongs to this rank: `index` modulo `size`."""
     return index % size() == rank()
 
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Makes the processes that torchrun has started one job; all of them come here. Without
-    torchrun, nothing.
+    """Join the processes that torchrun has started into one job as long as the block lasts.
+
+    All processes must come here. Without torchrun, and inside another such block, do nothing.
 
     Args:
-        device: as a user gave it; "cuda" is a GPU of its own for each rank.
+        device: "cpu", or "cuda" for a GPU of its own for each rank; anything without torchrun.
 
     Yields:
         The device of this rank.
@@ -73,17 +72,17 @@ def joined(device: str) -> Iterator[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _team is not None:
         yield device
         return
-    team, store = gather_processes()
+    team = gather_processes()
     threading.Thread(target=team.watch, daemon=True).start()
     try:
-        place = team.connect(store, device)
+        place = team.connect(device)
         _team = team
         yield place
         team.meet()
     except BaseException as error:
         team.over.set()
-        if team.silent is not None:
-            raise PeerFailed(team.silent) from error
+        if team.lost is not None:
+            raise PeerFailed(team.lost) from error
         first = team.blames()
         team.leave(GRACE / 2)
         if not first:
@@ -99,7 +98,7 @@ def joined(device: str) -> Iterator[str]:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside, this process works as if it were alone: nothing is split, nobody is waited for."""
+    """Let this process work alone inside the block: nothing is split, nobody is waited for."""
     global _apart
     before, _apart = _apart, True
     try:
@@ -109,7 +108,7 @@ def apart() -> Iterator[None]:
 
 
 def share(count: int) -> slice:
-    """This rank's part of `count` things; the parts of all ranks, in their order, are the whole."""
+    """Return this rank's part of `count` things: parts are contiguous and in the order of ranks."""
     return _share(count, rank())
 
 
@@ -120,7 +119,11 @@ def _share(count: int, of: int) -> slice:
 
 
 def all_gather(part: Tensor, count: int) -> Tensor:
-    """The whole of `count` rows, on every rank, from each rank's `share` of them."""
+    """Return all `count` rows on every rank, from each rank's `share` of them.
+
+    Raises:
+        PeerFailed: another process has ended without a word. So do all collectives here.
+    """
     if size() == 1:
         return part
     padded = part.new_zeros(-(-count // size()), *part.shape[1:])
@@ -133,10 +136,11 @@ def all_gather(part: Tensor, count: int) -> Tensor:
 
 
 def broadcast(source: int, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` gives on one rank, on all of them; it is not called on the others.
+    """Broadcast a tensor from rank `source`, the only one that calls `make`.
 
-    It lies on the CPU, or on each rank's own GPU where it lay on one; contiguous where there are
-    several ranks.
+    Returns:
+        The tensor, on the CPU, or on each rank's own GPU if it was on one; contiguous if there are
+        several ranks.
     """
     if size() == 1:
         return make()
@@ -157,7 +161,10 @@ def broadcast(source: int, make: Callable[[], Tensor]) -> Tensor:
 
 
 def broadcast_object(source: int, make: Callable[[], Any]) -> Any:
-    """`broadcast` for what JSON holds. Tuples become lists where there are several ranks."""
+    """Broadcast a JSON-serialisable object from rank `source`, the only one that calls `make`.
+
+    Tuples become lists if there are several ranks.
+    """
     if size() == 1:
         return make()
     text = broadcast(
@@ -167,8 +174,14 @@ def broadcast_object(source: int, make: Callable[[], Any]) -> Any:
 
 
 def gather_from_owners(found: Mapping[int, Sequence[Tensor]], count: int) -> list[list[Tensor]]:
-    """The tensors of `count` layers (or texts, ...), on every rank, from the ranks whose they are
-    (`is_owner`).
+    """Gather the tensors of `count` layers (or texts, ...) from their owners, see `is_owner`.
+
+    Args:
+        found: tensors of each index that this rank owns.
+        count: number of indices.
+
+    Returns:
+        The tensors of each index, on every rank.
     """
     if size() == 1:
         return [list(found[index]) for index in range(count)]
@@ -184,7 +197,7 @@ def gather_from_owners(found: Mapping[int, Sequence[Tensor]], count: int) -> lis
 
 
 def work_queue(count: int) -> Iterator[int]:
-    """The numbers from 0 to `count`, each to one rank: whoever is free takes the next."""
+    """Iterate over 0 to `count` - 1, each on one rank: a rank that is free takes the next."""
     if _team is None or _apart:
         yield from range(count)
         return
@@ -196,11 +209,14 @@ def work_queue(count: int) -> Iterator[int]:
 
 @contextmanager
 def posted(take: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
-    """Yields what hands an object (as JSON holds it) to `take`, which rank 0 calls, one object at a
-    time, as they come.
+    """Yield a function that sends a JSON-serialisable object to rank 0, which calls `take` on it.
 
-    The block is left when all ranks have left it and everything has been taken. What `take` raises
-    is raised by rank 0.
+    Rank 0 takes one object at a time, in the order in which they come. The block ends when all
+    ranks have left it and every object has been taken.
+
+    Raises:
+        Exception: what `take` raises, on rank 0.
+        PeerFailed: another process has ended without a word.
     """
     if _team is None or _apart:
         yield take

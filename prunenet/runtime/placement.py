@@ -1,10 +1,9 @@
-"""Models that no one device holds: accelerate's device map spreads them over accelerators, the CPU
-and the disk.
+"""Place models that no one device holds on accelerators, the CPU and the disk (accelerate).
 
-A weight that has no room on its device is on "meta" between calls, and a hook of accelerate brings
-it there for the forward pass of its own module. What reads weights outside a forward pass asks for
-them by `present`; what changes weights does so by `derive`, and the changed weight, too, is made
-when it is needed and not kept. All other models pass through untouched.
+An offloaded weight is on "meta" between calls; a hook of accelerate loads it for the forward pass
+of its own module. `present` loads weights outside a forward pass. `derive` changes a weight; a
+changed weight is computed whenever it is needed, and not kept. Models on one device pass through
+untouched.
 """
 
 from __future__ import annotations
@@ -21,45 +20,47 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 AUTO = "auto"
-"""The device that stands for all there are."""
+"""The device that stands for all devices of the machine."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _LIMIT = re.compile(r"(cpu|mps|[a-z]+:\d+)=(\d+(?:\.\d+)?)([KMG]i?)?B?")
-# on a hook: how many blocks of `present` the weights of its module are held by
+# attribute of a hook: number of `present` blocks that hold the weights of its module
 _HOLDERS = "prunenet_holders"
 _HOW = "give it as in cuda:0=20GiB,cpu=60GiB"
 
 
 def parse_max_memory(text: str) -> dict[int | str, int]:
-    """Bytes of weights for each device, as accelerate takes them, from "cuda:0=20GiB,cpu=60GiB".
+    """Parse a limit of weights for each device, such as "cuda:0=20GiB,cpu=60GiB".
+
+    Returns:
+        Bytes by device, as accelerate names devices: {0: 21474836480, "cpu": 64424509440}.
 
     Raises:
-        ValueError: something else is said, or a device twice.
+        ValueError: the text has another form, or names a device twice.
     """
     limits: dict[int | str, int] = {}
     for part in text.split(","):
         found = _LIMIT.fullmatch(part.strip())
         if found is None:
-            raise ValueError(f"--max-memory {part.strip()!r} is not a device and a size: {_HOW}")
+            raise ValueError(f"`max_memory` {part.strip()!r} is not a device and a size: {_HOW}")
         name, amount, unit = found.groups()
         device = int(name.partition(":")[2]) if ":" in name else name
         if device in limits:
-            raise ValueError(f"--max-memory names {name} twice: {_HOW}")
+            raise ValueError(f"`max_memory` names {name} twice: {_HOW}")
         limits[device] = int(float(amount) * _UNITS[unit or ""])
     return limits
 
 
 def device_map(max_memory: str | None, folder: str) -> dict[str, Any]:
-    """What `from_pretrained` is given to place a model: accelerators first, then the CPU, then the
-    disk.
+    """Return arguments for `from_pretrained` that fill accelerators first, then CPU, then disk.
 
     Args:
-        max_memory: see `parse_max_memory`. Accelerators that it leaves out are not used; a CPU that
-            it leaves out has what it has free.
-        folder: where weights are written that the checkpoint's own files do not hold as they are
-            needed.
+        max_memory: see `parse_max_memory`. Accelerators that it omits are not used; a CPU that it
+            omits is limited by its free memory.
+        folder: for weights that must be converted first, since the checkpoint's own files cannot
+            serve them.
 
     Raises:
-        ValueError: as `parse_max_memory`; or an accelerator that is not there.
+        ValueError: as `parse_max_memory`, or the machine lacks an accelerator that is named.
         ImportError: accelerate is not installed.
     """
     limits = None if max_memory is None else parse_max_memory(max_memory)
@@ -67,7 +68,7 @@ def device_map(max_memory: str | None, folder: str) -> dict[str, Any]:
         from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
     except ImportError:
         raise ImportError(
-            "--device auto places weights with accelerate: pip install 'prunenet[large]'"
+            "`device` auto places weights with accelerate: pip install 'prunenet[large]'"
         ) from None
     if limits is not None:
         there: dict[int | str, int] = get_max_memory()
@@ -75,33 +76,32 @@ def device_map(max_memory: str | None, folder: str) -> dict[str, Any]:
             if device not in there:
                 name = f"accelerator {device}" if isinstance(device, int) else device
                 raise ValueError(
-                    f"--max-memory names {name}, and here are only {', '.join(map(str, there))}:"
+                    f"`max_memory` names {name}, and here are only {', '.join(map(str, there))}:"
                     f" {_HOW}"
                 )
         limits.setdefault("cpu", there["cpu"])
         # accelerate fills them in this order
         limits = {name: limits[name] for name in there if name in limits}
-    # "sequential" and not "auto": a GPU is filled before the next one, and the limits are the
-    # user's own.
+    # "sequential" fills a GPU before the next one, up to the user's own limits; "auto" balances
     return {"device_map": "sequential", "max_memory": limits, "offload_folder": folder}
 
 
 def is_placed(model: nn.Module) -> bool:
-    """Whether the weights of a model are on several devices, or some of them on disk."""
+    """Return whether the weights are on several devices, or some of them on disk."""
     found = set(getattr(model, "hf_device_map", {}).values())
     return len(found) > 1 or "disk" in found
 
 
 def check_together(model: nn.Module, what: str) -> None:
-    """Raises ValueError where `what` needs the weights of a placed model all at once."""
+    """Raise ValueError if the model is placed: `what` needs all its weights on one device."""
     if is_placed(model):
         raise ValueError(
-            f"{what} needs all weights on one device, and --device auto has placed them on several"
+            f"{what} needs all weights on one device, and `device` auto has placed them on several"
         )
 
 
 def where(model: PreTrainedModel) -> str:
-    """The device of a model, or all of them, as in "cuda:0+cpu+disk"."""
+    """Return the name of a model's device, or of all of them, as in "cuda:0+cpu+disk"."""
     if not is_placed(model):
         return str(model.device)
     names = (
@@ -112,7 +112,7 @@ def where(model: PreTrainedModel) -> str:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes."""
+    """Return the device on which a module computes."""
     device = next(module.parameters()).device
     hooks = (hook for part in module.modules() for hook in _hooks(part))
     places = (hook.execution_device for hook in hooks if hook.execution_device is not None)
@@ -120,25 +120,26 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def home(model: PreTrainedModel) -> torch.device:
-    """Where token ids go and logits come from."""
+    """Return the device that takes token ids and gives logits."""
     return device_of(model.get_input_embeddings())
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
-    """{name: that of the parameter that it is}, where a placed model's tied parameters are told by
-    their names alone.
+    """Return {name of a tied parameter: name of the one that it shares}; empty if not placed.
+
+    In a placed model tied parameters are separate objects on "meta", known by their names alone.
     """
     return dict(model.all_tied_weights_keys or {}) if is_placed(model) else {}
 
 
 def parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of each, tied ones once; on "meta" where they are not `present`."""
+    """Iterate over (name, parameter), tied ones once; offloaded ones are on "meta"."""
     tied = ties(model)
     return ((name, parameter) for name, parameter in model.named_parameters() if name not in tied)
 
 
 def tensor_of(model: PreTrainedModel, name: str) -> Tensor:
-    """A parameter or buffer by its name, where its module computes."""
+    """Return a parameter or buffer by name, on the device of its module."""
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)
     with present(module):
@@ -148,11 +149,10 @@ def tensor_of(model: PreTrainedModel, name: str) -> Tensor:
 
 @contextmanager
 def present(*modules: nn.Module) -> Iterator[None]:
-    """The weights of modules, all they contain included, are where the modules compute as long as
-    the block lasts.
+    """Keep the weights of modules and their submodules loaded as long as the block lasts.
 
-    A tensor taken inside may be kept, and holds its memory then. Blocks may overlap: weights stay
-    until the last one ends.
+    A tensor taken inside may be kept, and then holds its memory. Blocks may overlap: weights stay
+    until the last block ends.
     """
     held = []
     try:
@@ -160,8 +160,7 @@ def present(*modules: nn.Module) -> Iterator[None]:
             if (hook := _offloading(part)) is not None:
                 if not getattr(hook, _HOLDERS, 0):
                     hook.pre_forward(part)
-                    # else the module's own forward pass would read the weights again, and put them
-                    # away
+                    # else the module's own forward pass would load the weights again and drop them
                     hook.offload = False
                 setattr(hook, _HOLDERS, getattr(hook, _HOLDERS, 0) + 1)
                 held.append((part, hook))
@@ -175,8 +174,9 @@ def present(*modules: nn.Module) -> Iterator[None]:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with the *same* parameters, wherever they are; each may be replaced in one of the
-    two.
+    """Copy the modules of a model and share its parameters.
+
+    A parameter may then be replaced in one of the two models.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for hook in (hook for module in model.modules() for hook in _hooks(module)):
@@ -186,7 +186,7 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def compute_on(model: PreTrainedModel, device: torch.device) -> None:
-    """Makes a model whose weights are all on disk compute on a device."""
+    """Make a model whose weights are all on disk compute on a device."""
     for hook in (hook for module in model.modules() for hook in _hooks(module)):
         hook.execution_device = device
     for module in model.modules():
@@ -197,11 +197,13 @@ def compute_on(model: PreTrainedModel, device: torch.device) -> None:
 
 @torch.no_grad()
 def derive(module: nn.Module, name: str, change: Tensor | Callable[[Tensor], Tensor]) -> None:
-    """Replaces a parameter by a tensor, or by what `change` makes of it: at once, or in a placed
-    model whenever it is needed.
+    """Replace a parameter: at once, or in a placed model whenever it is needed.
 
-    `change` must work on the meta device, too. A parameter that the module lacks, such as a bias,
-    is given as a tensor.
+    Args:
+        module: whose parameter it is.
+        name: of the parameter.
+        change: the new tensor, or a function of the old one that also works on "meta". A parameter
+            that the module lacks, such as a bias, needs a tensor.
     """
     parameter = getattr(module, name)
     if parameter is None:
@@ -223,9 +225,9 @@ def derive(module: nn.Module, name: str, change: Tensor | Callable[[Tensor], Ten
 
 @dataclass(frozen=True, slots=True)
 class _Changed:
-    """The weights of a module, by name, one of them changed."""
+    """A mapping of names to weights, one of them changed."""
 
-    base: Any  # a mapping, as accelerate has it: it need not be iterable
+    base: Any  # accelerate's mapping, which need not be iterable
     name: str
     change: Tensor | Callable[[Tensor], Tensor]
 
@@ -244,13 +246,13 @@ def _changed(change: Tensor | Callable[[Tensor], Tensor], parameter: nn.Paramete
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    """Those of accelerate on this very module."""
+    """accelerate's hooks of this module, without its submodules'."""
     hook = vars(module).get("_hf_hook")
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def _offloading(module: nn.Module) -> Any | None:
-    """The hook that brings the module's weights from elsewhere; None where they are here."""
+    """The hook that loads the module's weights; None where they are on its device."""
     return next(
         (
             hook
@@ -262,9 +264,7 @@ def _offloading(module: nn.Module) -> Any | None:
 
 
 def _kept_beside(module: nn.Module) -> Any:
-    """Gives a module whose weights are on its device a hook all the same, for one of them to be
-    made when it is needed.
-    """
+    """Gives a module that is not offloaded a hook, so that one of its weights can be derived."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module  # type: ignore[import-untyped]
 
     here = {name: tensor.detach() for name, tensor in module.named_parameters(recurse=False)}

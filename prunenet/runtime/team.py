@@ -1,14 +1,15 @@
-"""The processes that torchrun has started, as one job: how they meet, how each knows that the
-others live, how they part.
+"""The processes that torchrun has started, as one job: they meet, know of each other, end together.
 
-A rank that fails says why, once for all (a counter in the job's store). A rank that is killed
-closes its connections, or falls silent, which its neighbour notices. Either way the others stop:
-who waits for it is woken, who works is interrupted.
+Much of this is not done here, as killing ranks shows (torch 2.13, two gloo ranks): torchrun's agent
+ends all ranks seconds after the first that dies, and c10d wakes a rank that waits for a dead one.
+Neither ends a rank that computes when there is no agent, notices a rank that is stopped, bounds the
+meeting, or says in one sentence which failure came first. That is what `Team` does.
 """
 
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 import threading
 import time
@@ -21,12 +22,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_store: Any = None
-_joins = 0
-_START, _CLIENT = timedelta(minutes=10), timedelta(seconds=30)
-# one may wait for another's work for hours; that the other lives is watched
+TICK, GRACE = 0.2, 10.0  # seconds
+_MEETING, _PATIENCE = 300.0, 5.0
+"""Seconds until a meeting fails, and until it is said that somebody is missing."""
+_SILENCE, _SILENCE_AT_START = 600.0, 60.0
+"""Seconds without a sign of life, which threads give, after which a rank is taken for dead."""
+_CLIENT, _TRY = timedelta(seconds=30), timedelta(seconds=2)
+# a rank may wait for another one's work for hours; that the other one lives is watched
 _COLLECTIVE = timedelta(days=7)
-TICK, GRACE, _SILENCE = 0.2, 10.0, 600.0  # seconds
+_log = logging.getLogger(__name__)
+_server: Any = None  # of the store; lives as long as rank 0 does
+_joins = 0
 
 
 class PeerFailed(RuntimeError):
@@ -39,16 +45,19 @@ class Followed(Exception):
 
 @dataclass(slots=True, eq=False)
 class Team:
-    """The processes of this job.
+    """The processes of one job.
 
     Attributes:
-        rank, size: this one's number, and how many there are.
-        prefix: of the job's keys in the store.
-        over: set when this rank has nothing to wait for any more.
+        rank: number of this process, from 0.
+        size: number of processes.
+        prefix: of the job's keys in the store, since jobs may follow each other in the same
+            processes.
         store: the main thread's connection to the job's store; see `client`.
-        silent: says which rank is gone, where this one noticed.
+        over: set when this rank has nothing to wait for any more.
+        joined: whether tensors can travel already.
+        lost: the sentence that names a rank that has gone, where this one has noticed it.
         followed: whether this rank was stopped because another one failed.
-        calls: of `fresh`; equal on all ranks, which do the same things in the same order.
+        uses: of `fresh`; equal on all ranks, which do the same things in the same order.
     """
 
     rank: int
@@ -56,64 +65,79 @@ class Team:
     prefix: str
     store: Any = None
     over: threading.Event = field(default_factory=threading.Event)
-    silent: str | None = None
+    joined: bool = False
+    lost: str | None = None
     followed: bool = False
-    calls: int = 0
+    uses: int = 0
 
-    def connect(self, store: Any, device: str) -> str:
-        """Lets tensors travel between the ranks; gives this rank's device.
+    def connect(self, device: str) -> str:
+        """Let tensors travel between the ranks.
+
+        Args:
+            device: as a user gave it.
+
+        Returns:
+            This rank's own device.
 
         Raises:
-            ValueError: more processes than GPUs, one GPU for all of them, or another kind of
-                device.
+            ValueError: as `own_device`.
             PeerFailed: the others do not answer.
         """
-        local, backend = int(os.environ["LOCAL_RANK"]), "gloo"
-        if device == "auto":
-            raise ValueError(
-                "--device auto is for one process, which has all devices: leave torchrun or"
-                " auto out"
-            )
-        if device.split(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(
-                f"several processes compute on cpu or cuda, got {device}; start one process alone"
-            )
-        if device.startswith("cuda") and (devices := torch.cuda.device_count()):
-            if device != "cuda":
-                raise ValueError(
-                    f"each process takes a GPU of its own: say --device cuda, got {device}"
-                )
-            if local >= devices:
-                raise ValueError(
-                    f"a machine of this job has {devices} GPUs, one a process: give"
-                    f" --nproc-per-node {devices}"
-                )
-            device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
-            torch.cuda.set_device(local)
+        device, backend = own_device(device)
         with peers():
-            own = dist.PrefixStore(self.prefix, store)  # type: ignore[attr-defined]
             dist.init_process_group(
-                backend, store=own, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE
+                backend,
+                store=self.client(),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=_COLLECTIVE,
             )
+        self.joined = True
         return device
 
-    def client(self) -> Any:
-        """A connection to the store; threads do not share one, since a call may block."""
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=_CLIENT,
-        )
+    def client(self, timeout: timedelta = _CLIENT) -> Any:
+        """Open a connection to the store; threads do not share one, since a call may block.
+
+        Raises:
+            RuntimeError: there is no store.
+        """
+        store = dist.TCPStore(*_address(), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
         return dist.PrefixStore(self.prefix, store)  # type: ignore[attr-defined]
 
     def fresh(self) -> str:
-        """A name that no other use of the store has."""
-        self.calls += 1
-        return f"use {self.calls}"
+        """Return a key that no other use of the store has."""
+        self.uses += 1
+        return f"use {self.uses}"
+
+    def gather(self) -> None:
+        """Wait until all processes have come to the store; say so where that takes long.
+
+        Raises:
+            PeerFailed: some have not come within five minutes.
+        """
+        start, said, missing = time.monotonic(), False, list(range(self.size))
+        while missing:
+            waited = time.monotonic() - start
+            names, place = ", ".join(map(str, missing)), "{}:{}".format(*_address())
+            if waited > _MEETING:
+                raise PeerFailed(
+                    f"process {names} of this job has not come within {_MEETING:.0f} seconds: it"
+                    f" was killed, or cannot reach {place}; start all again"
+                )
+            if waited > _PATIENCE and not said:
+                _log.warning("waiting for process %s of this job at %s", names, place)
+                said = True
+            # of short steps: a signal is heard between them, not inside
+            try:
+                self.store = self.store or self.client(_TRY)
+                self.store.set(f"here {self.rank}", "")
+                missing = [rank for rank in missing if not self.store.check([f"here {rank}"])]
+            except RuntimeError:  # rank 0, which serves the store, has not come
+                self.store = None
+            time.sleep(TICK if missing else 0)
 
     def meet(self) -> None:
-        """Returns when all ranks have come here.
+        """Return when all ranks have come here.
 
         Raises:
             PeerFailed: one of them will not.
@@ -122,27 +146,25 @@ class Team:
             dist.all_reduce(torch.zeros(1))
 
     def blames(self) -> bool:
-        """Whether this rank is the first to fail, and so the one to say why."""
+        """Return whether this rank is the first to fail, and so the one to say why."""
         try:
             return not self.followed and bool(self.store.add("failed", 1) == 1)
-        except RuntimeError:  # the store has gone with its rank
+        except (RuntimeError, AttributeError):  # the store has gone with its rank, or never came
             return True
 
     def watch(self) -> None:
-        """Stops this process when another one has failed, or its neighbour has not been heard of
-        for ten minutes.
-        """
+        """Stop this process when another one has failed or is silent. Runs in a thread."""
         try:
             self._look()
         except RuntimeError:  # or all is over
-            self.silent = "the process of this job that holds its store has ended without a word"
+            self.lost = "the process of this job that holds its store has ended without a word"
         if self.over.wait(TICK):
             return
-        self.followed = self.silent is None
+        self.followed = self.lost is None
         _thread.interrupt_main()
         if not self.over.wait(GRACE):  # in a call that nothing wakes
-            if self.silent:
-                os.write(2, f"error: {self.silent}\n".encode())
+            if self.lost:
+                os.write(2, f"error: {self.lost}\n".encode())
             os._exit(1)
 
     def _look(self) -> None:
@@ -151,44 +173,87 @@ class Team:
         neighbour = (self.rank + 1) % self.size
         while not self.over.wait(5 * TICK) and not store.add("failed", 0):
             store.add(f"alive {self.rank}", 1)
-            now = store.add(f"alive {neighbour}", 0)
+            now, time_is = store.add(f"alive {neighbour}", 0), time.monotonic()
             if now != count:
-                count, heard = now, time.monotonic()
-            elif time.monotonic() - heard > _SILENCE and store.add("failed", 1) == 1:
-                self.silent = (
-                    f"process {neighbour} of this job has not been heard of for {_SILENCE / 60:.0f}"
-                    " minutes"
-                )
+                count, heard = now, time_is
+            silent = time_is - heard
+            if silent > (_SILENCE if self.joined else _SILENCE_AT_START):
+                if store.add("failed", 1) == 1:
+                    self.lost = (
+                        f"process {neighbour} of this job has given no sign of life for"
+                        f" {silent:.0f} seconds; end it, and start the same command again"
+                    )
+                return
 
     def leave(self, patience: float = GRACE) -> None:
-        """Rank 0, which may hold the store, goes last, if the others go within so many seconds."""
-        with suppress(RuntimeError):
+        """Let rank 0 go last, since it may serve the store that says why a rank has failed.
+
+        Args:
+            patience: seconds after which it goes all the same.
+        """
+        with suppress(RuntimeError, AttributeError):
             gone, start = self.store.add("gone", 1), time.monotonic()
-            while self.rank == 0 and gone < self.size and time.monotonic() - start < patience:
+            while _server and gone < self.size and time.monotonic() - start < patience:
                 time.sleep(TICK / 10)
                 gone = self.store.add("gone", 0)
 
 
+def own_device(device: str) -> tuple[str, str]:
+    """Return this rank's device and the backend for its tensors; a GPU becomes the current one.
+
+    Args:
+        device: cpu, or cuda for a GPU of its own for each rank of a machine.
+
+    Raises:
+        ValueError: more processes than GPUs, one GPU for all of them, or another kind of device.
+    """
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "auto":
+        raise ValueError(
+            "`device` auto is for one process, which has all devices: leave torchrun or auto out"
+        )
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(
+            f"several processes compute on cpu or cuda, got {device}; start one process alone"
+        )
+    devices = torch.cuda.device_count() if device.startswith("cuda") else 0
+    if not devices:
+        return device, "gloo"
+    if device != "cuda":
+        raise ValueError(f"each process takes a GPU of its own: say `device` cuda, got {device}")
+    if local >= devices:
+        raise ValueError(
+            f"a machine of this job has {devices} GPUs, one a process: give torchrun"
+            f" --nproc-per-node {devices}"
+        )
+    torch.cuda.set_device(local)
+    return f"cuda:{local}", "cpu:gloo,cuda:nccl"
+
+
 @contextmanager
 def peers() -> Iterator[None]:
-    """What torch.distributed says of a peer that is gone becomes one sentence: `PeerFailed`."""
+    """Turn what torch.distributed says of a peer that has gone into `PeerFailed`."""
     try:
         yield
     except RuntimeError as error:  # gloo's, NCCL's or the store's
         reason = str(error).strip().splitlines()[0][:200]
         raise PeerFailed(
             "another process of this job has ended without a word, killed or out of memory"
-            f" ({reason}); the same command goes on from what is on the disk (train: with --resume)"
+            f" ({reason}); the same command goes on from what is on the disk (training: with"
+            " `resume`)"
         ) from error
 
 
-def gather_processes() -> tuple[Team, Any]:
-    """The job that torchrun's environment describes, once all its processes are here, and the store
-    for `Team.connect`.
+def _address() -> tuple[str, int]:
+    """Host and port of the store."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
-    Several jobs may follow each other in the same processes. They share one store, which rank 0 may
-    hold and which lives as long as its process: of a new one each time, a quick rank could meet the
-    last one. Keys carry the job's number.
+
+def gather_processes() -> Team:
+    """Return the job that torchrun's environment describes, once all its processes are here.
+
+    Several jobs may follow each other in the same processes. They share one store: of a new one
+    each time, a quick rank could meet the last one. torchrun's agent serves it, or else rank 0.
 
     Raises:
         ValueError: an environment that is not torchrun's.
@@ -204,14 +269,21 @@ def gather_processes() -> tuple[Team, Any]:
             f"WORLD_SIZE says that this is one of {os.environ['WORLD_SIZE']} processes, and"
             f" {missing[0]} is not set: start them with torchrun, or unset WORLD_SIZE"
         )
-    global _store, _joins
+    global _server, _joins
     _joins += 1
-    with peers():
-        if _store is None:
-            _store, *_ = next(dist.rendezvous("env://", timeout=_START))  # type: ignore[attr-defined]
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        team = Team(
-            int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), f"prunenet {restarts} {_joins}"
-        )
-        team.store = team.client()
-    return team, _store
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank == 0 and _server is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        try:
+            _server = dist.TCPStore(  # type: ignore[attr-defined]
+                *_address(), is_master=True, wait_for_workers=False, multi_tenant=True
+            )
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0][:200]
+            place = "{}:{}".format(*_address())
+            raise ValueError(
+                f"rank 0 cannot listen at {place} ({reason}); give another MASTER_PORT"
+            ) from error
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    team = Team(rank, size, f"prunenet {restarts} {_joins}")
+    team.gather()
+    return team
