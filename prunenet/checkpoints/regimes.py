@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 TextRegime = Literal["self", "data"]
-"""Whose text was looked at: the model's own, or external text (DESIGN section 1)."""
+"""Whose text was looked at: the model's own, or external text (docs/design.md, section 1)."""
 Regime = Literal["weights", TextRegime]
 REGIMES: dict[str, str] = {  # one that looks at more comes later
     "weights": "nothing but the checkpoint was looked at",

@@ -265,7 +265,6 @@ def _option(name: str) -> str | None:
     options = [] if context is None else context.command.params
     if name == "blocks" and options:
         return "--moments self or data"
-    name = {"total": "tokens"}.get(name, name)
     return next(
         (
             option.opts[0] if option.opts[0].startswith("-") else name.upper()

@@ -2,9 +2,9 @@
 linear algebra on weights.
 
 Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
-ICLR 2024, arXiv 2401.15024, sections 3.1 to 3.3; METHODS.md section 6. An RMSNorm without scale
-commutes with a rotation Q of its input, norm(x Q) = norm(x) Q. So once the scales are folded into
-the next matrices, the stream may have another orthonormal basis at each of its 2 L + 1 points
+ICLR 2024, arXiv 2401.15024, sections 3.1 to 3.3; docs/methods.md, section 6. An RMSNorm without
+scale commutes with a rotation Q of its input, norm(x Q) = norm(x) Q. So once the scales are folded
+into the next matrices, the stream may have another orthonormal basis at each of its 2 L + 1 points
 (behind the embedding, then behind attention and behind the FFN of each layer): what reads it
 becomes W Q, what writes to it Q^T W, and a residual connection from one point to the next
 Q_before^T Q_behind. Keeping only the first columns of each Q slices the model.

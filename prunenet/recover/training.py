@@ -153,7 +153,9 @@ class _Run:
         loss, step of the best).
         """
         if resume and self.file is not None:
-            self.state = load_state(self.file, self.updates, self.optimizer, self.identity)
+            self.state = load_state(
+                self.file, self.updates, self.optimizer, self.identity, self.tuning.steps
+            )
         log = _log(self.file, self.state.updates)
         if not self.state.history:
             self._judge(log)
