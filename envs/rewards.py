@@ -41,7 +41,7 @@ EXACT_UP_TO = 2048
 """Largest min(d_model, d_ff) that spectrum "auto" decomposes.
 
 The estimate is cheaper much earlier: one mask alone takes half of the exact route's time at 576
-columns, a third at 2048 and a quarter at 4096, where that is 5 s (benchmarks/README.md). But it
+columns, a third at 2048 and a quarter at 4096, where that is 5 s (docs/log.md). But it
 cannot tell apart masks whose distances differ by less than its error, as those of random masks do.
 """
 

@@ -283,7 +283,8 @@ def _read(
     layers' log-odds.
     """
     if not policy.config.moments:
-        return policy.read(model, progress=progress)
+        # A pass over weights in memory takes a moment, one over a file does not.
+        return policy.read(model, progress=None if isinstance(model, PreTrainedModel) else progress)
     assert isinstance(model, PreTrainedModel), "PruneOptions.filled"
     return policy.scores(model, blocks, progress=progress), None
 

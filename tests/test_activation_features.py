@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import tiny_model, token_ids
+from safetensors.torch import load_file
 from test_cli import facts, refused, save_tiny
 
 import prunenet
@@ -331,8 +332,11 @@ def test_policies_from_before_read_weights_alone_and_keep_their_files_and_hash(t
     policy = Policy.from_pretrained("llama")
     assert policy.config.moments == ()
     policy.save_pretrained(tmp_path)
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    before, now = (load_file(at / "model.safetensors") for at in (folder, tmp_path))
+    assert before.keys() == now.keys()
+    assert all(before[name].equal(now[name]) for name in before)
+    assert Policy.from_pretrained(tmp_path).sha256 == policy.sha256
     model = tiny_model("llama")
     view = View.of(model)
     with torch.no_grad():
@@ -366,7 +370,7 @@ def test_without_text_it_says_what_is_missing():
     ):
         with pytest.raises(
             ValueError,
-            match=r"by their activations: give it token blocks .*\(--moments self or data\)",
+            match=r"by their activations: give it text .*\(`blocks`\)",
         ):
             ask()
 
@@ -458,7 +462,7 @@ def test_the_command_line_trains_it_prunes_by_it_and_asks_for_text(tmp_path, mon
     assert Policy.from_pretrained(policy).config.moments == MOMENT_STATISTICS
     prune = ("prune", model, "--policy", policy, "--ratio", 0.5, "--out", tmp_path / "out")
     said = refused(*prune, "--moments", "none")
-    assert "scores channels by their activations: give it token blocks" in said
+    assert "scores channels by their activations: give it text" in said
     assert not (tmp_path / "out").exists()
     done = facts(*prune, *text)
     assert (done["regime"], done["channels"], done["width"]) == ("data", "policy", 24)

@@ -318,7 +318,7 @@ def test_a_search_says_nothing_and_leaves_optunas_log_as_it_was(capfd) -> None:
         ({"clusters": 0}, "clusters >= 1"),
         ({"tokens": 1}, "tokens >= 2"),
         ({"widths": adapruner.as_llm_pruner}, "protect fewer layers"),
-        ({"ratio": 1.0}, "ratio must be in"),
+        ({"ratio": 1.0}, "`ratio` must be in"),
         ({"strategy": "grid"}, "unknown strategy 'grid'; it is one of tpe, random"),
     ],
 )

@@ -159,7 +159,7 @@ def test_which_token_begins_a_window_follows_the_tokenizer_or_the_choice() -> No
 
 
 def test_an_unknown_choice_is_refused_before_anything_is_read(unchecked) -> None:
-    with pytest.raises(ValueError, match="bos must be one of auto, yes, no, got 'maybe'"):
+    with pytest.raises(ValueError, match="`bos` must be one of auto, yes, no, got 'maybe'"):
         EvaluationOptions(bos="maybe")  # type: ignore[arg-type]
 
 
@@ -279,7 +279,7 @@ def test_the_divergence_and_its_reward_leave_the_bos_position_out(model) -> None
     assert isinstance(reward, DivergenceReward)
     paid = reward.sweep([mask[None] for mask in keep])["divergence"]
     assert float(paid) == pytest.approx(math.exp(-float(expected)), rel=1e-5)
-    with pytest.raises(ValueError, match=r"unscored must be in \[0, 13\)"):
+    with pytest.raises(ValueError, match=r"`unscored` must be in \[0, 13\)"):
         divergence(model, down, blocks.ids, unscored=13)
 
 
@@ -354,7 +354,8 @@ def test_the_command_line_scores_and_calibrates_behind_bos_and_says_so(
     found = {bos: run(*ask, "--bos", bos)["models"][0] for bos in ("auto", "yes", "no")}
     assert found["auto"] == found["yes"]
     assert found["auto"]["perplexity"] < 1.5 < 3 < found["no"]["perplexity"]
-    assert " behind BOS" in CliRunner().invoke(app, [*map(str, ask)]).stdout
+    shown = CliRunner().invoke(app, [*map(str, ask)]).stdout
+    assert "windows of 16 behind BOS" in " ".join(shown.split())
     lines = {}
     for bos in ("auto", "no"):
         lines[bos] = run(

@@ -41,6 +41,7 @@ from prunenet.policies import artifact
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
+from prunenet.policies.methods.papers.adapruner import AdaPrunerOptions
 from prunenet.refit.cut import cut_layers, refit_kept
 from prunenet.refit.folds import folds_of
 from prunenet.refit.moments import ffn_moments
@@ -315,7 +316,10 @@ def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_re
         monkeypatch.setitem(
             METHODS,
             method,
-            replace(METHODS[method], score=partial(METHODS[method].score, trials=6)),
+            replace(
+                METHODS[method],
+                score=partial(METHODS[method].score, options=AdaPrunerOptions(trials=6)),
+            ),
         )
     own = parse(method).allocation
     specs = [
@@ -548,6 +552,7 @@ FIELDS = {
         "model",
         "revision",
         "dtype",
+        "tokenizer",
         "method",
         "score",
         "allocation",
@@ -776,7 +781,7 @@ def test_results_keep_one_line_a_cell(tmp_path):
     ("specs", "options", "words"),
     [
         (["wnada"], {}, ["unknown method"]),
-        (["random"], {"ratios": "0.2,1.2"}, ["ratio must be in [0, 1), got 1.2"]),
+        (["random"], {"ratios": "0.2,1.2"}, ["`ratio` must be in [0, 1), got 1.2"]),
         (["random"], {"ratios": "half"}, ["--ratios are numbers between commas, got 'half'"]),
         (["random"], {"seeds": "0.5"}, ["--seeds are whole numbers"]),
         (["random"], {"text": "missing.txt"}, ["missing.txt", "does not exist"]),
@@ -785,10 +790,14 @@ def test_results_keep_one_line_a_cell(tmp_path):
         (["flap@words"], {"calibration": "words"}, ["NAME=TEXT"]),
         (["flap@words"], {"calibration": "self=words.txt"}, ["NAME=TEXT", "not self"]),
         (["flap@words"], {"calibration": "words=missing.txt"}, ["missing.txt", "does not exist"]),
-        (["flap@words"], {"calibration_tokens": 20}, ["two blocks at least"]),
+        (
+            ["flap@words"],
+            {"calibration_tokens": 20},
+            ["--calibration-tokens must be at least 32, two blocks of 16"],
+        ),
         (["flap@words"], {"calibration_window": 64}, ["calibration window is 64"]),
         (["flap"], {"calibration_window": 0}, ["--calibration-window must be 2 or more, got 0"]),
-        (["random"], {"seeds": "-1"}, ["seed must be in [0, 2^32), got -1"]),
+        (["random"], {"seeds": "-1"}, ["`seed` must be in [0, 2^32), got -1"]),
         (["prunenet-weights"], {}, ["asks a policy", "prunenet train"]),
         (["wanda_sp:learned"], {}, ["asks a policy"]),
         (["random"], {"policy": "nowhere"}, ["nowhere"]),

@@ -145,9 +145,9 @@ def test_arguments_out_of_range_are_errors_with_a_remedy(
         perplexity(model, tokenizer, TEXT, EvaluationOptions(window=50))
     with pytest.raises(ValueError, match="window is 65 tokens, more than the 64 positions"):
         perplexity(model, tokenizer, TEXT, EvaluationOptions(window=65))
-    with pytest.raises(ValueError, match="max_windows must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="`max_windows` must be 1 or more, got 0"):
         perplexity(model, tokenizer, TEXT, EvaluationOptions(window=10, max_windows=0))
-    with pytest.raises(ValueError, match="batch must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="`batch` must be 1 or more, got 0"):
         speed(model, SpeedOptions(prompt=4, new_tokens=4, batch=0, repeats=1))
     with pytest.raises(ValueError, match="more than the 64 positions"):
         speed(model, SpeedOptions(prompt=60, new_tokens=8, repeats=1))

@@ -194,10 +194,10 @@ def test_distinct_compares_with_each_earlier_sequence_that_stays():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overlap": 0.0}, "overlap must be in"),
-        ({"penalty": 0.0}, "penalty must be above 0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"sequences": 0}, "sequences must be above 0"),
+        ({"overlap": 0.0}, "`overlap` must be in"),
+        ({"penalty": 0.0}, "`penalty` must be above 0"),
+        ({"temperature": 0.0}, "`temperature` must be above 0"),
+        ({"sequences": 0}, "`sequences` must be above 0"),
         ({"prefixes": torch.ones(2, 13, dtype=torch.long)}, "do not suit sequences of 14 tokens"),
         ({"prefixes": torch.ones(0, 2, dtype=torch.long)}, "at least one row"),
         ({"prefixes": torch.full((2, 2), 64)}, "beyond the model's 64 embeddings"),

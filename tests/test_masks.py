@@ -31,7 +31,7 @@ def test_widths_of_decimal_ratios_do_not_suffer_from_binary_fractions(ratio, wid
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, 1.5, float("nan")])
 def test_ratios_out_of_range_are_refused_with_their_value(ratio):
-    with pytest.raises(ValueError, match=rf"ratio must be in \[0, 1\), got {ratio}"):
+    with pytest.raises(ValueError, match=rf"`ratio` must be in \[0, 1\), got {ratio}"):
         check_ratio(ratio)
 
 

@@ -115,7 +115,7 @@ def test_a_share_of_all_parameters_is_met_as_nearly_as_whole_channels_allow(shar
     [
         ({}, "got neither"),
         ({"ratio": 0.2, "params": 0.2}, "got both"),
-        ({"ratio": 1.0}, r"ratio must be in \[0, 1\), got 1.0"),
+        ({"ratio": 1.0}, r"`ratio` must be in \[0, 1\), got 1.0"),
         ({"ratio": -0.1}, "got -0.1"),
         ({"params": 0.95}, "the FFN channels hold"),
         ({"ratio": 0.2, "round_to": 0}, "multiple of 1 or more, got 0"),
@@ -334,12 +334,12 @@ def test_scores_that_the_caller_has_are_not_computed_again(monkeypatch):
         ),
         (
             {"policy": None, "blocks": some_blocks(), "widths": "per-layer"},
-            "no policy to say where to cut",
+            "no policy to allocate widths",
         ),
         ({"blocks": CalibrationSet(token_ids(1, 24), "self", {})}, "give 2 blocks or more, got 1"),
     ],
 )
-def test_choices_that_cannot_be_met_are_one_sentence(choices, message):
+def test_choices_that_cannot_be_met_are_one_sentence(unchecked, choices, message):
     with pytest.raises(ValueError, match=message):
         prunenet.prune(tiny_model("llama"), **{"policy": some_policy(), "ratio": 0.5} | choices)
 

@@ -364,7 +364,11 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
             (unknown, "--teacher", tmp_path / "qwen2", "--out", out),
             "has other sizes than the model that was pruned",
         ),
-        ((dense, *taught), "is not a checkpoint of prunenet: it has no prunenet.json"),
+        (
+            (dense, "--out", out, "--moments", "data", "--text", words),
+            "is not a checkpoint of prunenet: it has no prunenet.json",
+        ),
+        ((pruned, *taught, "--rank", 100000), "--rank must be at most"),
         ((pruned, *taught, "--rank", 0), "--rank must be at least 1, got 0"),
         ((pruned, *taught, "--steps", 0), "--steps must be at least 1, got 0"),
         (

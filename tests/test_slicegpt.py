@@ -323,7 +323,7 @@ def test_layers_of_different_shapes_are_refused(widths):
     [
         (lambda text: sliced(text), "got neither"),
         (lambda text: sliced(text, 0.3, slicing=0.3), "got both"),
-        (lambda text: sliced(text, 1.0), "ratio must be in"),
+        (lambda text: sliced(text, 1.0), "`ratio` must be in"),
         (lambda text: sliced(text, slicing=1.0), r"slicing must be in \[0, 1\), got 1.0"),
         (lambda text: sliced(text, slicing=0.9), "leaves no multiple of 8"),
         (

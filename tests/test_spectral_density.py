@@ -222,7 +222,9 @@ def test_estimated_rewards_are_within_the_bounds_of_their_matrices(family: str) 
     assert not torch.equal(close, right)
 
 
-def test_auto_is_exact_up_to_a_side_and_estimates_above(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_exact_up_to_a_side_and_estimates_above(
+    unchecked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama")
     assert SpectralReward(model).spectrum == "exact"
     monkeypatch.setattr(rewards, "EXACT_UP_TO", 31)

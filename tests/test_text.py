@@ -54,7 +54,7 @@ def test_windows_do_not_overlap_by_default() -> None:
 def test_a_text_shorter_than_one_window_is_an_error_with_a_remedy() -> None:
     with pytest.raises(
         TextError,
-        match=r"has 9 tokens, fewer than one window of 10; give more text or a smaller window",
+        match=r"has 9 tokens, fewer than one window of 10; give more text or a smaller `window`",
     ):
         token_windows(torch.arange(9), 10)
 

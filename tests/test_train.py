@@ -202,7 +202,7 @@ def test_tensorboard_shows_the_reward(tmp_path):
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"ratio": (0.5, 0.1)}, "must rise"),
         ({"evaluate_at": (1.5,)}, "got 1.5"),
-        ({"seed": -1}, "seed must be in"),
+        ({"seed": -1}, "`seed` must be in"),
         ({"entropy": 0.1}, "needs subset 'bernoulli'"),
     ],
 )

@@ -179,7 +179,7 @@ PRESETS: dict[str, Recipe] = {
         evaluate_every=2,
         evaluate_at=(0.3,),
     ),
-    # Weights only, in training too. Its reward does not track quality (benchmarks/README.md): for
+    # Weights only, in training too. Its reward does not track quality (docs/log.md): for
     # comparison.
     "spectral": Recipe(reward="spectral", updates=20, masks=8),
     # arXiv 2501.15296, section 3 and appendix. Differs from the published code where that is wrong

@@ -95,7 +95,9 @@ def load_state(
         _check_run(path, facts["run"], json.loads(json.dumps(run)))
         weights, template = _under("policy.", tensors), policy.state_dict()
         check_layout(weights, layout_of(template))
-        check_layout(progress.best, layout_of(_under("scorer.", template)))
+        # Of a policy the scorer is kept; of the updates of a recovery, all.
+        kept = _under("scorer.", template) or template
+        check_layout(progress.best, layout_of(kept))
         states = _optimizer_states(optimizer, _under("optimizer.", tensors))
     except FileNotFoundError:
         raise PolicyError(

@@ -41,6 +41,9 @@ _DTYPES |= {
     "I64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# The library writes tensors by falling dtype, in the order of its own enumeration.
+_ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL"
+_RANK = {name: rank for rank, name in enumerate(_ORDER.split(" "))}
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -200,7 +203,7 @@ def write_shard(
         ValueError: pieces that do not add up to their tensor.
         OSError: the disk is full or refuses.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = sorted(tensors, key=lambda name: (_RANK[_NAMES[tensors[name].dtype]], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:

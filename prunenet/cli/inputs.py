@@ -67,14 +67,9 @@ def open_model(source: str, reading: Reading, device: str) -> PreTrainedModel | 
         device: of this process.
 
     Raises:
-        ValueError: streamed and placed at once; or as `load_model`.
+        ValueError: as `load_model`.
     """
     if reading.stream:
-        if device == AUTO or reading.max_memory is not None:
-            raise ValueError(
-                "--stream leaves all weights on disk, so there is nothing to place: leave --device"
-                " auto out"
-            )
         from prunenet.checkpoints.streaming import StreamedCheckpoint
 
         return StreamedCheckpoint.open(source, dtype=reading.dtype, device=device)
@@ -83,11 +78,18 @@ def open_model(source: str, reading: Reading, device: str) -> PreTrainedModel | 
     return load_model(source, dtype=reading.dtype, device=device, max_memory=reading.max_memory)
 
 
-def check_streamable(stream: bool, reads_text: bool, remedy: str) -> None:
-    """Raises ValueError where activations would be measured on a model that is not in memory;
-    `remedy`: what to say instead.
+def check_streamable(reading: Reading, reads_text: bool, remedy: str) -> None:
+    """Raises ValueError where activations would be measured on a model that is not in memory, or
+    where such a model would be placed; `remedy`: what to say instead.
     """
-    if stream and reads_text:
+    if not reading.stream:
+        return
+    if reading.device == AUTO or reading.max_memory is not None:
+        raise ValueError(
+            "--stream leaves all weights on disk, so there is nothing to place: leave --device auto"
+            " out"
+        )
+    if reads_text:
         raise ValueError(
             "--stream holds one layer of the model at a time, so nothing can be measured on text:"
             f" {remedy}"

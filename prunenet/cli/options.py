@@ -21,7 +21,10 @@ from prunenet.cli.console import one_sentence, path
 from prunenet.text.choices import Bos
 
 if TYPE_CHECKING:
-    from prunenet.text.calibration import CalibrationOptions
+    from transformers import PreTrainedModel
+
+    from prunenet.cli.inputs import Checkpoint
+    from prunenet.text.calibration import CalibrationSet
 
 
 def _number(text: str) -> float:
@@ -110,13 +113,17 @@ class Calibration:
         int, typer.Option(help="Of the text that the model writes, or of the windows drawn.")
     ] = 0
 
-    def options(self) -> CalibrationOptions:
-        """As the library takes it. Raises ValueError for a seed out of range."""
+    def blocks(self, model: PreTrainedModel, checkpoint: Checkpoint) -> CalibrationSet | None:
+        """The calibration set; None for `--moments none`. Raises as `blocks_for`."""
+        from prunenet.cli.inputs import blocks_for
         from prunenet.text.calibration import CalibrationOptions
 
-        return CalibrationOptions(
+        if self.moments == "none":
+            return None
+        options = CalibrationOptions(
             seed=self.seed, tokens=self.tokens, bos=self.bos, column=self.text_column
         )
+        return blocks_for(model, checkpoint, self.moments, self.text, options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

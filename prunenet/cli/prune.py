@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
-from prunenet.cli.inputs import Checkpoint, blocks_for, check_streamable, check_text, open_model
+from prunenet.cli.inputs import Checkpoint, check_streamable, check_text, open_model
 from prunenet.cli.options import Calibration, Json, Model, Out, PolicyName, Reading
 from prunenet.policies.options import PruneOptions
 from prunenet.runtime import parallel
@@ -30,7 +30,7 @@ def prune(
         measured = calibration.moments != "none"
         check_absent(out)
         check_text(calibration.moments, calibration.text, calibration.tokens)
-        check_streamable(reading.stream, measured, "say --moments none as well")
+        check_streamable(reading, measured, "say --moments none as well")
         source = Checkpoint(model)
         trained, name = policy_for(policy, source.model_type)
         options.filled(trained, measured)
@@ -40,19 +40,10 @@ def prune(
             assert trained is not None, "PruneOptions.filled"
             with tables.stages(errors) as advance:
                 provenance = prune_streamed(
-                    dense,
-                    out,
-                    trained,
-                    options,
-                    policy_name=name,
-                    progress=advance,
+                    dense, out, trained, options, policy_name=name, progress=advance
                 )
         else:
-            blocks = None
-            if calibration.moments != "none":
-                blocks = blocks_for(
-                    dense, source, calibration.moments, calibration.text, calibration.options()
-                )
+            blocks = calibration.blocks(dense, source)
             with tables.stages(errors) as advance:
                 pruned = apply.prune(
                     dense, trained, options, blocks=blocks, policy_name=name, progress=advance

@@ -139,7 +139,7 @@ def train(
         rewards = {recipe.reward, "spectral" if allocation is None else allocation.reward}
         reads = rewards != {"spectral"} or recipe.features == "moments"
         remedy = "say --preset spectral, without --features moments or --widths per-layer"
-        check_streamable(reading.stream, reads, remedy)
+        check_streamable(reading, reads, remedy)
         check_run(out, resume)
         dense = open_model(model, reading, place)
         blocks = None

@@ -99,8 +99,7 @@ def check_name(name: str) -> None:
     """Raises ValueError for a word that cannot name a calibration text."""
     if not name or name in RESERVED or set(name) & set("@+:/, "):
         raise ValueError(
-            "the name of a calibration text is one word and not one of"
-            f" {', '.join(RESERVED)}; got {name!r}"
+            f"`calibration` is NAME=TEXT, NAME one word and not {', '.join(RESERVED)}; got {name!r}"
         )
 
 

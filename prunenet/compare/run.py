@@ -100,13 +100,7 @@ def compare(
     """
     if parallel.is_first():
         results.prepare()
-    name, revision = identify(plan.source)
-    shared = {
-        "model": name,
-        "revision": revision,
-        "tokenizer": tokenizer_sha256(plan.source),
-        "dtype": str(pruner.model.dtype).removeprefix("torch."),
-    }
+    shared, about = _of_model(plan, pruner), _of_machine(pruner)
     questions = {cell: asked(plan, cell, pruner) | shared for cell in cells(plan)}
     keys = {cell: key_of(question) for cell, question in questions.items()}
     left = parallel.broadcast_object(
@@ -114,12 +108,6 @@ def compare(
     )
     todo = [cell for cell in questions if keys[cell] in left]
     pruner.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
-    about = {
-        "device": where(pruner.model),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "commit": commit(),
-    }
 
     def take(line: Line) -> None:
         results.add(line)
@@ -149,6 +137,27 @@ def compare(
         0, lambda: [results[key] for key in keys.values()]
     )
     return lines
+
+
+def _of_model(plan: Plan, pruner: Pruner) -> Line:
+    """What a line says of the model."""
+    name, revision = identify(plan.source)
+    return {
+        "model": name,
+        "revision": revision,
+        "tokenizer": tokenizer_sha256(plan.source),
+        "dtype": str(pruner.model.dtype).removeprefix("torch."),
+    }
+
+
+def _of_machine(pruner: Pruner) -> Line:
+    """What a line says of machine and software."""
+    return {
+        "device": where(pruner.model),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def _forget(pruner: Pruner, last: Cell | None, following: Cell | None) -> None:

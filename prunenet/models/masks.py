@@ -20,7 +20,7 @@ def check_ratio(ratio: float) -> float:
         ValueError: it is not in [0, 1).
     """
     if not 0 <= float(ratio) < 1:
-        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+        raise ValueError(f"`ratio` must be in [0, 1), got {ratio}")
     return float(ratio)
 
 

@@ -26,8 +26,15 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
 
     Raises:
         ImportError: peft is not installed.
+        ValueError: the rank is above the smaller side of every linear, where it adds nothing.
     """
     peft = load_peft()
+    linears = [m for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
+    most = max(min(linear.weight.shape) for linear in linears)
+    if rank > most:
+        raise ValueError(
+            f"`rank` must be at most {most}, the smaller side of the largest linear, got {rank}"
+        )
     # Other parameters on the same memory: peft switches gradients off, and the given model's flags
     # stay as they are.
     shared: dict[int, Any] = {

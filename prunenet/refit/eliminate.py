@@ -98,12 +98,8 @@ def eliminate(
         orders.append(active[local])
         losses.append(cost)
         if left:
-            stay = (
-                torch.ones_like(active, dtype=torch.bool)
-                .index_fill_(0, local, False)
-                .nonzero()
-                .flatten()
-            )
+            kept = torch.ones_like(active, dtype=torch.bool).index_fill_(0, local, False)
+            stay = kept.nonzero().flatten()
             a, p, active = a[:, stay], p[:, stay], active[stay]
             inverse = inverse[stay][:, stay].addmm_(a.T, a, alpha=-1)
             gram = gram[stay][:, stay].addmm_(torch.cat([p, a]).T, torch.cat([a, p]), alpha=-1)

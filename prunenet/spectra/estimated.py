@@ -45,7 +45,7 @@ from prunenet.spectra.choices import Distance
 from prunenet.spectra.exact import energy_kept
 from prunenet.spectra.scale import rescaled
 
-# 8 vectors and 16 products: more products change no error (see benchmarks/README.md), more vectors
+# 8 vectors and 16 products: more products change no error (see docs/log.md), more vectors
 # shrink it by their root.
 PROBES = 8
 STEPS = 16

@@ -256,7 +256,7 @@ def check_seed(seed: int) -> int:
     takes.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+        raise ValueError(f"`seed` must be in [0, 2^32), got {seed}")
     return seed
 
 
