@@ -480,3 +480,22 @@ def test_an_option_that_is_a_path_expands_home_and_refuses_an_empty_text(monkeyp
     assert path("~/x") == Path("/somewhere/x")
     assert "the path is empty" in command(ValueError(), "--out", "")
     assert "no known user" in command(ValueError(), "--out=~nobody-of-this-name/x")
+
+
+def test_a_process_that_goes_on_after_a_signal_was_answered_is_not_ended_later() -> None:
+    work = """
+import os, signal, time
+import prunenet.cli.signals as signals
+signals._DEAF = 0.3
+for _ in range(20):
+    try:
+        with signals.ending_cleanly():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    except SystemExit as end:
+        assert end.code == 143
+time.sleep(0.8)
+print("still here")
+"""
+    code, output, _ = ended(python(work))
+    assert (code, output.strip()) == (0, "still here")

@@ -60,7 +60,8 @@ def ending_cleanly() -> Iterator[None]:
     known = (signal.SIG_DFL, signal.default_int_handler)
     taken = [number for number in _ENDING if signal.getsignal(number) in known]
     before = {number: signal.signal(number, _raise) for number in (*taken, signal.SIGALRM)}
-    deaf = _start_last_resort()
+    over = threading.Event()
+    deaf = _start_last_resort(over)
     try:
         yield
     except SystemExit as end:
@@ -75,6 +76,7 @@ def ending_cleanly() -> Iterator[None]:
             sys.stderr.write("interrupted\n")
         raise SystemExit(exit_code()) from None
     finally:
+        over.set()  # before what was received is forgotten: the thread must not act on it
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(-1)
         os.close(deaf)
@@ -105,9 +107,9 @@ def _raise(number: int, _: FrameType | None) -> None:
     raise Ended
 
 
-def _start_last_resort() -> int:
+def _start_last_resort(over: threading.Event) -> int:
     """Starts a thread that ends a process whose main thread does not hear; returns the descriptor
-    whose closing ends the thread.
+    whose closing ends the thread. Once `over` is set, the thread ends no process.
 
     Python calls a handler in the main thread alone, and not inside a call of a library, such as one
     that waits for another process. The descriptor is told of each signal at once.
@@ -115,14 +117,14 @@ def _start_last_resort() -> int:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_the_deaf, args=(reader,), daemon=True).start()
+    threading.Thread(target=_end_the_deaf, args=(reader, over), daemon=True).start()
     return writer
 
 
-def _end_the_deaf(reader: int) -> None:
+def _end_the_deaf(reader: int, over: threading.Event) -> None:
     while number := int.from_bytes(os.read(reader, 1), "little"):
         deadline = time.monotonic() + _DEAF
-        while number in _ENDING and not received():
+        while number in _ENDING and not received() and not over.is_set():
             time.sleep(_SWALLOWED)
             if time.monotonic() > deadline:
                 os.write(2, b"interrupted\n")
