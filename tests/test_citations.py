@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CITATION = re.compile(
     r"((?:[\w.-]+/)*[A-Za-z][\w-]*\.md)\b(?:,?[\s#]+sections?[\s#]+((?:\d+(?:\.\d+)?(?:,| and)?\s*)+))?"
 )
-GENERATED = {"README.md", "SKILL.md", "t.md"}
+GENERATED = {"README.md", "t.md"}
 """Names that the code writes, or that a test makes."""
 
 if not (ROOT / "docs").is_dir():
