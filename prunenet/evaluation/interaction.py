@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,11 +33,13 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.heads import attentions
 from prunenet.models.hooks import calling, zeroing
 from prunenet.models.layers import check_tokens, ffn_at
+from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, packed, unpacked
 from prunenet.runtime.placement import home
 
 Structure = Literal["channels", "heads", "attention", "layers"]
+STRUCTURES: tuple[Structure, ...] = ("channels", "heads", "attention", "layers")
 TOP = 256
 """Successors of a token whose logits are compared one by one; the others are one bin."""
 _REST = 1e-6  # least mass of the rest, below which float32 has no digits left
@@ -66,8 +69,8 @@ class Interaction:
     Attributes:
         units: rows and columns of the matrix.
         raw: Q, (units, units), mean over tokens of <phi_u, phi_v>; in nats, symmetric.
-        kl: KL(dense || without u) of each unit, (units,), in nats per token, over the top successors
-            and the rest.
+        kl: KL(dense || without u) of each unit, (units,), in nats per token, over the top
+            successors and the rest.
         tokens: how many were averaged.
     """
 
@@ -97,18 +100,23 @@ class Interaction:
         return cls(parts[0].units, raw, kl, tokens)
 
 
-def units_of(model: PreTrainedModel, bins: int = 12) -> tuple[Unit, ...]:
+def units_of(
+    model: PreTrainedModel, bins: int = 12, structures: Sequence[Structure] = STRUCTURES
+) -> tuple[Unit, ...]:
     """Lists a model's units, layer by layer: bins of channels, groups, attention, the layer.
 
     Families whose heads cannot be cut have bins alone, and layers.
 
     Args:
         model: a causal LM; shapes alone are read.
-        bins: of the channels of a layer, at least 1; the widest layer's d_ff at most.
+        bins: of the channels of a layer, at least 1; the narrowest layer's d_ff at most.
+        structures: of which units are listed.
 
     Raises:
-        ValueError: bins out of range.
+        ValueError: bins out of range, or an unknown structure.
     """
+    for structure in structures:
+        check_choice("structure", structure, Structure)
     anatomy = Anatomy.of(model)
     if not 1 <= bins <= min(anatomy.widths):
         raise ValueError(f"bins must be in [1, {min(anatomy.widths)}], got {bins}")
@@ -120,7 +128,7 @@ def units_of(model: PreTrainedModel, bins: int = 12) -> tuple[Unit, ...]:
     for layer in anatomy.layers:
         cost, width = ffn_at(model, layer.index).channel_parameters, layer.width
         edges = [width * part // bins for part in range(bins + 1)]
-        sizes = [high - low for low, high in zip(edges, edges[1:], strict=False)]
+        sizes = [high - low for low, high in pairwise(edges)]
         units += [Unit("channels", layer.index, part, cost * n) for part, n in enumerate(sizes)]
         attention = 0
         if heads:
@@ -129,7 +137,7 @@ def units_of(model: PreTrainedModel, bins: int = 12) -> tuple[Unit, ...]:
             attention = groups * each
             units.append(Unit("attention", layer.index, 0, attention))
         units.append(Unit("layers", layer.index, 0, cost * width + attention))
-    return tuple(units)
+    return tuple(unit for unit in units if unit.structure in structures)
 
 
 @torch.no_grad()
@@ -139,6 +147,7 @@ def measure_interaction(
     scores: Sequence[Float[Tensor, " _"]],
     *,
     bins: int = 12,
+    structures: Sequence[Structure] = STRUCTURES,
     unscored: int = 0,
     batch: int = 2,
     cache: Path | None = None,
@@ -154,6 +163,7 @@ def measure_interaction(
         blocks: token ids without padding.
         scores: of each layer's channels; bin 0 holds the lowest.
         bins: of a layer's channels.
+        structures: what is ablated.
         unscored: positions at the start of each block that do not count, such as BOS.
         batch: blocks of one matrix.
         cache: folder; default `<cache>/self-generated`, where self-written text is.
@@ -163,9 +173,11 @@ def measure_interaction(
         ValueError: blocks or scores that do not fit the model, or logits that are not finite.
     """
     check_tokens(model, blocks)
-    units = units_of(model, bins)
+    units = units_of(model, bins, structures)
     order = [row.sort(stable=True).indices for row in scores]
-    if [len(row) for row in order] != Anatomy.of(model).widths or not 0 <= unscored < blocks.shape[1]:
+    if [len(row) for row in order] != Anatomy.of(model).widths or not 0 <= unscored < blocks.shape[
+        1
+    ]:
         raise ValueError(
             "an interaction matrix needs one score a channel of every layer, and blocks longer than"
             f" their {unscored} unscored tokens"
@@ -173,7 +185,7 @@ def measure_interaction(
     parts = torch.split(blocks, batch)
     found = []
     for number, part in enumerate(parts):
-        path = _path(model, part, scores, bins, unscored, cache)
+        path = _path(model, part, scores, f"{[*structures]} {bins} {unscored}", cache)
         known = _read(path, units)
         if known is None:
             tell = None if progress is None else _shifted(progress, number, len(parts))
@@ -320,11 +332,10 @@ def _path(
     model: PreTrainedModel,
     ids: Tensor,
     scores: Sequence[Tensor],
-    bins: int,
-    unscored: int,
+    settings: str,
     cache: Path | None,
 ) -> Path:
-    digest = hashlib.sha256(f"{weights_sha256(model)} {bins} {unscored}".encode())
+    digest = hashlib.sha256(f"{weights_sha256(model)} {settings}".encode())
     for tensor in (ids, *scores):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return (cache or cache_folder() / "self-generated") / f"q-{digest.hexdigest()[:24]}.safetensors"
