@@ -7,7 +7,9 @@ Without `model` they play on a tiny random one, to try a trainer on.
 registration.py  the ids, registered as soon as gymnasium is imported
 layerwise.py     one sweep over the layers at a time
 vector.py        a batch of sweeps in step
-sweep.py         the rules of a sweep, shared by both
+budget.py        one budget over channels, heads and layers: one episode, or many in step
+slots.py         the rules of that budget
+sweep.py         the rules of a sweep, shared by the two
 rewards.py       rewards for the masks of one layer
 divergence.py    the reward for the masks of a whole sweep
 split.py         rewards computed by several processes
@@ -25,9 +27,10 @@ if __name__ == "envs":
         "import prunenet.envs; the top-level folder envs/ is its source, not a package of its own"
     )
 
-from prunenet.envs.registration import ENV_ID, register_when_imported
+from prunenet.envs.registration import BUDGET_ENV_ID, ENV_ID, register_when_imported
 
 if TYPE_CHECKING:
+    from prunenet.envs.budget import BudgetPruningEnv, BudgetPruningVectorEnv
     from prunenet.envs.layerwise import LayerwisePruningEnv
     from prunenet.envs.rewards import Reward, SpectralReward
     from prunenet.envs.vector import LayerwisePruningVectorEnv
@@ -35,12 +38,23 @@ if TYPE_CHECKING:
 register_when_imported()
 
 _HOMES = {
+    "BudgetPruningEnv": "budget",
+    "BudgetPruningVectorEnv": "budget",
     "LayerwisePruningEnv": "layerwise",
     "LayerwisePruningVectorEnv": "vector",
     "Reward": "rewards",
     "SpectralReward": "rewards",
 }
-__all__ = ["ENV_ID", "LayerwisePruningEnv", "LayerwisePruningVectorEnv", "Reward", "SpectralReward"]
+__all__ = [
+    "BUDGET_ENV_ID",
+    "ENV_ID",
+    "BudgetPruningEnv",
+    "BudgetPruningVectorEnv",
+    "LayerwisePruningEnv",
+    "LayerwisePruningVectorEnv",
+    "Reward",
+    "SpectralReward",
+]
 
 
 def __getattr__(name: str) -> Any:

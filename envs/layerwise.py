@@ -163,7 +163,8 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         """Returns whether each channel may go, and whether it may stay: (2 * d_ff,), as
         sb3-contrib's MaskablePPO asks for.
         """
-        return action_masks(self._sweep)[0]
+        masks: NDArray[np.bool_] = action_masks(self._sweep)[0]
+        return masks
 
     def render(self) -> Any:
         """Draws the widths of all layers; see the class."""

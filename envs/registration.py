@@ -15,7 +15,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 ENV_ID = "prunenet/LayerwisePruning-v0"
-_CLASSES = {ENV_ID: ("layerwise:LayerwisePruningEnv", "vector:LayerwisePruningVectorEnv")}
+BUDGET_ENV_ID = "prunenet/BudgetPruning-v0"
+_CLASSES = {
+    ENV_ID: ("layerwise:LayerwisePruningEnv", "vector:LayerwisePruningVectorEnv"),
+    BUDGET_ENV_ID: ("budget:BudgetPruningEnv", "budget:BudgetPruningVectorEnv"),
+}
 
 
 def register() -> None:

@@ -1,5 +1,5 @@
 """Measures how the damages of a model's parts add up: one forward pass a part, and a quadratic form
-that prices every combination in microseconds (docs/methods.md, section 18).
+that prices every combination in microseconds (docs/methods.md, section 12).
 
 A *unit* is a bin of FFN channels of one layer, a key-value group with its query heads, an attention
 sublayer or a whole layer. Each unit is ablated once, all else dense. With p the dense model's
@@ -52,13 +52,13 @@ class Unit(NamedTuple):
     Attributes:
         structure: see `Structure`.
         layer: number of the decoder layer.
-        index: bin (0 holds the channels that go first) or key-value group; 0 for the others.
+        number: bin (0 holds the channels that go first) or key-value group; 0 for the others.
         parameters: that go away with it.
     """
 
     structure: Structure
     layer: int
-    index: int
+    number: int
     parameters: int
 
 
@@ -153,8 +153,10 @@ def measure_interaction(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Interaction]:
-    """Measures one interaction matrix for each batch of blocks, and keeps each on disk: a killed
-    measurement, started again, continues with the batch that it was at.
+    """Measures one interaction matrix for each batch of blocks.
+
+    With a `cache` each is kept on disk: a killed measurement, started again, continues with the
+    batch that it was at.
 
     Memory holds the dense hidden states and phi of one batch: units * tokens * 257 float32.
 
@@ -166,7 +168,7 @@ def measure_interaction(
         structures: what is ablated.
         unscored: positions at the start of each block that do not count, such as BOS.
         batch: blocks of one matrix.
-        cache: folder; default `<cache>/self-generated`, where self-written text is.
+        cache: folder, such as `interaction_folder()`; None keeps nothing.
         progress: called with (units ablated, in all).
 
     Raises:
@@ -185,14 +187,15 @@ def measure_interaction(
     parts = torch.split(blocks, batch)
     found = []
     for number, part in enumerate(parts):
-        path = _path(model, part, scores, f"{[*structures]} {bins} {unscored}", cache)
-        known = _read(path, units)
+        path = cache and cache / _name(model, part, scores, f"{[*structures]} {bins} {unscored}")
+        known = None if path is None else _read(path, units)
         if known is None:
-            tell = None if progress is None else _shifted(progress, number, len(parts))
+            tell = progress and _shifted(progress, number, len(parts))
             known = _measured(model, part, units, order, unscored, tell)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {"raw": known.raw, "kl": known.kl, "tokens": torch.tensor(known.tokens)}
-            write_atomic(path, packed(tensors, {"format": _FORMAT}))
+            if path is not None:
+                tensors = {"raw": known.raw, "kl": known.kl, "tokens": torch.tensor(known.tokens)}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, packed(tensors, {"format": _FORMAT}))
         found.append(known)
     return found
 
@@ -214,7 +217,7 @@ def _measured(
             logits = prefixes.logits(unit.layer, skipped=unit.structure == "layers")
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(
-                f"the logits without {unit.structure} {unit.index} of layer {unit.layer} are not"
+                f"the logits without {unit.structure} {unit.number} of layer {unit.layer} are not"
                 f" finite: damaged weights, or {model.dtype} overflows"
             )
         effect, damage = reference.compared(logits[:, unscored:])
@@ -308,12 +311,12 @@ def _ablated(
             return
         case "channels":
             linear, width = layer.down, layer.width
-            edges = width * unit.index // beside, width * (unit.index + 1) // beside
+            edges = width * unit.number // beside, width * (unit.number + 1) // beside
             dropped = order[unit.layer][slice(*edges)]
         case "heads":
             linear = layer.linear(anatomy.architecture.attention_out)
             size = linear.in_features // beside
-            dropped = torch.arange(size * unit.index, size * (unit.index + 1))
+            dropped = torch.arange(size * unit.number, size * (unit.number + 1))
         case "attention":
             linear = layer.linear(anatomy.architecture.attention_out)
             with calling({linear: lambda h: h.new_zeros(*h.shape[:-1], linear.out_features)}):
@@ -328,17 +331,16 @@ def _ablated(
         hook.remove()
 
 
-def _path(
-    model: PreTrainedModel,
-    ids: Tensor,
-    scores: Sequence[Tensor],
-    settings: str,
-    cache: Path | None,
-) -> Path:
+def interaction_folder() -> Path:
+    """Where matrices are kept: beside the text that the models wrote."""
+    return cache_folder() / "self-generated"
+
+
+def _name(model: PreTrainedModel, ids: Tensor, scores: Sequence[Tensor], settings: str) -> str:
     digest = hashlib.sha256(f"{weights_sha256(model)} {settings}".encode())
     for tensor in (ids, *scores):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return (cache or cache_folder() / "self-generated") / f"q-{digest.hexdigest()[:24]}.safetensors"
+    return f"q-{digest.hexdigest()[:24]}.safetensors"
 
 
 def _read(path: Path, units: tuple[Unit, ...]) -> Interaction | None:
