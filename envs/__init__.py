@@ -8,7 +8,6 @@ registration.py  the ids, registered as soon as gymnasium is imported
 layerwise.py     one sweep over the layers at a time
 vector.py        a batch of sweeps in step
 budget.py        one budget over channels, heads and layers: one episode, or many in step
-slots.py         the rules of that budget
 sweep.py         the rules of a sweep, shared by the two
 rewards.py       rewards for the masks of one layer
 divergence.py    the reward for the masks of a whole sweep

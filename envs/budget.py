@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from prunenet.envs.drawing import RENDER_MODES, drawn
 from prunenet.envs.shared import Named, check_render_mode, check_reset_options, opened, with_masks
-from prunenet.envs.slots import Cost, Episodes, Game, unit_costs
 from prunenet.envs.sweep import PROGRESS, draw_ratio
 from prunenet.evaluation.interaction import Structure, measure_interaction, units_of
+from prunenet.evaluation.slots import Cost, Episodes, Game, unit_costs
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import iter_ffns
 from prunenet.runtime.choices import check_choice
@@ -89,13 +89,16 @@ class _Rules:
         self.games = [game.padded(self.length) for game in found]
         self.ratio, self._worst = ratio, worst
         n_features = self.games[0].features.shape[1] + len(PROGRESS)
+        levels = max(game.levels for game in self.games)
         self.observation_space = spaces.Dict(
             {
                 "context": spaces.Box(-_BOUND, _BOUND, (n_features,), np.float32),
                 "slot": spaces.Discrete(self.length),
+                "game": spaces.Discrete(len(self.games)),
+                "action_mask": spaces.MultiBinary(levels),
             }
         )
-        self.action_space = spaces.Discrete(max(game.levels for game in self.games))
+        self.action_space = spaces.Discrete(levels)
 
     def start(self, count: int, generator: np.random.Generator, options: Any) -> Episodes:
         """Begins episodes of a drawn game at a drawn ratio; options fix either."""
@@ -122,6 +125,8 @@ class _Rules:
         return {
             "context": context.clamp(-_BOUND, _BOUND).numpy(),
             "slot": np.full(len(progress), slot, dtype=np.int64),
+            "game": np.full(len(progress), self.game, dtype=np.int64),
+            "action_mask": self.masks(episodes).astype(np.int8),
         }
 
     def masks(self, episodes: Episodes) -> NDArray[np.bool_]:
@@ -179,10 +184,12 @@ class BudgetPruningEnv(gymnasium.Env[Observation, np.int64]):
     |---|---|---|
     | `context` | `Box(-4, 4, (n_context + 6,))` | statistics of the layer; structure; progress |
     | `slot` | `Discrete(slots)` | number of the slot |
+    | `game` | `Discrete(games)` | number of the game |
+    | `action_mask` | `MultiBinary(levels)` | which numbers of units may stay |
 
-    `context` holds `prunenet.features.from_weights.layer_context`, `prunenet.envs.slots.PLACE`,
-    then `ratio`, `target` (the share of every slot left that spends the budget evenly) and
-    `budget_left` (the share not yet spent).
+    `context` holds `prunenet.features.from_weights.layer_context`, then
+    `prunenet.evaluation.slots.PLACE`, then `ratio`, `target` (the share of every slot left that
+    spends the budget evenly) and `budget_left` (the share not yet spent).
 
     ## Reward
     Minus the damage that the decision adds, in nats per token: over an episode, minus the predicted
@@ -271,7 +278,7 @@ class BudgetPruningEnv(gymnasium.Env[Observation, np.int64]):
 
     def _observe(self, episodes: Episodes) -> Observation:
         seen = self._rules.observe(episodes)
-        return {"context": seen["context"][0], "slot": seen["slot"][0]}
+        return {key: value[0] for key, value in seen.items()}
 
     def _info(self, episodes: Episodes) -> Info:
         found = {key: value[0] for key, value in self._rules.info(episodes).items()}
