@@ -215,7 +215,8 @@ class SlotPolicy(ActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         # Modules can be set only once torch has initialised this one: see `_build`.
-        self._games, self._made, self._spread = games, lambda: copy.deepcopy(start), spread
+        self._made: Callable[[], SlotAllocator] = lambda: copy.deepcopy(start)
+        self._games, self._spread = games, spread
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Any) -> None:
