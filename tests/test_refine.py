@@ -6,8 +6,9 @@ from families import tiny_model, token_ids
 
 import prunenet
 from prunenet.checkpoints.records import load_head_masks
-from prunenet.evaluation.divergence import divergence, mask_divergences
+from prunenet.evaluation.divergence import divergence, mask_distances, mask_divergences
 from prunenet.models.layers import count_parameters
+from prunenet.models.surgery import masking
 from prunenet.policies import refine as refining
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.options import PruneOptions
@@ -48,6 +49,20 @@ def test_the_divergence_of_masks_is_that_of_zeroed_columns(model):
     torch.testing.assert_close(whole, torch.full((2,), by_columns), rtol=1e-4, atol=1e-6)
     groups[0] = torch.tensor([True, False])
     assert float(mask_divergences(model, [(keep, groups)], BLOCKS.ids)) > by_columns
+
+
+def test_the_three_distances_are_what_they_are_called(model):
+    keep = [torch.arange(48) < 20 for _ in range(3)]
+    found = mask_distances(model, [(keep, None)], BLOCKS.ids)
+    with torch.no_grad():
+        dense = model(input_ids=BLOCKS.ids).logits.softmax(-1)
+        with masking(model, keep):
+            cut = model(input_ids=BLOCKS.ids).logits.softmax(-1)
+    differences = (dense - cut).clamp_min(0).sum(-1).mean()
+    assert float(found.tv) == pytest.approx(float(differences), rel=1e-4)
+    flips = (dense.argmax(-1) != cut.argmax(-1)).float().mean()
+    assert float(found.flips) == pytest.approx(float(flips))
+    assert 2 * float(found.tv) ** 2 <= float(found.kl)  # Pinsker, of the means by Jensen
 
 
 @pytest.mark.parametrize("structures", ["channels", "channels,heads"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,10 +73,35 @@ def divergences(
         }
         return lambda: calling(cut)
 
-    return _compared(model, [context(way) for way in ways], blocks, unscored)
+    return _compared(model, [context(way) for way in ways], blocks, unscored).kl
+
+
+class Distances(NamedTuple):
+    """How far next-token distributions of cut models are from the dense model's, each (cuts,).
+
+    Attributes:
+        kl: KL(dense || cut), in nats per token.
+        tv: total variation, half the summed differences of probabilities, in [0, 1].
+        flips: share of the tokens whose likeliest successor changes, in [0, 1].
+    """
+
+    kl: Float[Tensor, " cuts"]
+    tv: Float[Tensor, " cuts"]
+    flips: Float[Tensor, " cuts"]
 
 
 @torch.no_grad()
+def mask_distances(
+    model: PreTrainedModel,
+    cuts: Sequence[tuple[Masks, Masks | None]],
+    blocks: Int[Tensor, "n tokens"],
+    *,
+    unscored: int = 0,
+) -> Distances:
+    """Measures all three distances of masks; arguments and errors as for `mask_divergences`."""
+    return _compared(model, [partial(masking, model, *cut) for cut in cuts], blocks, unscored)
+
+
 def mask_divergences(
     model: PreTrainedModel,
     cuts: Sequence[tuple[Masks, Masks | None]],
@@ -87,19 +113,19 @@ def mask_divergences(
     heads or None; other arguments and errors as for `divergences` and
     `prunenet.models.surgery.masking`.
     """
-    return _compared(model, [partial(masking, model, *cut) for cut in cuts], blocks, unscored)
+    return mask_distances(model, cuts, blocks, unscored=unscored).kl
 
 
 def _compared(
     model: PreTrainedModel, contexts: Sequence[_Context], blocks: Tensor, unscored: int
-) -> Tensor:
+) -> Distances:
     check_tokens(model, blocks)
     if not 0 <= unscored < blocks.shape[1]:
         raise ValueError(
             f"`unscored` must be in [0, {blocks.shape[1]}) for blocks of {blocks.shape[1]} tokens,"
             f" got {unscored}"
         )
-    total = torch.zeros(len(contexts), device=home(model))
+    total = torch.zeros(3, len(contexts), device=home(model))
     for part in torch.split(blocks.to(total.device), _BLOCKS):
         expected = _log_probabilities(model, part, unscored)
         if not bool(torch.isfinite(expected).all()):
@@ -109,8 +135,10 @@ def _compared(
         for number, context in enumerate(contexts):
             with context():
                 found = _log_probabilities(model, part, unscored)
-            total[number] += (expected.exp() * (expected - found)).sum()
-    return total / (len(blocks) * (blocks.shape[1] - unscored))
+            total[0, number] += (expected.exp() * (expected - found)).sum()
+            total[1, number] += (expected.exp() - found.exp()).abs().sum() / 2
+            total[2, number] += (expected.argmax(-1) != found.argmax(-1)).sum()
+    return Distances(*(total / (len(blocks) * (blocks.shape[1] - unscored))))
 
 
 def _log_probabilities(
