@@ -15,14 +15,14 @@ from __future__ import annotations
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from _common import Line, append_line, is_measured, opened, parser, read_lines, setting
 from scipy.stats import spearmanr
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from prunenet.evaluation.divergence import Distances, mask_distances
 from prunenet.evaluation.interaction import (
@@ -42,7 +42,7 @@ from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.slots import AllocatorRecipe, train_allocator
 from prunenet.text.calibration import self_blocks
 
-SEQUENCES, TOKENS, BINS, HELD = 24, 128, 6, 4
+SEQUENCES, TOKENS, BINS, HELD = 24, 128, 6, 8
 STRUCTURES: tuple[Structure, ...] = ("channels", "heads")
 RATIOS = (0.2, 0.3, 0.5)
 HEADS_START = 1.0  # as `prunenet.policies.refine`
@@ -64,7 +64,7 @@ class Bench:
 
     def matrices(self) -> None:
         for row in range(self.args.rows):
-            start, cpu = time.perf_counter(), time.process_time()
+            start, cpu, ablated = time.perf_counter(), time.process_time(), []
             (part,) = measure_interaction(
                 self.model,
                 self.text.ids[row : row + 1],
@@ -74,8 +74,11 @@ class Bench:
                 unscored=self.front,
                 batch=1,
                 cache=interaction_folder(),
+                progress=lambda done, _, ablated=ablated: ablated.append(done),
             )
             self.parts.append(part)
+            if not ablated:
+                continue  # read from disk: nothing was timed
             place = {"step": "matrix", "row": row}
             self.write(
                 place,
@@ -120,12 +123,11 @@ def start(bench: Bench, seed: int) -> SlotAllocator:
 
 def allocations(bench: Bench, seeds: int) -> Iterator[tuple[str, float, Tensor]]:
     """(name, ratio of the FFN, shares) of every policy and control."""
-    one, fitted = bench.game(slice(0, 1)), bench.game(slice(0, -1))
-    for updates, games in (
-        (0, [one]),
-        (bench.args.updates, rows(bench)),
-        (bench.args.updates, [one]),
-    ):
+    one, many = bench.game(slice(0, 1)), rows(bench)
+    tries = [(0, [one]), (bench.args.updates, [one])]
+    if len(many) > 1:
+        tries.append((bench.args.updates, many))
+    for updates, games in tries:
         for seed in range(seeds if updates else 1):
             name = "learned on one" if games[0] is one and updates else f"learned on {len(games)}"
             policy = start(bench, seed)
@@ -141,16 +143,17 @@ def allocations(bench: Bench, seeds: int) -> Iterator[tuple[str, float, Tensor]]
         yield "shipped", ratio, allocated(one, bench.shipped(one), share)[0]
         for search in ("uniform", "random", "greedy", "dynamic", "evolution"):
             yield f"{search} on one", ratio, search_shares(one, share, search, evaluations=300)
-        yield "greedy on all", ratio, search_shares(fitted, share, "greedy")
 
 
 def rows(bench: Bench) -> list[Game]:
     """One game a matrix, all but the last."""
-    return [bench.game(slice(n, n + 1)) for n in range(len(bench.parts) - 1)]
+    return [bench.game(slice(n, n + 1)) for n in range(max(len(bench.parts) - 1, 1))]
 
 
 def learn(bench: Bench) -> dict[tuple[str, float], Tensor]:
-    """Prices every allocation on the first matrix and on the last, which nothing was fitted to."""
+    """Prices every allocation on the first matrix and, where there are several, on the last, which
+    nothing was fitted to.
+    """
     one, last = bench.game(slice(0, 1)), bench.game(slice(-1, None))
     last = Game(one.slots, last.matrices, last.features, last.length)  # the same order of heads
     found: dict[tuple[str, float], list[Tensor]] = {}
@@ -203,41 +206,52 @@ def correlate(bench: Bench, found: dict[tuple[str, float], Tensor]) -> None:
 
 
 def validate(bench: Bench, found: dict[tuple[str, float], Tensor]) -> None:
-    """Measures the policies and controls on text that nothing was fitted to."""
-    game = bench.game(slice(0, 1))
-    texts = {"self": bench.text.ids[-HELD:]}
+    """Measures policies and controls on text that nothing was fitted to."""
+    game, tokens = bench.game(slice(0, 1)), bench.args.tokens
+    texts = {"self": bench.text.ids[-HELD:].flatten()[:tokens].view(-1, TOKENS)}
     for name, file in (("wikitext2", "wikitext2/wiki.valid.raw"), ("ptb", "ptb/ptb.valid.txt")):
         path = bench.args.data / file
         if path.exists():
-            texts[name] = windows(bench.tokenizer, path)
-    for (name, ratio), shares in found.items():
-        for text, ids in texts.items():
-            place = {"step": "validate", "name": name, "ratio": ratio, "text": text}
-            if is_measured(read_lines(bench.args.out), place | {"rows": bench.args.rows}):
-                continue
-            cut = masks(game, shares, bench.scores)
-            true = mask_distances(bench.model, [cut], ids, unscored=bench.front)
-            found_here = {n: float(v) for n, v in zip(Distances._fields, true, strict=True)}
-            found_here["perplexity"] = perplexity(bench.model, cut, ids)
-            bench.write(place | {"rows": bench.args.rows}, {**found_here, "tokens": ids.numel()})
-
-
-def windows(tokenizer: PreTrainedTokenizerBase, path: Path, count: int = 4) -> Tensor:
-    """The first tokens of a validation text, 256 a window."""
-    ids = tokenizer(path.read_text(encoding="utf-8")[:20_000], return_tensors="pt").input_ids[0]
-    rows: Tensor = ids[: count * 256].view(count, 256)
-    return rows
+            text = path.read_text(encoding="utf-8")[: tokens * 20]
+            ids = bench.tokenizer(text, return_tensors="pt").input_ids[0]
+            texts[name] = ids[:tokens].view(-1, 2 * TOKENS)
+    for text, ids in texts.items():
+        cuts = {key: masks(game, shares, bench.scores) for key, shares in found.items()}
+        whole = [torch.ones_like(mask) for mask in next(iter(cuts.values()))[0]]
+        cuts = {("dense", 0.0): (whole, None)} | {
+            key: cut for key, cut in cuts.items() if key[1] in bench.args.validate_at
+        }
+        places = {
+            key: {"step": "validate", "name": key[0], "ratio": key[1], "text": text}
+            | {"rows": bench.args.rows, "tokens": ids.numel()}
+            for key in cuts
+        }
+        lines = read_lines(bench.args.out)
+        left = {key: cuts[key] for key in cuts if not is_measured(lines, places[key])}
+        for key, found_here in zip(left, compared(bench.model, left.values(), ids), strict=True):
+            bench.write(places[key], found_here)
 
 
 @torch.no_grad()
-def perplexity(
-    model: PreTrainedModel, cut: tuple[list[Tensor], list[Tensor] | None], ids: Tensor
-) -> float:
-    """Of a masked model, without overlap."""
-    with masking(model, *cut):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    return float(losses.exp())
+def compared(
+    model: PreTrainedModel, cuts: Iterable[tuple[list[Tensor], list[Tensor] | None]], ids: Tensor
+) -> list[Line]:
+    """The three distances of masked models, and their perplexity without overlap."""
+    dense = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    found = []
+    for cut in cuts:
+        with masking(model, *cut):
+            logs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        loss = -logs[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+        found.append(
+            {
+                "kl": float((dense.exp() * (dense - logs)).sum(-1).mean()),
+                "tv": float((dense.exp() - logs.exp()).abs().sum(-1).mean() / 2),
+                "flips": float((dense.argmax(-1) != logs.argmax(-1)).float().mean()),
+                "perplexity": float(loss.exp()),
+            }
+        )
+    return found
 
 
 def speed(bench: Bench) -> None:
@@ -258,10 +272,15 @@ def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("model", type=str)
     asked.add_argument("--data", type=Path, default=Path("../shared/data"))
-    asked.add_argument("--rows", type=int, default=4, help="matrices, at least 2")
+    asked.add_argument(
+        "--rows", type=int, default=4, help="matrices; of 2 or more the last is held back"
+    )
     asked.add_argument("--updates", type=int, default=150)
     asked.add_argument("--draws", type=int, default=20, help="random allocations a ratio")
     asked.add_argument("--seeds", type=int, default=3)
+    asked.add_argument("--tokens", type=int, default=2048, help="of each text that validates")
+    asked.add_argument("--validate-at", type=float, nargs="+", default=RATIOS)
+    asked.add_argument("--only", nargs="+", help="names of allocations to validate; default all")
     args = asked.parse_args()
     bench = Bench(args)
     assert len(set(ffn_widths(bench.model))) == 1
@@ -269,7 +288,8 @@ def main() -> None:
     speed(bench)
     found = learn(bench)
     correlate(bench, found)
-    validate(bench, found)
+    wanted = {key: s for key, s in found.items() if not args.only or key[0] in args.only}
+    validate(bench, wanted)
 
 
 if __name__ == "__main__":
