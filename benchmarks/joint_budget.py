@@ -209,7 +209,7 @@ def validate(bench: Bench, found: dict[tuple[str, float], Tensor]) -> None:
     """Measures policies and controls on text that nothing was fitted to."""
     game, tokens = bench.game(slice(0, 1)), bench.args.tokens
     texts = {"self": bench.text.ids[-HELD:].flatten()[:tokens].view(-1, TOKENS)}
-    for name, file in (("wikitext2", "wikitext2/wiki.valid.raw"), ("ptb", "ptb/ptb.valid.txt")):
+    for name, file in (("wikitext2", "wikitext2/wiki.valid.tokens"), ("ptb", "ptb/ptb.valid.txt")):
         path = bench.args.data / file
         if path.exists():
             text = path.read_text(encoding="utf-8")[: tokens * 20]

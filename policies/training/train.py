@@ -10,7 +10,7 @@ result is never worse than its start on its own reward.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -71,6 +72,7 @@ def train(
     reward: Reward | None = None,
     regime: Regime | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    callbacks: Sequence[BaseCallback] = (),
 ) -> Training:
     """Trains a policy.
 
@@ -93,6 +95,8 @@ def train(
         regime: "weights", "self" or "data": what `reward` looks at; needed with it unless `blocks`
             say so.
         progress: called with (updates done, updates in all, best reward so far).
+        callbacks: of stable-baselines3, of both stages; whatever they log goes into the run's
+            TensorBoard log. On the first process alone.
 
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and
@@ -132,7 +136,7 @@ def train(
 
             def play(judge: Reward, name: str = name, stage: Recipe = stage) -> _History:
                 saving = Saving(folder and _state(folder, name), identity)
-                run = Run(view, policy.scorer, judge, stage, saving, progress)
+                run = Run(view, policy.scorer, judge, stage, saving, progress, callbacks)
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = judged_by_all(judge, play) or []

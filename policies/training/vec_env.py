@@ -25,6 +25,9 @@ class SB3VecEnv(VecEnv):
     Args:
         env: starts the next episode in the same step (`AutoresetMode.SAME_STEP`).
 
+    Attributes:
+        infos: information of the last step, batched.
+
     Raises:
         ValueError: the environment restarts in another way.
     """
@@ -38,6 +41,7 @@ class SB3VecEnv(VecEnv):
         self.env = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self.render_mode = env.render_mode
+        self.infos: Info = {}  # of the last step, as the environment gives them
         self._actions: NDArray[Any] | None = None
         self._paid, self._steps = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
 
@@ -57,6 +61,7 @@ class SB3VecEnv(VecEnv):
         """Plays the stored actions."""
         assert self._actions is not None, "step_wait() follows step_async()"
         observation, rewards, ended, cut, infos = self.env.step(self._actions)
+        self.infos = infos
         self._paid += rewards
         self._steps += 1
         over = ended | cut
