@@ -14,7 +14,8 @@ from prunenet.envs.rewards import Reward
 from prunenet.features.from_activations import channel_features
 from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.layers import Weights, ffn_widths
-from prunenet.models.masks import check_keep, check_ratio
+from prunenet.models.masks import check_keep
+from prunenet.runtime.choices import check_ratio
 
 PROGRESS = ("ratio", "target", "budget_left")
 """Position in the sweep, appended to the layer's context in an observation; each in [0, 1].

@@ -161,6 +161,22 @@ print([name for name in ("gymnasium", "stable_baselines3") if name in sys.module
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_the_help_of_every_command_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    run = run_python(
+        """
+import sys
+from typer.testing import CliRunner
+from prunenet.cli.app import app
+for command in ([], *([name] for name in ("train", "prune", "eval", "compare", "recover", "demo"))):
+    said = CliRunner().invoke(app, [*command, "--help"])
+    assert said.exit_code == 0, said.output
+print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+""",
+        tmp_path,
+    )
+    assert run.stdout.strip() == "[]", run.stderr
+
+
 @pytest.mark.parametrize("folder", ["envs", "policies"])
 def test_the_bare_name_of_a_source_folder_is_no_package(folder: str) -> None:
     if not (ROOT / folder).is_dir():

@@ -21,6 +21,7 @@ from prunenet.checkpoints.contents import (
     tokenizer_files,
 )
 from prunenet.checkpoints.offload import read_placed
+from prunenet.checkpoints.options import AUTO
 from prunenet.checkpoints.shards import is_finite, not_finite
 from prunenet.checkpoints.skeleton import check_names, name_after, skeleton_of, staged
 from prunenet.checkpoints.sources import (
@@ -33,7 +34,7 @@ from prunenet.checkpoints.sources import (
 )
 from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.json_files import read_json, shown
-from prunenet.runtime.placement import AUTO, parameters, tensor_of
+from prunenet.runtime.placement import parameters, tensor_of
 
 
 def load_model(

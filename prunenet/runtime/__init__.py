@@ -3,6 +3,7 @@
 placement.py        where a model's weights are: one device, several (accelerate), or the disk
 parallel.py         collectives over the processes of one job; the identity on one process
 team.py             joins the processes of a job and notices when one dies
+failures.py         how one process of a job ends because of another
 files.py            files and folders that appear complete or not at all
 paths.py            what can be said of a path before any work; the cache folder
 locks.py            lock files: one process at a time, and none that is dead
