@@ -11,7 +11,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -175,6 +177,13 @@ print([name for name in ("torch", "transformers", "numpy") if name in sys.module
         tmp_path,
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_a_call_that_breaks_the_shape_of_an_annotation_fails_in_tests() -> None:
+    from prunenet.models.masks import top_channels
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="top_channels"):
+        top_channels(torch.ones(2, 3, dtype=torch.int64), 1)
 
 
 @pytest.mark.parametrize("folder", ["envs", "policies"])
