@@ -176,7 +176,14 @@ def decide(
             assert blocks is not None
             assert isinstance(model, PreTrainedModel)
             reported = stage_of(progress, "refitting")
-            cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=reported)
+            cut = refit_sequentially(
+                model,
+                cut,
+                blocks.ids,
+                kinds=blocks.kinds,
+                dense_targets=False,
+                progress=reported,
+            )
         how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
         if blocks is not None:
             how["text"] = dict(blocks.source)
@@ -310,6 +317,7 @@ def _cuts(
             model,
             blocks.ids,
             flat,
+            kinds=blocks.kinds,
             scores=scores,
             measured=MEASURED if channels == "blend" else 0.0,
             refit=refit,
