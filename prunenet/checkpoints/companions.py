@@ -6,7 +6,7 @@ config.json keeps every other field, and the files of the tokenizer are copied b
 transformers would write instead is in the layout of its own version, which older loaders misread.
 
 A model says where it comes from by `config._name_or_path`. One that never was on disk is written as
-transformers writes it.
+transformers writes it, with the fields of version 4 beside those of 5.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def write_companions(
     if said is not None:
         fields = _merged(said, model.config)
     fields = {name: value for name, value in fields.items() if name not in _CODE}
-    fields = (fields if source is None else with_v4_fields(fields)) | _auto_map(model)
+    fields = with_v4_fields(fields) | _auto_map(model)
     text = json.dumps(fields, indent=2, sort_keys=said is None) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     if source is not None:

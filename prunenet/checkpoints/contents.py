@@ -251,7 +251,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, schema: Any) -> Any:
-    return read_json(path, schema, error=CheckpointError, remedy=_REMEDY)
+    # transformers 4 writes time limits of state-space layers as Infinity, and 5 reads that
+    return read_json(path, schema, error=CheckpointError, remedy=_REMEDY, infinite=True)
 
 
 def _no_model(folder: Path) -> str:

@@ -268,6 +268,12 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
         first = torch.func.functional_call(model.train(False), cast, kwargs=inputs).logits
     finally:
         model.train(training)
+    if not bool(first.isfinite().all()):
+        kind = str(model.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{folder.name} was not saved: the model's logits are not finite in {kind}; its weights"
+            " are damaged, or load it in float32"
+        )
     difference = float((first - fresh(**inputs).logits).abs().max())
     if not difference == 0:
         raise CheckpointError(

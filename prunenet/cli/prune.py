@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
-from prunenet.cli.inputs import Checkpoint, check_streamable, check_text, open_model
+from prunenet.cli.inputs import Checkpoint, check_streamable, check_text, note_overflow, open_model
 from prunenet.cli.options import Calibration, Json, Model, Out, PolicyName, Reading
 from prunenet.policies.options import PruneOptions
 from prunenet.runtime import parallel
@@ -42,6 +42,7 @@ def prune(
                 provenance = prune_streamed(
                     dense, out, trained, options, policy_name=name, progress=advance
                 )
+            note_overflow(dense)
         else:
             blocks = calibration.blocks(dense, source)
             with tables.stages(errors) as advance:

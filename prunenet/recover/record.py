@@ -28,6 +28,7 @@ from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent
+from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.placement import AUTO
 from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
 
@@ -159,8 +160,10 @@ def _places(out: Path, resume: bool) -> Path:
         CheckpointError: `out` or the folder cannot be made, or `out` exists.
         ValueError: an unfinished run is there and `resume` is not set, or none and it is.
     """
-    check_absent(out)
     run = out.absolute().with_name(f"{out.absolute().name}.recovery")
+    if parallel.is_first() and _ended(run / STATE, out):
+        (run / STATE).unlink()
+    check_absent(out)
     unfinished = (run / STATE).exists()
     if unfinished and not resume:
         raise ValueError(
@@ -169,6 +172,19 @@ def _places(out: Path, resume: bool) -> Path:
     if resume and not unfinished:
         raise ValueError(f"nothing to resume in {run}; start the run without `resume`")
     return run
+
+
+def _ended(state: Path, out: Path) -> bool:
+    """Whether the state is of the run that has made `out`: a kill behind the last step left it."""
+    if not (state.exists() and out.is_dir()):
+        return False
+    try:
+        made, (_, facts) = find_provenance(out), unpacked(state, hashed=True)
+        last, run = () if made is None else made.recovered[-1:], facts["run"]
+        tuning = run["tuning"].items()
+        return any(run["text"] == step["text"] and tuning <= step.items() for step in last)
+    except (CheckpointError, ContentError, OSError, KeyError):
+        return False
 
 
 def _recorded(source: str) -> Provenance:
