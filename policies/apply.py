@@ -214,6 +214,16 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     return ratio
 
 
+def bytes_left(model: Weights, ratio: float, round_to: int) -> int:
+    """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
+    skeleton = structure(model)
+    ffns = list(iter_ffns(skeleton))
+    gone = sum(
+        (ffn.d_ff - width_at(ffn.d_ff, ratio, round_to)) * ffn.channel_parameters for ffn in ffns
+    )
+    return (count_parameters(skeleton)[0] - gone) * skeleton.dtype.itemsize
+
+
 def pruned_by(
     model: PreTrainedModel, decision: Decision, policy: Policy | None, policy_name: str
 ) -> Pruned:

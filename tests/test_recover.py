@@ -130,7 +130,9 @@ def test_every_block_is_learned_from_equally_often(monkeypatch):
     seen = []
     monkeypatch.setattr(
         "prunenet.recover.training.next_token_loss",
-        lambda model, ids: seen.extend(ids[:, 0].tolist()) or next_token_loss(model, ids),
+        lambda model, ids, **how: (
+            seen.extend(ids[:, 0].tolist()) or next_token_loss(model, ids, **how)
+        ),
     )
     blocks = CalibrationSet(torch.arange(10, 20)[:, None].repeat(1, 4), "data", {})
     tuned(cut()[1], blocks, dataclasses.replace(QUICK, steps=4))

@@ -25,7 +25,7 @@ def prune(
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed
-        from prunenet.runtime.files import check_absent
+        from prunenet.runtime.files import check_absent, check_room
 
         measured = calibration.moments != "none"
         check_absent(out)
@@ -35,7 +35,8 @@ def prune(
         trained, name = policy_for(policy, source.model_type)
         options.filled(trained, measured)
         dense = open_model(model, reading, place)
-        apply.ratio_of(dense, options)
+        ratio = apply.ratio_of(dense, options)
+        check_room(out, apply.bytes_left(dense, ratio, options.round_to))
         if isinstance(dense, StreamedCheckpoint):
             assert trained is not None, "PruneOptions.filled"
             with tables.stages(errors) as advance:

@@ -21,13 +21,13 @@ from prunenet.checkpoints.records import (
     load_provenance,
 )
 from prunenet.checkpoints.regimes import most
-from prunenet.checkpoints.save import save_pruned
+from prunenet.checkpoints.save import bytes_to_write, save_pruned
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
-from prunenet.runtime.files import CheckpointError, check_absent
+from prunenet.runtime.files import CheckpointError, check_absent, check_room
 from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.placement import AUTO
 from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
@@ -79,10 +79,12 @@ def recover(
     load_peft()
     provenance = find_provenance(source) if teacher is not None else _recorded(source)
     check_not_padded(source, _PADDED)
+    masks, groups = find_masks(source)
     if teacher is not None and provenance is not None:
         _check_base(str(teacher), provenance)
     load = partial(load_model, device=loading.device, dtype=loading.dtype)
     model, dense = load(source), None if teacher is None else load(teacher)
+    check_room(out, bytes_to_write(model))
     if provenance is None:
         assert dense is not None, "_recorded"
         provenance = Provenance.unrecorded(dense, model, *identify(str(teacher)))
@@ -105,7 +107,6 @@ def recover(
     found = tuned(model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance)
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
-        masks, groups = find_masks(source)
         save_pruned(found.model, out, masks, provenance, groups=groups)
         (run / STATE).unlink()
     return found
