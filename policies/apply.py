@@ -68,7 +68,7 @@ class Pruned:
     """
 
     model: PreTrainedModel
-    keep: list[Bool[Tensor, " d_ff"]]
+    keep: list[Bool[Tensor, " _"]]
     provenance: Provenance
 
     def save_pretrained(

@@ -24,7 +24,7 @@ from prunenet.policies.apply import (
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import PruneChoices, PruneOptions, options_of
 from prunenet.runtime import parallel
-from prunenet.runtime.files import check_absent, check_room
+from prunenet.runtime.files import check_absent, check_room, expanded
 
 
 def prune_streamed(
@@ -62,7 +62,7 @@ def prune_streamed(
         CheckpointError: as `save_streamed`; that `out` exists or its disk is too small is said
             before anything is read.
     """
-    out, dense, asked = Path(out), source.skeleton, options_of(options, choices)
+    out, dense, asked = expanded(out), source.skeleton, options_of(options, choices)
     asked = asked.filled(policy, measured=False)
     ratio = ratio_of(source, asked)
     check_absent(out)

@@ -15,7 +15,6 @@ from test_cli import facts, refused, save_tiny
 from test_odd_folders import Cache
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prunenet.checkpoints.companions import TOKENIZER_FILES
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.provenance import UNRECORDED
 from prunenet.checkpoints.records import (
@@ -26,12 +25,15 @@ from prunenet.checkpoints.records import (
 )
 from prunenet.checkpoints.save import export_padded
 from prunenet.checkpoints.streaming import StreamedCheckpoint
+from prunenet.compare.results import Results
 from prunenet.evaluation.options import EvaluationOptions
+from prunenet.evaluation.report import draw_report
 from prunenet.evaluation.side_by_side import evaluate
 from prunenet.models.layers import ffn_widths
 from prunenet.models.modeling import is_per_layer
 from prunenet.policies.apply import prune, ratio_of
-from prunenet.policies.artifact import policy_for
+from prunenet.policies.artifact import Policy, policy_for
+from prunenet.policies.methods.widths.evaluations import Evaluations
 from prunenet.policies.options import PruneOptions
 from prunenet.policies.stream import prune_streamed
 from prunenet.runtime.files import CheckpointError
@@ -116,14 +118,19 @@ COPIED = {
     "chat_template.jinja": b"{{ messages }}\r\n",
     "tokenizer.model": b"\x0a\x00spm",
     "added_tokens.json": b"{}",
+    "qwen.tiktoken": b"IQ== 0\n",
+    "sentencepiece.bpe.model": b"\x0a\x01spm",
+    "tekken.json": b"{}",
 }
 
 
 def written(folder: Path, fields: dict) -> Path:
     """A checkpoint whose config.json says just that."""
     config = AutoConfig.for_model(**json.loads(json.dumps(fields)))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(fields))
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    named = {"architectures": [type(model).__name__]}
+    (folder / "config.json").write_text(json.dumps(fields | named))
     return folder
 
 
@@ -182,7 +189,8 @@ def test_a_model_that_never_was_on_a_disk_is_stated_in_the_words_of_both_version
 
 def test_files_of_the_tokenizer_travel_byte_for_byte_and_code_does_not(dense, tmp_path) -> None:
     source = Path(shutil.copytree(dense, tmp_path / "source"))
-    (source / "evil.py").write_text("raise SystemExit")
+    for name in ("evil.py", "tokenizer_evil.py", "tokenizer.pkl", "vocab.bin"):
+        (source / name).write_text("raise SystemExit")
     (source / "tokenizer.model").unlink()
     (source / "tokenizer.model").symlink_to("/etc/passwd")
     by_weights(load_model(source), tmp_path / "a")
@@ -190,10 +198,11 @@ def test_files_of_the_tokenizer_travel_byte_for_byte_and_code_does_not(dense, tm
         StreamedCheckpoint.open(source), tmp_path / "b", zoo(), ratio=0.3, widths="uniform"
     )
     for out in (tmp_path / "a", tmp_path / "b"):
-        carried = {path.name for path in out.iterdir()} & set(TOKENIZER_FILES)
-        assert carried == {"tokenizer.json", "tokenizer_config.json", *COPIED} - {"tokenizer.model"}
+        carried = {"tokenizer.json", "tokenizer_config.json", *COPIED} - {"tokenizer.model"}
         assert all((out / name).read_bytes() == (source / name).read_bytes() for name in carried)
-        assert not list(out.glob("*.py"))
+        known = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+        ours = {"prunenet.json", "prunenet_masks.safetensors"}
+        assert {path.name for path in out.iterdir()} == carried | known | ours
 
 
 def test_a_tokenizer_in_sentencepiece_s_form_alone_travels_unread(dense, tmp_path) -> None:
@@ -329,6 +338,30 @@ def test_a_checkpoint_keeps_the_dtype_of_its_weights_whatever_its_configuration_
         kept = load_file(out / "model.safetensors").values()
         assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
         assert load_model(out).dtype == torch.bfloat16
+
+
+# --- names with ~, from Python as from the command line ---
+
+
+def test_home_is_expanded_in_every_path_that_python_gives(dense, pruned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    Path(shutil.copytree(dense, tmp_path / "home" / "dense"))
+    prune(load_model("~/dense"), zoo(), ratio=0.3).save_pretrained("~/cut")
+    streamed = StreamedCheckpoint.open("~/dense")
+    prune_streamed(streamed, "~/streamed", zoo(), ratio=0.3)
+    assert (
+        load_provenance("~/cut").base_model == load_provenance("~/streamed").base_model == "dense"
+    )
+    export_padded(pruned, "~/padded")
+    zoo().save_pretrained("~/policy")
+    assert Policy.from_pretrained("~/policy").sha256 == zoo().sha256
+    draw_report([{"name": "a", "parameters": 1, "perplexity": 2.0, "ratio": 0}], "~/a/report.png")
+    Results("~/lines.jsonl").prepare()
+    Evaluations(lambda _: 1.0, "~/pairs.jsonl")([(8, 8)])
+    assert not (tmp_path / "~").exists()
+    made = {path.name for path in (tmp_path / "home").iterdir()} - {"dense"}
+    assert made == {"cut", "streamed", "padded", "policy", "a", "lines.jsonl", "pairs.jsonl"}
 
 
 # --- room, before any work ---

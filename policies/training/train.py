@@ -38,7 +38,7 @@ from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run, Saving
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
-from prunenet.runtime.files import check_home, lock
+from prunenet.runtime.files import check_home, expanded, lock
 from prunenet.text.calibration import CalibrationSet
 
 _History = list[tuple[int, float]]  # (updates, reward) at each evaluation
@@ -122,7 +122,7 @@ def train(
         recipe=recorded(recipe)
         | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
-    folder = None if out is None else check_run(Path(out), resume)
+    folder = None if out is None else check_run(expanded(out), resume)
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
     histories: dict[str, list[tuple[int, float]]] = {}

@@ -29,30 +29,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields
+from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields, tokenizer_files
 from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Every file of a tokenizer that is copied; none of them is code."""
 _CODE = ("auto_map", "custom_pipelines")
 """Fields that name code, which does not travel."""
 _READ_ANEW = {"transformers_version", "_name_or_path"}
@@ -66,7 +49,7 @@ def source_folder(config: PretrainedConfig) -> Path | None:
 
 def carried_tokenizer(folder: Path) -> list[Path]:
     """Returns the files of a folder's tokenizer that travel: regular ones that lie inside it."""
-    return [path for name in TOKENIZER_FILES if _is_inside(path := folder / name)]
+    return [path for path in tokenizer_files(folder) if _is_inside(path)]
 
 
 def companion_bytes(model: PreTrainedModel) -> int:

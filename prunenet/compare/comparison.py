@@ -63,7 +63,7 @@ def compare(
     for name in calibration.named:
         check_name(name)
     specs = parse_all(methods, calibration.named)
-    results = Results(Path(out))
+    results = Results(out)
     evaluation = _evaluation(scored)
     wanted = {spec.text for spec in specs if spec.text is not None}
     texts = _calibration_texts(wanted, calibration.named, scored.column, evaluation)

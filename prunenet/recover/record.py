@@ -27,7 +27,7 @@ from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
-from prunenet.runtime.files import CheckpointError, check_absent, check_room
+from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.placement import AUTO
 from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
@@ -73,7 +73,7 @@ def recover(
         ImportError: peft is not installed.
     """
     tuning, text, loading = tuning or Tuning(), text or RecoverText(), loading or LoadOptions()
-    source, out = str(pruned), Path(out)
+    source, out = str(pruned), expanded(out)
     _check_asked(teacher, text, loading)
     run = _places(out, resume)
     load_peft()

@@ -15,7 +15,7 @@ import torch
 
 from prunenet.policies.methods.widths.allocation import Budget, uniform
 from prunenet.policies.methods.widths.space import Space
-from prunenet.runtime.files import append, lock, whole_lines, write_atomic
+from prunenet.runtime.files import append, expanded, lock, whole_lines, write_atomic
 from prunenet.runtime.json_files import JsonError, Positive, parse_json
 
 SearchedAllocation = Literal["predictor", "evolution"]
@@ -72,7 +72,7 @@ class Evaluations:
     def __init__(self, evaluate: Evaluator, path: str | Path | None = None) -> None:
         self.pairs: dict[Widths, float] = {}
         self._evaluate = evaluate
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else expanded(path)
         self._key = "" if path is None else str(getattr(evaluate, "key", ""))
         self._known = {} if self._path is None else _read(self._path, self._key)
 
