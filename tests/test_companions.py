@@ -317,6 +317,11 @@ def test_a_padded_model_is_not_cut_for_its_zeros_are_no_channels(pruned, tmp_pat
     for ask in (("--moments", "none"), ("--moments", "none", "--stream")):
         said = refused("prune", padded, "--ratio", 0.3, *ask, "--out", tmp_path / "out")
         assert "prune the checkpoint that it was exported from" in said
+    said = refused("compare", padded, "random", "--out", tmp_path / "out")
+    assert "compare on the checkpoint that it was exported from" in said
+    for reward in (("--preset", "spectral"), ()):
+        said = refused("train", padded, *reward, "--out", tmp_path / "out")
+        assert "train on the checkpoint that it was exported from" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -362,6 +367,44 @@ def test_home_is_expanded_in_every_path_that_python_gives(dense, pruned, tmp_pat
     assert not (tmp_path / "~").exists()
     made = {path.name for path in (tmp_path / "home").iterdir()} - {"dense"}
     assert made == {"cut", "streamed", "padded", "policy", "a", "lines.jsonl", "pairs.jsonl"}
+
+
+# --- a second cut ---
+
+
+def test_uniform_widths_of_a_model_with_per_layer_widths_are_one_width(pruned, tmp_path) -> None:
+    model = load_model(pruned)
+    widths = ffn_widths(model)
+    assert len(set(widths)) > 1
+    enough = 1 - min(widths) / (sum(widths) / LAYERS)
+    cut = prune(model, zoo(), ratio=enough + 0.01, round_to=1, widths="uniform")
+    assert cut.provenance.how["widths"] == "uniform"
+    assert len(set(ffn_widths(cut.model))) == 1
+    assert not is_per_layer(load_model(cut.save_pretrained(tmp_path / "cut")))
+    assert sum(ffn_widths(cut.model)) == pytest.approx(
+        (1 - enough - 0.01) * sum(widths), abs=LAYERS
+    )
+    asks = (
+        PruneOptions(ratio=0.05, round_to=1, widths="uniform"),
+        PruneOptions(ratio=0.0, widths="uniform"),
+    )
+    for ask in asks:
+        with pytest.raises(ValueError, match="cannot be left in all of them: give a `ratio` of 0"):
+            ratio_of(model, ask)
+    auto = prune(model, zoo(), ratio=0.05, round_to=1)
+    assert auto.provenance.how["widths"] == "per-layer"
+
+
+def test_a_model_with_per_layer_widths_is_refused_for_training_before_any_text_is_written(
+    pruned, tmp_path, monkeypatch
+) -> None:
+    def works(*_given, **_named):
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr("prunenet.text.calibration.self_blocks", works)
+    said = refused("train", pruned, "--out", tmp_path / "out")
+    assert "different widths" in said
+    assert "train on the dense model that it was cut from" in said
 
 
 # --- room, before any work ---

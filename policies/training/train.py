@@ -30,9 +30,10 @@ from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import judged_by_all
-from prunenet.envs.sweep import View
+from prunenet.envs.sweep import View, check_one_width
 from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.layers import structure
+from prunenet.policies.apply import check_channels
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run, Saving
@@ -106,6 +107,7 @@ def train(
     read = recipe.features == "moments"
     if not read and reward is None and _spectral_alone(recipe):
         blocks = None  # only weights are read, and the record must say so
+    check_trainable(model)
     _check_asked(model, recipe, reward, blocks, regime)
     measured, paid = _halves(blocks) if read else (None, blocks)
     config = PolicyConfig(
@@ -158,6 +160,16 @@ def _writing(folder: Path | None, resume: bool) -> Iterator[None]:
     with lock(folder):
         check_run(folder, resume)
         yield
+
+
+def check_trainable(model: PreTrainedModel | StreamedCheckpoint) -> None:
+    """Checks that a policy can be trained on a model; reads no weight.
+
+    Raises:
+        ValueError: its layers have different widths, or are filled up with zeros.
+    """
+    check_channels(model, "train on the checkpoint that it was exported from")
+    check_one_width(model)
 
 
 def _check_asked(
