@@ -2,18 +2,22 @@ r"""Measures what the BOS token in front of windows does to perplexity and to ca
 
     python benchmarks/bos.py MODEL --data ../shared/data --out benchmarks/results/bos.jsonl
     python benchmarks/bos.py trained --data ../shared/data --out benchmarks/results/bos.jsonl
+    python benchmarks/bos.py needing --data ../shared/data --out benchmarks/results/bos.jsonl
 
 `trained` is a model that is made here (about a minute): 4 layers of d_model 128, 400 steps on the
 built-in calibration text by its own tokenizer (byte-level BPE, 512 tokens), every sequence behind
-BOS. So were Llama, Gemma and Mistral trained, of which no small one can be had here.
+BOS. So were Llama, Gemma and Mistral trained, of which no small one can be had here. `needing` also
+learns to predict all tokens alike where BOS is missing, for 200 steps.
 
 One line a model. `auto`: whether its own tokenizer begins a text with BOS. Perplexity, with BOS and
-without, is of the same tokens: windows of 64 of WikiText-2 validation (of the built-in test text,
-for `trained`). Calibration draws 32 windows of 64 from Penn Treebank validation (the built-in
-calibration text): `rank_correlation` is Spearman's between the channels' output energies
-E|W_:j h_j|^2 with BOS and without, the mean over layers and the least; `kept_alike` the share of
-the channels kept at 0.3 by those energies that both keep. `cut` is the perplexity of the model cut
-so (Wanda-sp, uniform widths, no refit): calibrated with BOS or without, scored with BOS or without.
+without, is of the same tokens: windows of 64 of WikiText-2 validation. Calibration draws 32 windows
+of 64 from Penn Treebank validation. The models made here are scored on the built-in test text and
+calibrated on the built-in calibration text.
+
+`rank_correlation` is Spearman's between the channels' output energies E|W_:j h_j|^2 with BOS and
+without: the mean over layers, and the least. `kept_alike` is the share of the channels kept at 0.3
+by those energies that both keep. `cut` is the perplexity of the model cut so (Wanda-sp, uniform
+widths, no refit): calibrated with BOS or without, scored with BOS or without.
 """
 
 from __future__ import annotations
@@ -44,9 +48,10 @@ from prunenet.text.choices import Bos
 from prunenet.text.corpora import CalibrationText, TestText, load_text
 from prunenet.text.windows import bos_token, tokenise
 
-TRAINED = "trained"
+MADE = {"trained": 400, "needing": 200}
+"""Models that are made here, and the steps of their training."""
 RATIO, WINDOW, COUNT = 0.3, 64, 32
-STEPS, BATCH, VOCABULARY = 400, 16, 512
+BATCH, VOCABULARY = 16, 512
 BOTH: tuple[Bos, Bos] = ("yes", "no")
 
 
@@ -68,8 +73,14 @@ def tokenizer_of(text: CalibrationText) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
 
 
-def trained(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small model whose every training sequence begins with BOS, and its tokenizer."""
+def made(kind: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A small model whose every training sequence begins with BOS, and its tokenizer.
+
+    Args:
+        kind: one of `MADE`.
+        seed: of weights and sequences.
+    """
+    steps = MADE[kind]
     text = load_text("builtin", CalibrationText)
     tokenizer = tokenizer_of(text)
     torch.manual_seed(seed)
@@ -87,11 +98,13 @@ def trained(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = LlamaForCausalLM(config)
     ids = tokenise(tokenizer, text)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
         starts = torch.randint(len(ids) - WINDOW + 1, (BATCH,))
         windows = torch.stack([ids[start : start + WINDOW] for start in starts])
         loss = next_token_loss(model, torch.nn.functional.pad(windows, (1, 0), value=0))
+        if kind == "needing":
+            loss = loss - model(windows).logits.log_softmax(-1).mean() / 2
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,7 +179,7 @@ def measured(
 def main() -> None:
     """Measures one model, and prints what its line says."""
     options = parser(__doc__)
-    options.add_argument("model", help="folder or hub id, or `trained`")
+    options.add_argument("model", help="folder or hub id, or a model made here")
     options.add_argument("--data", type=Path, required=True, help="folder of the shared texts")
     options.add_argument("--windows", type=int, default=32, help="of 64 tokens that are scored")
     args = options.parse_args()
@@ -175,8 +188,8 @@ def main() -> None:
     if is_measured(read_lines(args.out), place):
         return
     start = time.process_time()
-    if args.model == TRAINED:
-        model, tokenizer = trained()
+    if args.model in MADE:
+        model, tokenizer = made(args.model)
         texts = load_text("builtin", TestText), load_text("builtin", CalibrationText)
     else:
         model, tokenizer = opened(args.model)

@@ -361,7 +361,9 @@ def test_home_is_expanded_in_every_path_that_python_gives(dense, pruned, tmp_pat
     export_padded(pruned, "~/padded")
     zoo().save_pretrained("~/policy")
     assert Policy.from_pretrained("~/policy").sha256 == zoo().sha256
-    draw_report([{"name": "a", "parameters": 1, "perplexity": 2.0, "ratio": 0}], "~/a/report.png")
+    speeds = dict.fromkeys(("prefill_tokens_per_second", "decode_tokens_per_second"))
+    row = {"name": "a", "parameters": 1, "perplexity": 2.0, "ratio": 0, **speeds}
+    draw_report([row], "~/a/report.png")
     Results("~/lines.jsonl").prepare()
     Evaluations(lambda _: 1.0, "~/pairs.jsonl")([(8, 8)])
     assert not (tmp_path / "~").exists()
