@@ -107,7 +107,6 @@ def train(
     read = recipe.features == "moments"
     if not read and reward is None and _spectral_alone(recipe):
         blocks = None  # only weights are read, and the record must say so
-    check_trainable(model)
     _check_asked(model, recipe, reward, blocks, regime)
     measured, paid = _halves(blocks) if read else (None, blocks)
     config = PolicyConfig(
@@ -179,9 +178,10 @@ def _check_asked(
     blocks: CalibrationSet | None,
     regime: str | None,
 ) -> None:
-    """Raises ValueError where blocks or the regime are missing or unknown, or blocks cannot be
-    read.
+    """Raises ValueError where blocks or the regime are missing or unknown, blocks cannot be read,
+    or the model cannot be trained on.
     """
+    check_trainable(model)
     if regime is not None:
         check_choice("regime", regime, Regime)
     if blocks is not None and not isinstance(model, PreTrainedModel):
