@@ -25,6 +25,16 @@ layers left. budget_left: share of the whole budget not yet spent.
 """
 
 
+def check_one_width(model: Weights) -> None:
+    """Raises ValueError where the layers have different widths: an action must have one length."""
+    widths = set(ffn_widths(model))
+    if len(widths) != 1:
+        raise ValueError(
+            f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
+            f" {max(widths)}); train on the dense model that it was cut from"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """Holds the statistics that observations show, computed once for a model.
@@ -50,12 +60,7 @@ class View:
                 `channel_features`.
             UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
-        widths = set(ffn_widths(model))
-        if len(widths) != 1:
-            raise ValueError(
-                f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
-                f" {max(widths)}); train on the dense model that it was cut from"
-            )
+        check_one_width(model)
         if isinstance(model, PreTrainedModel) and blocks is not None:
             return cls(_together(channel_features(model, blocks)), layer_context(model))
         if blocks is not None:

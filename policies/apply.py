@@ -50,9 +50,6 @@ MEASURED = 1 / 3
 """Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3 and 2/5 on validation
 texts.
 """
-_PADDED = (
-    "which would count as channels; prune the checkpoint that it was exported from, and export that"
-)
 _JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
 
@@ -68,7 +65,7 @@ class Pruned:
     """
 
     model: PreTrainedModel
-    keep: list[Bool[Tensor, " d_ff"]]
+    keep: list[Bool[Tensor, " _"]]
     provenance: Provenance
 
     def save_pretrained(
@@ -176,7 +173,14 @@ def decide(
             assert blocks is not None
             assert isinstance(model, PreTrainedModel)
             reported = stage_of(progress, "refitting")
-            cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=reported)
+            cut = refit_sequentially(
+                model,
+                cut,
+                blocks.ids,
+                kinds=blocks.kinds,
+                dense_targets=False,
+                progress=reported,
+            )
         how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
         if blocks is not None:
             how["text"] = dict(blocks.source)
@@ -188,12 +192,10 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     """The share of the model's FFN channels to remove.
 
     Raises:
-        ValueError: a layer cannot be rounded to a multiple of `options.round_to`; or channels of
-            the model are zeros that fill narrower layers.
+        ValueError: a layer cannot be rounded to a multiple of `options.round_to`, or has too few
+            channels for uniform widths; or as `check_channels`.
     """
-    # Refused and not dropped: ratio and masks count the channels of the model that was given.
-    if (folder := source_folder(structure(model).config)) is not None:
-        check_not_padded(folder, _PADDED)
+    check_channels(model, "prune the checkpoint that it was exported from, and export that")
     ratio = options.ratio
     if ratio is None:
         assert options.params is not None
@@ -204,7 +206,56 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
         ratio = ratio_for_parameters(options.params, total, costs, d_ff)
     for width in set(ffn_widths(model)):
         width_at(width, ratio, options.round_to)
+    if options.widths == "uniform":
+        one_width(ffn_widths(model), ratio, options.round_to)
     return ratio
+
+
+def check_channels(model: Weights, remedy: str) -> None:
+    """Refuses a model some of whose channels are zeros that fill narrower layers.
+
+    They are refused and not dropped: ratios, masks and features count the channels of the model
+    that was given.
+
+    Args:
+        model: looked up by the folder that it comes from.
+        remedy: what to do instead.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if (folder := source_folder(structure(model).config)) is not None:
+        check_not_padded(folder, f"which would count as channels; {remedy}")
+
+
+def one_width(d_ff: Sequence[int], ratio: float, round_to: int) -> list[int]:
+    """The width that leaves all layers together (1 - ratio) of their channels, for each of them.
+
+    Args:
+        d_ff: channels of each layer; they differ where the model has been cut before.
+        ratio, round_to: as for `prunenet.models.masks.width_at`.
+
+    Raises:
+        ValueError: a layer has fewer channels.
+    """
+    mean = sum(d_ff) / len(d_ff)
+    width = width_at(round(mean), ratio, round_to)
+    if width > min(d_ff):
+        raise ValueError(
+            f"a layer has {min(d_ff)} channels, so {width} cannot be left in all of them: give"
+            f" a `ratio` of {1 - min(d_ff) / mean:.2f} or more, or leave `widths` per-layer"
+        )
+    return [width] * len(d_ff)
+
+
+def bytes_left(model: Weights, ratio: float, round_to: int) -> int:
+    """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
+    skeleton = structure(model)
+    ffns = list(iter_ffns(skeleton))
+    gone = sum(
+        (ffn.d_ff - width_at(ffn.d_ff, ratio, round_to)) * ffn.channel_parameters for ffn in ffns
+    )
+    return (count_parameters(skeleton)[0] - gone) * skeleton.dtype.itemsize
 
 
 def pruned_by(
@@ -254,13 +305,16 @@ def allocations(
         offsets: the policy's log-odds of this model's layers, where they are known already.
     """
     d_ff, round_to = ffn_widths(model), options.round_to
-    uniform = [width_at(width, ratio, round_to) for width in d_ff]
     if policy is None or options.widths == "uniform":
-        return {"uniform": uniform}
+        return {"uniform": one_width(d_ff, ratio, round_to)}
     if offsets is None:
         offsets = policy.offsets(model)
     learned = widths_for_budget(d_ff, offsets, ratio, round_to)
     if options.widths == "per-layer":
+        return {"per-layer": learned}
+    try:
+        uniform = one_width(d_ff, ratio, round_to)
+    except ValueError:  # a layer has too few channels
         return {"per-layer": learned}
     both = {"uniform": uniform, "per-layer": learned}
     return {"uniform": uniform} if learned == uniform else both
@@ -310,6 +364,7 @@ def _cuts(
             model,
             blocks.ids,
             flat,
+            kinds=blocks.kinds,
             scores=scores,
             measured=MEASURED if channels == "blend" else 0.0,
             refit=refit,

@@ -35,9 +35,9 @@ class PruneOptions:
         params: share of *all* parameters removed, in [0, 1), as nearly as rounded widths allow.
             Exactly one of the two is given.
         round_to: widths are multiples of this.
-        widths: "uniform", "per-layer" (the policy's allocation, as many channels in all) or "auto":
-            per-layer where that is predicted to lower perplexity by more than 5 %
-            (`prunenet.policies.apply.AUTO_GAIN`).
+        widths: "uniform" (one width for all layers), "per-layer" (the policy's allocation, as many
+            channels in all) or "auto": per-layer where that is predicted to lower perplexity by
+            more than 5 % (`prunenet.policies.apply.AUTO_GAIN`).
         channels: "policy" (its scores), "blend" (two thirds of their ranks and one third of the
             ranks by measured energy) or "elimination" (greedy, by activations). On self-written
             text elimination fits that text more and others less. None: without calibration text the

@@ -6,7 +6,7 @@ config.json keeps every other field, and the files of the tokenizer are copied b
 transformers would write instead is in the layout of its own version, which older loaders misread.
 
 A model says where it comes from by `config._name_or_path`. One that never was on disk is written as
-transformers writes it.
+transformers writes it, with the fields of version 4 beside those of 5.
 """
 
 from __future__ import annotations
@@ -29,30 +29,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields
+from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields, tokenizer_files
 from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Every file of a tokenizer that is copied; none of them is code."""
 _CODE = ("auto_map", "custom_pipelines")
 """Fields that name code, which does not travel."""
 _READ_ANEW = {"transformers_version", "_name_or_path"}
@@ -66,7 +49,7 @@ def source_folder(config: PretrainedConfig) -> Path | None:
 
 def carried_tokenizer(folder: Path) -> list[Path]:
     """Returns the files of a folder's tokenizer that travel: regular ones that lie inside it."""
-    return [path for name in TOKENIZER_FILES if _is_inside(path := folder / name)]
+    return [path for path in tokenizer_files(folder) if _is_inside(path)]
 
 
 def companion_bytes(model: PreTrainedModel) -> int:
@@ -93,7 +76,7 @@ def write_companions(
     if said is not None:
         fields = _merged(said, model.config)
     fields = {name: value for name, value in fields.items() if name not in _CODE}
-    fields = (fields if source is None else with_v4_fields(fields)) | _auto_map(model)
+    fields = with_v4_fields(fields) | _auto_map(model)
     text = json.dumps(fields, indent=2, sort_keys=said is None) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     if source is not None:

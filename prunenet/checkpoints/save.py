@@ -33,7 +33,7 @@ from prunenet.models import modeling
 from prunenet.models.heads import group_counts
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import zero_padded
-from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.files import CheckpointError, expanded, new_folder
 from prunenet.runtime.own_files import packed
 from prunenet.runtime.placement import is_placed, parameters
 
@@ -82,11 +82,12 @@ def save_pruned(
     _check_provenance(model, keep, provenance)
     if keep is not None:
         _check_heads(model, groups, provenance)
-    with new_folder(Path(out), bytes_to_write(model, keep, groups)) as folder:
+    out = expanded(out)
+    with new_folder(out, bytes_to_write(model, keep, groups)) as folder:
         _write_model(model, folder, tokenizer)
         write_provenance(folder, keep, provenance, groups=groups, card_text=card_text)
         _verify(model, folder)
-    return Path(out)
+    return out
 
 
 def write_provenance(
@@ -148,13 +149,13 @@ def export_padded(source: str | Path, out: str | Path) -> Path:
     total, body = count_parameters(model)
     width = ffn_widths(model)[0]
     if provenance is None:
-        with new_folder(Path(out), bytes_to_write(model)) as folder:
+        with new_folder(expanded(out), bytes_to_write(model)) as folder:
             _write_model(model, folder, None)
             name = Path(source).expanduser().resolve().name  # of a hub id, too
             card = bare_card(name, total, width, how_to_load(folder))
             (folder / "README.md").write_text(card, encoding="utf-8")
             _verify(model, folder)
-        return Path(out)
+        return expanded(out)
     provenance = dataclasses.replace(
         provenance,
         padded_to=width,
@@ -268,6 +269,12 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
         first = torch.func.functional_call(model.train(False), cast, kwargs=inputs).logits
     finally:
         model.train(training)
+    if not bool(first.isfinite().all()):
+        kind = str(model.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{folder.name} was not saved: the model's logits are not finite in {kind}; its weights"
+            " are damaged, or load it in float32"
+        )
     difference = float((first - fresh(**inputs).logits).abs().max())
     if not difference == 0:
         raise CheckpointError(

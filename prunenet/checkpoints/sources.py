@@ -131,7 +131,6 @@ def check_device(device: str) -> None:
 
 
 def in_short(error: BaseException) -> str:
-    """The message on one line; libraries write paragraphs."""
-    return (
-        textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__
-    )
+    """The message on one line; libraries write paragraphs, and of a missing key its name alone."""
+    said = f"it knows no {error}" if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(said, 240, placeholder=" ...").rstrip(".: ") or type(error).__name__

@@ -33,7 +33,7 @@ from prunenet.checkpoints.skeleton import skeleton_of
 from prunenet.checkpoints.sources import check_device, local_folder, open_checkpoint
 from prunenet.models.anatomy import FFN, Anatomy
 from prunenet.models.surgery import narrowed
-from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.files import CheckpointError, expanded, new_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def save_streamed(
             if progress is not None:
                 progress(done, total)
 
-    with new_folder(Path(out), bytes_to_write(narrow, keep)) as folder:
+    with new_folder(expanded(out), bytes_to_write(narrow, keep)) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
         write_companions(folder, narrow, tokenizer)
         write_provenance(folder, keep, provenance)

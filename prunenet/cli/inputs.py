@@ -96,6 +96,15 @@ def check_streamable(reading: Reading, reads_text: bool, remedy: str) -> None:
         )
 
 
+def note_overflow(source: StreamedCheckpoint) -> None:
+    """Prints a note where logits, which a streamed model does not have, may be what is damaged."""
+    if str(source.skeleton.dtype) == "torch.float16":
+        errors.print(
+            "note: --stream computes no logits, and in float16 they can overflow: check them with"
+            " prunenet eval"
+        )
+
+
 def blocks_for(
     model: PreTrainedModel | StreamedCheckpoint,
     checkpoint: Checkpoint,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from prunenet.checkpoints.regimes import Regime
-from prunenet.runtime.files import check_file, lock, naming, write_atomic
+from prunenet.runtime.files import check_file, expanded, lock, naming, write_atomic
 from prunenet.runtime.json_files import Count, JsonError, Positive, Within, convert, parse_json
 
 Line = dict[str, Any]
@@ -105,7 +105,7 @@ class Results:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         check_file(self.path, regular=True)
         self._lines: dict[str, Line] = {}
         self._read()

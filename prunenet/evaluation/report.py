@@ -18,7 +18,7 @@ except ImportError as error:
         f"figures need matplotlib ({error}); pip install 'prunenet[figures]'"
     ) from error
 
-from prunenet.runtime.files import write_atomic
+from prunenet.runtime.files import expanded, make_folders, write_atomic
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness; markers differ too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -69,10 +69,11 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     _scale_axes(panels["perplexity"], panels["prefill"], panels["decode"])
     if title:
         figure.suptitle(title, fontsize=12)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = expanded(path)
+    make_folders(path.parent)
     image = BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    write_atomic(Path(path), image.getvalue())
+    write_atomic(path, image.getvalue())
 
 
 def _check(row: Any) -> None:

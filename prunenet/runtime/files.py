@@ -130,6 +130,39 @@ def write_atomic(path: Path, content: bytes) -> None:
         _sync(real.parent)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add whole lines to a file; they are on the disk when this returns.
+
+    Missing parents are made. Lines that two processes add at once both stay.
+
+    Raises:
+        OSError: the disk is full or refuses; `filename` is the target.
+    """
+    with naming(path):
+        make_folders(path.parent)
+        with path.open("ab", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """Read the lines of a file that `append` writes.
+
+    Returns:
+        The whole ones, none where there is no file; and what a kill left of another.
+
+    Raises:
+        CheckpointError: it is no regular file, or is closed to this user.
+    """
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise CheckpointError(f"{path} is no regular file; give another one")
+    try:
+        whole, _, rest = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return whole.splitlines(), rest
+
+
 def make_folders(folder: Path) -> list[Path]:
     """Make a folder and its missing parents, so that they survive a power cut.
 
