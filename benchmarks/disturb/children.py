@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +158,10 @@ def _lived(
         os.dup2(descriptor, number)
         _close(descriptor)
         setattr(sys, name, open(number, "w" if number else "r", closefd=False))
-    os.environ |= {"PRUNENET_CACHE": str(home / "cache"), "COLUMNS": "110", **environment}
+    (home / "tmp").mkdir(exist_ok=True)
+    places = {"PRUNENET_CACHE": str(home / "cache"), "TMPDIR": str(home / "tmp")}
+    os.environ |= {**places, "COLUMNS": "110", **environment}
+    tempfile.tempdir = None  # chosen anew
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

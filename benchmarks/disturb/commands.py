@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .children import Ended, preload, ran
+from .operations import Disturbance
 
 _LOG = "events.out.tfevents"
 """TensorBoard's logs: named by the clock, and of a resumed run in several files."""
@@ -67,8 +68,8 @@ COMMANDS = (
     ),
     Command(
         "recover",
-        (*("recover", "cut", "--teacher", "m", "--tokens", "1024"),)
-        + ("--steps", "3", "--batch", "2", "--rank", "2", "--out", "out"),
+        (*("recover", "cut", "--teacher", "m", "--tokens", "512"),)
+        + ("--steps", "2", "--batch", "2", "--rank", "2", "--out", "out"),
         before=("cut",),
     ),
     Command("export", ("export", "cut", "--pad", "--out", "out"), before=("cut",)),
@@ -126,17 +127,16 @@ class Yard:
             start = self.home / "starts" / command.name.replace(" ", "-")
             earlier = [c for c in _FIRST if c.name in command.before]
             if earlier:
-                shutil.copytree(self.reference(earlier[0]).start.parent / f"{earlier[0].name.replace(' ', '-')}-end", start)
+                made = self.reference(earlier[0]).start
+                shutil.copytree(made.with_name(f"{made.name}-end"), start, symlinks=True)
             else:
                 begin(start)
             self.runs[command.name] = self._run(command, start)
         return self.runs[command.name]
 
     def _run(self, command: Command, start: Path) -> Reference:
-        from .operations import Disturbance
-
         before = snapshot(start)
-        for _ in range(3):  # the first imports, the second fills caches of libraries
+        for _ in range(2):  # the first imports
             end = start.with_name(f"{start.name}-end")
             shutil.rmtree(end, ignore_errors=True)
             shutil.copytree(start, end, symlinks=True)
@@ -166,9 +166,9 @@ def snapshot(folder: Path) -> dict[str, str]:
     """Everything in a folder by its path: the hash of what counts in a file, or what else it is."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.name.startswith(_LOG):
-            continue
         name = str(path.relative_to(folder))
+        if path.name.startswith(_LOG) or name == "tmp":
+            continue
         if path.is_symlink() or not path.is_file():
             found[name] = "link" if path.is_symlink() else "folder"
         else:
@@ -180,7 +180,7 @@ def _counts(path: Path) -> bytes:
     """The content of a file without the time that its making took."""
     content = path.read_bytes()
     if path.suffix == ".jsonl":
-        lines = [json.loads(line) for line in content.splitlines()]
+        lines = [json.loads(line) for line in content.splitlines() if line.endswith(b"}")]
         return json.dumps([_timeless(line) for line in lines], sort_keys=True).encode()
     if path.suffix == ".md":
         return re.sub(rb"\| [\d.,]+ s \|", b"| s |", content)
@@ -203,37 +203,38 @@ def judged(place: Path, reference: Reference) -> list[tuple[str, str]]:
 
 
 def torn(place: Path, reference: Reference) -> list[tuple[str, str]]:
-    """What is neither as it was before the command nor as it is after it; ledgers grow by lines."""
-    found, faults = snapshot_lenient(place), []
-    for name, digest in found.items():
-        top = name.split("/")[0]
-        known = {reference.before.get(name), reference.files.get(name)}
-        if digest in known or top.startswith((".", "cache", "out.recovery")) or top == "trial":
-            continue
-        if name.endswith(".jsonl") or reference.command.name in ("train",):
-            continue  # a ledger and a state grow; that the run goes on from them is judged at its end
-        faults.append(("torn", name))
-    missing = [n for n in reference.before if n not in found]
-    return faults + [("torn", f"{name} is gone") for name in missing]
+    """What is neither as it was before the command nor as it is after it.
+
+    A folder is there whole or not at all, a ledger keeps its older lines, and what a command only
+    reads stays as it was. A run of training is a folder that fills; it is judged when it is done.
+    """
+    command, faults = reference.command, []
+    for name in command.writes:
+        path, whole = place / name, reference.files[name]
+        if path.is_dir() and command.name != "train":
+            inner = {f"{name}/{part}": digest for part, digest in snapshot(path).items()}
+            due = {n: d for n, d in reference.files.items() if n.startswith(f"{name}/")}
+            if inner and inner != due:
+                faults.append(("torn", f"{name} holds {sorted(inner.items() ^ due.items())[:3]}"))
+        elif path.suffix == ".jsonl":
+            older = (reference.start / name).read_bytes()
+            if not path.read_bytes().startswith(older):
+                faults.append(("torn", f"{name} has lost lines"))
+        elif path.is_file() or name in reference.before:
+            found = snapshot(place).get(name) if path.suffix != ".jsonl" else whole
+            if found not in (whole, reference.before.get(name)):
+                faults.append(("torn", f"{name} is neither old nor new"))
+    for name in reference.before:
+        if name.split("/")[0] not in command.writes and not (place / name).exists():
+            faults.append(("torn", f"{name} is gone"))
+    return faults
 
 
-def snapshot_lenient(folder: Path) -> dict[str, str]:
-    """As `snapshot`, of a folder that is being written: a cut ledger is what it is."""
-    try:
-        return snapshot(folder)
-    except (ValueError, OSError):
-        return {
-            str(p.relative_to(folder)): "" for p in folder.rglob("*") if p.suffix != ".jsonl"
-        } and {}
-
-
-def hidden(place: Path, reference: Reference) -> list[str]:
+def hidden(place: Path, reference: Reference) -> list[tuple[str, str]]:
     """Temporary files and locks that lie there now."""
-    return [
-        str(path.relative_to(place))
-        for path in place.rglob(".*")
-        if str(path.relative_to(place)) not in reference.before
-    ]
+    found = [*place.rglob(".*"), *(place / "tmp").glob("*")]
+    names = sorted(str(path.relative_to(place)) for path in found)
+    return [("leftover", f"{name} (at once)") for name in names if name not in reference.before]
 
 
 def again(reference: Reference, place: Path, spool: Path, **how: Any) -> tuple[Ended, bool]:
@@ -281,5 +282,3 @@ def measured(ratio: float) -> dict[str, Any]:
     speeds = {"prefill_tokens_per_second": 600.0, "decode_tokens_per_second": 30.0}
     return {"ratio": ratio, "parameters": 1000, "perplexity": 20.0, **speeds}
 
-
-Attempt = Callable[[int, Any], Any]
