@@ -5,6 +5,7 @@ parallel.py         collectives over the processes of one job; the identity on o
 team.py             joins the processes of a job and notices when one dies
 files.py            files and folders that appear complete or not at all
 paths.py            what can be said of a path before any work; the cache folder
+passing.py          temporary folders, which go with their process
 locks.py            lock files: one process at a time, and none that is dead
 callable_module.py  a package that is called like the function it is named after
 """
