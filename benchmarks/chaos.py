@@ -89,7 +89,7 @@ def main() -> None:
         return
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as home:
-        yard = Yard(Path(home).resolve())
+        yard = Yard(Path(home).resolve(), (given.kind or "").partition(",")[0])
         for part in PARTS if given.part == "all" else [given.part]:
             kinds = [k for k in PARTS[part](yard) if (given.kind or "") in k.name]
             total = given.count * SHARES[part] // 6000 if given.part == "all" else given.count

@@ -116,10 +116,22 @@ class Reference:
 
 @dataclass(slots=True)
 class Yard:
-    """A folder for trials, with undisturbed runs to compare with."""
+    """A folder for trials, with undisturbed runs to compare with.
+
+    Attributes:
+        home: the folder.
+        only: a part of the names of the commands that are disturbed.
+        runs: undisturbed ones, by name.
+    """
 
     home: Path
+    only: str = ""
     runs: dict[str, Reference] = field(default_factory=dict)
+
+    @property
+    def commands(self) -> list[Command]:
+        """Those whose name holds `only`."""
+        return [command for command in COMMANDS if self.only in command.name]
 
     def reference(self, command: Command) -> Reference:
         """The undisturbed run of a command, made once."""
@@ -198,7 +210,9 @@ def judged(place: Path, reference: Reference) -> list[tuple[str, str]]:
         faults.append(("leftover", name))
     for name, digest in sorted(reference.files.items()):
         if found.get(name) != digest:
-            faults.append(("different", f"{name} {'is missing' if name not in found else 'differs'}"))
+            faults.append(
+                ("different", f"{name} {'is missing' if name not in found else 'differs'}")
+            )
     return faults
 
 
@@ -281,4 +295,3 @@ def measured(ratio: float) -> dict[str, Any]:
     """A row of `prunenet eval --json`, as far as a report reads it."""
     speeds = {"prefill_tokens_per_second": 600.0, "decode_tokens_per_second": 30.0}
     return {"ratio": ratio, "parameters": 1000, "perplexity": 20.0, **speeds}
-

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from .children import Ended, outcome, ran
-from .commands import COMMANDS, Reference, Yard, hidden, judged, torn
+from .commands import Reference, Yard, hidden, judged, torn
 from .kills import spread, went_on
 from .kinds import Kind, Outcome
 from .operations import Disturbance
@@ -27,7 +27,7 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 def kinds(yard: Yard) -> Iterator[Kind]:
     """Two of each command; one where this user may not mount a disk."""
     real = _may_mount(yard)
-    for command in COMMANDS:
+    for command in yard.commands:
         reference = yard.reference(command)
         most = len(reference.operations) * len(ERRORS)
         attempt = partial(_at_operation, yard, reference)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from .children import Ended, outcome, start
-from .commands import COMMANDS, Reference, Yard, again, hidden, judged, torn
+from .commands import Reference, Yard, again, hidden, judged, torn
 from .kinds import Kind, Outcome
 from .operations import Disturbance
 
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 def kinds(yard: Yard) -> Iterator[Kind]:
     """Two of each command."""
-    for command in COMMANDS:
+    for command in yard.commands:
         reference = yard.reference(command)
         most = len(reference.operations) * len(SIGNALS)
         attempt = partial(_at_operation, yard, reference)

@@ -109,13 +109,17 @@ def _called(watch: Disturbance, name: str, function: Callable[..., Any], *given:
     return function(*given, **how)
 
 
-def _opened_low(watch: Disturbance, function: Callable[..., Any], path: Any, flags: int, *rest, **how):
+def _opened_low(
+    watch: Disturbance, function: Callable[..., Any], path: Any, flags: int, *rest, **how
+):
     if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         watch.before("open", str(path))
     return function(path, flags, *rest, **how)
 
 
-def _opened(watch: Disturbance, function: Callable[..., Any], file: Any, mode: str = "r", *rest, **how):
+def _opened(
+    watch: Disturbance, function: Callable[..., Any], file: Any, mode: str = "r", *rest, **how
+):
     if not set(mode) & set("wax+"):
         return function(file, mode, *rest, **how)
     if not isinstance(file, int):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from .children import Ended, outcome, start
-from .commands import COMMANDS, Reference, Yard, judged
+from .commands import Reference, Yard, judged
 from .kinds import Kind, Outcome
 
 _DONE = ("exists already", "--resume")  # what a late one says of a result, or a run, that is there
@@ -17,7 +17,7 @@ _DONE = ("exists already", "--resume")  # what a late one says of a result, or a
 
 def kinds(yard: Yard) -> Iterator[Kind]:
     """One of each command that writes."""
-    for command in COMMANDS:
+    for command in yard.commands:
         if command.writes:
             attempt = partial(_two, yard, yard.reference(command))
             yield Kind("twins", command.name, attempt)
