@@ -24,14 +24,17 @@ from pathlib import Path
 
 import torch
 from _common import Line, append_line, parser, read_lines
-from disturb import disks, kills, twins
+from disturb import disks, folders, fuzz, kills, ranks, twins
 from disturb.commands import Yard
 from disturb.kinds import FAULTS, Kind, batch
 
 PARTS: dict[str, Callable[[Yard], Iterator[Kind]]] = {
     "kills": kills.kinds,
     "disks": disks.kinds,
+    "fuzz": fuzz.kinds,
+    "folders": folders.kinds,
     "twins": twins.kinds,
+    "ranks": ranks.kinds,
 }
 # Attempts of a part for each 6 000 in all.
 SHARES = {"kills": 450, "disks": 200, "fuzz": 5000, "folders": 250, "twins": 60, "ranks": 40}
@@ -105,7 +108,9 @@ def main() -> None:
                     line = batch(kind, first, count, given.seed)
                     append_line(given.out, line)
                     shown = {key: line[key] for key in ("kind", "first", "tried", "faults")}
-                    print(shown, *line["examples"], sep="\n  ", flush=True)
+                    print(
+                        shown, *(str(e)[:300] for e in line["examples"][:8]), sep="\n  ", flush=True
+                    )
 
 
 if __name__ == "__main__":

@@ -135,32 +135,32 @@ def start(
     code = 70
     try:
         os.setpgid(0, 0)
-        code = _lived(argv, home, spool, tell, watch, allowed, environment or {}, prepare)
+        code = lived(argv, home, spool, tell, watch, allowed, environment, prepare)
     finally:
         os._exit(code)
 
 
-def _lived(
+def lived(
     argv: Sequence[str],
     home: Path,
     spool: Path,
     tell: int,
-    watch: Disturbance | None,
-    allowed: Callable[[str], bool] | None,
-    environment: Mapping[str, str],
-    prepare: Callable[[], object],
+    watch: Disturbance | None = None,
+    allowed: Callable[[str], bool] | None = None,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> int:
     """The whole life of a child; returns its exit code."""
     os.chdir(home)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         place = spool / name[3:] if number else os.devnull
-        descriptor = _open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        descriptor = _open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         _close(descriptor)
         setattr(sys, name, open(number, "w" if number else "r", closefd=False))
     (home / "tmp").mkdir(exist_ok=True)
     places = {"PRUNENET_CACHE": str(home / "cache"), "TMPDIR": str(home / "tmp")}
-    os.environ |= {**places, "COLUMNS": "110", **environment}
+    os.environ |= {**places, "COLUMNS": "110", **(environment or {})}
     tempfile.tempdir = None  # chosen anew
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -129,6 +129,11 @@ class Yard:
     runs: dict[str, Reference] = field(default_factory=dict)
 
     @property
+    def all_commands(self) -> tuple[Command, ...]:
+        """Every one."""
+        return COMMANDS
+
+    @property
     def commands(self) -> list[Command]:
         """Those whose name holds `only`."""
         return [command for command in COMMANDS if self.only in command.name]

@@ -66,9 +66,9 @@ def batch(kind: Kind, first: int, count: int, seed: int) -> dict[str, Any]:
         made = kind.attempt(number, random.Random(f"{seed} {kind.part} {kind.name} {number}"))
         outcomes[made.what] += 1
         survived += not made.faults
-        for fault, seen in made.faults:
-            faults[fault] += 1
-            examples.append({"number": number, "fault": fault, "seen": seen[:600]})
+        faults.update({fault for fault, _ in made.faults})
+        for fault, seen in dict(reversed(made.faults)).items():  # the first of each
+            examples.append({"number": number, "fault": fault, "seen": seen[-400:]})
     return {
         "part": kind.part,
         "kind": kind.name,
@@ -77,6 +77,6 @@ def batch(kind: Kind, first: int, count: int, seed: int) -> dict[str, Any]:
         "tried": count,
         "survived": survived,
         "outcomes": dict(outcomes),
-        "faults": dict(faults),
+        "faults": dict(faults),  # attempts that had one
         "examples": examples,
     }
