@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_clas
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.passing import passing_folder
 
 _CODE = ("auto_map", "custom_pipelines")
 """Fields that name code, which does not travel."""
@@ -216,6 +216,6 @@ def _as_saved(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     if (backend := getattr(twin, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
-    with tempfile.TemporaryDirectory() as name:
-        twin.save_pretrained(name)
-        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
+    with passing_folder() as folder:
+        twin.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}

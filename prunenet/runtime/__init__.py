@@ -6,6 +6,7 @@ team.py             joins the processes of a job and notices when one dies
 failures.py         how one process of a job ends because of another
 files.py            files and folders that appear complete or not at all
 paths.py            what can be said of a path before any work; the cache folder
+passing.py          temporary folders, which go with their process
 locks.py            lock files: one process at a time, and none that is dead
 callable_module.py  a package that is called like the function it is named after
 """
