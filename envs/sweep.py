@@ -157,6 +157,23 @@ class Sweep:
         )
         return torch.cat((row.expand(self.masks, -1), progress), dim=1)
 
+    def most(self) -> Int[Tensor, " masks"]:
+        """Returns the most channels that each mask may keep now; d_ff or more: any number."""
+        later = self.view.layers - self.layer - 1
+        return self.left + self.overdraft - later * self.min_width
+
+    def legal(self, keep: Bool[Tensor, "masks d_ff"]) -> Bool[Tensor, "masks d_ff"]:
+        """Returns the masks, those that break the budget's bounds changed as little as it takes:
+        the first dropped channels stay, or the last kept ones go.
+        """
+        width = keep.sum(1, keepdim=True)
+        least = torch.full_like(width, self.min_width)
+        missing, over = least - width, width - self.most().clamp(min=self.min_width)[:, None]
+        added = (~keep) & ((~keep).cumsum(1) <= missing)
+        kept_behind = width - keep.cumsum(1)
+        dropped = keep & (kept_behind < over)
+        return (keep | added) & ~dropped
+
     def play(
         self, keep: Bool[Tensor, "masks d_ff"]
     ) -> tuple[Float[Tensor, " masks"], dict[str, Float[Tensor, " masks"]]]:
@@ -170,9 +187,7 @@ class Sweep:
         """
         check_keep(keep, self.view.d_ff)
         width = keep.sum(1)
-        later = self.view.layers - self.layer - 1
-        most = self.left + self.overdraft - later * self.min_width
-        self._check_bounds(width, most)
+        self._check_bounds(width, self.most())
         terms = self.reward.layer(self.layer, keep)
         self.left -= width
         self.kept.append(keep)
