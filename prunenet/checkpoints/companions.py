@@ -76,7 +76,7 @@ def write_companions(
     if said is not None:
         fields = _merged(said, model.config)
     fields = {name: value for name, value in fields.items() if name not in _CODE}
-    fields = with_v4_fields(fields) | _auto_map(model)
+    fields = with_v4_fields(fields) | _needs_code(model)
     text = json.dumps(fields, indent=2, sort_keys=said is None) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     if source is not None:
@@ -147,11 +147,12 @@ def _as_json(config: PretrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def _auto_map(model: PreTrainedModel) -> dict[str, Any]:
-    """The `auto_map` of a model that needs code beside it."""
+def _needs_code(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a model that needs code beside it: `auto_map`, and what refuses stock code."""
     kind: type = type(model)
+    refused = {"attn_implementation": modeling.UNTRUSTED}
     if issubclass(kind, sliced_modeling.SlicedResiduals):
-        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{kind.__name__}"}}
+        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{kind.__name__}"}} | refused
     if not issubclass(kind, modeling.PerLayerWidths):
         return {}
     names = {"AutoModelForCausalLM": kind.__name__}
@@ -162,7 +163,7 @@ def _auto_map(model: PreTrainedModel) -> dict[str, Any]:
     for name, mapping in mappings.items():
         if type(model.config) in mapping:
             names[name] = modeling.PREFIX + mapping[type(model.config)].__name__
-    return {"auto_map": {name: f"modeling.{names[name]}" for name in sorted(names)}}
+    return {"auto_map": {name: f"modeling.{names[name]}" for name in sorted(names)}} | refused
 
 
 def _copy_generation(source: Path, folder: Path, model: PreTrainedModel) -> None:
