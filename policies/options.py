@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from prunenet.models.masks import check_ratio
+from prunenet.runtime.choices import check_ratio
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy

@@ -20,6 +20,7 @@ SHOWN = {
     "prune.py": ["kept at 0.5 means kept at 0.25: True", "same logits after a reload: True"],
     "custom_reward.py": ["after  0 updates", "after 30 updates"],
     "add_method.py": ["ours: 34,528 parameters", "random: 34,528 parameters"],
+    "ppo.py": ["KL to the dense model at 0.4", "random actions: ", "PPO: "],
     "add_family.py": ["'starcoder2' is not supported", "48 of 96 channels", "model: 0.0e+00"],
 }
 if not EXAMPLES.is_dir():
@@ -65,6 +66,11 @@ def test_training_on_a_reward_of_one_s_own_raises_it():
     rewards = [float(reward) for reward in re.findall(r": (\d\.\d+) of", printed)]
     # The first masks come from scores that are all alike; any step at all leaves those behind.
     assert rewards[-1] > rewards[1] + 0.01
+
+
+def test_a_stock_trainer_beats_random_actions():
+    random, trained = map(float, re.findall(r": (\d\.\d+)$", run_example("ppo.py"), re.MULTILINE))
+    assert trained < 0.7 * random
 
 
 def test_the_python_of_the_page_about_python_runs(tmp_path, monkeypatch):

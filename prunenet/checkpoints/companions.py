@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_clas
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.passing import passing_folder
 
 _CODE = ("auto_map", "custom_pipelines")
 """Fields that name code, which does not travel."""
@@ -76,7 +76,7 @@ def write_companions(
     if said is not None:
         fields = _merged(said, model.config)
     fields = {name: value for name, value in fields.items() if name not in _CODE}
-    fields = with_v4_fields(fields) | _auto_map(model)
+    fields = with_v4_fields(fields) | _needs_code(model)
     text = json.dumps(fields, indent=2, sort_keys=said is None) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     if source is not None:
@@ -147,11 +147,12 @@ def _as_json(config: PretrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def _auto_map(model: PreTrainedModel) -> dict[str, Any]:
-    """The `auto_map` of a model that needs code beside it."""
+def _needs_code(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a model that needs code beside it: `auto_map`, and what refuses stock code."""
     kind: type = type(model)
+    refused = {"attn_implementation": modeling.UNTRUSTED}
     if issubclass(kind, sliced_modeling.SlicedResiduals):
-        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{kind.__name__}"}}
+        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{kind.__name__}"}} | refused
     if not issubclass(kind, modeling.PerLayerWidths):
         return {}
     names = {"AutoModelForCausalLM": kind.__name__}
@@ -162,7 +163,7 @@ def _auto_map(model: PreTrainedModel) -> dict[str, Any]:
     for name, mapping in mappings.items():
         if type(model.config) in mapping:
             names[name] = modeling.PREFIX + mapping[type(model.config)].__name__
-    return {"auto_map": {name: f"modeling.{names[name]}" for name in sorted(names)}}
+    return {"auto_map": {name: f"modeling.{names[name]}" for name in sorted(names)}} | refused
 
 
 def _copy_generation(source: Path, folder: Path, model: PreTrainedModel) -> None:
@@ -216,6 +217,6 @@ def _as_saved(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     if (backend := getattr(twin, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
-    with tempfile.TemporaryDirectory() as name:
-        twin.save_pretrained(name)
-        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
+    with passing_folder() as folder:
+        twin.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from prunenet.checkpoints.shards import StoredTensor
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.passing import passing_folder
 
 # Tensors that older versions stored and newer ones compute: rotary frequencies, causal masks.
 _COMPUTED = re.compile(
@@ -69,9 +70,7 @@ def staged(files: ModelFiles, place: str | None = None) -> Iterator[Path]:
         files: of the model.
         place: a folder to make it in, and to leave it in; default one that is removed.
     """
-    passing = tempfile.TemporaryDirectory(prefix="prunenet-") if place is None else None
-    with passing or nullcontext(tempfile.mkdtemp(dir=place)) as name:
-        folder = Path(name)
+    with passing_folder() if place is None else nullcontext(Path(mkdtemp(dir=place))) as folder:
         _write(folder / CONFIG, files.fields)
         if files.generation is not None:
             _write(folder / GENERATION, files.generation)

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from jaxtyping import Bool
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -31,7 +31,8 @@ from prunenet.checkpoints.save import bytes_to_write, write_provenance
 from prunenet.checkpoints.shards import StoredTensor
 from prunenet.checkpoints.skeleton import skeleton_of
 from prunenet.checkpoints.sources import check_device, local_folder, open_checkpoint
-from prunenet.models.anatomy import FFN, Anatomy
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.groups import FFN, Slice
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import CheckpointError, expanded, new_folder
 
@@ -91,19 +92,14 @@ class StreamedCheckpoint:
             UnsupportedArchitecture: as `prunenet.models.anatomy.Anatomy.of`.
             CheckpointError: the file ends where it should not.
         """
-        layer = Anatomy.of(self.skeleton).layers[index]
-        row = layer.architecture
-        empty: list[tuple[nn.Module, str, nn.Parameter]] = []
-        try:
-            for path in (*row.input_linears, row.down, row.attention_out, *row.norms):
-                for module, name, parameter in _parameters(layer.module, path):
-                    empty.append((module, name, parameter))
-                    tensor = self.stored[f"{layer.path}.{path}.{name}"].whole()
-                    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-            return layer.read()
-        finally:
-            for module, name, parameter in empty:
-                setattr(module, name, parameter)
+        return Anatomy.of(self.skeleton).groups[index].read(self.tensor)
+
+    def tensor(self, where: Slice) -> Tensor:
+        """The tensor of a slice, a copy on the checkpoint's device."""
+        stored = self.stored[where.name]
+        return (
+            stored.whole() if where.expert is None else stored[where.expert : where.expert + 1][0]
+        )
 
     def embeddings(self) -> tuple[StoredTensor, StoredTensor | None]:
         """(input embeddings, output embeddings); the second is None where it is the first."""
@@ -159,7 +155,7 @@ def save_streamed(
 
     def rows(name: str) -> Iterator[Tensor]:
         nonlocal done
-        for piece in _cut_rows(source.stored[name], *cuts.get(name, (None, None))):
+        for piece in _cut_rows(source.stored[name], cuts.get(name, [])):
             yield piece
             done += piece.nbytes
             if progress is not None:
@@ -173,40 +169,37 @@ def save_streamed(
     return provenance
 
 
-def _parameters(layer: nn.Module, path: str) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """(module, name, parameter) of what stands at a path; nothing where nothing does."""
-    try:
-        module = layer.get_submodule(path)
-    except AttributeError:
-        return []
-    return [(module, name, parameter) for name, parameter in module.named_parameters(recurse=False)]
-
-
 def _cuts(
     skeleton: PreTrainedModel, keep: Sequence[Tensor]
-) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """(mask of rows, numbers of columns) that stay of each tensor that is not copied whole."""
-    cuts: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for layer, mask in zip(Anatomy.of(skeleton).layers, keep, strict=True):
+) -> dict[str, list[tuple[Slice, Tensor]]]:
+    """The slices of each tensor that is not copied whole, with the entries that stay of them."""
+    cuts: dict[str, list[tuple[Slice, Tensor]]] = {}
+    for group, mask in zip(Anatomy.of(skeleton).groups, keep, strict=True):
         kept = mask.nonzero().flatten()
-        for where in layer.channels():
-            if where.axis == 1:
-                cuts[f"{layer.path}.{where.path}.weight"] = (None, where.entries(kept, len(mask)))
-                continue
-            rows = mask.repeat(where.parts)
-            for name, _ in where.linear.named_parameters(recurse=False):
-                cuts[f"{layer.path}.{where.path}.{name}"] = (rows, None)
+        for where in group.slices:
+            found = (where, where.entries(kept, group.width))
+            cuts.setdefault(where.name, []).append(found)
     return cuts
 
 
-def _cut_rows(
-    tensor: StoredTensor, rows: Bool[Tensor, " n"] | None, columns: Int[Tensor, " width"] | None
-) -> Iterator[Tensor]:
+def _cut_rows(tensor: StoredTensor, cut: list[tuple[Slice, Tensor]]) -> Iterator[Tensor]:
     """What stays of a tensor, a slab at a time, on the CPU."""
-    for start, slab in replace(tensor, device=torch.device("cpu")).slabs():
-        if rows is not None:
-            slab = slab[rows[start : start + len(slab)]]
-        yield slab if columns is None else slab.index_select(1, columns)
+    tensor = replace(tensor, device=torch.device("cpu"))
+    if not cut:
+        yield from (slab for _, slab in tensor.slabs())
+    elif cut[0][0].expert is not None:
+        for number, (where, entries) in enumerate(cut):
+            yield tensor[number : number + 1].index_select(where.axis, entries)
+    else:
+        ((where, entries),) = cut
+        if where.axis == 0 and where.layout == "interleaved":
+            yield tensor.whole().index_select(0, entries)
+        for start, slab in tensor.slabs() if where.layout != "interleaved" else ():
+            if where.axis == 0:
+                inside = entries[(entries >= start) & (entries < start + len(slab))] - start
+                yield slab.index_select(0, inside)
+            else:
+                yield slab.index_select(where.axis, entries)
 
 
 def _verify(folder: Path, hashes: dict[str, str], tensors: dict[str, Tensor]) -> None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
+from prunenet.checkpoints.options import AUTO
 from prunenet.cli import tables
 from prunenet.cli.console import errors
 from prunenet.cli.options import Reading
-from prunenet.runtime.placement import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,6 @@ from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.inputs import Checkpoint, check_streamable, check_text, note_overflow, open_model
 from prunenet.cli.options import Calibration, Json, Model, Out, PolicyName, Reading
 from prunenet.policies.options import PruneOptions
-from prunenet.runtime import parallel
 
 
 def prune(
@@ -25,6 +24,7 @@ def prune(
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed
+        from prunenet.runtime import parallel
         from prunenet.runtime.files import check_absent, check_room
 
         measured = calibration.moments != "none"

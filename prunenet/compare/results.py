@@ -73,7 +73,7 @@ class _Some(_Any, total=False):
 
 
 class _Finished(_Any):
-    """A cell that has been measured."""
+    """A cell that has been measured: all that tables and figures read, and none of it missing."""
 
     model: str
     dtype: str
@@ -86,7 +86,10 @@ class _Finished(_Any):
     applied_regime: Regime
     parameters: Count
     perplexity: list[_Scored]
+    accuracy: float | None
+    tasks: list[_Task] | None
     seconds_pruning: float
+    seconds_calibration: float | None
 
 
 class Results:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prunenet.models.groups import Part, Pattern, Role
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -43,6 +45,10 @@ class Architecture:
             plain linears whose rows are head after head, read by code that asks them and not the
             configuration how many there are, with no norm over all heads together. () where that is
             not so.
+        found: patterns of channel groups where `up`, `gate` and `down` do not say it: experts,
+            layers without an FFN, several FFNs in a layer; `prunenet.models.discovery` finds them.
+        activation: name of the FFN's activation function in transformers; None: see
+            `prunenet.models.layers.activation`.
     """
 
     model_type: str
@@ -57,11 +63,35 @@ class Architecture:
     norm_offset: float = 0.0
     rotates: bool = False
     attention_in: tuple[str, ...] = ()
+    found: tuple[Pattern, ...] = ()
+    activation: str | None = None
 
     @property
     def input_linears(self) -> tuple[str, ...]:
         """Paths of the linears whose output is FFN channels."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer may get a width of its own, by `prunenet.models.modeling`."""
+        return not self.found
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Where the channel groups are."""
+        if self.found:
+            return self.found
+        role: Role = "gate_up" if self.fused else "up"
+        inputs = [(self.up, role)]
+        if self.gate is not None:
+            inputs = [(self.gate, "gate"), *inputs]
+        parts = [
+            Part(f"{self.layers}.*.{path}.{name}", role, 0, "concat" if self.fused else "plain")
+            for path, role in inputs
+            for name in ("weight", "bias")
+        ]
+        down = Part(f"{self.layers}.*.{self.down}.weight", "down", 1)
+        return (Pattern((*parts, down), self.width),)
 
 
 _BEFORE_FFN = ("pre_feedforward_layernorm",)
@@ -127,12 +157,13 @@ _EXPERT_FIELDS = (
 )
 
 
-def architecture_for(config: PretrainedConfig) -> Architecture:
+def architecture_for(config: PretrainedConfig, kind: type | None = None) -> Architecture:
     """The row for a model's configuration.
 
     Args:
         config: any transformers configuration; only `model_type` and the expert-count fields are
             read.
+        kind: class of the model, where there is one.
 
     Raises:
         UnsupportedArchitecture: no row for `config.model_type`, or the model is a mixture of

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from prunenet.models.anatomy import FFN as FFN
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.anatomy import check_whole as check_whole
 from prunenet.models.anatomy import decoder_layers as decoder_layers
 from prunenet.models.anatomy import plain_linear as plain_linear
+from prunenet.models.groups import FFN as FFN
 from prunenet.runtime.placement import parameters, present, ties
 
 
@@ -48,7 +48,7 @@ class Streamed(Protocol):
         ...
 
     def ffn(self, index: int) -> FFN:
-        """One layer's weights, a copy; whoever lets go of it frees the memory."""
+        """One group's weights, a copy; whoever lets go of it frees the memory."""
         ...
 
     def embeddings(self) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
@@ -67,7 +67,7 @@ def structure(model: Weights) -> PreTrainedModel:
 
 
 def ffn_at(model: Weights, index: int) -> FFN:
-    """The FFN of one layer.
+    """The FFN of one group of channels.
 
     Raises:
         UnsupportedArchitecture: see `Anatomy.of`; or the residual stream is sliced.
@@ -94,20 +94,26 @@ def embeddings(model: Weights) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]
 
 
 def iter_ffns(model: Weights) -> Iterator[FFN]:
-    """Yields the FFN of each decoder layer, first to last. Raises as `ffn_at`."""
+    """Yields the FFN of each group of channels, first to last: of each decoder layer, or of each of
+    its experts. Raises as `ffn_at`.
+    """
     anatomy = Anatomy.of(structure(model))
     anatomy.check_whole()
-    for index in range(len(anatomy.layers)):
+    for index in range(len(anatomy.groups)):
         yield anatomy.ffn(index) if isinstance(model, PreTrainedModel) else model.ffn(index)
 
 
 def ffn_widths(model: Weights) -> list[int]:
-    """Number of FFN channels of each layer. Raises as `Anatomy.of`."""
+    """Number of channels of each group. Raises as `Anatomy.of`."""
     return Anatomy.of(structure(model)).widths
 
 
 def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
-    """The linear d_ff -> d_model of each layer; its input is the activations h of the channels."""
+    """The linear d_ff -> d_model of each group; its input is the activations h of the channels.
+
+    Raises:
+        UnsupportedArchitecture: as `Anatomy.of` and `Anatomy.downs`.
+    """
     return Anatomy.of(model).downs
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.options import LoadOptions
+from prunenet.checkpoints.options import AUTO, LoadOptions
 from prunenet.checkpoints.provenance import Provenance, RecoveryStep
 from prunenet.checkpoints.records import (
     check_not_padded,
@@ -29,7 +29,6 @@ from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
-from prunenet.runtime.placement import AUTO
 from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
 
 Progress = Callable[[str, int, int], None]

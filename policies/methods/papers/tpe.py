@@ -226,7 +226,7 @@ def _opened(log: Path, header: Mapping[str, Any]) -> list[Trial]:
     header = json.loads(json.dumps(header))
     lines, rest = whole_lines(log)
     try:
-        saved: dict[str, Any] = header
+        saved: Mapping[str, Any] = header
         if lines or rest:
             saved = parse_json(lines[0] if lines else rest, _Header)["search"]
         trials = [_trial(line, header["space"]) for line in lines[1:]]
