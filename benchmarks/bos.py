@@ -171,8 +171,8 @@ def measured(
         "least_rank_correlation": min(correlations),
         "kept_alike": sum(alike) / len(alike),
         "cut": {bos: score(pruned(model, blocks[bos])) for bos in BOTH},
-        "test": test.name,
-        "calibration": external.name,
+        "test": Path(test.name).name,
+        "calibration": Path(external.name).name,
     }
 
 

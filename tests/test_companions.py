@@ -256,6 +256,7 @@ def by_peft(pruned: Path, out: Path) -> None:
     peft.get_peft_model(model, config).merge_and_unload().save_pretrained(out)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
 @pytest.mark.parametrize("tuned_by", [by_transformers, by_peft])
 def test_a_pruned_model_that_another_tool_has_tuned_is_padded_recovered_scored_and_cut_again(
     dense, pruned, tmp_path, tuned_by
