@@ -287,7 +287,7 @@ def _compared(path: Path) -> Any:
 
 def _objects(path: Path) -> Any:
     """The objects of JSON lines; of a comparison, without one that is cut off."""
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() or path.stem != "lines" else b""
     if path.stem == "lines":
         content = content[: content.rfind(b"\n") + 1]
     rows = [json.loads(line) for line in content.splitlines() if line.strip()]
