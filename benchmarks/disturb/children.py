@@ -5,6 +5,7 @@ A fork costs milliseconds where the imports of a new process cost nine seconds o
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -222,6 +223,8 @@ def preload(end: Ended) -> None:
     for name in end.told["modules"]:
         with suppress(Exception):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all pages
 
 
 def outcome(what: str, faults: Sequence[tuple[str, str]]) -> Outcome:

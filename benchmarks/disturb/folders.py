@@ -19,9 +19,8 @@ from pathlib import Path
 
 from .children import outcome, ran
 from .commands import Yard, snapshot
-from .fuzz import Guard
+from .fuzz import Guard, allowed
 from .kinds import Kind, Outcome
-from .targets import libraries
 
 Change = Callable[[Path], object]
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -59,7 +58,7 @@ def _pruned(
     ends = []
     for out, more in (("out", ()), ("streamed", ("--stream",))):
         argv = (*_ASKED, out, *more)
-        ends.append(ran(argv, place, yard.home / "spool", allowed=partial(_allowed, place)))
+        ends.append(ran(argv, place, yard.home / "spool", allowed=partial(allowed, place)))
     faults = [fault for end in ends for fault in end.faults()] + guard.seen()
     os.close(guard.notes)
     if {end.code for end in ends} - {0, 1}:
@@ -72,11 +71,6 @@ def _pruned(
             faults.append(("different", "in memory and streamed"))
     seen = [(fault, f"{name}: {text}") for fault, text in faults]
     return outcome("pruned" if not ends[0].code else "clean", seen)
-
-
-def _allowed(place: Path, path: str) -> bool:
-    inside = path.startswith(f"{place}/") and not path.startswith(f"{place}/secret")
-    return inside or path.startswith(libraries()) or path == str(place)
 
 
 def hostile() -> dict[str, Change]:

@@ -84,9 +84,16 @@ class Reader:
         finally:
             _put_back(self.target.file, before)
 
+    def close(self) -> None:
+        """End the fork."""
+        if self.pid:
+            self.asks.close()
+            self.answers.close()
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
     def _asked(self, how: str) -> Outcome:
         self.asks.write(b"x")
-        self.asks.flush()
         heard, _, _ = select.select([self.answers], [], [], SECONDS)
         said = self.answers.readline() if heard else b""
         if said:
@@ -96,6 +103,8 @@ class Reader:
             os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
+        self.asks.close()
+        self.answers.close()
         if not heard:
             return Outcome("hang", (("hang", how),))
         died = self.root.parent / "died"
@@ -118,7 +127,7 @@ class Reader:
                 os._exit(70)
         os.close(ask)
         os.close(answered)
-        self.asks, self.answers = open(asked, "wb"), open(answer, "rb")
+        self.asks, self.answers = open(asked, "wb", 0), open(answer, "rb")
         begun = self.answers.readline()
         assert begun, (self.root.parent / "died").read_text()
 
@@ -180,8 +189,7 @@ class Guard:
         if event != "open" or not isinstance(values[0], str | bytes | os.PathLike):
             return
         path = os.path.realpath(os.fsdecode(values[0]))
-        inside = path.startswith(f"{self.root}/") and not path.startswith(f"{self.root}/secret")
-        if not inside and not path.startswith(libraries()):
+        if not allowed(self.root, path):
             self.outside.append(path)
 
     def seen(self) -> list[tuple[str, str]]:
@@ -198,6 +206,13 @@ class Guard:
             canary.unlink()
             faults.append(("execution", "the canary"))
         return faults
+
+
+def allowed(root: Path, path: str) -> bool:
+    """Whether a process that works in a folder may open a file: one of it, or of a library."""
+    if path == str(root) or path.startswith(f"{root}/"):
+        return not path.startswith(f"{root}/secret")
+    return path.startswith(libraries())
 
 
 def _put_back(path: Path, content: bytes) -> None:

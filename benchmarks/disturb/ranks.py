@@ -1,6 +1,6 @@
-"""Jobs of two processes under torchrun's agent, one of them killed; then the same job again.
+"""Jobs of two processes under torchrun, one of them killed; then the same job again.
 
-The agent is torchrun's own (`torch.distributed.launcher`), with forks in place of new interpreters.
+Each starts three interpreters that import torch: ten times the price of other attempts.
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from .children import Child, Ended, lived, outcome
+from .children import outcome
 from .commands import Reference, Yard, judged, torn
 from .kinds import Kind, Outcome
 
 _SHARED = ("prune self", "train", "compare", "recover")
+_SECONDS, _AFTER = 400.0, 120.0
+"""Until a job is taken to hang: from its start, and from the death of a rank."""
 
 
 def kinds(yard: Yard) -> Iterator[Kind]:
@@ -29,85 +32,75 @@ def kinds(yard: Yard) -> Iterator[Kind]:
 
 
 def _killed(yard: Yard, reference: Reference, _: int, draw: random.Random) -> Outcome:
-    rank, moment = draw.randrange(2), draw.uniform(0, 2.5 * reference.seconds)
-    sent = draw.choice((signal.SIGKILL, signal.SIGTERM))
+    rank, moment = draw.randrange(2), draw.uniform(0, 3 * reference.seconds)
     argv = reference.command.argv
     with yard.copy(reference) as place:
-        first = _job(argv, place, yard.home / "spool", (rank, sent, moment))
-        faults = _said(first) + torn(place, reference)
-        second = _job(argv, place, yard.home / "spool", None)
-        if second.code and "--resume" in second.err:
-            second = _job((*argv, "--resume"), place, yard.home / "spool", None)
-        faults += _said(second) + judged(place, reference)
-        if second.code and "exists already" not in second.err:
-            faults.append(("stuck", second.err[-300:]))
-        return outcome("finished before" if not first.code else f"rank {rank} {sent.name}", faults)
-
-
-def _said(end: Ended) -> list[tuple[str, str]]:
-    """Tracebacks and hangs of ranks; what the agent says of its own is not ours."""
-    return [fault for fault in end.faults() if fault[0] in ("traceback", "hang")]
+        code, faults = _job(argv, place, (rank, moment))
+        faults += torn(place, reference)
+        second, wrong = _job(argv, place, None)
+        if second and (place / "out").exists() and reference.command.name in ("train", "recover"):
+            second, wrong = _job((*argv, "--resume"), place, None)
+        faults += wrong + judged(place, reference)
+        if second and not (place / "out" / "config.json").exists():
+            faults.append(("stuck", (place.parent / "job").read_text()[-300:]))
+        return outcome(f"rank {rank} killed" if code else "finished before", faults)
 
 
 def _job(
-    argv: Sequence[str], place: Path, spool: Path, kill: tuple[int, int, float] | None
-) -> Ended:
-    """A job, to its end; its code is 0 where every rank's is."""
-    spool.mkdir(exist_ok=True)
-    for name in ("out", "err", "told"):
-        (spool / name).unlink(missing_ok=True)
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if not pid:
+    argv: Sequence[str], place: Path, kill: tuple[int, float] | None
+) -> tuple[int, list[tuple[str, str]]]:
+    """A job to its end: its exit code, and its faults; what torchrun says of its own is not ours.
+
+    Args:
+        argv: of prunenet.
+        place: its current folder.
+        kill: (rank, seconds after its interpreter has begun its command).
+    """
+    (place / "tmp").mkdir(exist_ok=True)
+    places = {"PRUNENET_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp")}
+    run = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    with (place.parent / "job").open("w+") as said:
+        job = subprocess.Popen(
+            [sys.executable, *run, "-m", "prunenet", *argv],
+            cwd=place,
+            env=os.environ | places | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        late = _SECONDS
+        if kill is not None and (pid := _pid_of(job, kill[0], place)):
+            time.sleep(kill[1])
+            os.kill(pid, signal.SIGKILL)
+            late = _AFTER
         try:
-            os.setpgid(0, 0)
-            code = _agent(argv, place, spool, tell, kill)
-        except BaseException:
-            code = 1
-        finally:
-            os._exit(code)
-    os.close(tell)
-    return Child(pid, ready, spool).wait()
+            job.wait(late)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            return job.wait(), [("hang", f"no end in {late:.0f} seconds")]
+        text = (place.parent / "job").read_text()
+    ours = "Traceback (most" in text and "/prunenet/" in text
+    return job.returncode, [("traceback", text[-600:])] if ours else []
 
 
-def _agent(
-    argv: Sequence[str],
-    place: Path,
-    spool: Path,
-    tell: int,
-    kill: tuple[int, int, float] | None,
-) -> int:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    quiet = os.open(os.devnull, os.O_RDWR)
-    for number in (1, 2):
-        os.dup2(quiet, number)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",
-    )
-    try:
-        elastic_launch(config, _rank)(list(argv), str(place), str(spool), tell, kill)
-    except ChildFailedError:
-        return 1
-    return 0
+def _pid_of(job: subprocess.Popen[bytes], rank: int, place: Path) -> int | None:
+    """The process of a rank, once it holds the output's lock, or a while after its start."""
+    end = time.monotonic() + _SECONDS
+    while job.poll() is None and time.monotonic() < end:
+        found = _children(job.pid, rank)
+        if found and any(place.glob(".*.lock")):  # rank 0 is at work, and has met the other
+            return found
+        time.sleep(0.1)
+    return None
 
 
-def _rank(
-    argv: list[str], place: str, spool: str, tell: int, kill: tuple[int, int, float] | None
-) -> None:
-    if kill is not None and int(os.environ["RANK"]) == kill[0]:
-        threading.Thread(target=_end, args=kill[1:], daemon=True).start()
-    os._exit(lived(argv, Path(place), Path(spool), tell))
-
-
-def _end(sent: int, moment: float) -> None:
-    time.sleep(moment)
-    os.kill(os.getpid(), sent)
+def _children(parent: int, rank: int) -> int | None:
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) != parent:
+                continue
+            if f"\0RANK={rank}\0".encode() in b"\0" + (path / "environ").read_bytes():
+                return int(path.name)
+        except OSError:
+            continue
+    return None

@@ -124,7 +124,12 @@ def made(root: Path) -> list[Target]:
             lambda: _ids(AutoTokenizer.from_pretrained(dense, trust_remote_code=False)),
         ),
         Target("provenance", cut / "prunenet.json", lambda: _recorded(cut), lambda: _plain(cut)),
-        Target("masks", masks, lambda: [m.tolist() for m in find_masks(cut)[0] or ()]),
+        Target(
+            "masks",
+            masks,
+            lambda: [m.tolist() for m in find_masks(cut)[0] or ()],
+            lambda: None if masks.exists() else [],
+        ),
         Target(
             "policy",
             policy / "config.json",
@@ -281,7 +286,11 @@ def _compared(path: Path) -> Any:
 
 
 def _objects(path: Path) -> Any:
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The objects of JSON lines; of a comparison, without one that is cut off."""
+    content = path.read_bytes() if path.exists() or path.stem != "lines" else b""
+    if path.stem == "lines":
+        content = content[: content.rfind(b"\n") + 1]
+    rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     return _by_cell(rows) if path.stem == "lines" else rows
 
 
@@ -296,7 +305,7 @@ def _drawn(path: Path, out: Path) -> Any:
 
 
 def _asked(path: Path) -> Any:
-    return [dict(row) for row in read_task("arc_easy", path)]
+    return list(read_task("arc_easy", path)[0])
 
 
 def _characters(path: Path) -> str:

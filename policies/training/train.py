@@ -330,7 +330,7 @@ def check_run(folder: Path, resume: bool) -> Path:
         raise PolicyError(f"nothing to resume in {folder}: it holds no run; start a new one")
     if not resume and ((folder / "config.json").exists() or unfinished(folder)):
         raise PolicyError(
-            f"{folder} holds a policy or an unfinished run; resume it, or give another folder"
+            f"{folder} holds a policy or an unfinished run; say `resume`, or give another folder"
         )
     check_home(folder)
     return folder

@@ -36,6 +36,9 @@ from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.json_files import read_json, shown
 from prunenet.runtime.placement import parameters, tensor_of
 
+_TOKENIZER_SIZE = 2**28
+"""Largest file, in bytes; those of a quarter of a million tokens have 35 MB."""
+
 
 def load_model(
     source: str | Path, *, dtype: str = "auto", device: str = "cpu", max_memory: str | None = None
@@ -129,7 +132,15 @@ def _lacks_sentencepiece(folder: Path) -> bool:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raises CheckpointError where a tokenizer's configuration names files elsewhere."""
+    """Raises CheckpointError for files that no tokenizer fills, or a configuration that names
+    files elsewhere.
+    """
+    for path in tokenizer_files(folder):
+        if (size := path.stat().st_size) > _TOKENIZER_SIZE:
+            raise CheckpointError(
+                f"{path} is damaged: it has {size:,} bytes, more than {_TOKENIZER_SIZE:,}; fetch it"
+                " again"
+            )
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return

@@ -22,7 +22,7 @@ UNRECORDED = "unrecorded"
 """Policy of a model whose record was lost: saved by another tool after it was pruned."""
 _OF_GROUPS = ("dense_groups", "groups")
 _OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
-_Widths = tuple[Positive, ...]
+_Widths = tuple[Annotated[int, Within(1, 2**24)], ...]  # masks of so many entries are made
 
 
 class How(TypedDict, total=False):

@@ -16,6 +16,8 @@ from prunenet.runtime.json_files import Count, JsonError, Positive, Within, conv
 
 Line = dict[str, Any]
 _START = b'{"cell": "'
+_SIZE = 2**30
+"""Largest file, in bytes: several hundred thousand lines."""
 
 
 class _Text(TypedDict):
@@ -177,7 +179,14 @@ class Results:
         """Takes over the lines of the file. Whether it is whole: holds all lines, and no part of
         one.
         """
-        content = self.path.read_bytes() if self.path.exists() else b""
+        found = self.path.exists()
+        if found and self.path.stat().st_size > _SIZE:
+            size = self.path.stat().st_size
+            raise ValueError(
+                f"{self.path} is no file of 'prunenet compare': it has {size:,} bytes, more than"
+                f" {_SIZE:,}; give another `out`"
+            )
+        content = self.path.read_bytes() if found else b""
         whole, _, rest = content.rpartition(b"\n")
         # it is going to be dropped: only if it is ours
         if rest and not rest.startswith(_START[: len(rest)]):

@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from prunenet.runtime.locks import Busy, hold, lock_descriptor, remove_unlocked
+from prunenet.runtime.passing import remove_tree
 from prunenet.runtime.paths import CheckpointError as CheckpointError
 from prunenet.runtime.paths import cache_folder as cache_folder
 from prunenet.runtime.paths import check_absent as check_absent
@@ -87,7 +88,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
                 _settle(folder)
                 folder.rename(real)
             finally:
-                shutil.rmtree(hidden, ignore_errors=True)
+                remove_tree(hidden)
             _sync(real.parent)
     except Exception as error:
         if _is_full(error):

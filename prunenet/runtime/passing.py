@@ -34,8 +34,17 @@ def passing_folder(home: Path | None = None) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder as far as the disk lets; a signal to end that comes meanwhile waits for it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # raised once, see `prunenet.cli.signals`
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _locked(home: Path) -> tuple[Path, int]:
