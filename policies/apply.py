@@ -26,13 +26,10 @@ from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
-from prunenet.models.layers import Weights, count_parameters, ffn_widths, iter_ffns, structure
-from prunenet.models.masks import (
-    ratio_for_parameters,
-    top_channels,
-    width_at,
-    widths_for_budget,
-)
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.layers import Weights, count_parameters, iter_ffns, structure
+from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
+from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
@@ -202,8 +199,15 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
         total, _ = count_parameters(skeleton)
         costs, d_ff = [f.channel_parameters for f in ffns], [f.d_ff for f in ffns]
         ratio = ratio_for_parameters(options.params, total, costs, d_ff)
-    for width in set(ffn_widths(model)):
-        width_at(width, ratio, options.round_to)
+    anatomy = Anatomy.of(structure(model))
+    widths = anatomy.uniform_widths(ratio, options.round_to)
+    if not anatomy.architecture.per_layer:
+        if options.widths == "per-layer":
+            raise ValueError(
+                f"a {type(anatomy.model).__name__} has one configuration field for the widths of"
+                " all layers; give uniform `widths`"
+            )
+        check_stock(anatomy, widths)
     return ratio
 
 
@@ -253,9 +257,9 @@ def allocations(
         options: widths and rounding.
         offsets: the policy's log-odds of this model's layers, where they are known already.
     """
-    d_ff, round_to = ffn_widths(model), options.round_to
-    uniform = [width_at(width, ratio, round_to) for width in d_ff]
-    if policy is None or options.widths == "uniform":
+    anatomy, round_to = Anatomy.of(structure(model)), options.round_to
+    d_ff, uniform = anatomy.widths, anatomy.uniform_widths(ratio, round_to)
+    if policy is None or options.widths == "uniform" or not anatomy.architecture.per_layer:
         return {"uniform": uniform}
     if offsets is None:
         offsets = policy.offsets(model)

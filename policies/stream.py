@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.checkpoints.offload import SHARD
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint, save_streamed
-from prunenet.models.layers import iter_ffns
-from prunenet.models.masks import width_at
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import (
     Progress,
@@ -85,10 +84,11 @@ def prune_streamed(
 
 def _bytes_left(dense: PreTrainedModel, ratio: float, round_to: int) -> int:
     """Of a model's parameters once `ratio` of its channels are removed."""
-    ffns = list(iter_ffns(dense))
-    widths = [width_at(ffn.d_ff, ratio, round_to) for ffn in ffns]
+    anatomy = Anatomy.of(dense)
+    widths = anatomy.uniform_widths(ratio, round_to)
     gone = sum(
-        (ffn.d_ff - width) * ffn.channel_parameters for ffn, width in zip(ffns, widths, strict=True)
+        (group.width - width) * group.channel_parameters
+        for group, width in zip(anatomy.groups, widths, strict=True)
     )
     return (
         sum(parameter.numel() for parameter in dense.parameters()) - gone

@@ -51,8 +51,11 @@ TOKENIZER_FILES = (
     "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
-"""Every file of a tokenizer that is copied; none of them is code."""
+"""Every file of a tokenizer, or of what makes images into tokens, that is copied; none is code."""
 _CODE = ("auto_map", "custom_pipelines")
 """Fields that name code, which does not travel."""
 _READ_ANEW = {"transformers_version", "_name_or_path"}
@@ -149,7 +152,7 @@ def _merged(said: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
         aliases = [alias for alias, own in config.attribute_map.items() if own == name]
         for alias in (*aliases, *(ROPE_FIELDS if name == "rope_parameters" else ())):
             fields.pop(alias, None)
-        fields[name] = after.get(name)
+        fields[name] = _changed(fields.get(name), before.get(name), after.get(name))
         if name not in after:
             del fields[name]
     if "dtype" in changed and "torch_dtype" in said:
@@ -157,6 +160,20 @@ def _merged(said: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
         if "dtype" not in said:
             del fields["dtype"]
     return fields
+
+
+def _changed(said: Any, before: Any, after: Any) -> Any:
+    """What a part of a composite configuration said, with the fields that changed."""
+    if not all(isinstance(part, dict) for part in (said, before, after)):
+        return after
+    changed = {k: v for k, v in after.items() if k not in before or before[k] != v}
+    gone = before.keys() - after.keys()
+    kept = {k: v for k, v in said.items() if k not in gone}
+    return kept | {
+        k: _changed(kept.get(k), before.get(k), v)
+        for k, v in changed.items()
+        if k not in _READ_ANEW
+    }
 
 
 def _as_json(config: PretrainedConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from prunenet.checkpoints.shards import write_shard
+from prunenet.models.layers import probe_tokens
 from prunenet.runtime.files import CheckpointError, cache_folder
 from prunenet.runtime.placement import compute_on, device_map, home, parameters, tensor_of, ties
 
@@ -56,7 +57,7 @@ def check_reread(model: PreTrainedModel, read: Read) -> None:
     for name, _ in parameters(model):
         if not torch.equal(tensor_of(fresh, name), tensor_of(model, name)):
             raise CheckpointError(f"the model was not saved: tensor {name} differs after a reload")
-    ids = ((torch.arange(24, device=home(model)) * 7919 + 11) % model.config.vocab_size).view(2, 12)
+    ids = probe_tokens(model, home(model))
     first, second = (
         m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (model, fresh)
     )

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,6 +30,8 @@ from prunenet.checkpoints.contents import CONFIG, GENERATION, INDEX, ModelFiles
 from prunenet.checkpoints.shards import StoredTensor
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
+from prunenet.models.known import class_of
+from prunenet.models.text_part import config_for
 from prunenet.runtime.files import CheckpointError
 
 # Tensors that older versions stored and newer ones compute: rotary frequencies, causal masks.
@@ -92,7 +93,8 @@ def config_and_class(files: ModelFiles) -> tuple[PretrainedConfig, Any]:
     """
     with loading(files.folder), staged(files) as folder:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind: Any = class_of(config.model_type, files.fields.get("architectures"))
+        config = config_for(kind, config)
         if hasattr(config, modeling.FFN) or hasattr(config, modeling.HEADS):
             kind = getattr(modeling, modeling.PREFIX + kind.__name__)
         elif hasattr(config, "residual_widths"):

@@ -128,7 +128,10 @@ def uniform_widths(
     for same in tied(groups):
         least = min(group.width for group in same)
         shares = [Fraction(group.width, least) for group in same]
-        step = math.lcm(round_to, *(share.denominator for share in shares))
+        units = (Fraction(group.step) / share for group, share in zip(same, shares, strict=True))
+        step = math.lcm(
+            round_to, *(unit.numerator for unit in units), *(share.denominator for share in shares)
+        )
         width = width_at(least, ratio, step if step <= least else round_to)
         for group, share in zip(same, shares, strict=True):
             widths[group.number] = int(share * width)
