@@ -61,6 +61,9 @@ _MISSING = {
     "n_shared_experts": 2,
     "num_experts_per_tok": 2,
     "pad_token_id": 0,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 2,
+    "indexer_head_dim": 8,
 }
 _VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -68,6 +71,7 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
     {"rope.mrope_section": [1, 1, 0]},
     {"rope.partial_rotary_factor": 1.0},
     {"num_key_value_heads": 4},
+    {"sliding_window": 16},
     {"head_dim": 16},
     {"qk_head_dim": 16, "head_dim": 16, "num_key_value_heads": 4},
     {"n_group": 1, "topk_group": 1, "num_expert_group": 1},
@@ -82,6 +86,7 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
     },
 )
 _OWN: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_head": 16},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "xmod": {"default_language": "en_XX"},
@@ -244,6 +249,8 @@ def _tiny(
     if isinstance(fields.get("rope_parameters"), dict):
         added = {k[5:]: v for k, v in variant.items() if k.startswith("rope.")}
         made["rope_parameters"] = _rope(fields["rope_parameters"]) | added
+    if fields.get("num_key_value_heads") == fields.get("num_attention_heads"):
+        made["num_key_value_heads"] = made.get("num_attention_heads")
     made |= {name: value for name, value in variant.items() if name in fields}
     made |= _OWN.get(config.model_type, {})
     kept = set(getattr(type(config), "sub_configs", {}))
