@@ -339,7 +339,7 @@ def test_an_unknown_model_type_is_refused_before_its_weights_are_read(spoilt) ->
     edit(spoilt, model_type="gpt_next")
     (spoilt / "model.safetensors").unlink()
     with pytest.raises(
-        UnsupportedArchitecture, match="'gpt_next' is not supported: .* by hand: falcon"
+        UnsupportedArchitecture, match=r"'gpt_next' is not supported: .* by hand: falcon"
     ):
         load_model(spoilt)
 

@@ -20,7 +20,11 @@ SHOWN = {
     "prune.py": ["kept at 0.5 means kept at 0.25: True", "same logits after a reload: True"],
     "custom_reward.py": ["after  0 updates", "after 30 updates"],
     "add_method.py": ["ours: 34,528 parameters", "random: 34,528 parameters"],
-    "add_family.py": ["discovered: model.layers.*.mlp.c_proj.weight", "48 of 96 channels", "model: 0.0e+00"],
+    "add_family.py": [
+        "discovered: model.layers.*.mlp.c_proj.weight",
+        "48 of 96 channels",
+        "model: 0.0e+00",
+    ],
 }
 if not EXAMPLES.is_dir():
     pytest.skip("the wheel is tested without examples and docs", allow_module_level=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from prunenet.checkpoints.converted import origins, part_of
 from prunenet.checkpoints.shards import write_shard
 from prunenet.models.layers import probe_tokens
 from prunenet.runtime.files import CheckpointError, cache_folder
@@ -112,12 +113,15 @@ def write_model(
         # that a placed model's weights must fit in memory: there are none
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, state_dict={})
+    split = origins(model, state)
+
+    def rows_of(name: str) -> Iterable[Tensor]:
+        if id(tensors[name]) in name_of:
+            return rows(name_of[id(tensors[name])])
+        return (part_of(model, split[name], name, rows),)
+
     hashes = {
-        file: write_shard(
-            folder / file,
-            {name: tensors[name] for name in names},
-            lambda name: rows(name_of[id(tensors[name])]),
-        )
+        file: write_shard(folder / file, {name: tensors[name] for name in names}, rows_of)
         for file, names in plan.filename_to_tensors.items()
     }
     if plan.is_sharded:
