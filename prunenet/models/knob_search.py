@@ -124,7 +124,8 @@ def _related(value: int, width: int) -> bool:
 
 
 def _own(path: str) -> str:
-    return path.rpartition(".")[2]
+    """Name of the field at a path, without its place in a list."""
+    return re.sub(r"(\.\d+)+$", "", path).rpartition(".")[2]
 
 
 def _is_number(value: Any) -> bool:
@@ -151,6 +152,8 @@ def _fields(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             inner.append((name, value))
         else:
             yield f"{prefix}{name}", value
+            if isinstance(value, list | tuple) and all(map(_is_number, value)) and len(value) < 4:
+                yield from ((f"{prefix}{name}.{i}", entry) for i, entry in enumerate(value))
     for name, value in sorted(inner, key=lambda pair: "text" not in pair[0]):
         yield from _fields(value, f"{prefix}{name}.")
 

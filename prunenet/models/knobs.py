@@ -30,8 +30,8 @@ def field_of(config: Any, path: str) -> Any:
         AttributeError, KeyError: there is none.
     """
     for name in path.split("."):
-        if isinstance(config, dict):
-            config = config[name]
+        if isinstance(config, dict | list | tuple):
+            config = config[name if isinstance(config, dict) else int(name)]
             continue
         # transformers refuses to say a field that differs between layers; what it holds is global
         own = getattr(type(config), "attribute_map", {}).get(name, name)
@@ -43,7 +43,10 @@ def set_field(config: Any, path: str, value: Any) -> None:
     """Sets the value at a dotted path of a configuration."""
     parent, _, name = path.rpartition(".")
     holder = field_of(config, parent) if parent else config
-    if isinstance(holder, dict):
+    if isinstance(holder, list | tuple):
+        made = [value if place == int(name) else own for place, own in enumerate(holder)]
+        set_field(config, parent, type(holder)(made))
+    elif isinstance(holder, dict):
         holder[name] = value
     else:
         setattr(holder, name, value)

@@ -1,12 +1,16 @@
-"""Which model types are known: rows by hand, and discoveries, cached for each version of
-transformers in `PRUNENET_CACHE/architectures`.
+"""Which model types are known: rows by hand, and discoveries.
+
+Discoveries of all types of one version of transformers ship with the package. Others are cached in
+`PRUNENET_CACHE/architectures`, by type, class and version.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -24,6 +28,8 @@ from prunenet.runtime.paths import cache_folder
 _MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 RULES = 1
 """Version of the rules of discovery; raise it when they change, so that nothing cached is used."""
+SHIPPED = Path(__file__).with_name("known_types.json")
+"""Written by `benchmarks/coverage.py`."""
 
 
 def class_names(model_type: str) -> tuple[str, ...]:
@@ -58,14 +64,16 @@ def all_types() -> list[str]:
 
 @cache
 def discovered(model_type: str, kind: type[PreTrainedModel]) -> Discovery:
-    """Returns what is known of a class without a row: from the cache, or found now in some seconds.
+    """Returns what is known of a class without a row: what ships with the package for this version
+    of transformers, from the cache, or found now in some seconds.
 
     Args:
         model_type: `config.model_type`.
         kind: class of the model.
     """
-    name = f"{model_type}-{kind.__name__}-{transformers.__version__}-{RULES}.json"
-    path = cache_folder() / "architectures" / name
+    if (shipped := _shipped().get(f"{model_type} {kind.__name__}")) is not None:
+        return shipped
+    path = _folder() / f"{model_type} {kind.__name__}.json"
     try:
         found: Discovery = read_json(path, Discovery, remedy="remove it")
     except (FileNotFoundError, ValueError):  # a damaged cache is made again
@@ -76,3 +84,36 @@ def discovered(model_type: str, kind: type[PreTrainedModel]) -> Discovery:
         except (OSError, CheckpointError):  # a cache that cannot be written is done without
             pass
     return found
+
+
+def recorded() -> list[tuple[str, str, Discovery]]:
+    """Returns (type, name of the class, what is known) of all discoveries that are at hand."""
+    found = dict(_shipped())
+    for path in sorted(_folder().glob("* *.json")):
+        with suppress(OSError, ValueError):
+            found[path.stem] = read_json(path, Discovery, remedy="remove it")
+    return [(*name.split(" ", 1), known) for name, known in found.items()]  # type: ignore[misc]
+
+
+@cache
+def _shipped() -> dict[str, Discovery]:
+    """What was discovered of all types in one version of transformers; nothing in another."""
+    try:
+        found: _Shipped = read_json(SHIPPED, _Shipped, remedy="install prunenet again")
+    except FileNotFoundError:
+        return {}
+    same = (found.transformers, found.rules) == (transformers.__version__, RULES)
+    return dict(found.types) if same else {}
+
+
+def _folder() -> Path:
+    return cache_folder() / "architectures" / f"{transformers.__version__}-{RULES}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shipped:
+    """The file `SHIPPED`: discoveries by type and class, a blank between."""
+
+    transformers: str
+    rules: int
+    types: dict[str, Discovery]

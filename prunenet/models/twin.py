@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from prunenet.models.text_part import config_for
 
 D_MODEL, LAYERS, VOCABULARY = 32, 4, 128
-_LARGEST = 20_000_000  # parameters: a size that no rule here has made small
+_LARGEST = 120_000_000  # parameters: a size that no rule here has made small
 _TEXT = (3, 60)  # token ids of text; those of images and the like are set above
 _WIDTHS = (40, 56, 88, 104, 136, 152, 184, 232, 248, 296)
 
@@ -64,6 +64,9 @@ _MISSING = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 2,
     "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "video_temporal_patch_size": 2,
 }
 _VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -104,6 +107,9 @@ _WIDTH = re.compile(
     r"intermediate|ffn_(hidden_)?(dim|size)|n_inner|d_ff|dim_ff|^dff$|mlp_(dim|hidden)|inner_dim"
     r"|feed_?forward|ffn_hidden|ffn_size|moe_.*_size|expert_(dim|size)|^ffn_dim$|expert_hidden"
 )
+_PLACES = re.compile(
+    r"feature_layers?$|deepstack\w*ind|out_indices|vit_layers"
+)  # of a tower's layers
 _TOKEN = re.compile(r"(_token_(id|index)|(?<!per)_token|_id)$")
 
 
@@ -271,6 +277,10 @@ def _small(
         if _WIDTH.search(name):
             return [next(widths)] * len(chosen)
         return chosen
+    if isinstance(value, list | tuple) and value and all(type(n) is int for n in value):
+        if _WIDTH.search(name):
+            return [next(widths) for _ in value]
+        return [1] if _PLACES.search(name) else None
     if value is None:
         return _MISSING.get(name)
     if isinstance(value, bool) or not isinstance(value, int):
