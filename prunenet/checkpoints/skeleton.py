@@ -101,6 +101,7 @@ def config_and_class(files: ModelFiles) -> tuple[PretrainedConfig, Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind: Any = class_of(config.model_type, files.fields.get("architectures"))
         config = config_for(kind, config)
+        vars(config).pop("quantization_config", None)
         if hasattr(config, modeling.FFN) or hasattr(config, modeling.HEADS):
             kind = getattr(modeling, modeling.PREFIX + kind.__name__)
         elif hasattr(config, "residual_widths"):
@@ -140,14 +141,16 @@ def skeleton_of(files: ModelFiles, dtype: str = "auto") -> Skeleton:
                 token=None,
             )
     assert isinstance(model, PreTrainedModel)
-    return Skeleton(config, kind, model, _located(model, files))
+    # what is dequantised when it is loaded has other names in the files
+    return Skeleton(config, kind, model, {} if files.quantised else _located(model, files))
 
 
 def _stored_dtype(files: ModelFiles, stated: torch.dtype | str | None) -> torch.dtype:
     """The dtype that config.json states, but for one that is wider than anything in the files:
     float32 beside bfloat16 weights would double a checkpoint and add nothing to it.
     """
-    floats = [t.stored for t in files.stored.values() if t.stored.is_floating_point]
+    stored = (tensor.stored for tensor in files.stored.values())
+    floats = [dtype for dtype in stored if dtype.is_floating_point and dtype.itemsize > 1]
     widest = max(floats, key=lambda dtype: dtype.itemsize, default=torch.float32)
     if stated is None:
         return floats[0] if floats else widest

@@ -72,6 +72,11 @@ class StreamedCheckpoint:
         files = open_checkpoint(source, dtype)
         check_device(device)
         skeleton = skeleton_of(files, dtype)
+        if files.quantised:
+            raise CheckpointError(
+                f"{files.folder} is stored as {files.quantised['quant_method']}, which is"
+                " dequantised in memory and cannot be streamed"
+            )
         if local_folder(source) is None:  # what provenance records
             config = skeleton.model.config
             config._name_or_path, config._commit_hash = str(source), files.folder.name

@@ -26,6 +26,7 @@ from prunenet.models.heads import GROUPS, group_counts, state_counts
 from prunenet.models.hooks import zeroing
 from prunenet.models.knobs import restate, tied
 from prunenet.models.masks import check_keep
+from prunenet.models.rebuilt import forget_quantisation
 from prunenet.runtime.placement import derive, device_of, shared_copy
 
 
@@ -205,6 +206,10 @@ def set_widths(
     # How transformers renamed tensors when it read them for the dense class: per-layer classes are
     # saved and read as they are.
     model.__dict__.pop("_weight_conversions", None)
+    if not forget_quantisation(model):
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} with quantised weights is not cut; load it unquantised"
+        )
     restate(config, dense, widths)
     _state_parents(model, dense, widths)
     stock = getattr(type(model), "stock_class", type(model))
