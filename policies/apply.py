@@ -26,13 +26,10 @@ from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
-from prunenet.models.layers import Weights, count_parameters, ffn_widths, iter_ffns, structure
-from prunenet.models.masks import (
-    ratio_for_parameters,
-    top_channels,
-    width_at,
-    widths_for_budget,
-)
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.layers import Weights, count_parameters, iter_ffns, structure
+from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
+from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
@@ -204,10 +201,19 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
         total, _ = count_parameters(skeleton)
         costs, d_ff = [f.channel_parameters for f in ffns], [f.d_ff for f in ffns]
         ratio = ratio_for_parameters(options.params, total, costs, d_ff)
-    for width in set(ffn_widths(model)):
-        width_at(width, ratio, options.round_to)
-    if options.widths == "uniform":
-        one_width(ffn_widths(model), ratio, options.round_to)
+    anatomy = Anatomy.of(structure(model))
+    if not anatomy.architecture.per_layer:
+        if options.widths == "per-layer":
+            raise ValueError(
+                f"a {type(anatomy.model).__name__} has one configuration field for the widths of"
+                " all layers; give uniform `widths`"
+            )
+        check_stock(anatomy, anatomy.uniform_widths(ratio, options.round_to))
+    elif options.widths == "uniform":
+        anatomy.uniform_widths(ratio, options.round_to)
+    else:
+        for width in set(anatomy.widths):
+            width_at(width, ratio, options.round_to)
     return ratio
 
 
@@ -228,34 +234,19 @@ def check_channels(model: Weights, remedy: str) -> None:
         check_not_padded(folder, f"which would count as channels; {remedy}")
 
 
-def one_width(d_ff: Sequence[int], ratio: float, round_to: int) -> list[int]:
-    """The width that leaves all layers together (1 - ratio) of their channels, for each of them.
-
-    Args:
-        d_ff: channels of each layer; they differ where the model has been cut before.
-        ratio, round_to: as for `prunenet.models.masks.width_at`.
-
-    Raises:
-        ValueError: a layer has fewer channels.
-    """
-    mean = sum(d_ff) / len(d_ff)
-    width = width_at(round(mean), ratio, round_to)
-    if width > min(d_ff):
-        raise ValueError(
-            f"a layer has {min(d_ff)} channels, so {width} cannot be left in all of them: give"
-            f" a `ratio` of {1 - min(d_ff) / mean:.2f} or more, or leave `widths` per-layer"
-        )
-    return [width] * len(d_ff)
-
-
 def bytes_left(model: Weights, ratio: float, round_to: int) -> int:
     """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
-    skeleton = structure(model)
-    ffns = list(iter_ffns(skeleton))
+    anatomy = Anatomy.of(structure(model))
+    if anatomy.architecture.per_layer:
+        widths = [width_at(width, ratio, round_to) for width in anatomy.widths]
+    else:
+        widths = anatomy.uniform_widths(ratio, round_to)
     gone = sum(
-        (ffn.d_ff - width_at(ffn.d_ff, ratio, round_to)) * ffn.channel_parameters for ffn in ffns
+        (group.width - width) * group.channel_parameters
+        for group, width in zip(anatomy.groups, widths, strict=True)
     )
-    return (count_parameters(skeleton)[0] - gone) * skeleton.dtype.itemsize
+    whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
+    return (whole - gone) * anatomy.model.dtype.itemsize
 
 
 def pruned_by(
@@ -304,16 +295,16 @@ def allocations(
         options: widths and rounding.
         offsets: the policy's log-odds of this model's layers, where they are known already.
     """
-    d_ff, round_to = ffn_widths(model), options.round_to
-    if policy is None or options.widths == "uniform":
-        return {"uniform": one_width(d_ff, ratio, round_to)}
+    anatomy, round_to = Anatomy.of(structure(model)), options.round_to
+    if policy is None or options.widths == "uniform" or not anatomy.architecture.per_layer:
+        return {"uniform": anatomy.uniform_widths(ratio, round_to)}
     if offsets is None:
         offsets = policy.offsets(model)
-    learned = widths_for_budget(d_ff, offsets, ratio, round_to)
+    learned = widths_for_budget(anatomy.widths, offsets, ratio, round_to)
     if options.widths == "per-layer":
         return {"per-layer": learned}
     try:
-        uniform = one_width(d_ff, ratio, round_to)
+        uniform = anatomy.uniform_widths(ratio, round_to)
     except ValueError:  # a layer has too few channels
         return {"per-layer": learned}
     both = {"uniform": uniform, "per-layer": learned}

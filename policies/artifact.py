@@ -30,8 +30,9 @@ from prunenet.features.from_weights import (
     layer_context,
     observe,
 )
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import Weights, ffn_widths
-from prunenet.models.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.masks import top_channels, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.runtime.files import expanded, make_folders, write_atomic
 from prunenet.runtime.json_files import JsonError, Within, convert, read_json
@@ -273,10 +274,9 @@ class Policy:
         Raises:
             ValueError: ratio out of range.
         """
-        d_ff = ffn_widths(model)
         if per_layer:
-            return widths_for_budget(d_ff, self.offsets(model), ratio, round_to)
-        return [width_at(width, ratio, round_to) for width in d_ff]
+            return widths_for_budget(ffn_widths(model), self.offsets(model), ratio, round_to)
+        return Anatomy.of(model).uniform_widths(ratio, round_to)
 
     def masks(
         self,

@@ -26,7 +26,11 @@ SHOWN = {
     "custom_reward.py": ["after  0 updates", "after 30 updates"],
     "add_method.py": ["ours: 34,528 parameters", "random: 34,528 parameters"],
     "ppo.py": ["KL to the dense model at 0.4", "random actions: ", "PPO: "],
-    "add_family.py": ["'starcoder2' is not supported", "48 of 96 channels", "model: 0.0e+00"],
+    "add_family.py": [
+        "discovered: model.layers.*.mlp.c_proj.weight",
+        "48 of 96 channels",
+        "model: 0.0e+00",
+    ],
 }
 if not EXAMPLES.is_dir():
     pytest.skip("the wheel is tested without examples and docs", allow_module_level=True)

@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "GGUF": (lambda f: (f / "model.safetensors").rename(f / "m.gguf"), "no GGUF files"),
     "GGUF alone": (
         lambda f: [(f / "config.json").unlink(), (f / "m.gguf").write_bytes(b"GGUF")],
-        r"has no config\.json, and GGUF files are not read",
+        r"m\.gguf cannot be read as GGUF",
     ),
     "outside, relative": (point("../secret/s.safetensors"), "no .safetensors file of its folder"),
     "outside, absolute": (point("{outside}/s.safetensors"), "no .safetensors file of its folder"),

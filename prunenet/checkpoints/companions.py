@@ -36,6 +36,7 @@ from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.passing import passing_folder
 
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _CODE = ("auto_map", "custom_pipelines")
 """Fields that name code, which does not travel."""
 _READ_ANEW = {"transformers_version", "_name_or_path"}
@@ -48,8 +49,11 @@ def source_folder(config: PretrainedConfig) -> Path | None:
 
 
 def carried_tokenizer(folder: Path) -> list[Path]:
-    """Returns the files of a folder's tokenizer that travel: regular ones that lie inside it."""
-    return [path for path in tokenizer_files(folder) if _is_inside(path)]
+    """Returns the files of a folder's tokenizer, and of what makes images into tokens, that travel:
+    regular ones that lie inside it.
+    """
+    files = [*tokenizer_files(folder), *(folder / name for name in _PROCESSOR)]
+    return [path for path in files if _is_inside(path)]
 
 
 def companion_bytes(model: PreTrainedModel) -> int:
@@ -132,7 +136,7 @@ def _merged(said: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
         aliases = [alias for alias, own in config.attribute_map.items() if own == name]
         for alias in (*aliases, *(ROPE_FIELDS if name == "rope_parameters" else ())):
             fields.pop(alias, None)
-        fields[name] = after.get(name)
+        fields[name] = _changed(fields.get(name), before.get(name), after.get(name))
         if name not in after:
             del fields[name]
     if "dtype" in changed and "torch_dtype" in said:
@@ -140,6 +144,20 @@ def _merged(said: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
         if "dtype" not in said:
             del fields["dtype"]
     return fields
+
+
+def _changed(said: Any, before: Any, after: Any) -> Any:
+    """What a part of a composite configuration said, with the fields that changed."""
+    if not all(isinstance(part, dict) for part in (said, before, after)):
+        return after
+    changed = {k: v for k, v in after.items() if k not in before or before[k] != v}
+    gone = before.keys() - after.keys()
+    kept = {k: v for k, v in said.items() if k not in gone}
+    return kept | {
+        k: _changed(kept.get(k), before.get(k), v)
+        for k, v in changed.items()
+        if k not in _READ_ANEW
+    }
 
 
 def _as_json(config: PretrainedConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ code of a folder.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from prunenet.checkpoints.sources import (
     local_folder,
     open_checkpoint,
 )
+from prunenet.models.rebuilt import rebuilt
 from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.json_files import read_json, shown
 from prunenet.runtime.placement import parameters, tensor_of
@@ -165,10 +167,19 @@ def read_model(
     """
     files = model_files(folder)
     skeleton = skeleton_of(files, dtype)
+    config = skeleton.config
+    if files.quantised:
+        if placing:
+            raise CheckpointError(
+                f"{folder} is stored as {files.quantised['quant_method']}, which is dequantised in"
+                " the memory of one device: give a `device` other than auto"
+            )
+        config = copy.deepcopy(config)
+        config.quantization_config = {**files.quantised, "dequantize": True}
     with loading(folder), staged(files, (placing or {}).get("offload_folder")) as place:
         model, found = skeleton.kind.from_pretrained(
             place,
-            config=skeleton.config,
+            config=config,
             dtype=skeleton.model.dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -179,6 +190,8 @@ def read_model(
         )
     assert isinstance(model, PreTrainedModel)
     check_names(files, model, set(found["missing_keys"]), set(found["unexpected_keys"]))
+    if files.quantised:
+        model = rebuilt(model, skeleton.config)
     name_after(model, folder)
     return model
 

@@ -31,7 +31,7 @@ from prunenet.checkpoints.records import load_masks as load_masks
 from prunenet.checkpoints.records import load_provenance as load_provenance
 from prunenet.models import modeling
 from prunenet.models.heads import group_counts
-from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.layers import count_parameters, ffn_widths, probe_tokens
 from prunenet.models.surgery import zero_padded
 from prunenet.runtime.files import CheckpointError, expanded, new_folder
 from prunenet.runtime.own_files import packed
@@ -260,9 +260,7 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     cast = {
         n: b for n, b in fresh.named_buffers() if n in mine and b.to(mine[n].dtype).equal(mine[n])
     }
-    ids = ((torch.arange(24, device=model.device) * 7919 + 11) % model.config.vocab_size).view(
-        2, 12
-    )
+    ids = probe_tokens(model, model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = model.training
     try:

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from prunenet.checkpoints.companions import write_companions
+from prunenet.checkpoints.converted import let_go
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import bytes_to_write, write_provenance
-from prunenet.checkpoints.shards import StoredTensor
-from prunenet.checkpoints.skeleton import skeleton_of
+from prunenet.checkpoints.skeleton import Stored, skeleton_of
 from prunenet.checkpoints.sources import check_device, local_folder, open_checkpoint
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.groups import FFN, Slice
@@ -52,7 +52,7 @@ class StreamedCheckpoint:
 
     source: str
     skeleton: PreTrainedModel
-    stored: dict[str, StoredTensor]
+    stored: dict[str, Stored]
 
     @classmethod
     def open(
@@ -72,10 +72,10 @@ class StreamedCheckpoint:
         files = open_checkpoint(source, dtype)
         check_device(device)
         skeleton = skeleton_of(files, dtype)
-        if skeleton.converted:
+        if files.quantised:
             raise CheckpointError(
-                f"{files.folder} stores {skeleton.converted[0]} in a form that is converted when"
-                " it is loaded, and cannot be streamed"
+                f"{files.folder} is stored as {files.quantised['quant_method']}, which is"
+                " dequantised in memory and cannot be streamed"
             )
         if local_folder(source) is None:  # what provenance records
             config = skeleton.model.config
@@ -101,7 +101,7 @@ class StreamedCheckpoint:
             stored.whole() if where.expert is None else stored[where.expert : where.expert + 1][0]
         )
 
-    def embeddings(self) -> tuple[StoredTensor, StoredTensor | None]:
+    def embeddings(self) -> tuple[Stored, Stored | None]:
         """(input embeddings, output embeddings); the second is None where it is the first."""
         names = {id(parameter): name for name, parameter in self.skeleton.named_parameters()}
         table, head = self.skeleton.get_input_embeddings(), self.skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -161,11 +161,13 @@ def save_streamed(
             if progress is not None:
                 progress(done, total)
 
+    let_go()
     with new_folder(expanded(out), bytes_to_write(narrow, keep)) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
         write_companions(folder, narrow, tokenizer)
         write_provenance(folder, keep, provenance)
         _verify(folder, hashes, state)
+    let_go()
     return provenance
 
 
@@ -182,7 +184,7 @@ def _cuts(
     return cuts
 
 
-def _cut_rows(tensor: StoredTensor, cut: list[tuple[Slice, Tensor]]) -> Iterator[Tensor]:
+def _cut_rows(tensor: Stored, cut: list[tuple[Slice, Tensor]]) -> Iterator[Tensor]:
     """What stays of a tensor, a slab at a time, on the CPU."""
     tensor = replace(tensor, device=torch.device("cpu"))
     if not cut:

@@ -15,6 +15,7 @@ from prunenet.cli.compare import compare
 from prunenet.cli.demo import demo
 from prunenet.cli.evaluate import evaluate, report
 from prunenet.cli.export import export
+from prunenet.cli.models import models
 from prunenet.cli.options import grouped
 from prunenet.cli.prune import prune
 from prunenet.cli.recover import recover
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, prune, evaluate, compare, recover, export, report, demo):
+for command in (train, prune, evaluate, compare, recover, export, report, models, demo):
     app.command("eval" if command is evaluate else command.__name__)(grouped(command))
 
 

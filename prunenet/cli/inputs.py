@@ -69,6 +69,13 @@ def open_model(source: str, reading: Reading, device: str) -> PreTrainedModel | 
     Raises:
         ValueError: as `load_model`.
     """
+    from prunenet.checkpoints.sources import stored_as
+
+    if (form := stored_as(source)) is not None:
+        note = (
+            f"{escape(source)} is stored as {form}; it is dequantised, and the result is bfloat16"
+        )
+        errors.print(f"note: {note}, or what --dtype says")
     if reading.stream:
         from prunenet.checkpoints.streaming import StreamedCheckpoint
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from prunenet.models.architectures import (
     check_heads,
 )
 from prunenet.models.groups import FFN, Group, Pattern, Slice, starred
-from prunenet.models.knobs import field_of, top_k
+from prunenet.models.knobs import field_of, top_k, uniform_widths
 from prunenet.runtime.placement import present
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -104,6 +105,18 @@ class Anatomy:
         """Channels of each group."""
         return [group.width for group in self.groups]
 
+    def uniform_widths(self, ratio: float, round_to: int = 8) -> list[int]:
+        """The width of each group when every one loses the same share of its channels.
+
+        Args:
+            ratio: share of channels removed, in [0, 1).
+            round_to: widths are multiples of this.
+
+        Raises:
+            ValueError: a group cannot be rounded to a multiple of `round_to`.
+        """
+        return uniform_widths(self.groups, ratio, round_to, free=self.architecture.per_layer)
+
     @property
     def downs(self) -> list[nn.Linear]:
         """The linear d_ff -> d_model of each group, whose input is the activations h.
@@ -116,8 +129,9 @@ class Anatomy:
             module = group.down.module
             if not isinstance(module, nn.Linear) or group.expert is not None:
                 raise UnsupportedArchitecture(
-                    f"activations of a {type(self.model).__name__} are not measured, for {group.path}"
-                    " is no linear layer; choose channels from the weights alone (`moments` none)"
+                    f"activations of a {type(self.model).__name__} are not measured, for"
+                    f" {group.path} is no linear layer; choose channels from the weights alone"
+                    " (`moments` none)"
                 )
             found.append(module)
         return found
@@ -222,7 +236,9 @@ def _groups(model: PreTrainedModel, row: Architecture) -> Iterator[Group]:
     for place, pattern in enumerate(row.patterns):
         stack = pattern.down.tensor.partition(".*.")[0]
         for numbers in names.get(pattern.down.tensor, ()):
-            if not (pattern.unless and field_of(model.config, pattern.unless)[numbers[0]]):
+            there = all(numbers in names.get(part.tensor, ()) for part in pattern.matrices)
+            left = pattern.unless and field_of(model.config, pattern.unless)[numbers[0]]
+            if there and not left:
                 places.append((order.get(stack, 0), numbers, place, pattern))
     last, number = None, 0
     for stack_place, numbers, _, pattern in sorted(places, key=lambda found: found[:3]):
@@ -291,7 +307,10 @@ def _of_pattern(
     layer = f"{pattern.down.tensor.partition('.*.')[0]}.{numbers[0] if numbers else ''}"
     path = down.name.removesuffix(".weight")
     share = min(1.0, (top_k(model.config) or 1) / shape[0]) if pattern.experts else 1.0
-    listed = isinstance(field_of(model.config, pattern.knob), list | tuple)
+    value = field_of(model.config, pattern.knob)
+    listed = isinstance(value, list | tuple)
+    whole = isinstance(value, int) and value > 0 and not pattern.companions
+    step = shape[down.axis] // math.gcd(shape[down.axis], value) if whole else 1
     return [
         Group(
             number=number + place,
@@ -305,6 +324,7 @@ def _of_pattern(
             around=around if not place else {k: v for k, v in around.items() if k in _EACH},
             share=share,
             listed=listed,
+            step=step,
         )
         for place, expert in enumerate(experts)
     ]

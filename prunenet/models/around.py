@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture
 from prunenet.models.groups import Group
-from prunenet.models.twin import D_MODEL
+from prunenet.models.twin import D_MODEL, logits_of
 
 _OUT = re.compile(r"att[a-z_]*\.(o_proj|out_proj|dense|c_proj|wo|o|to_out|output\.dense|proj)$")
 _TRIED = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "sigmoid")
@@ -60,7 +60,7 @@ def _observed(model: PreTrainedModel, ids: Tensor) -> _Seen:
 
     hooks = [module.register_forward_hook(see) for module in model.modules()]
     try:
-        model(input_ids=ids)
+        logits_of(model, ids)
     finally:
         for hook in hooks:
             hook.remove()
@@ -78,11 +78,10 @@ def _norm(group: Group, anatomy: Anatomy, seen: _Seen) -> tuple[str | None, floa
         if module not in seen or not isinstance(weight, Tensor) or weight.shape != (D_MODEL,):
             continue
         inside, outside = seen[module]
-        if outside.shape[-1] == D_MODEL and outside.numel() == entering.numel():
-            if torch.equal(outside.reshape(-1), entering.reshape(-1)):
-                scaled = inside * inside.square().mean(-1, keepdim=True).rsqrt()
-                added = float(torch.nan_to_num(outside / scaled - weight).median())
-                return path, 1.0 if abs(added - 1) < 1e-2 else 0.0
+        if torch.equal(outside.reshape(-1), entering.reshape(-1)):
+            scaled = inside * inside.square().mean(-1, keepdim=True).rsqrt()
+            added = float(torch.nan_to_num(outside / scaled - weight).median())
+            return path, 1.0 if abs(added - 1) < 1e-2 else 0.0
     return None, 0.0
 
 

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunenet.models.groups import Layout, Part, Pattern, Role, Slice, starred
-from prunenet.models.twin import D_MODEL, logits_of
+from prunenet.models.twin import D_MODEL, in_float64, logits_of
 
 _SAME, _EFFECT = 1e-9, 1e-7
+_SAME_32, _EFFECT_32 = 1e-5, 1e-3  # classes whose code does not run in float64
 _BIASES = ("_bias", ".bias")
 
 
@@ -39,7 +40,7 @@ class Matrix:
         star, numbers: see `prunenet.models.groups.starred`.
         module: that owns it.
         shape: of one expert's part where there are three dimensions.
-        experts: whether there are.
+        count: experts; 0 where it is one matrix.
         order: of its module among the calls.
     """
 
@@ -48,8 +49,13 @@ class Matrix:
     numbers: tuple[int, ...]
     module: nn.Module
     shape: tuple[int, int]
-    experts: bool
+    count: int
     order: int
+
+    @property
+    def experts(self) -> bool:
+        """Whether there are three dimensions."""
+        return self.count > 0
 
     @property
     def axes(self) -> tuple[tuple[int, int], ...]:
@@ -96,6 +102,8 @@ class Tester:
         self.model, self.ids = model, ids
         self.logits = logits_of(model, ids)
         self.scale = float(self.logits.abs().max())
+        wide = self.logits.dtype == torch.float64
+        self._same, self._effect = (_SAME, _EFFECT) if wide else (_SAME_32, _EFFECT_32)
 
     def passes(self, slices: Sequence[Slice], width: int) -> bool:
         """Whether slices hold the channels of one FFN, or of one bank of experts."""
@@ -106,13 +114,15 @@ class Tester:
         starts = [where for where in slices if where.role != "down"]
         with _changed([(s, _dropping(s, dropped, width)) for s in ends]):
             without = logits_of(self.model, self.ids)
-        if self._distance(without, self.logits) < _EFFECT:
+        if self._distance(without, self.logits) < self._effect:
             return False
         with _changed([(s, _ordering(s, order, width)) for s in slices]):
-            if self._distance(logits_of(self.model, self.ids), self.logits) > _SAME:
+            if self._distance(logits_of(self.model, self.ids), self.logits) > self._same:
                 return False
         with _changed([(s, _dropping(s, dropped, width)) for s in starts]):
-            return self._distance(logits_of(self.model, self.ids), without) < _SAME
+            # xIELU of 0 is not quite 0
+            allowed = max(self._same, 1e-4 * self._distance(without, self.logits))
+            return self._distance(logits_of(self.model, self.ids), without) < allowed
 
     def _distance(self, a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().max()) / self.scale
@@ -126,9 +136,12 @@ def matrices(model: PreTrainedModel, ids: Tensor) -> list[Matrix]:
         order.setdefault(module, len(order))
 
     hooks = [module.register_forward_pre_hook(see) for module in model.modules()]
-    with torch.enable_grad():
-        model.zero_grad()
-        model(input_ids=ids).logits.square().sum().backward()
+    try:
+        with torch.enable_grad(), in_float64(model.dtype):
+            model(input_ids=ids).logits.square().sum().backward()
+        graded = True
+    except RuntimeError:  # code that changes tensors in place: what is called is used
+        graded = False
     for hook in hooks:
         hook.remove()
     found = []
@@ -136,13 +149,19 @@ def matrices(model: PreTrainedModel, ids: Tensor) -> list[Matrix]:
         for own, tensor in module.named_parameters(recurse=False):
             linear = isinstance(module, nn.Linear | Conv1D) and own == "weight"
             experts = tensor.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
-            if (linear or experts) and tensor.grad is not None and bool(tensor.grad.any()):
+            used = _graded(tensor) if graded else module in order
+            if (linear or experts) and used:
                 star, numbers = starred(name := f"{path}.{own}")
                 shape = (int(tensor.shape[-2]), int(tensor.shape[-1]))
                 place = order.get(module, len(order))
-                found.append(Matrix(name, star, numbers, module, shape, experts, place))
+                many = len(tensor) if experts else 0
+                found.append(Matrix(name, star, numbers, module, shape, many, place))
     model.zero_grad(set_to_none=True)
     return sorted(found, key=lambda matrix: matrix.order)
+
+
+def _graded(tensor: Tensor) -> bool:
+    return tensor.grad is not None and bool(tensor.grad.any())
 
 
 def find(model: PreTrainedModel, ids: Tensor) -> list[Found]:
@@ -162,12 +181,17 @@ def find(model: PreTrainedModel, ids: Tensor) -> list[Found]:
 
 def _first_that_passes(tester: Tester, down: Matrix, all_of: Sequence[Matrix]) -> Found | None:
     instances = [matrix.numbers for matrix in all_of if matrix.star == down.star]
+    names = dict(tester.model.named_parameters(remove_duplicate=False))
     for out_axis, in_axis in down.axes:
         width = down.size(in_axis)
         if width in (D_MODEL, 1) or down.size(out_axis) == 1:
             continue
         for pattern in _proposals(down, in_axis, width, all_of):
-            tried = [(numbers, _resolved(tester.model, pattern, numbers)) for numbers in instances]
+            tried = [
+                (numbers, _resolved(tester.model, pattern, numbers))
+                for numbers in instances
+                if all(_numbered(part.tensor, numbers) in names for part in pattern.parts)
+            ]
             results = {n: tester.passes(s, width) for n, s in tried[:1]}
             # the first layer may be the odd one
             if not any(results.values()) and len(tried) > 1:
@@ -188,21 +212,28 @@ def _proposals(
     near = [m for m in all_of if m.numbers == down.numbers and m.name != down.name]
     end = _parts(down, "down", in_axis)[:1]  # its bias is not cut
     tried: set[str] = set()
-    place = down.owner
+    place, layer = down.owner, _layer_of(down)
     while place:
         inside = [
             (matrix, axis)
             for matrix in near
             if _within(matrix.name, place) and matrix.name not in tried
             for axis, _ in matrix.axes
-            if matrix.experts == down.experts and matrix.size(axis) in (width, 2 * width)
+            if matrix.count == down.count and matrix.size(axis) in (width, 2 * width)
         ]
         tried |= {matrix.name for matrix, _ in inside}
         for starts in _starts(inside, width):
             yield Pattern((*starts, *end), "", experts=down.experts)
-        if not place.rpartition(".")[0] or place.rpartition(".")[2].isdigit():
+        if place == layer:
             break
         place = place.rpartition(".")[0]
+
+
+def _layer_of(matrix: Matrix) -> str:
+    """Path of the innermost numbered module around a matrix."""
+    stars = matrix.star.split(".")
+    last = max((i for i, part in enumerate(stars) if part == "*"), default=-1)
+    return ".".join(matrix.name.split(".")[: last + 1])
 
 
 def _starts(inside: Sequence[tuple[Matrix, int]], width: int) -> Iterator[tuple[Part, ...]]:
@@ -243,8 +274,7 @@ def _resolved(model: PreTrainedModel, pattern: Pattern, numbers: Sequence[int]) 
     """The slices of one FFN; of a bank, those of all its experts."""
     made = []
     for part in pattern.parts:
-        left = iter(numbers)
-        name = "".join(str(next(left)) if c == "*" else c for c in part.tensor)
+        name = _numbered(part.tensor, numbers)
         module = model.get_submodule(name.rpartition(".")[0])
         where = Slice(name, module, part.role, part.axis, part.layout)
         if not pattern.experts:
@@ -253,6 +283,12 @@ def _resolved(model: PreTrainedModel, pattern: Pattern, numbers: Sequence[int]) 
         count = len(getattr(module, where.attribute))
         made += [replace(where, expert=expert) for expert in range(count)]
     return made
+
+
+def _numbered(star: str, numbers: Sequence[int]) -> str:
+    """A name with numbers in place of `*`."""
+    left = iter(numbers)
+    return "".join(str(next(left)) if c == "*" else c for c in star)
 
 
 def _within(name: str, place: str) -> bool:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -31,10 +34,12 @@ from prunenet.models.groups import Group, Pattern
 from prunenet.models.knob_search import list_that_separates, with_knobs
 from prunenet.models.knobs import uniform_widths
 from prunenet.models.surgery import cut, masking
-from prunenet.models.twin import NoTwin, logits_of, twin_config, twin_model, twin_tokens
+from prunenet.models.twin import D_MODEL, NoTwin, in_float64, logits_of, twin
 
 TOLERANCE = 1e-9
 """Largest relative difference of logits in float64 that counts as none."""
+TOLERANCE_32 = 1e-5
+"""The same in float32, for classes whose code does not run in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +67,34 @@ def discover(
         kind: class of the model.
         config: class of its configuration.
     """
+    with _quiet():
+        return _discovered(model_type, kind, config)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers says nothing of the tiny models."""
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
     try:
-        tiny = twin_config(config)
-        model = twin_model(kind, tiny)
-        ids = twin_tokens(tiny)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _discovered(
+    model_type: str, kind: type[PreTrainedModel], config: type[PretrainedConfig]
+) -> Discovery:
+    try:
+        model, ids = twin(kind, config)
         found = find(model, ids)
     except NoTwin as error:
         return Discovery(None, f"it could not be tried: {error}")
@@ -80,8 +109,8 @@ def discover(
     left = [*left, *unheld]
     if not separated:
         return Discovery(None, "; ".join(left))
-    row = described(_row(model_type, separated), model, ids)
     try:
+        row = described(_row(model_type, separated), model, ids)
         check(model, row, ids)
     except Exception as error:  # the last word: whatever goes wrong here refuses the type
         return Discovery(None, f"the cut was not proved: {type(error).__name__}: {error}"[:300])
@@ -106,15 +135,15 @@ def check(model: PreTrainedModel, row: Architecture, ids: Tensor) -> None:
     _compare("narrow", logits_of(narrow, ids), expected)
     kind: Any = type(narrow)
     fresh = kind._from_config(
-        copy.deepcopy(narrow.config), dtype=torch.float64, attn_implementation="eager"
+        copy.deepcopy(narrow.config), dtype=model.dtype, attn_implementation="eager"
     )
     fresh.load_state_dict(narrow.state_dict(), strict=True)
-    fresh.double().eval()
-    with tempfile.TemporaryDirectory(prefix="prunenet-") as folder:
+    fresh.to(model.dtype).eval()
+    with tempfile.TemporaryDirectory(prefix="prunenet-") as folder, in_float64(model.dtype):
         fresh.save_pretrained(folder)
         reloaded = kind.from_pretrained(
             folder,
-            dtype=torch.float64,
+            dtype=model.dtype,
             attn_implementation="eager",
             local_files_only=True,
             trust_remote_code=False,
@@ -128,7 +157,7 @@ def check(model: PreTrainedModel, row: Architecture, ids: Tensor) -> None:
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:
     difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference < TOLERANCE:
+    if not difference < (TOLERANCE if expected.dtype == torch.float64 else TOLERANCE_32):
         raise ValueError(
             f"the {what} model's logits differ by {difference:.2g} from the masked one's"
         )
@@ -182,7 +211,7 @@ def _why_none(model: PreTrainedModel) -> str:
             parent = path.rpartition(".")[0]
             around = model.get_submodule(parent).named_parameters()
             widths = {tensor.shape[-1] for name, tensor in around if tensor.dim() == 2}
-            if any(word in path for word in ("ffn", "mlp", "fc")) and weight.numel() in widths:
-                if weight.numel() != 32:
-                    return f"a norm stands between up and down ({path})"
+            inner = any(word in path for word in ("ffn", "mlp", "fc"))
+            if inner and weight.numel() in widths - {D_MODEL}:
+                return f"a norm stands between up and down ({path})"
     return "no matrix takes what one or two others of its layer give: it has no FFN of a known form"

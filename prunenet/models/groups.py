@@ -28,7 +28,9 @@ row before its up row.
 """
 TensorOf = Callable[["Slice"], Tensor]
 """Gives the tensor of a slice, of an expert's slice without the axis of experts."""
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(
+    r"(?<=\.)\d+(?=\.)(?!\.(?:weight|bias)$)"
+)  # not `ffn.0.weight` of a Sequential
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,11 @@ class Pattern:
     def down(self) -> Part:
         """The output matrix."""
         return next(part for part in self.parts if part.role == "down")
+
+    @property
+    def matrices(self) -> tuple[Part, ...]:
+        """All parts but biases."""
+        return tuple(part for part in self.parts if not part.tensor.endswith("bias"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,6 +198,7 @@ class Group:
             what is added to it.
         share: see `FFN`.
         listed: whether the knob is a list, one number a layer.
+        step: the width is a multiple of this where the knob is a whole number.
     """
 
     number: int
@@ -204,6 +212,7 @@ class Group:
     around: Mapping[str, tuple[Slice, float]] = field(default_factory=dict)
     share: float = 1.0
     listed: bool = False
+    step: int = 1
 
     @property
     def down(self) -> Slice:

@@ -103,6 +103,8 @@ def _trials(
         if value > 8 and value not in widths and any(_related(value, width) for width in widths)
     ]
     yield from ((path, value // 2, ()) for path, value in related if value % 2 == 0)
+    few = [(p, v) for p, v in numbers if 1 < v <= 8 and re.search(r"inter|ffn|mlp|mult", _own(p))]
+    yield from ((path, value * 2, ()) for path, value in few)
     lists = [(p, v) for p, v in fields if _is_list(v)]
     yield from ((path, type(v)([*v[:-1], v[-1] - 8]), ()) for path, v in lists)
     empty = [p for p, v in fields if v is None and re.search(r"inner|ffn|intermediate|d_ff|mlp", p)]
@@ -122,7 +124,8 @@ def _related(value: int, width: int) -> bool:
 
 
 def _own(path: str) -> str:
-    return path.rpartition(".")[2]
+    """Name of the field at a path, without its place in a list."""
+    return re.sub(r"(\.\d+)+$", "", path).rpartition(".")[2]
 
 
 def _is_number(value: Any) -> bool:
@@ -149,6 +152,8 @@ def _fields(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             inner.append((name, value))
         else:
             yield f"{prefix}{name}", value
+            if isinstance(value, list | tuple) and all(map(_is_number, value)) and len(value) < 4:
+                yield from ((f"{prefix}{name}.{i}", entry) for i, entry in enumerate(value))
     for name, value in sorted(inner, key=lambda pair: "text" not in pair[0]):
         yield from _fields(value, f"{prefix}{name}.")
 
@@ -192,7 +197,7 @@ def list_that_separates(config: PretrainedConfig, one: Found) -> str | None:
     """A field that holds one value a layer, 0 in exactly the layers in which a pattern passed."""
     passed, failed = ({n[0] for n in numbers} for numbers in (one.passed, one.failed))
     for path, value in _fields(config, ""):
-        if isinstance(value, list | tuple) and len(value) > max(passed | failed):
-            if all(not value[i] for i in passed) and all(value[i] for i in failed):
-                return path
+        long = isinstance(value, list | tuple) and len(value) > max(passed | failed)
+        if long and not any(value[i] for i in passed) and all(value[i] for i in failed):
+            return path
     return None

@@ -30,8 +30,8 @@ def field_of(config: Any, path: str) -> Any:
         AttributeError, KeyError: there is none.
     """
     for name in path.split("."):
-        if isinstance(config, dict):
-            config = config[name]
+        if isinstance(config, dict | list | tuple):
+            config = config[name if isinstance(config, dict) else int(name)]
             continue
         # transformers refuses to say a field that differs between layers; what it holds is global
         own = getattr(type(config), "attribute_map", {}).get(name, name)
@@ -43,7 +43,10 @@ def set_field(config: Any, path: str, value: Any) -> None:
     """Sets the value at a dotted path of a configuration."""
     parent, _, name = path.rpartition(".")
     holder = field_of(config, parent) if parent else config
-    if isinstance(holder, dict):
+    if isinstance(holder, list | tuple):
+        made = [value if place == int(name) else own for place, own in enumerate(holder)]
+        set_field(config, parent, type(holder)(made))
+    elif isinstance(holder, dict):
         holder[name] = value
     else:
         setattr(holder, name, value)
@@ -113,6 +116,9 @@ def uniform_widths(
 ) -> list[int]:
     """Returns uniform widths: groups that share a number keep the same share of their channels.
 
+    Groups that are free, and differ where the model has been cut before, get one width, which
+    leaves all of them together that share.
+
     Args:
         groups: of a model, all of them.
         ratio: share of channels removed, in [0, 1).
@@ -120,16 +126,30 @@ def uniform_widths(
         free: whether each group may have a width of its own.
 
     Raises:
-        ValueError: see `prunenet.models.masks.width_at`.
+        ValueError: see `prunenet.models.masks.width_at`; or a free group has fewer channels.
     """
     if free:
-        return [width_at(group.width, ratio, round_to) for group in groups]
+        return _one_width([group.width for group in groups], ratio, round_to)
     widths = [0] * len(groups)
     for same in tied(groups):
         least = min(group.width for group in same)
         shares = [Fraction(group.width, least) for group in same]
-        step = math.lcm(round_to, *(share.denominator for share in shares))
+        units = (Fraction(group.step) / share for group, share in zip(same, shares, strict=True))
+        step = math.lcm(
+            round_to, *(unit.numerator for unit in units), *(share.denominator for share in shares)
+        )
         width = width_at(least, ratio, step if step <= least else round_to)
         for group, share in zip(same, shares, strict=True):
             widths[group.number] = int(share * width)
     return widths
+
+
+def _one_width(d_ff: Sequence[int], ratio: float, round_to: int) -> list[int]:
+    mean = sum(d_ff) / len(d_ff)
+    width = width_at(round(mean), ratio, round_to)
+    if width > min(d_ff):
+        raise ValueError(
+            f"a layer has {min(d_ff)} channels, so {width} cannot be left in all of them: give"
+            f" a `ratio` of {1 - min(d_ff) / mean:.2f} or more, or leave `widths` per-layer"
+        )
+    return [width] * len(d_ff)

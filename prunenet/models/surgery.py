@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunenet.models import modeling
-
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.architectures import Architecture
+from prunenet.models.architectures import Architecture, UnsupportedArchitecture
 from prunenet.models.groups import Group, Slice
 from prunenet.models.heads import GROUPS, group_counts, state_counts
 from prunenet.models.hooks import zeroing
 from prunenet.models.knobs import restate, tied
 from prunenet.models.masks import check_keep
+from prunenet.models.rebuilt import forget_quantisation
 from prunenet.runtime.placement import derive, device_of, shared_copy
 
 
@@ -206,6 +206,10 @@ def set_widths(
     # How transformers renamed tensors when it read them for the dense class: per-layer classes are
     # saved and read as they are.
     model.__dict__.pop("_weight_conversions", None)
+    if not forget_quantisation(model):
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} with quantised weights is not cut; load it unquantised"
+        )
     restate(config, dense, widths)
     _state_parents(model, dense, widths)
     stock = getattr(type(model), "stock_class", type(model))
@@ -221,7 +225,7 @@ def set_widths(
     if not varying:
         model.__class__ = stock
         if architecture.found:
-            _restate_modules(model)
+            _restate_modules(model, check_built(model))
         return
     layers = range(len(widths))
     config.per_layer_config = {
@@ -238,19 +242,61 @@ def _state_parents(model: PreTrainedModel, groups: Sequence[Group], widths: Sequ
             ffn.intermediate_size = width
 
 
-def built(model: PreTrainedModel) -> PreTrainedModel:
-    """A model newly built on the meta device from the configuration of another."""
+def check_stock(anatomy: Anatomy, widths: Sequence[int]) -> None:
+    """Checks on the real model what was discovered on a tiny one: that its configuration can state
+    these widths, and that its class then has tensors of exactly these shapes.
+
+    Args:
+        anatomy: of a dense model; only shapes and configuration are read.
+        widths: of each group.
+
+    Raises:
+        ValueError, UnsupportedArchitecture: what does not fit.
+    """
+    config = copy.deepcopy(anatomy.model.config)
+    restate(config, anatomy.groups, widths)
+    expected = {n: list(t.shape) for n, t in anatomy.model.state_dict(keep_vars=True).items()}
+    for group, width in zip(anatomy.groups, widths, strict=True):
+        for where in group.slices:
+            halves = 1 if where.layout == "plain" else 2
+            expected[where.name][where.axis] = width * halves
+    _compare(_built(type(anatomy.model), config), expected)
+
+
+def check_built(model: PreTrainedModel) -> PreTrainedModel:
+    """A model newly built on the meta device from the configuration of another, with tensors of the
+    same shapes.
+
+    Raises:
+        UnsupportedArchitecture: a tensor has another shape.
+    """
+    made = _built(type(model), copy.deepcopy(model.config))
+    _compare(made, {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()})
+    return made
+
+
+def _built(kind: Any, config: Any) -> PreTrainedModel:
     with torch.device("meta"):
-        made: Any = type(model)(copy.deepcopy(model.config))
+        made = kind(config)
     assert isinstance(made, PreTrainedModel)
     return made
 
 
-def _restate_modules(model: PreTrainedModel) -> None:
+def _compare(made: PreTrainedModel, expected: dict[str, list[int]]) -> None:
+    found = {n: list(t.shape) for n, t in made.state_dict(keep_vars=True).items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise UnsupportedArchitecture(
+                f"a {type(made).__name__} of this configuration cannot be cut: {name} would be"
+                f" {expected.get(name)}, and its class makes it {found.get(name)}"
+            )
+
+
+def _restate_modules(model: PreTrainedModel, made: PreTrainedModel) -> None:
     """Gives modules the numbers that a model newly built from the configuration has."""
-    new = dict(built(model).named_modules(remove_duplicate=False))
+    new = dict(made.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
-        for field, value in vars(new[name]).items():
+        for field, value in vars(new.get(name, module)).items():
             if type(value) is int and vars(module).get(field) != value:
                 setattr(module, field, value)
 
