@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -26,12 +26,14 @@ from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
+from prunenet.evaluation.interaction import Structure
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import Weights, count_parameters, iter_ffns, structure
-from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
+from prunenet.models.masks import ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
+from prunenet.policies.refine import Refined, refine
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
@@ -59,11 +61,13 @@ class Pruned:
             one.
         keep: (d_ff,) mask of each layer, over the dense model's channels.
         provenance: what is written beside the checkpoint.
+        groups: mask of each layer's groups of heads; None where heads stay whole.
     """
 
     model: PreTrainedModel
     keep: list[Bool[Tensor, " _"]]
     provenance: Provenance
+    groups: list[Bool[Tensor, " groups"]] | None = None
 
     def save_pretrained(
         self, out: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None
@@ -71,7 +75,9 @@ class Pruned:
         """Writes an ordinary Hugging Face checkpoint, verified by reloading it; see
         `prunenet.checkpoints.save.save_pruned`.
         """
-        return save_pruned(self.model, out, self.keep, self.provenance, tokenizer=tokenizer)
+        return save_pruned(
+            self.model, out, self.keep, self.provenance, tokenizer=tokenizer, groups=self.groups
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +161,18 @@ def decide(
     elif scores is None:
         assert policy is not None
         scores, offsets = _read(model, policy, blocks, stage_of(progress, "scoring"))
+    refined = _refined(model, policy, sizes, ratios, blocks, scores, progress)
     ways = [
-        allocations(model, policy, ratio, size, offsets)
-        for size, ratio in zip(sizes, ratios, strict=True)
+        allocations(model, policy, ratio, size, offsets) if found is None else found.way
+        for size, ratio, found in zip(sizes, ratios, refined, strict=True)
     ]
     found = _cuts(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
     decisions = []
-    for size, ratio, cuts in zip(sizes, ratios, found, strict=True):
+    for size, ratio, cuts, kept in zip(sizes, ratios, found, refined, strict=True):
         trained = None if policy is None else policy.config.gain
         gain = trained if blocks is None else _gain(model, cuts, blocks)
         chosen, gain = chosen_allocation(cuts, gain)
-        cut = cuts[chosen]
+        cut = cuts[chosen] if kept is None else replace(cuts[chosen], groups=kept.groups)
         if choice[1] == "sequential":
             assert blocks is not None
             assert isinstance(model, PreTrainedModel)
@@ -183,6 +190,39 @@ def decide(
             how["text"] = dict(blocks.source)
         decisions.append(Decision(cut, ratio, _regime(policy, blocks), how))
     return decisions
+
+
+def _refined(
+    model: Weights,
+    policy: Policy | None,
+    sizes: Sequence[PruneOptions],
+    ratios: Sequence[float],
+    blocks: CalibrationSet | None,
+    scores: Sequence[Float[Tensor, " _"]] | None,
+    progress: Progress | None,
+) -> list[Refined | None]:
+    """The refined allocation of each size that asks for one."""
+    asked = [number for number, size in enumerate(sizes) if size.widths == "refined"]
+    found: list[Refined | None] = [None] * len(sizes)
+    for number in asked:
+        assert policy is not None, "PruneOptions.filled"
+        assert blocks is not None, "PruneOptions.filled"
+        assert scores is not None, "PruneOptions.filled"
+        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
+        structures: tuple[Structure, ...] = ("channels",)
+        if sizes[number].structures != "channels":
+            structures = ("channels", "heads")
+        found[number] = refine(
+            model,
+            blocks,
+            scores,
+            policy.offsets(model),
+            ratios[number],
+            structures=structures,
+            round_to=sizes[number].round_to,
+            progress=stage_of(progress, "ablating"),
+        )
+    return found
 
 
 def ratio_of(model: Weights, options: PruneOptions) -> float:
@@ -255,7 +295,7 @@ def pruned_by(
     """The narrow model of a decision, with its provenance."""
     narrow = decision.cut.model(model)
     provenance = provenance_of(model, narrow, decision, policy, policy_name)
-    return Pruned(narrow, decision.cut.keep, provenance)
+    return Pruned(narrow, decision.cut.keep, provenance, decision.cut.groups)
 
 
 def provenance_of(

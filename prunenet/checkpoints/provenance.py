@@ -29,7 +29,7 @@ class How(TypedDict, total=False):
     """The steps of a cut.
 
     Attributes:
-        widths: "uniform" or "per-layer".
+        widths: "uniform", "per-layer" or "refined".
         predicted_gain: by which share per-layer widths lower perplexity; None: not predicted.
         channels: "policy", "blend" or "elimination".
         refit: "off", "layerwise" or "sequential".

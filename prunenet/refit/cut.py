@@ -39,15 +39,17 @@ class Cut:
         keep: (d_ff,) mask of each layer.
         downs: (d_model, kept) refitted matrix of each layer; None without a refit.
         dampings: of each layer's refit; empty without one.
+        groups: mask of each layer's groups of heads; None where heads stay whole.
     """
 
     keep: list[Bool[Tensor, " _"]]
     downs: list[Float[Tensor, "_ __"]] | None
     dampings: tuple[float, ...] = ()
+    groups: list[Bool[Tensor, " _"]] | None = None
 
     def model(self, dense: PreTrainedModel) -> PreTrainedModel:
         """Makes the narrow model; the dense one stays as it is."""
-        narrow = narrowed(dense, self.keep)
+        narrow = narrowed(dense, self.keep, self.groups)
         if self.downs is not None:
             for linear, weight in zip(down_linears(narrow), self.downs, strict=True):
                 derive(linear, "weight", weight)
