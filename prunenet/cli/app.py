@@ -18,6 +18,7 @@ from prunenet.cli.export import export
 from prunenet.cli.options import grouped
 from prunenet.cli.order import order
 from prunenet.cli.prune import prune
+from prunenet.cli.push import card, push
 from prunenet.cli.recover import recover
 from prunenet.cli.signals import ending_cleanly
 from prunenet.cli.train import train
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, prune, evaluate, compare, recover, order, export, report, demo):
+for command in (train, prune, evaluate, compare, recover, order, export, card, push, report, demo):
     app.command("eval" if command is evaluate else command.__name__)(grouped(command))
 
 
