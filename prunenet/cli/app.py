@@ -8,6 +8,8 @@ traceback.
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -33,6 +35,25 @@ app = typer.Typer(
 )
 for command in (train, prune, evaluate, compare, recover, order, export, card, push, report, demo):
     app.command("eval" if command is evaluate else command.__name__)(grouped(command))
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"prunenet {version('prunenet')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _program(
+    shown: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_version, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
