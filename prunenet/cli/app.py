@@ -15,13 +15,14 @@ import typer
 
 from prunenet.cli.compare import compare
 from prunenet.cli.demo import demo
-from prunenet.cli.evaluate import evaluate, report
+from prunenet.cli.evaluate import evaluate
 from prunenet.cli.export import export
 from prunenet.cli.options import grouped
 from prunenet.cli.order import order
 from prunenet.cli.prune import prune
 from prunenet.cli.push import card, push
 from prunenet.cli.recover import recover
+from prunenet.cli.report import report
 from prunenet.cli.signals import ending_cleanly
 from prunenet.cli.train import train
 
