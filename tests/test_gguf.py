@@ -92,6 +92,9 @@ def test_the_file_says_widths_heads_tokens_and_template(tmp_path, unproved) -> N
     folder, _ = saved(tmp_path)
     made = export_gguf(folder, tmp_path / "out", "f32")
     assert (made.architecture, made.proof, made.path.name) == ("deci", None, "cut-F32.gguf")
+    card = (made.path.parent / "README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "Nobody has compared this file" in card
     fields, tensors = read(made.path)
     assert fields["general.architecture"] == "deci"
     assert fields["deci.feed_forward_length"] == PER_LAYER

@@ -15,10 +15,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.companions import companion_bytes, write_companions
+from prunenet.checkpoints.companions import companion_bytes, source_folder, write_companions
 from prunenet.checkpoints.contents import MASKS, RECORD
 from prunenet.checkpoints.load import load_model, read_model
-from prunenet.checkpoints.model_card import bare_card, card_of
+from prunenet.checkpoints.model_card import CARD, bare_card, card_of, inherited_fields
 from prunenet.checkpoints.offload import check_reread, write_placed
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.records import (
@@ -85,7 +85,14 @@ def save_pruned(
     out = expanded(out)
     with new_folder(out, bytes_to_write(model, keep, groups)) as folder:
         _write_model(model, folder, tokenizer)
-        write_provenance(folder, keep, provenance, groups=groups, card_text=card_text)
+        write_provenance(
+            folder,
+            keep,
+            provenance,
+            groups=groups,
+            card_text=card_text,
+            source=source_folder(model.config),
+        )
         _verify(model, folder)
     return out
 
@@ -97,6 +104,7 @@ def write_provenance(
     *,
     groups: Masks | None = None,
     card_text: str | None = None,
+    source: Path | None = None,
 ) -> None:
     """Writes what stands beside the model and its code: `prunenet.json`,
     `prunenet_masks.safetensors` and the model card.
@@ -104,14 +112,19 @@ def write_provenance(
     Args:
         folder: holds the model.
         keep, provenance, groups, card_text: as for `save_pruned`.
+        source: folder of the base model, whose card states licence and languages.
     """
     (folder / RECORD).write_text(provenance.to_json(), encoding="utf-8")
     if keep is not None:
         (folder / MASKS).write_bytes(packed(_indices(keep, groups)))
     card = card_of(
-        provenance, card_text, code=any(folder.glob("*.py")), loading=how_to_load(folder)
+        provenance,
+        card_text,
+        code=any(folder.glob("*.py")),
+        loading=how_to_load(folder),
+        inherited=inherited_fields(source),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def export_padded(source: str | Path, out: str | Path) -> Path:
@@ -153,7 +166,7 @@ def export_padded(source: str | Path, out: str | Path) -> Path:
             _write_model(model, folder, None)
             name = Path(source).expanduser().resolve().name  # of a hub id, too
             card = bare_card(name, total, width, how_to_load(folder))
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
             _verify(model, folder)
         return expanded(out)
     provenance = dataclasses.replace(

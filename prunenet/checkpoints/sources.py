@@ -35,7 +35,7 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_OURS = (RECORD, MASKS)
+_OURS = (RECORD, MASKS, "README.md")
 # torch has no class for these on the CPU
 _NO_MEMORY = ("can't allocate memory", "unable to mmap", "not enough memory")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from prunenet.checkpoints.companions import write_companions
+from prunenet.checkpoints.companions import source_folder, write_companions
 from prunenet.checkpoints.converted import let_go
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
@@ -165,7 +165,7 @@ def save_streamed(
     with new_folder(expanded(out), bytes_to_write(narrow, keep)) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
         write_companions(folder, narrow, tokenizer)
-        write_provenance(folder, keep, provenance)
+        write_provenance(folder, keep, provenance, source=source_folder(source.skeleton.config))
         _verify(folder, hashes, state)
     let_go()
     return provenance

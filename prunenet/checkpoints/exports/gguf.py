@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunenet.checkpoints.contents import CONFIG
 from prunenet.checkpoints.exports.choices import GgufType
 from prunenet.checkpoints.exports.gguf_form import Part, Value, form_of, hyperparameters, parts
 from prunenet.checkpoints.exports.gguf_tokenizer import vocabulary
-from prunenet.checkpoints.exports.llama_cpp import Proof, prove
+from prunenet.checkpoints.exports.llama_cpp import Proof, prove, sentence
 from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.model_card import CARD, gguf_card, inherited_fields
+from prunenet.checkpoints.records import find_provenance
+from prunenet.checkpoints.sources import find_folder
 from prunenet.runtime.files import CheckpointError, new_folder
 
 _ROOM = 64_000_000
@@ -82,6 +86,13 @@ def export_gguf(source: str | Path, out: str | Path, type: GgufType = "f32") -> 
         plain = write_gguf(path, form.name, stated, made, type)
         proof = prove(path, model, tokenizer, exact=type == "f32")
         size = path.stat().st_size
+        said = gguf_card(
+            path.name,
+            sentence(proof),
+            find_provenance(source),
+            inherited_fields(find_folder(source, CONFIG)),
+        )
+        (folder / CARD).write_text(said, encoding="utf-8")
     return Exported(Path(out) / path.name, form.name, type, size, len(made), plain, proof)
 
 

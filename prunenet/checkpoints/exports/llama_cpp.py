@@ -53,6 +53,18 @@ class Proof:
     steps: int
 
 
+def sentence(proof: Proof | None) -> str:
+    """Says what was compared."""
+    if proof is None:
+        return "Nobody has compared this file with the model: llama.cpp was not installed."
+    same = "is the same" if proof.same_text else "is another"
+    return (
+        f"Compared with transformers in float32 when it was written, at {proof.positions}"
+        f" positions: log-probabilities differ by up to {proof.difference:.2g}, the divergence is"
+        f" {proof.divergence:.2g} nats, and greedy text of {proof.steps} tokens {same}."
+    )
+
+
 def prove(
     path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, exact: bool
 ) -> Proof | None:
