@@ -14,7 +14,8 @@ from prunenet.envs.rewards import Reward
 from prunenet.features.from_activations import channel_features
 from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.layers import Weights, ffn_widths
-from prunenet.models.masks import check_keep, check_ratio
+from prunenet.models.masks import check_keep
+from prunenet.runtime.choices import check_ratio
 
 PROGRESS = ("ratio", "target", "budget_left")
 """Position in the sweep, appended to the layer's context in an observation; each in [0, 1].
@@ -22,6 +23,16 @@ PROGRESS = ("ratio", "target", "budget_left")
 ratio: of the sweep. target: share of this layer's channels that spends the budget evenly over the
 layers left. budget_left: share of the whole budget not yet spent.
 """
+
+
+def check_one_width(model: Weights) -> None:
+    """Raises ValueError where the layers have different widths: an action must have one length."""
+    widths = set(ffn_widths(model))
+    if len(widths) != 1:
+        raise ValueError(
+            f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
+            f" {max(widths)}); train on the dense model that it was cut from"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,7 @@ class View:
                 `channel_features`.
             UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
-        widths = set(ffn_widths(model))
-        if len(widths) != 1:
-            raise ValueError(
-                f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
-                f" {max(widths)}); train on the dense model that it was cut from"
-            )
+        check_one_width(model)
         if isinstance(model, PreTrainedModel) and blocks is not None:
             return cls(_together(channel_features(model, blocks)), layer_context(model))
         if blocks is not None:

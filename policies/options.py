@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from prunenet.models.masks import check_ratio
+from prunenet.runtime.choices import check_ratio
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy
@@ -37,10 +37,10 @@ class PruneOptions:
         params: share of *all* parameters removed, in [0, 1), as nearly as rounded widths allow.
             Exactly one of the two is given.
         round_to: widths are multiples of this.
-        widths: "uniform", "per-layer" (the policy's allocation, as many channels in all), "auto":
-            per-layer where that is predicted to lower perplexity by more than 5 %
-            (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on calibration
-            text (`prunenet.policies.refine`).
+        widths: "uniform" (one width for all layers), "per-layer" (the policy's allocation, as many
+            channels in all), "auto": per-layer where that is predicted to lower perplexity by more
+            than 5 % (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on
+            calibration text (`prunenet.policies.refine`).
         structures: what refined widths cut: "channels", or "channels,heads", where groups of heads
             pay for channels; as many parameters in all.
         channels: "policy" (its scores), "blend" (two thirds of their ranks and one third of the

@@ -406,14 +406,14 @@ def test_missing_and_damaged_files_are_one_sentence(model, policy, tmp_path):
     assert "does not exist" in refused("eval", model, "--text", tmp_path / "nothing.txt")
 
 
-def test_an_unsupported_model_type_lists_what_is_supported(model, policy, tmp_path):
+def test_an_unsupported_model_type_is_refused_with_the_reason(model, policy, tmp_path):
     shutil.copytree(model, tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
     message = refused(
         "prune", tmp_path / "other", "--policy", policy, "--ratio", 0.3, "--out", tmp_path / "out"
     )
-    assert "'mamba' is not supported; supported types: falcon" in message
+    assert "'mamba' (MambaForCausalLM) is not supported: no matrix takes" in message
 
 
 def test_an_output_folder_that_exists_is_refused_and_left_alone(model, policy, tmp_path):
@@ -536,6 +536,9 @@ def test_export_pads_per_layer_widths_and_says_what_it_cannot_do(model, policy, 
         "export", tmp_path / "narrow", "--pad", "--out", tmp_path / "x"
     )
     assert "say --pad" in refused("export", tmp_path / "narrow", "--out", tmp_path / "x")
+    assert "--type q8_0 belongs to --gguf" in refused(
+        "export", tmp_path / "narrow", "--pad", "--type", "q8_0", "--out", tmp_path / "x"
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ from prunenet.envs.budget import BudgetPruningVectorEnv
 from prunenet.envs.sweep import PROGRESS
 from prunenet.evaluation.shares import allocated, damages
 from prunenet.evaluation.slots import Game
-from prunenet.models.masks import check_ratio
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.actor_critic import SweepRolloutBuffer
 from prunenet.policies.training.swept_widths import mean_shares
 from prunenet.policies.training.vec_env import SB3VecEnv
+from prunenet.runtime.choices import check_ratio
 from prunenet.text.calibration import check_seed
 
 

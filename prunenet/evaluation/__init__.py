@@ -1,4 +1,4 @@
-"""Perplexity, zero-shot accuracy, speed, divergence, and a figure of them.
+"""Perplexity, zero-shot accuracy, speed, divergence, and a figure or a page of them.
 
 options.py       how a text is scored and how speed is measured
 perplexity.py    sliding-window perplexity
@@ -12,5 +12,8 @@ task_files.py    their questions, from local files
 speed.py         tokens per second, side by side
 result.py        all that was measured on one model, as one record
 side_by_side.py  all of it for several checkpoints
+intervals.py     how sure a mean is: the bootstrap
 report.py        the figure
+images.py        figures as PNG, SVG or PDF
+page.py          all of it as one HTML page (page.html), with a slider over ratios
 """

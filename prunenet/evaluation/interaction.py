@@ -126,7 +126,7 @@ def units_of(
         heads = []
     units: list[Unit] = []
     for layer in anatomy.layers:
-        cost, width = ffn_at(model, layer.index).channel_parameters, layer.width
+        cost, width = ffn_at(model, layer.index).channel_parameters, anatomy.widths[layer.index]
         edges = [width * part // bins for part in range(bins + 1)]
         sizes = [high - low for low, high in pairwise(edges)]
         units += [Unit("channels", layer.index, part, cost * n) for part, n in enumerate(sizes)]
@@ -310,7 +310,7 @@ def _ablated(
             yield
             return
         case "channels":
-            linear, width = layer.down, layer.width
+            linear, width = anatomy.downs[unit.layer], anatomy.widths[unit.layer]
             edges = width * unit.number // beside, width * (unit.number + 1) // beside
             dropped = order[unit.layer][slice(*edges)]
         case "heads":

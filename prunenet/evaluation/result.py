@@ -31,8 +31,8 @@ class Result:
             memory.
         dtype, device: of the parameters; several devices as in `cuda:0+cpu+disk`.
         threads: CPU threads that torch uses.
-        perplexity: value of `Perplexity`; loss, tokens, window, stride, text, text_sha256, bos: its
-            fields.
+        perplexity: value of `Perplexity`; perplexity_low, perplexity_high: its interval; loss,
+            tokens, windows, window, stride, text, text_sha256, bos: its fields.
         prefill_tokens_per_second, decode_tokens_per_second: prefill and decode of `Speed`;
             prefill_spread, decode_spread, prompt, new_tokens, batch, repeats, compiled: its fields.
     """
@@ -44,6 +44,9 @@ class Result:
     device: str
     threads: int
     perplexity: float | None = None
+    perplexity_low: float | None = None
+    perplexity_high: float | None = None
+    windows: int | None = None
     loss: float | None = None
     tokens: int | None = None
     window: int | None = None
@@ -114,6 +117,8 @@ def summarise(
     pace = {} if speed is None else asdict(speed)
     for fields, old, new in (
         (quality, "value", "perplexity"),
+        (quality, "low", "perplexity_low"),
+        (quality, "high", "perplexity_high"),
         (pace, "prefill", "prefill_tokens_per_second"),
         (pace, "decode", "decode_tokens_per_second"),
     ):

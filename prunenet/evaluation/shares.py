@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunenet.evaluation.slots import Game
-from prunenet.models.masks import check_ratio, top_channels
+from prunenet.models.masks import top_channels
+from prunenet.runtime.choices import check_ratio
 
 _BISECTIONS, _FAR, _EDGE = 40, 20.0, 1e-6
 

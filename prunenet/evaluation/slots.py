@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prunenet.evaluation.interaction import Interaction, Structure, Unit
 from prunenet.models.heads import HEAD_DIM, QUERY_HEADS
-from prunenet.models.masks import check_ratio
+from prunenet.runtime.choices import check_ratio
 
 Cost = Literal["params", "active", "flops", "kv-bytes"]
 """What a budget counts; in a dense model all parameters are active."""
