@@ -1,13 +1,14 @@
 """Adds a model family: one row that says where its feed-forward network is.
 
-In the package it is a row of `ARCHITECTURES`, and a tiny configuration in tests/families.py.
+A row overrides what is discovered, and lets layers differ in width. In the package it is a row of
+`ARCHITECTURES`, and a tiny configuration in tests/families.py.
 """
 
 import torch
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
 import prunenet
-from prunenet.models.architectures import ARCHITECTURES, Architecture
+from prunenet.models.architectures import ARCHITECTURES, Architecture, architecture_for
 
 torch.manual_seed(0)
 torch.set_grad_enabled(False)
@@ -17,10 +18,9 @@ config = Starcoder2Config(**sizes, **tokens, num_attention_heads=4, num_key_valu
 model = AutoModelForCausalLM.from_config(config).eval()
 policy = prunenet.Policy.from_pretrained("llama")
 
-try:
-    prunenet.prune(model, policy, ratio=0.5, widths="uniform")
-except prunenet.UnsupportedArchitecture as error:
-    print(f"before: {str(error).partition(';')[0]}")
+# A type without a row is discovered: found on a tiny model of the same class, and proved on it.
+found = architecture_for(config)
+print(f"discovered: {found.found[0].down.tensor}, width in {found.found[0].knob}")
 
 # An FFN without a gate: up is d_model -> d_ff, down is d_ff -> d_model. The field of the width, the
 # path of the layers and the norm in front of the FFN are those of Llama, the defaults of a row.

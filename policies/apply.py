@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -26,15 +26,14 @@ from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
-from prunenet.models.layers import Weights, count_parameters, ffn_widths, iter_ffns, structure
-from prunenet.models.masks import (
-    ratio_for_parameters,
-    top_channels,
-    width_at,
-    widths_for_budget,
-)
+from prunenet.evaluation.interaction import Structure
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.layers import Weights, count_parameters, iter_ffns, structure
+from prunenet.models.masks import ratio_for_parameters, top_channels, width_at, widths_for_budget
+from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
+from prunenet.policies.refine import Refined, refine
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
@@ -50,9 +49,6 @@ MEASURED = 1 / 3
 """Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3 and 2/5 on validation
 texts.
 """
-_PADDED = (
-    "which would count as channels; prune the checkpoint that it was exported from, and export that"
-)
 _JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
 
@@ -65,11 +61,13 @@ class Pruned:
             one.
         keep: (d_ff,) mask of each layer, over the dense model's channels.
         provenance: what is written beside the checkpoint.
+        groups: mask of each layer's groups of heads; None where heads stay whole.
     """
 
     model: PreTrainedModel
-    keep: list[Bool[Tensor, " d_ff"]]
+    keep: list[Bool[Tensor, " _"]]
     provenance: Provenance
+    groups: list[Bool[Tensor, " groups"]] | None = None
 
     def save_pretrained(
         self, out: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None
@@ -77,7 +75,9 @@ class Pruned:
         """Writes an ordinary Hugging Face checkpoint, verified by reloading it; see
         `prunenet.checkpoints.save.save_pruned`.
         """
-        return save_pruned(self.model, out, self.keep, self.provenance, tokenizer=tokenizer)
+        return save_pruned(
+            self.model, out, self.keep, self.provenance, tokenizer=tokenizer, groups=self.groups
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,22 +161,30 @@ def decide(
     elif scores is None:
         assert policy is not None
         scores, offsets = _read(model, policy, blocks, stage_of(progress, "scoring"))
+    refined = _refined(model, policy, sizes, ratios, blocks, scores, progress)
     ways = [
-        allocations(model, policy, ratio, size, offsets)
-        for size, ratio in zip(sizes, ratios, strict=True)
+        allocations(model, policy, ratio, size, offsets) if found is None else found.way
+        for size, ratio, found in zip(sizes, ratios, refined, strict=True)
     ]
     found = _cuts(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
     decisions = []
-    for size, ratio, cuts in zip(sizes, ratios, found, strict=True):
+    for size, ratio, cuts, kept in zip(sizes, ratios, found, refined, strict=True):
         trained = None if policy is None else policy.config.gain
         gain = trained if blocks is None else _gain(model, cuts, blocks)
         chosen, gain = chosen_allocation(cuts, gain)
-        cut = cuts[chosen]
+        cut = cuts[chosen] if kept is None else replace(cuts[chosen], groups=kept.groups)
         if choice[1] == "sequential":
             assert blocks is not None
             assert isinstance(model, PreTrainedModel)
             reported = stage_of(progress, "refitting")
-            cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=reported)
+            cut = refit_sequentially(
+                model,
+                cut,
+                blocks.ids,
+                kinds=blocks.kinds,
+                dense_targets=False,
+                progress=reported,
+            )
         how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
         if blocks is not None:
             how["text"] = dict(blocks.source)
@@ -184,16 +192,47 @@ def decide(
     return decisions
 
 
+def _refined(
+    model: Weights,
+    policy: Policy | None,
+    sizes: Sequence[PruneOptions],
+    ratios: Sequence[float],
+    blocks: CalibrationSet | None,
+    scores: Sequence[Float[Tensor, " _"]] | None,
+    progress: Progress | None,
+) -> list[Refined | None]:
+    """The refined allocation of each size that asks for one."""
+    asked = [number for number, size in enumerate(sizes) if size.widths == "refined"]
+    found: list[Refined | None] = [None] * len(sizes)
+    for number in asked:
+        assert policy is not None, "PruneOptions.filled"
+        assert blocks is not None, "PruneOptions.filled"
+        assert scores is not None, "PruneOptions.filled"
+        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
+        structures: tuple[Structure, ...] = ("channels",)
+        if sizes[number].structures != "channels":
+            structures = ("channels", "heads")
+        found[number] = refine(
+            model,
+            blocks,
+            scores,
+            policy.offsets(model),
+            ratios[number],
+            structures=structures,
+            round_to=sizes[number].round_to,
+            progress=stage_of(progress, "ablating"),
+        )
+    return found
+
+
 def ratio_of(model: Weights, options: PruneOptions) -> float:
     """The share of the model's FFN channels to remove.
 
     Raises:
-        ValueError: a layer cannot be rounded to a multiple of `options.round_to`; or channels of
-            the model are zeros that fill narrower layers.
+        ValueError: a layer cannot be rounded to a multiple of `options.round_to`, or has too few
+            channels for uniform widths; or as `check_channels`.
     """
-    # Refused and not dropped: ratio and masks count the channels of the model that was given.
-    if (folder := source_folder(structure(model).config)) is not None:
-        check_not_padded(folder, _PADDED)
+    check_channels(model, "prune the checkpoint that it was exported from, and export that")
     ratio = options.ratio
     if ratio is None:
         assert options.params is not None
@@ -202,9 +241,52 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
         total, _ = count_parameters(skeleton)
         costs, d_ff = [f.channel_parameters for f in ffns], [f.d_ff for f in ffns]
         ratio = ratio_for_parameters(options.params, total, costs, d_ff)
-    for width in set(ffn_widths(model)):
-        width_at(width, ratio, options.round_to)
+    anatomy = Anatomy.of(structure(model))
+    if not anatomy.architecture.per_layer:
+        if options.widths == "per-layer":
+            raise ValueError(
+                f"a {type(anatomy.model).__name__} has one configuration field for the widths of"
+                " all layers; give uniform `widths`"
+            )
+        check_stock(anatomy, anatomy.uniform_widths(ratio, options.round_to))
+    elif options.widths == "uniform":
+        anatomy.uniform_widths(ratio, options.round_to)
+    else:
+        for width in set(anatomy.widths):
+            width_at(width, ratio, options.round_to)
     return ratio
+
+
+def check_channels(model: Weights, remedy: str) -> None:
+    """Refuses a model some of whose channels are zeros that fill narrower layers.
+
+    They are refused and not dropped: ratios, masks and features count the channels of the model
+    that was given.
+
+    Args:
+        model: looked up by the folder that it comes from.
+        remedy: what to do instead.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if (folder := source_folder(structure(model).config)) is not None:
+        check_not_padded(folder, f"which would count as channels; {remedy}")
+
+
+def bytes_left(model: Weights, ratio: float, round_to: int) -> int:
+    """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
+    anatomy = Anatomy.of(structure(model))
+    if anatomy.architecture.per_layer:
+        widths = [width_at(width, ratio, round_to) for width in anatomy.widths]
+    else:
+        widths = anatomy.uniform_widths(ratio, round_to)
+    gone = sum(
+        (group.width - width) * group.channel_parameters
+        for group, width in zip(anatomy.groups, widths, strict=True)
+    )
+    whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
+    return (whole - gone) * anatomy.model.dtype.itemsize
 
 
 def pruned_by(
@@ -213,7 +295,7 @@ def pruned_by(
     """The narrow model of a decision, with its provenance."""
     narrow = decision.cut.model(model)
     provenance = provenance_of(model, narrow, decision, policy, policy_name)
-    return Pruned(narrow, decision.cut.keep, provenance)
+    return Pruned(narrow, decision.cut.keep, provenance, decision.cut.groups)
 
 
 def provenance_of(
@@ -253,14 +335,17 @@ def allocations(
         options: widths and rounding.
         offsets: the policy's log-odds of this model's layers, where they are known already.
     """
-    d_ff, round_to = ffn_widths(model), options.round_to
-    uniform = [width_at(width, ratio, round_to) for width in d_ff]
-    if policy is None or options.widths == "uniform":
-        return {"uniform": uniform}
+    anatomy, round_to = Anatomy.of(structure(model)), options.round_to
+    if policy is None or options.widths == "uniform" or not anatomy.architecture.per_layer:
+        return {"uniform": anatomy.uniform_widths(ratio, round_to)}
     if offsets is None:
         offsets = policy.offsets(model)
-    learned = widths_for_budget(d_ff, offsets, ratio, round_to)
+    learned = widths_for_budget(anatomy.widths, offsets, ratio, round_to)
     if options.widths == "per-layer":
+        return {"per-layer": learned}
+    try:
+        uniform = anatomy.uniform_widths(ratio, round_to)
+    except ValueError:  # a layer has too few channels
         return {"per-layer": learned}
     both = {"uniform": uniform, "per-layer": learned}
     return {"uniform": uniform} if learned == uniform else both
@@ -310,6 +395,7 @@ def _cuts(
             model,
             blocks.ids,
             flat,
+            kinds=blocks.kinds,
             scores=scores,
             measured=MEASURED if channels == "blend" else 0.0,
             refit=refit,

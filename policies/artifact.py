@@ -30,10 +30,11 @@ from prunenet.features.from_weights import (
     layer_context,
     observe,
 )
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import Weights, ffn_widths
-from prunenet.models.masks import top_channels, width_at, widths_for_budget
+from prunenet.models.masks import top_channels, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.runtime.files import make_folders, write_atomic
+from prunenet.runtime.files import expanded, make_folders, write_atomic
 from prunenet.runtime.json_files import JsonError, Within, convert, read_json
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 from prunenet.text.calibration import CalibrationSet
@@ -160,7 +161,7 @@ class Policy:
         """Writes `config.json` and `model.safetensors`; an existing policy in the folder is
         replaced file by file.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         make_folders(folder)
         config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
         facts = {"config": self._config_sha256}
@@ -273,10 +274,9 @@ class Policy:
         Raises:
             ValueError: ratio out of range.
         """
-        d_ff = ffn_widths(model)
         if per_layer:
-            return widths_for_budget(d_ff, self.offsets(model), ratio, round_to)
-        return [width_at(width, ratio, round_to) for width in d_ff]
+            return widths_for_budget(ffn_widths(model), self.offsets(model), ratio, round_to)
+        return Anatomy.of(model).uniform_widths(ratio, round_to)
 
     def masks(
         self,
@@ -333,7 +333,7 @@ def policy_for(choice: str | None, model_type: str) -> tuple[Policy | None, str]
 
 
 def _find(source: str | Path) -> Path:
-    folder = Path(source)
+    folder = expanded(source)
     if (folder / "config.json").is_file():
         return folder
     shipped = zoo()

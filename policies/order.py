@@ -18,11 +18,12 @@ from prunenet.checkpoints.provenance import How, Provenance
 from prunenet.checkpoints.save import save_pruned
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import ffn_widths
+from prunenet.models.surgery import pick
 from prunenet.policies.apply import base_of
 from prunenet.policies.artifact import Policy
 from prunenet.runtime.files import write_atomic
 from prunenet.runtime.own_files import packed
-from prunenet.runtime.placement import derive, shared_copy
+from prunenet.runtime.placement import shared_copy
 
 ORDER = "prunenet_order.safetensors"
 """File of the channels' numbers in the dense model, layer by layer, in their new order."""
@@ -52,12 +53,12 @@ def ordered(model: PreTrainedModel, order: Sequence[Int[Tensor, " d_ff"]]) -> Pr
         order: of each layer, the channel that comes to each place.
     """
     sorted_copy = Anatomy.of(shared_copy(model))
-    for layer, channels in zip(sorted_copy.layers, order, strict=True):
-        for where in layer.channels():
-            index = where.entries(channels, layer.width).to(where.linear.weight.device)
-            derive(where.linear, "weight", where.linear.weight.index_select(where.axis, index))
-            if where.axis == 0 and where.linear.bias is not None:
-                derive(where.linear, "bias", where.linear.bias.index_select(0, index))
+    pick(
+        [
+            (group.slices, channels, group.width)
+            for group, channels in zip(sorted_copy.groups, order, strict=True)
+        ]
+    )
     return sorted_copy.model
 
 

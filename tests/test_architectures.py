@@ -79,23 +79,22 @@ def test_the_down_linears_take_the_channels_as_input() -> None:
     )
 
 
-def test_an_unknown_model_type_is_an_error_that_lists_what_is_supported() -> None:
-    with pytest.raises(
-        UnsupportedArchitecture, match=r"'mamba' is not supported; .*falcon, gemma.*stablelm"
-    ) as error:
+def test_a_model_without_ffns_is_an_error_that_says_so() -> None:
+    with pytest.raises(UnsupportedArchitecture, match=r"'mamba' \(MambaForCausalLM\) .* no FFN"):
         architecture_for(AutoConfig.for_model("mamba"))
+
+
+def test_an_unknown_model_type_is_an_error_that_lists_what_has_a_row() -> None:
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"'gpt_next' is not supported: .*falcon, gemma.*stablelm"
+    ) as error:
+        architecture_for(SimpleNamespace(model_type="gpt_next"))
     assert all(model_type in str(error.value) for model_type in ARCHITECTURES)
 
 
-@pytest.mark.parametrize(
-    "model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe"]
-)
-def test_a_mixture_of_experts_is_an_error_that_says_so(model_type) -> None:
-    with pytest.raises(
-        UnsupportedArchitecture,
-        match=rf"'{model_type}' is a mixture of experts, .* not supported yet",
-    ):
-        architecture_for(AutoConfig.for_model(model_type))
+@pytest.mark.parametrize("model_type", ["internlm3", "iquestcoder"])
+def test_a_type_with_the_class_of_a_row_shares_it(model_type) -> None:
+    assert architecture_for(AutoConfig.for_model(model_type)) is ARCHITECTURES["llama"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"model_type": None}, {"model_type": ["llama"]}])

@@ -406,14 +406,14 @@ def test_missing_and_damaged_files_are_one_sentence(model, policy, tmp_path):
     assert "does not exist" in refused("eval", model, "--text", tmp_path / "nothing.txt")
 
 
-def test_an_unsupported_model_type_lists_what_is_supported(model, policy, tmp_path):
+def test_an_unsupported_model_type_is_refused_with_the_reason(model, policy, tmp_path):
     shutil.copytree(model, tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
     message = refused(
         "prune", tmp_path / "other", "--policy", policy, "--ratio", 0.3, "--out", tmp_path / "out"
     )
-    assert "'mamba' is not supported; supported types: falcon" in message
+    assert "'mamba' (MambaForCausalLM) is not supported: no matrix takes" in message
 
 
 def test_an_output_folder_that_exists_is_refused_and_left_alone(model, policy, tmp_path):

@@ -3,6 +3,7 @@ same: the same tensors and logits, or the same sentence.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -189,6 +190,10 @@ HARMLESS: dict[str, Change] = {
     "a float64 tensor": weigh(model__norm__weight=lambda t: t.double()),
     "no dtype": edit(dtype=None),
     "labels": edit(num_labels=3),
+    "an infinite limit": edit(time_step_limit=[0.0, math.inf]),
+    "an infinite limit, as version 5 writes it": edit(
+        time_step_limit=[0.0, {"__float__": "Infinity"}]
+    ),
 }
 
 REFUSED: dict[str, tuple[Change, str]] = {
@@ -208,7 +213,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "GGUF": (lambda f: (f / "model.safetensors").rename(f / "m.gguf"), "no GGUF files"),
     "GGUF alone": (
         lambda f: [(f / "config.json").unlink(), (f / "m.gguf").write_bytes(b"GGUF")],
-        r"has no config\.json, and GGUF files are not read",
+        r"m\.gguf cannot be read as GGUF",
     ),
     "outside, relative": (point("../secret/s.safetensors"), "no .safetensors file of its folder"),
     "outside, absolute": (point("{outside}/s.safetensors"), "no .safetensors file of its folder"),
@@ -280,6 +285,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no number": (
         lambda f: (f / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": NaN}'),
         "NaN, which is no finite number",
+    ),
+    "a number that overflows": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": 1e999}'),
+        "1e999', which is no finite number",
+    ),
+    "layers without end": (
+        lambda f: (f / "config.json").write_text(
+            '{"model_type": "llama", "num_hidden_layers": Infinity}'
+        ),
+        "num_hidden_layers is inf, not a whole number",
     ),
     "a name twice": (
         lambda f: (f / "config.json").write_text('{"model_type": "llama", "model_type": "phi"}'),

@@ -168,7 +168,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_nothing_to_resume_is_said(tmp_path):
     train(tiny_model("llama"), SHORT, out=tmp_path / "used")
-    with pytest.raises(PolicyError, match="resume it, or give another folder"):
+    with pytest.raises(PolicyError, match="say `resume`, or give another folder"):
         train(tiny_model("llama"), SHORT, out=tmp_path / "used")
     with pytest.raises(PolicyError, match="nothing to resume"):
         train(tiny_model("llama"), SHORT, out=tmp_path / "fresh", resume=True)

@@ -34,7 +34,7 @@ from prunenet.policies.training.actor_critic import (
 )
 from prunenet.policies.training.recipe import Recipe
 from prunenet.policies.training.state import Progress, load_state, save_state
-from prunenet.policies.training.vec_env import SweepVecEnv
+from prunenet.policies.training.vec_env import SB3VecEnv
 from prunenet.runtime.files import make_folders
 
 
@@ -53,7 +53,7 @@ class Saving:
 
 
 def _algorithm(
-    env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
+    env: SB3VecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
 ) -> OnPolicyAlgorithm:
     """Makes either algorithm with the same policy, buffer and optimiser."""
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -129,7 +129,7 @@ class Run(BaseCallback):
             ValueError: a reward is not finite.
         """
         view, recipe = self.view, self.recipe
-        env = SweepVecEnv(
+        env = SB3VecEnv(
             LayerwisePruningVectorEnv(
                 model,
                 recipe.masks,

@@ -30,15 +30,16 @@ from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import judged_by_all
-from prunenet.envs.sweep import View
+from prunenet.envs.sweep import View, check_one_width
 from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.layers import structure
+from prunenet.policies.apply import check_channels
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run, Saving
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
-from prunenet.runtime.files import check_home, lock
+from prunenet.runtime.files import check_home, expanded, lock
 from prunenet.text.calibration import CalibrationSet
 
 _History = list[tuple[int, float]]  # (updates, reward) at each evaluation
@@ -122,7 +123,7 @@ def train(
         recipe=recorded(recipe)
         | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
-    folder = None if out is None else check_run(Path(out), resume)
+    folder = None if out is None else check_run(expanded(out), resume)
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
     histories: dict[str, list[tuple[int, float]]] = {}
@@ -160,6 +161,16 @@ def _writing(folder: Path | None, resume: bool) -> Iterator[None]:
         yield
 
 
+def check_trainable(model: PreTrainedModel | StreamedCheckpoint) -> None:
+    """Checks that a policy can be trained on a model; reads no weight.
+
+    Raises:
+        ValueError: its layers have different widths, or are filled up with zeros.
+    """
+    check_channels(model, "train on the checkpoint that it was exported from")
+    check_one_width(model)
+
+
 def _check_asked(
     model: PreTrainedModel | StreamedCheckpoint,
     recipe: Recipe,
@@ -167,9 +178,10 @@ def _check_asked(
     blocks: CalibrationSet | None,
     regime: str | None,
 ) -> None:
-    """Raises ValueError where blocks or the regime are missing or unknown, or blocks cannot be
-    read.
+    """Raises ValueError where blocks or the regime are missing or unknown, blocks cannot be read,
+    or the model cannot be trained on.
     """
+    check_trainable(model)
     if regime is not None:
         check_choice("regime", regime, Regime)
     if blocks is not None and not isinstance(model, PreTrainedModel):
@@ -318,7 +330,7 @@ def check_run(folder: Path, resume: bool) -> Path:
         raise PolicyError(f"nothing to resume in {folder}: it holds no run; start a new one")
     if not resume and ((folder / "config.json").exists() or unfinished(folder)):
         raise PolicyError(
-            f"{folder} holds a policy or an unfinished run; resume it, or give another folder"
+            f"{folder} holds a policy or an unfinished run; say `resume`, or give another folder"
         )
     check_home(folder)
     return folder

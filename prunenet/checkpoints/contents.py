@@ -38,8 +38,11 @@ TOKENIZER = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "tekken.json",
 )
 """Names of the files that a tokenizer is read from; `*` stands for any text."""
+_NO_TOKENIZER = {".py", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".safetensors", ".gguf"}
+"""Endings of code, pickles and weights, whatever their names begin with."""
 _REMEDY = "correct it, or fetch it again"
 
 _Name = Annotated[str, Within(1, 100)]
@@ -94,6 +97,8 @@ _DROPPED = (
 )
 # Other files, or a form of the weights that is not plain numbers.
 _QUANTISED = ("quantization_config", "compression_config")
+DEQUANTISED = ("mxfp4", "fp8")
+"""Values of `quantization_config.quant_method` of which transformers makes plain numbers."""
 _ELSEWHERE = ("transformers_weights", "configuration_files")
 
 
@@ -124,6 +129,12 @@ class ModelFiles:
         names += [GENERATION] if self.generation is not None else []
         names += [INDEX] if self.sharded else []
         return (*(self.folder / name for name in names), *self.weights)
+
+    @property
+    def quantised(self) -> dict[str, Any] | None:
+        """How the weights are stored, of `DEQUANTISED`; None where they are plain numbers."""
+        found: dict[str, Any] | None = self.fields.get("quantization_config")
+        return found or None
 
     @property
     def architecture(self) -> Architecture:
@@ -174,7 +185,9 @@ def config_fields(folder: Path) -> dict[str, Any]:
             f"{folder} is not a language model: its config.json has no model_type"
         )
     architecture_for(SimpleNamespace(**found))  # type: ignore[arg-type]
-    if any(found.get(name) for name in _QUANTISED):
+    quantised = found.get(_QUANTISED[0])
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if any(found.get(name) for name in _QUANTISED) and method not in DEQUANTISED:
         raise CheckpointError(
             f"{folder} is quantised, and channels of quantised layers cannot be cut; give the"
             " original model"
@@ -247,11 +260,12 @@ def is_file_name(name: object) -> bool:
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files that a tokenizer is read from, in the order of their names."""
     found = {path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    return sorted(path for path in found if path.suffix not in _NO_TOKENIZER)
 
 
 def _read(path: Path, schema: Any) -> Any:
-    return read_json(path, schema, error=CheckpointError, remedy=_REMEDY)
+    # transformers 4 writes time limits of state-space layers as Infinity, and 5 reads that
+    return read_json(path, schema, error=CheckpointError, remedy=_REMEDY, infinite=True)
 
 
 def _no_model(folder: Path) -> str:

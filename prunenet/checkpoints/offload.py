@@ -8,11 +8,10 @@ those of `save_pretrained`, but that files are at most `SHARD` large.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from prunenet.checkpoints.converted import origins, part_of
 from prunenet.checkpoints.shards import write_shard
+from prunenet.models.layers import probe_tokens
 from prunenet.runtime.files import CheckpointError, cache_folder
+from prunenet.runtime.passing import passing_folder
 from prunenet.runtime.placement import compute_on, device_map, home, parameters, tensor_of, ties
 
 SHARD = "5GB"
@@ -56,7 +58,7 @@ def check_reread(model: PreTrainedModel, read: Read) -> None:
     for name, _ in parameters(model):
         if not torch.equal(tensor_of(fresh, name), tensor_of(model, name)):
             raise CheckpointError(f"the model was not saved: tensor {name} differs after a reload")
-    ids = ((torch.arange(24, device=home(model)) * 7919 + 11) % model.config.vocab_size).view(2, 12)
+    ids = probe_tokens(model, home(model))
     first, second = (
         m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (model, fresh)
     )
@@ -111,12 +113,15 @@ def write_model(
         # that a placed model's weights must fit in memory: there are none
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, state_dict={})
+    split = origins(model, state)
+
+    def rows_of(name: str) -> Iterable[Tensor]:
+        if id(tensors[name]) in name_of:
+            return rows(name_of[id(tensors[name])])
+        return (part_of(model, split[name], name, rows),)
+
     hashes = {
-        file: write_shard(
-            folder / file,
-            {name: tensors[name] for name in names},
-            lambda name: rows(name_of[id(tensors[name])]),
-        )
+        file: write_shard(folder / file, {name: tensors[name] for name in names}, rows_of)
         for file, names in plan.filename_to_tensors.items()
     }
     if plan.is_sharded:
@@ -134,11 +139,7 @@ def _read_beside(read: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     """What `read` gives, told a folder that is there as long as the model is."""
     home = cache_folder() / "offload"
     home.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(dir=home)
-    try:
-        model = read(folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    with ExitStack() as stack:
+        model = read(str(stack.enter_context(passing_folder(home))))
+        weakref.finalize(model, stack.pop_all().close)
     return model

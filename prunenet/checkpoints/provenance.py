@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.regimes import REGIMES
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import QUERY_HEADS, attentions
-from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.layers import count_parameters, ffn_widths, text_config
 from prunenet.models.modeling import HEADS
 from prunenet.runtime.json_files import Count, Positive, Within, parse_json
 
@@ -22,14 +22,14 @@ UNRECORDED = "unrecorded"
 """Policy of a model whose record was lost: saved by another tool after it was pruned."""
 _OF_GROUPS = ("dense_groups", "groups")
 _OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
-_Widths = tuple[Positive, ...]
+_Widths = tuple[Annotated[int, Within(1, 2**24)], ...]  # masks of so many entries are made
 
 
 class How(TypedDict, total=False):
     """The steps of a cut.
 
     Attributes:
-        widths: "uniform" or "per-layer".
+        widths: "uniform", "per-layer" or "refined".
         predicted_gain: by which share per-layer widths lower perplexity; None: not predicted.
         channels: "policy", "blend" or "elimination".
         refit: "off", "layerwise" or "sequential".
@@ -180,10 +180,11 @@ class Provenance:
             ValueError: the one cannot have been cut from the other.
         """
         before, after = ffn_widths(dense), ffn_widths(narrow)
-        if len(before) != len(after) or dense.config.hidden_size != narrow.config.hidden_size:
+        d_models = [text_config(model).hidden_size for model in (dense, narrow)]
+        if len(before) != len(after) or d_models[0] != d_models[1]:
             raise ValueError(
-                f"the model has {len(after)} layers of d_model {narrow.config.hidden_size} and"
-                f" {base_model} has {len(before)} of {dense.config.hidden_size}: the one was not"
+                f"the model has {len(after)} layers of d_model {d_models[1]} and"
+                f" {base_model} has {len(before)} of {d_models[0]}: the one was not"
                 " cut from the other; give the model that was pruned"
             )
         return cls.of(
@@ -240,7 +241,7 @@ def _check_counts(what: str, before: Sequence[int], after: Sequence[int]) -> Non
 
 def _heads(dense: PreTrainedModel, narrow: PreTrainedModel) -> dict[str, Any]:
     """The fields about heads; none where both models have the same ones."""
-    row = architecture_for(dense.config)
+    row = architecture_for(dense.config, type(dense))
     whole = [getattr(model.config, QUERY_HEADS, None) for model in (dense, narrow)]
     if not row.attention_in or (whole[0] == whole[1] and not hasattr(narrow.config, HEADS)):
         return {}

@@ -31,9 +31,9 @@ from prunenet.checkpoints.records import load_masks as load_masks
 from prunenet.checkpoints.records import load_provenance as load_provenance
 from prunenet.models import modeling
 from prunenet.models.heads import group_counts
-from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.models.layers import count_parameters, ffn_widths, probe_tokens
 from prunenet.models.surgery import zero_padded
-from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.files import CheckpointError, expanded, new_folder
 from prunenet.runtime.own_files import packed
 from prunenet.runtime.placement import is_placed, parameters
 
@@ -82,7 +82,8 @@ def save_pruned(
     _check_provenance(model, keep, provenance)
     if keep is not None:
         _check_heads(model, groups, provenance)
-    with new_folder(Path(out), bytes_to_write(model, keep, groups)) as folder:
+    out = expanded(out)
+    with new_folder(out, bytes_to_write(model, keep, groups)) as folder:
         _write_model(model, folder, tokenizer)
         write_provenance(
             folder,
@@ -93,7 +94,7 @@ def save_pruned(
             source=source_folder(model.config),
         )
         _verify(model, folder)
-    return Path(out)
+    return out
 
 
 def write_provenance(
@@ -161,13 +162,13 @@ def export_padded(source: str | Path, out: str | Path) -> Path:
     total, body = count_parameters(model)
     width = ffn_widths(model)[0]
     if provenance is None:
-        with new_folder(Path(out), bytes_to_write(model)) as folder:
+        with new_folder(expanded(out), bytes_to_write(model)) as folder:
             _write_model(model, folder, None)
             name = Path(source).expanduser().resolve().name  # of a hub id, too
             card = bare_card(name, total, width, how_to_load(folder))
             (folder / CARD).write_text(card, encoding="utf-8")
             _verify(model, folder)
-        return Path(out)
+        return expanded(out)
     provenance = dataclasses.replace(
         provenance,
         padded_to=width,
@@ -272,15 +273,19 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     cast = {
         n: b for n, b in fresh.named_buffers() if n in mine and b.to(mine[n].dtype).equal(mine[n])
     }
-    ids = ((torch.arange(24, device=model.device) * 7919 + 11) % model.config.vocab_size).view(
-        2, 12
-    )
+    ids = probe_tokens(model, model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = model.training
     try:
         first = torch.func.functional_call(model.train(False), cast, kwargs=inputs).logits
     finally:
         model.train(training)
+    if not bool(first.isfinite().all()):
+        kind = str(model.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{folder.name} was not saved: the model's logits are not finite in {kind}; its weights"
+            " are damaged, or load it in float32"
+        )
     difference = float((first - fresh(**inputs).logits).abs().max())
     if not difference == 0:
         raise CheckpointError(

@@ -40,6 +40,12 @@ _DTYPES |= {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+# packed forms, which are read by transformers alone
+_DTYPES |= {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The library writes tensors by falling dtype, in the order of its own enumeration.
 _ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL"

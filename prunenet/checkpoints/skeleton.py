@@ -9,30 +9,40 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from prunenet.checkpoints.contents import CONFIG, GENERATION, INDEX, ModelFiles
+from prunenet.checkpoints.converted import ConvertedTensor
 from prunenet.checkpoints.shards import StoredTensor
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
+from prunenet.models.known import class_of
+from prunenet.models.text_part import config_for
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.passing import passing_folder
 
+Stored = StoredTensor | ConvertedTensor
+"""A tensor on the disk, as it is or as it will be when it is loaded."""
 # Tensors that older versions stored and newer ones compute: rotary frequencies, causal masks.
 _COMPUTED = re.compile(
     r"(^|\.)(rotary(_emb|_embeddings)?\.inv_freq|(attention|attn)\.(masked_)?bias|position_ids)$"
@@ -48,15 +58,13 @@ class Skeleton:
         kind: class of the model.
         model: in eval mode, in the dtype that its weights are going to have.
         stored: where each tensor of the model's state lies, by its name there; tied tensors by
-            every name. Those that are converted when they are loaded are not in it.
-        converted: names in the files of the tensors that are converted.
+            every name.
     """
 
     config: PretrainedConfig
     kind: Any
     model: PreTrainedModel
-    stored: dict[str, StoredTensor]
-    converted: tuple[str, ...]
+    stored: dict[str, Stored]
 
 
 @contextmanager
@@ -69,9 +77,7 @@ def staged(files: ModelFiles, place: str | None = None) -> Iterator[Path]:
         files: of the model.
         place: a folder to make it in, and to leave it in; default one that is removed.
     """
-    passing = tempfile.TemporaryDirectory(prefix="prunenet-") if place is None else None
-    with passing or nullcontext(tempfile.mkdtemp(dir=place)) as name:
-        folder = Path(name)
+    with passing_folder() if place is None else nullcontext(Path(mkdtemp(dir=place))) as folder:
         _write(folder / CONFIG, files.fields)
         if files.generation is not None:
             _write(folder / GENERATION, files.generation)
@@ -92,7 +98,9 @@ def config_and_class(files: ModelFiles) -> tuple[PretrainedConfig, Any]:
     """
     with loading(files.folder), staged(files) as folder:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind: Any = class_of(config.model_type, files.fields.get("architectures"))
+        config = config_for(kind, config)
+        vars(config).pop("quantization_config", None)
         if hasattr(config, modeling.FFN) or hasattr(config, modeling.HEADS):
             kind = getattr(modeling, modeling.PREFIX + kind.__name__)
         elif hasattr(config, "residual_widths"):
@@ -132,15 +140,16 @@ def skeleton_of(files: ModelFiles, dtype: str = "auto") -> Skeleton:
                 token=None,
             )
     assert isinstance(model, PreTrainedModel)
-    found, converted = _located(model, files)
-    return Skeleton(config, kind, model, found, converted)
+    # what is dequantised when it is loaded has other names in the files
+    return Skeleton(config, kind, model, {} if files.quantised else _located(model, files))
 
 
 def _stored_dtype(files: ModelFiles, stated: torch.dtype | str | None) -> torch.dtype:
     """The dtype that config.json states, but for one that is wider than anything in the files:
     float32 beside bfloat16 weights would double a checkpoint and add nothing to it.
     """
-    floats = [t.stored for t in files.stored.values() if t.stored.is_floating_point]
+    stored = (tensor.stored for tensor in files.stored.values())
+    floats = [dtype for dtype in stored if dtype.is_floating_point and dtype.itemsize > 1]
     widest = max(floats, key=lambda dtype: dtype.itemsize, default=torch.float32)
     if stated is None:
         return floats[0] if floats else widest
@@ -173,18 +182,16 @@ def check_names(
         )
 
 
-def _located(
-    model: PreTrainedModel, files: ModelFiles
-) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+def _located(model: PreTrainedModel, files: ModelFiles) -> dict[str, Stored]:
     """Where each tensor of the model lies, under any name that `from_pretrained` knows; one of
     several tied is enough.
     """
     state = model.state_dict(keep_vars=True)
-    here, converted = _renamed(model, files)
+    here = _renamed(model, files)
     tied: dict[int, list[str]] = {}
     for name, tensor in state.items():
         tied.setdefault(id(tensor), []).append(name)
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Stored] = {}
     missing = set()
     for names in tied.values():
         entries = [here[name] for name in names if name in here]
@@ -200,27 +207,24 @@ def _located(
                 )
         _check_tied(files, entries)
         found |= dict.fromkeys(names, replace(entries[0], dtype=expected.dtype))
-    # what is converted has other names in the files
-    check_names(files, model, set() if converted else missing, here.keys() - state.keys())
-    return found, converted
+    check_names(files, model, missing, here.keys() - state.keys())
+    return found
 
 
-def _renamed(
-    model: PreTrainedModel, files: ModelFiles
-) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The stored tensors by their names in the model, and the names of those that are converted."""
+def _renamed(model: PreTrainedModel, files: ModelFiles) -> dict[str, Stored]:
+    """The stored tensors by their names in the model; those that are converted as they will be."""
     state = model.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    here: dict[str, StoredTensor] = {}
-    converted = []
-    for name, tensor in files.stored.items():
+    here: dict[str, Stored] = {}
+    parts: dict[str, list[tuple[str, str, StoredTensor]]] = {}
+    for name, tensor in sorted(files.stored.items(), key=lambda item: dot_natural_key(item[0])):
         renamed, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
         if pattern is not None:
-            converted.append(name)
+            parts.setdefault(renamed, []).append((name, pattern, tensor))
         elif renamed in here:
             raise CheckpointError(
                 f"{files.folder} holds tensor {renamed} twice, as {here[renamed].name} and as"
@@ -228,10 +232,28 @@ def _renamed(
             )
         else:
             here[renamed] = tensor
-    return here, tuple(converted)
+    by_pattern = {pattern: made for made in converters for pattern in made.source_patterns}
+    for name, sources in parts.items():
+        converter, first = by_pattern[sources[0][1]], sources[0][2]
+        # a converter names its first target; the others stand beside it
+        for target in converter.target_patterns:
+            own = name.replace(converter.target_patterns[0], target)
+            if own in state:
+                expected = state[own]
+                here[own] = ConvertedTensor(
+                    own,
+                    tuple(sources),
+                    converter,
+                    model,
+                    tuple(expected.shape),
+                    expected.dtype,
+                    first.stored,
+                    first.device,
+                )
+    return here
 
 
-def _check_tied(files: ModelFiles, entries: list[StoredTensor]) -> None:
+def _check_tied(files: ModelFiles, entries: list[Stored]) -> None:
     """Raises CheckpointError where tensors that are one in the model differ in the files."""
     for first, second in pairwise(entries):
         slabs = zip(first.slabs(), second.slabs(), strict=True)

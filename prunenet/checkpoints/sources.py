@@ -30,6 +30,7 @@ from prunenet.checkpoints.contents import (
     model_files,
     weight_names,
 )
+from prunenet.checkpoints.gguf import checkpoint_of, gguf_file
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.runtime.files import CheckpointError
 
@@ -63,6 +64,16 @@ def open_checkpoint(source: str | Path, dtype: str = "auto") -> ModelFiles:
     return model_files(folder)
 
 
+def stored_as(source: str | Path) -> str | None:
+    """The packed form of a checkpoint that is dequantised when it is loaded: "mxfp4", "fp8" or
+    "GGUF"; None where its weights are plain numbers.
+    """
+    if gguf_file(Path(source).expanduser()) is not None:
+        return "GGUF"
+    fields = config_fields(find_folder(source, CONFIG))
+    return (fields.get("quantization_config") or {}).get("quant_method")
+
+
 def local_folder(source: str | Path) -> Path | None:
     """The folder that a source names, `~` expanded; None for a hub id."""
     path = Path(source).expanduser()
@@ -76,7 +87,11 @@ def find_folder(source: str | Path, *patterns: str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (folder := local_folder(source)) is not None:
+    folder = local_folder(source)
+    file = gguf_file(Path(source).expanduser())
+    if file is not None:
+        return checkpoint_of(file)
+    if folder is not None:
         return folder
     if Path(source).expanduser().exists():
         raise CheckpointError(
@@ -131,7 +146,6 @@ def check_device(device: str) -> None:
 
 
 def in_short(error: BaseException) -> str:
-    """The message on one line; libraries write paragraphs."""
-    return (
-        textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__
-    )
+    """The message on one line; libraries write paragraphs, and of a missing key its name alone."""
+    said = f"it knows no {error}" if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(said, 240, placeholder=" ...").rstrip(".: ") or type(error).__name__

@@ -19,21 +19,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from jaxtyping import Bool
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from prunenet.checkpoints.companions import source_folder, write_companions
+from prunenet.checkpoints.converted import let_go
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import bytes_to_write, write_provenance
-from prunenet.checkpoints.shards import StoredTensor
-from prunenet.checkpoints.skeleton import skeleton_of
+from prunenet.checkpoints.skeleton import Stored, skeleton_of
 from prunenet.checkpoints.sources import check_device, local_folder, open_checkpoint
-from prunenet.models.anatomy import FFN, Anatomy
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.groups import FFN, Slice
 from prunenet.models.surgery import narrowed
-from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.files import CheckpointError, expanded, new_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class StreamedCheckpoint:
 
     source: str
     skeleton: PreTrainedModel
-    stored: dict[str, StoredTensor]
+    stored: dict[str, Stored]
 
     @classmethod
     def open(
@@ -71,10 +72,10 @@ class StreamedCheckpoint:
         files = open_checkpoint(source, dtype)
         check_device(device)
         skeleton = skeleton_of(files, dtype)
-        if skeleton.converted:
+        if files.quantised:
             raise CheckpointError(
-                f"{files.folder} stores {skeleton.converted[0]} in a form that is converted when"
-                " it is loaded, and cannot be streamed"
+                f"{files.folder} is stored as {files.quantised['quant_method']}, which is"
+                " dequantised in memory and cannot be streamed"
             )
         if local_folder(source) is None:  # what provenance records
             config = skeleton.model.config
@@ -91,21 +92,16 @@ class StreamedCheckpoint:
             UnsupportedArchitecture: as `prunenet.models.anatomy.Anatomy.of`.
             CheckpointError: the file ends where it should not.
         """
-        layer = Anatomy.of(self.skeleton).layers[index]
-        row = layer.architecture
-        empty: list[tuple[nn.Module, str, nn.Parameter]] = []
-        try:
-            for path in (*row.input_linears, row.down, row.attention_out, *row.norms):
-                for module, name, parameter in _parameters(layer.module, path):
-                    empty.append((module, name, parameter))
-                    tensor = self.stored[f"{layer.path}.{path}.{name}"].whole()
-                    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-            return layer.read()
-        finally:
-            for module, name, parameter in empty:
-                setattr(module, name, parameter)
+        return Anatomy.of(self.skeleton).groups[index].read(self.tensor)
 
-    def embeddings(self) -> tuple[StoredTensor, StoredTensor | None]:
+    def tensor(self, where: Slice) -> Tensor:
+        """The tensor of a slice, a copy on the checkpoint's device."""
+        stored = self.stored[where.name]
+        return (
+            stored.whole() if where.expert is None else stored[where.expert : where.expert + 1][0]
+        )
+
+    def embeddings(self) -> tuple[Stored, Stored | None]:
         """(input embeddings, output embeddings); the second is None where it is the first."""
         names = {id(parameter): name for name, parameter in self.skeleton.named_parameters()}
         table, head = self.skeleton.get_input_embeddings(), self.skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -159,54 +155,53 @@ def save_streamed(
 
     def rows(name: str) -> Iterator[Tensor]:
         nonlocal done
-        for piece in _cut_rows(source.stored[name], *cuts.get(name, (None, None))):
+        for piece in _cut_rows(source.stored[name], cuts.get(name, [])):
             yield piece
             done += piece.nbytes
             if progress is not None:
                 progress(done, total)
 
-    with new_folder(Path(out), bytes_to_write(narrow, keep)) as folder:
+    let_go()
+    with new_folder(expanded(out), bytes_to_write(narrow, keep)) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
         write_companions(folder, narrow, tokenizer)
         write_provenance(folder, keep, provenance, source=source_folder(source.skeleton.config))
         _verify(folder, hashes, state)
+    let_go()
     return provenance
-
-
-def _parameters(layer: nn.Module, path: str) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """(module, name, parameter) of what stands at a path; nothing where nothing does."""
-    try:
-        module = layer.get_submodule(path)
-    except AttributeError:
-        return []
-    return [(module, name, parameter) for name, parameter in module.named_parameters(recurse=False)]
 
 
 def _cuts(
     skeleton: PreTrainedModel, keep: Sequence[Tensor]
-) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """(mask of rows, numbers of columns) that stay of each tensor that is not copied whole."""
-    cuts: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for layer, mask in zip(Anatomy.of(skeleton).layers, keep, strict=True):
+) -> dict[str, list[tuple[Slice, Tensor]]]:
+    """The slices of each tensor that is not copied whole, with the entries that stay of them."""
+    cuts: dict[str, list[tuple[Slice, Tensor]]] = {}
+    for group, mask in zip(Anatomy.of(skeleton).groups, keep, strict=True):
         kept = mask.nonzero().flatten()
-        for where in layer.channels():
-            if where.axis == 1:
-                cuts[f"{layer.path}.{where.path}.weight"] = (None, where.entries(kept, len(mask)))
-                continue
-            rows = mask.repeat(where.parts)
-            for name, _ in where.linear.named_parameters(recurse=False):
-                cuts[f"{layer.path}.{where.path}.{name}"] = (rows, None)
+        for where in group.slices:
+            found = (where, where.entries(kept, group.width))
+            cuts.setdefault(where.name, []).append(found)
     return cuts
 
 
-def _cut_rows(
-    tensor: StoredTensor, rows: Bool[Tensor, " n"] | None, columns: Int[Tensor, " width"] | None
-) -> Iterator[Tensor]:
+def _cut_rows(tensor: Stored, cut: list[tuple[Slice, Tensor]]) -> Iterator[Tensor]:
     """What stays of a tensor, a slab at a time, on the CPU."""
-    for start, slab in replace(tensor, device=torch.device("cpu")).slabs():
-        if rows is not None:
-            slab = slab[rows[start : start + len(slab)]]
-        yield slab if columns is None else slab.index_select(1, columns)
+    tensor = replace(tensor, device=torch.device("cpu"))
+    if not cut:
+        yield from (slab for _, slab in tensor.slabs())
+    elif cut[0][0].expert is not None:
+        for number, (where, entries) in enumerate(cut):
+            yield tensor[number : number + 1].index_select(where.axis, entries)
+    else:
+        ((where, entries),) = cut
+        if where.axis == 0 and where.layout == "interleaved":
+            yield tensor.whole().index_select(0, entries)
+        for start, slab in tensor.slabs() if where.layout != "interleaved" else ():
+            if where.axis == 0:
+                inside = entries[(entries >= start) & (entries < start + len(slab))] - start
+                yield slab.index_select(0, inside)
+            else:
+                yield slab.index_select(where.axis, entries)
 
 
 def _verify(folder: Path, hashes: dict[str, str], tensors: dict[str, Tensor]) -> None:

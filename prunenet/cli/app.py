@@ -17,6 +17,7 @@ from prunenet.cli.compare import compare
 from prunenet.cli.demo import demo
 from prunenet.cli.evaluate import evaluate
 from prunenet.cli.export import export
+from prunenet.cli.models import models
 from prunenet.cli.options import grouped
 from prunenet.cli.order import order
 from prunenet.cli.prune import prune
@@ -30,11 +31,24 @@ app = typer.Typer(
     help="Learns once per model family which FFN channels matter, and cuts any model of that family"
     " to any size.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, prune, evaluate, compare, recover, order, export, card, push, report, demo):
+COMMANDS = (
+    train,
+    prune,
+    evaluate,
+    compare,
+    recover,
+    order,
+    export,
+    card,
+    push,
+    report,
+    models,
+    demo,
+)
+for command in COMMANDS:
     app.command("eval" if command is evaluate else command.__name__)(grouped(command))
 
 
@@ -68,7 +82,4 @@ def _main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     app()

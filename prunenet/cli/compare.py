@@ -17,7 +17,6 @@ from prunenet.cli.console import errors, one_job, path, show
 from prunenet.cli.options import Model, PolicyName, TextColumn
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
 from prunenet.evaluation.options import EvaluationOptions
-from prunenet.runtime import parallel
 
 if TYPE_CHECKING:
     from prunenet.compare.results import Line
@@ -229,6 +228,8 @@ def compare(
 
 def _present(lines: list[Line], written: Written) -> None:
     """Shows and draws the lines, on the first process."""
+    from prunenet.runtime import parallel
+
     if not parallel.is_first():
         return
     from prunenet.compare import summary

@@ -21,7 +21,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Fetch a real model, train a policy on it, cut it to several sizes, and compare."""
-    with one_process():
+    with one_process(out):
         from prunenet.cli.demo_steps import run_demo
 
         rows = run_demo(out, ratios, errors)

@@ -22,12 +22,12 @@ from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.report import draw_report
 from prunenet.evaluation.side_by_side import evaluate
 from prunenet.evaluation.speed import generate_sentence
-from prunenet.models.masks import check_ratio
 from prunenet.policies.apply import decide, pruned_by
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.options import PruneOptions
 from prunenet.policies.training.recipe import PRESETS, Recipe
 from prunenet.policies.training.train import recorded, train, unfinished
+from prunenet.runtime.choices import check_ratio
 from prunenet.runtime.files import CheckpointError, check_home, write_atomic
 from prunenet.text.calibration import CalibrationSet, self_blocks
 from prunenet.text.corpora import TestText, load_text

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
+from prunenet.checkpoints.options import AUTO
 from prunenet.cli import tables
 from prunenet.cli.console import errors
 from prunenet.cli.options import Reading
-from prunenet.runtime.placement import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +69,13 @@ def open_model(source: str, reading: Reading, device: str) -> PreTrainedModel | 
     Raises:
         ValueError: as `load_model`.
     """
+    from prunenet.checkpoints.sources import stored_as
+
+    if (form := stored_as(source)) is not None:
+        note = (
+            f"{escape(source)} is stored as {form}; it is dequantised, and the result is bfloat16"
+        )
+        errors.print(f"note: {note}, or what --dtype says")
     if reading.stream:
         from prunenet.checkpoints.streaming import StreamedCheckpoint
 
@@ -93,6 +100,15 @@ def check_streamable(reading: Reading, reads_text: bool, remedy: str) -> None:
         raise ValueError(
             "--stream holds one layer of the model at a time, so nothing can be measured on text:"
             f" {remedy}"
+        )
+
+
+def note_overflow(source: StreamedCheckpoint) -> None:
+    """Prints a note where logits, which a streamed model does not have, may be what is damaged."""
+    if str(source.skeleton.dtype) == "torch.float16":
+        errors.print(
+            "note: --stream computes no logits, and in float16 they can overflow: check them with"
+            " prunenet eval"
         )
 
 

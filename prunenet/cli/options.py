@@ -158,8 +158,11 @@ HELP: dict[str, Any] = {
     ),
     "round_to": typer.Option("--round", help="Widths are multiples of this."),
     "widths": typer.Option(
-        help="uniform, per-layer (the policy's allocation), or auto: per-layer for a predicted gain"
-        " over 5 %."
+        help="uniform, per-layer (the policy's allocation), auto: per-layer for a predicted gain"
+        " over 5 %, or refined: per-layer, changed on calibration text in some minutes."
+    ),
+    "structures": typer.Option(
+        help="What refined widths cut: channels, or channels,heads at as many parameters."
     ),
     "channels": typer.Option(
         help="Which channels stay: policy (its scores), elimination (greedy, from activations) or"

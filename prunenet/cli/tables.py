@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -20,8 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.records import how_to_load
+if TYPE_CHECKING:
+    from prunenet.checkpoints.provenance import Provenance
 
 
 @contextmanager
@@ -65,6 +65,8 @@ def facts(title: str, values: dict[str, Any]) -> Table:
 
 def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
     """What a user wants to know of a new checkpoint, and last how it is loaded."""
+    from prunenet.checkpoints.records import how_to_load
+
     widths = sorted(set(provenance.widths))
     return {
         "folder": str(out),

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from prunenet.compare.summary import Row, Value
 from prunenet.evaluation.images import ImageFormat, save_figure
-from prunenet.runtime.files import make_folders
+from prunenet.runtime.files import expanded, make_folders
 
 # Okabe and Ito's palette, as in `report`: a colour a regime.
 _COLOURS = {"weights": "#0072B2", "self": "#009E73", "data": "#D55E00"}
@@ -54,7 +54,7 @@ def draw_comparison(
     Returns:
         The files written.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     make_folders(folder)
     texts = list(dict.fromkeys(text for row in rows for text in row.perplexity))
     quality: dict[str, _Y] = {f"perplexity, {text}": _perplexity_on(text) for text in texts}

@@ -4,6 +4,9 @@ options.py       how a text is scored and how speed is measured
 perplexity.py    sliding-window perplexity
 losses.py        loss of a model on token blocks
 divergence.py    KL(dense || pruned) on token blocks
+interaction.py   how the damages of a model's parts add up: one matrix
+slots.py         one budget over those parts: decisions, costs, damage
+shares.py        allocations as the share of every slot that stays
 zeroshot.py      multiple-choice tasks by lm-eval's definitions
 task_files.py    their questions, from local files
 speed.py         tokens per second, side by side

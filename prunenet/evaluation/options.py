@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunenet.text.choices import Bos
+from prunenet.text.choices import Bos, check_bos, check_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,6 @@ class EvaluationOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        from prunenet.text.windows import check_bos, check_window
-
         check_window(self.window, self.stride)
         check_bos(self.bos)
         for name in ("max_windows", "batch_size"):

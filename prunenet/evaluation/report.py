@@ -18,6 +18,7 @@ except ImportError as error:
     ) from error
 
 from prunenet.evaluation.images import image_format, save_figure
+from prunenet.runtime.files import expanded
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness; markers differ too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -69,7 +70,7 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     _scale_axes(panels["perplexity"], panels["prefill"], panels["decode"])
     if title:
         figure.suptitle(title, fontsize=12)
-    save_figure(figure, path, dpi=150)
+    save_figure(figure, expanded(path), dpi=150)
 
 
 def _check(row: Any) -> None:

@@ -36,13 +36,15 @@ from prunenet.features.residual import (
     quadratic,
     self_product,
 )
+from prunenet.models.groups import Group
 from prunenet.models.layers import (
     FFN,
     Weights,
     activation,
     decoder_layers,
     embeddings,
-    ffn_at,
+    ffn_reader,
+    ffn_widths,
     structure,
 )
 from prunenet.runtime import parallel
@@ -123,13 +125,14 @@ def layer_context(model: Weights) -> Float32[Tensor, "layers n_context"]:
     table, _ = embeddings(model)
     written = float(embedding_moments(table)[0].trace())
     rows, layers = [], len(decoder_layers(structure(model)))
-    for index in range(layers):
-        ffn = ffn_at(model, index)
+    groups, read = ffn_reader(model)
+    for group in groups:
+        ffn = read(group.number)
         slices = _slices(ffn)
         norms = torch.stack([_log(part.square().sum(-1)) / 2 for part in slices.values()]).sum(0)
         grams = {name: self_product(slices[name]) for name in ("up", "down")}
         _check_range(ffn, slices, (gram.trace() for gram in grams.values()))
-        row, written = _context_row(index, layers, norms, grams, written)
+        row, written = _context_row(group, layers, norms, grams, written)
         rows.append(row)
     return torch.stack(rows).to(table.device)
 
@@ -152,22 +155,21 @@ def observe(
     else:
         yield from (
             (rows, row)
-            for rows, row in parallel.gather_from_owners(
-                dict(own), len(decoder_layers(structure(model)))
-            )
+            for rows, row in parallel.gather_from_owners(dict(own), len(ffn_widths(model)))
         )
 
 
 def _own_observations(model: Weights) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     act, stream = activation(model), ResidualStream(*embeddings(model))
     layers, written = len(decoder_layers(structure(model))), stream.energy
-    for index in range(layers):
-        if parallel.is_owner(index):
-            statistics, norms, grams = _observed(ffn_at(model, index), stream, act)
-            row, written = _context_row(index, layers, norms, grams, written)
-            yield index, (statistics, row)
+    groups, read = ffn_reader(model)
+    for group in groups:
+        if parallel.is_owner(group.number):
+            statistics, norms, grams = _observed(read(group.number), stream, act)
+            row, written = _context_row(group, layers, norms, grams, written)
+            yield group.number, (statistics, row)
         else:
-            written += _passed(ffn_at(model, index), stream, act)
+            written += _passed(read(group.number), stream, act)
 
 
 def _passed(ffn: FFN, stream: ResidualStream, act: Callable[[Tensor], Tensor]) -> float:
@@ -179,7 +181,7 @@ def _passed(ffn: FFN, stream: ResidualStream, act: Callable[[Tensor], Tensor]) -
     stream.read_attention(ffn)
     slices = _slices(ffn)
     stream.read_ffn(ffn, _energies(ffn, slices, normalised(stream.moment), act)[0])
-    return float(self_product(slices["down"]).trace())
+    return float(self_product(slices["down"]).trace()) * ffn.share
 
 
 def _observed(
@@ -213,7 +215,7 @@ def _observed(
 
 
 def _context_row(
-    index: int, layers: int, norms: _PerChannel, grams: dict[str, _Square], written: float
+    group: Group, layers: int, norms: _PerChannel, grams: dict[str, _Square], written: float
 ) -> tuple[Float32[Tensor, " n_context"], float]:
     """Returns a row of CONTEXT, and `written` with what this layer adds."""
     spread = float(_log(norms.std(correction=0)))
@@ -223,7 +225,8 @@ def _context_row(
         *(float(_log(values.sum())) for values in shares),
         -float(_log(shares[1][-1] * len(pair[1]))),
     ]
-    write, depth = float(pair[1].trace()), index / max(layers - 1, 1)
+    index = group.layer
+    write, depth = float(pair[1].trace()) * group.share, index / max(layers - 1, 1)
     place = [depth, 1 - depth, math.exp(-index), math.exp(index - layers + 1)]
     row = [*place, spread, *spectra, math.log((write + _TINY) / (written + _TINY))]
     return (

@@ -65,7 +65,7 @@ class ResidualStream:
 
     def read_ffn(self, ffn: FFN, energy: Float32[Tensor, " d_ff"]) -> None:
         """Adds what the FFN writes, given the expected energy E[h^2] of each channel."""
-        columns = ffn.down.float() * energy.sqrt()
+        columns = ffn.down.float() * (energy * ffn.share).sqrt()
         self.moment = self.moment + self_product(columns.T)
 
 

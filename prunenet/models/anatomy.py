@@ -1,17 +1,16 @@
-"""The anatomy of a causal language model: its decoder layers and what can be cut of each.
+"""The anatomy of a language model: its decoder layers and the channel groups that can be cut.
 
-`Anatomy.of` resolves a model's row of `prunenet.models.architectures` once: dotted paths become
-modules. Statistics read a layer as an `FFN`; surgery and streaming read it as `Slice`s.
+`Anatomy.of` resolves a model's row of `prunenet.models.architectures` once: names become modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from prunenet.models.architectures import (
@@ -20,192 +19,122 @@ from prunenet.models.architectures import (
     architecture_for,
     check_heads,
 )
+from prunenet.models.groups import FFN, Group, Pattern, Slice, starred
+from prunenet.models.knobs import field_of, top_k, uniform_widths
 from prunenet.runtime.placement import present
 
-
-@dataclass(frozen=True, slots=True)
-class FFN:
-    """The weights of one layer's feed-forward network, as views: dtype and device are the model's.
-
-    Channel j is row j of `gate` and `up` (and of their biases) plus column j of `down`. With
-    offloading these views become invalid when the layer is offloaded.
-
-    Attributes:
-        index: layer number, from 0.
-        gate: (d_ff, d_model); None in an ungated FFN.
-        up: (d_ff, d_model).
-        down: (d_model, d_ff).
-        gate_bias, up_bias: (d_ff,) or None.
-        down_bias: (d_model,) or None.
-        norm_scale: (d_model,) scale of the norm in front of the FFN; None where there is none.
-        attention_out: (d_model, heads * head_dim), attention's output matrix; None if unknown.
-    """
-
-    index: int
-    gate: Float[Tensor, "d_ff d_model"] | None
-    up: Float[Tensor, "d_ff d_model"]
-    down: Float[Tensor, "d_model d_ff"]
-    gate_bias: Float[Tensor, " d_ff"] | None = None
-    up_bias: Float[Tensor, " d_ff"] | None = None
-    down_bias: Float[Tensor, " d_model"] | None = None
-    norm_scale: Float[Tensor, " d_model"] | None = None
-    attention_out: Float[Tensor, "d_model d_attention"] | None = None
-
-    @property
-    def d_ff(self) -> int:
-        return self.up.shape[0]
-
-    @property
-    def d_model(self) -> int:
-        return self.up.shape[1]
-
-    @property
-    def channel_parameters(self) -> int:
-        """Parameters that go away with one channel."""
-        slices = 2 if self.gate is None else 3
-        biases = (self.up_bias is not None) + (self.gate_bias is not None)
-        return slices * self.d_model + biases
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slice:
-    """Where the units of a structure (FFN channels, groups of heads) lie in one linear.
-
-    Attributes:
-        path: of the linear, from the decoder layer.
-        linear: the module.
-        axis: 0, units are rows (and entries of the bias); 1, units are columns.
-        parts: how many runs of all units lie behind one another (2: gate and up in one linear).
-        size: rows or columns of a unit within a run.
-    """
-
-    path: str
-    linear: nn.Linear
-    axis: int
-    parts: int = 1
-    size: int = 1
-
-    def entries(self, units: Int[Tensor, " kept"], count: int) -> Int[Tensor, " entries"]:
-        """The rows or columns of some units out of `count`, in their order; -1 stays -1."""
-        run = units[:, None] * self.size + torch.arange(self.size, device=units.device)
-        run = torch.where(units[:, None] < 0, -1, run).flatten()
-        shift = count * self.size
-        runs = [torch.where(run < 0, run, run + part * shift) for part in range(self.parts)]
-        return torch.cat(runs)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_EACH = (
+    "norm_scale",
+    "down_bias",
+)  # read with every expert, where attention is read with the first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderLayer:
-    """One decoder layer: its modules that can be cut, found by the paths of its architecture.
+    """One decoder layer, and the paths of its architecture in it.
 
     Attributes:
         index: layer number, from 0.
         module: the layer.
         architecture: where its parts are.
-        down: the linear d_ff -> d_model, whose input is the activations h of the FFN's channels.
     """
 
     index: int
     module: nn.Module
     architecture: Architecture
-    down: nn.Linear
 
     @property
     def path(self) -> str:
         """Of the layer, from the causal LM."""
         return f"{self.architecture.layers}.{self.index}"
 
-    @property
-    def width(self) -> int:
-        """FFN channels."""
-        return self.down.in_features
-
     def linear(self, path: str) -> nn.Linear:
         """The linear at a path of this layer. Raises as `plain_linear`."""
         return plain_linear(self.module, path)
 
-    def channels(self) -> list[Slice]:
-        """Where the FFN's channels lie: the linears that write them, then the one that reads."""
-        row = self.architecture
-        parts = 2 if row.fused else 1
-        made = [Slice(path, self.linear(path), 0, parts) for path in row.input_linears]
-        return [*made, Slice(row.down, self.down, 1)]
-
-    def groups(self, count: int) -> list[Slice]:
+    def heads(self, count: int) -> list[Slice]:
         """Where the `count` groups of heads lie: query, key, value and output linears."""
-        row = self.architecture
-        made = [(path, self.linear(path)) for path in row.attention_in]
-        out = self.linear(row.attention_out)
-        return [
-            *(Slice(path, part, 0, size=part.out_features // count) for path, part in made),
-            Slice(row.attention_out, out, 1, size=out.in_features // count),
-        ]
-
-    def read(self) -> FFN:
-        """The FFN's weights, as views on what the modules hold now."""
-        row = self.architecture
-        up = self.linear(row.up)
-        attention = _find(self.module, (row.attention_out,))
-        scale = getattr(_find(self.module, row.norms), "weight", None)
-        up_weight, up_bias = up.weight.detach(), _detached(up.bias)
-        gate_weight, gate_bias = None, None
-        if row.fused:
-            gate_weight, up_weight = up_weight.chunk(2)
-            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
-        elif row.gate is not None:
-            gate = self.linear(row.gate)
-            gate_weight, gate_bias = gate.weight.detach(), _detached(gate.bias)
-        return FFN(
-            index=self.index,
-            gate=gate_weight,
-            up=up_weight,
-            down=self.down.weight.detach(),
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=_detached(self.down.bias),
-            norm_scale=scale.detach() + row.norm_offset if isinstance(scale, Tensor) else None,
-            attention_out=attention.weight.detach() if isinstance(attention, nn.Linear) else None,
-        )
+        row, made = self.architecture, []
+        for path in row.attention_in:
+            linear = self.linear(path)
+            for name, tensor in linear.named_parameters(recurse=False):
+                full = f"{self.path}.{path}.{name}"
+                made.append(Slice(full, linear, "head", 0, size=len(tensor) // count))
+        out, name = self.linear(row.attention_out), f"{self.path}.{row.attention_out}.weight"
+        return [*made, Slice(name, out, "head", 1, size=out.in_features // count)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Anatomy:
-    """A model's decoder layers, resolved once. Holds modules and no weights of its own.
+    """A model's decoder layers and channel groups, resolved once. Holds no weights of its own.
 
     Attributes:
         model: the causal LM, or its skeleton on the meta device.
         architecture: its row.
         layers: first to last.
+        groups: of all layers, first to last; a layer has none, one or several.
     """
 
     model: PreTrainedModel
     architecture: Architecture
     layers: tuple[DecoderLayer, ...]
+    groups: tuple[Group, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Anatomy:
+    def of(cls, model: PreTrainedModel, architecture: Architecture | None = None) -> Anatomy:
         """Resolves a model.
 
+        Args:
+            model: a causal LM.
+            architecture: its row; default the one that is known.
+
         Raises:
-            UnsupportedArchitecture: the model type has no row, the model is not the family's causal
-                LM, or an FFN's output matrix is no plain linear layer.
+            UnsupportedArchitecture: the model type is not supported, the model is not the family's
+                causal LM, or a matrix of an FFN is quantised.
         """
-        row = architecture_for(model.config)
+        row = architecture or architecture_for(model.config, type(model))
         layers = tuple(
-            DecoderLayer(index, layer, row, plain_linear(layer, row.down))
+            DecoderLayer(index, layer, row)
             for index, layer in enumerate(decoder_layers(model, row))
         )
-        return cls(model, row, layers)
+        return cls(model, row, layers, tuple(_groups(model, row)))
 
     @property
     def widths(self) -> list[int]:
-        """FFN channels of each layer."""
-        return [layer.width for layer in self.layers]
+        """Channels of each group."""
+        return [group.width for group in self.groups]
+
+    def uniform_widths(self, ratio: float, round_to: int = 8) -> list[int]:
+        """The width of each group when every one loses the same share of its channels.
+
+        Args:
+            ratio: share of channels removed, in [0, 1).
+            round_to: widths are multiples of this.
+
+        Raises:
+            ValueError: a group cannot be rounded to a multiple of `round_to`.
+        """
+        return uniform_widths(self.groups, ratio, round_to, free=self.architecture.per_layer)
 
     @property
     def downs(self) -> list[nn.Linear]:
-        """The linear d_ff -> d_model of each layer."""
-        return [layer.down for layer in self.layers]
+        """The linear d_ff -> d_model of each group, whose input is the activations h.
+
+        Raises:
+            UnsupportedArchitecture: an output matrix is no linear layer, as in experts.
+        """
+        found = []
+        for group in self.groups:
+            module = group.down.module
+            if not isinstance(module, nn.Linear) or group.expert is not None:
+                raise UnsupportedArchitecture(
+                    f"activations of a {type(self.model).__name__} are not measured, for"
+                    f" {group.path} is no linear layer; choose channels from the weights alone"
+                    " (`moments` none)"
+                )
+            found.append(module)
+        return found
 
     @property
     def outs(self) -> list[nn.Linear]:
@@ -222,15 +151,15 @@ class Anatomy:
         check_whole(self.model)
 
     def ffn(self, index: int) -> FFN:
-        """The FFN of one layer. Raises as `check_whole`."""
+        """The FFN of one group. Raises as `check_whole`."""
         self.check_whole()
-        layer = self.layers[index]
-        with present(layer.module):
-            return layer.read()
+        group = self.groups[index]
+        with present(group.module):
+            return group.read()
 
     def ffns(self) -> Iterator[FFN]:
-        """The FFN of each layer, first to last. Raises as `check_whole`."""
-        return (self.ffn(index) for index in range(len(self.layers)))
+        """The FFN of each group, first to last. Raises as `check_whole`."""
+        return (self.ffn(index) for index in range(len(self.groups)))
 
 
 def decoder_layers(
@@ -242,7 +171,7 @@ def decoder_layers(
         UnsupportedArchitecture: the model type has no row, or the model is not the family's causal
             LM.
     """
-    architecture = architecture or architecture_for(model.config)
+    architecture = architecture or architecture_for(model.config, type(model))
     try:
         layers = model.get_submodule(architecture.layers)
     except AttributeError:
@@ -272,25 +201,130 @@ def plain_linear(layer: nn.Module, path: str) -> nn.Linear:
         UnsupportedArchitecture: it is of another kind, as in a quantised model.
     """
     module = layer.get_submodule(path)
-    if not isinstance(module, nn.Linear) or not isinstance(module.weight, nn.Parameter):
-        raise UnsupportedArchitecture(
-            f"{path} is a {type(module).__name__}, not a plain linear layer; load the model"
-            " unquantised"
-        )
+    if not isinstance(module, nn.Linear):
+        raise _not_plain(path, module)
+    _check_plain(path, module, "weight")
     return module
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _check_plain(path: str, module: nn.Module, name: str) -> None:
+    """Raises UnsupportedArchitecture for a tensor that is packed or quantised: the classes of
+    bitsandbytes inherit from Linear and from Parameter.
+    """
+    tensor = getattr(module, name, None)
+    if type(tensor) is not nn.Parameter or tensor.dtype not in _FLOATS:
+        raise _not_plain(path, module)
 
 
-def _find(layer: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
-    """The first module that stands at one of the paths."""
-    for path in paths:
-        try:
-            module = layer.get_submodule(path)
-        except AttributeError:
+def _not_plain(path: str, module: nn.Module) -> UnsupportedArchitecture:
+    return UnsupportedArchitecture(
+        f"{path} is a {type(module).__name__}, not a plain linear layer; load the model unquantised"
+    )
+
+
+def _groups(model: PreTrainedModel, row: Architecture) -> Iterator[Group]:
+    """The groups of all patterns, in the order of the model's layers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    order = {name: place for place, name in enumerate(modules)}
+    names: dict[str, dict[tuple[int, ...], str]] = {}
+    for name, module in modules.items():
+        for own, tensor in module._parameters.items():
+            if tensor is not None:
+                star, numbers = starred(f"{name}.{own}")
+                names.setdefault(star, {})[numbers] = name
+    places = []
+    for place, pattern in enumerate(row.patterns):
+        stack = pattern.down.tensor.partition(".*.")[0]
+        for numbers in names.get(pattern.down.tensor, ()):
+            there = all(numbers in names.get(part.tensor, ()) for part in pattern.matrices)
+            left = pattern.unless and field_of(model.config, pattern.unless)[numbers[0]]
+            if there and not left:
+                places.append((order.get(stack, 0), numbers, place, pattern))
+    last, number = None, 0
+    for stack_place, numbers, _, pattern in sorted(places, key=lambda found: found[:3]):
+        here = (stack_place, numbers[:1])
+        slices = _slices(modules, names, pattern, numbers)
+        around = _around(modules, row, pattern, numbers, slices, here != last)
+        made = _of_pattern(model, modules, pattern, numbers, slices, around, number)
+        yield from made
+        last, number = here, number + len(made)
+
+
+def _slices(
+    modules: dict[str, nn.Module],
+    names: dict[str, dict[tuple[int, ...], str]],
+    pattern: Pattern,
+    numbers: tuple[int, ...],
+) -> list[Slice]:
+    """The tensors of one FFN; biases only where the model has them."""
+    found = []
+    for part in pattern.parts:
+        if (owner := names.get(part.tensor, {}).get(numbers)) is None:
             continue
-        if module is not None:
-            return module
-    return None
+        module, own = modules[owner], part.tensor.rpartition(".")[2]
+        _check_plain(owner, module, own)
+        found.append(Slice(f"{owner}.{own}", module, part.role, part.axis, part.layout))
+    return found
+
+
+def _around(
+    modules: dict[str, nn.Module],
+    row: Architecture,
+    pattern: Pattern,
+    numbers: tuple[int, ...],
+    slices: Sequence[Slice],
+    first: bool,
+) -> dict[str, tuple[Slice, float]]:
+    """What statistics read beside the channels themselves; see `Group.around`."""
+    down = next(where for where in slices if where.role == "down")
+    layer = f"{pattern.down.tensor.partition('.*.')[0]}.{numbers[0] if numbers else ''}"
+    wanted = [("down_bias", down.name.removesuffix(".weight"), "bias", 0.0)]
+    norms = (f"{layer}.{path}" for path in row.norms)
+    norm = next((name for name in norms if modules.get(name) is not None), None)
+    wanted.append(("norm_scale", norm or "", "weight", row.norm_offset))
+    if first and isinstance(modules.get(name := f"{layer}.{row.attention_out}"), nn.Linear):
+        wanted.append(("attention_out", name, "weight", 0.0))
+    return {
+        field: (Slice(f"{name}.{own}", modules[name], "head", 0), offset)
+        for field, name, own, offset in wanted
+        if name in modules and isinstance(getattr(modules[name], own, None), torch.Tensor)
+    }
+
+
+def _of_pattern(
+    model: PreTrainedModel,
+    modules: dict[str, nn.Module],
+    pattern: Pattern,
+    numbers: tuple[int, ...],
+    slices: Sequence[Slice],
+    around: dict[str, tuple[Slice, float]],
+    number: int,
+) -> list[Group]:
+    """The group of an FFN; of a bank of experts, one for each."""
+    down = next(where for where in slices if where.role == "down")
+    shape = getattr(down.module, down.attribute).shape
+    experts = range(shape[0]) if pattern.experts else (None,)
+    layer = f"{pattern.down.tensor.partition('.*.')[0]}.{numbers[0] if numbers else ''}"
+    path = down.name.removesuffix(".weight")
+    share = min(1.0, (top_k(model.config) or 1) / shape[0]) if pattern.experts else 1.0
+    value = field_of(model.config, pattern.knob)
+    listed = isinstance(value, list | tuple)
+    whole = isinstance(value, int) and value > 0 and not pattern.companions
+    step = shape[down.axis] // math.gcd(shape[down.axis], value) if whole else 1
+    return [
+        Group(
+            number=number + place,
+            layer=numbers[0] if numbers else 0,
+            path=path,
+            expert=expert,
+            width=shape[down.axis],
+            slices=tuple(slices if expert is None else (replace(s, expert=expert) for s in slices)),
+            pattern=pattern,
+            module=modules.get(layer, model),
+            around=around if not place else {k: v for k, v in around.items() if k in _EACH},
+            share=share,
+            listed=listed,
+            step=step,
+        )
+        for place, expert in enumerate(experts)
+    ]

@@ -1,8 +1,9 @@
-"""Where the feed-forward network (FFN) of each supported model family lives: one frozen row per
+"""Where the feed-forward network (FFN) of each model family lives: one frozen row per
 `config.model_type`.
 
-To add a family, add one row to `ARCHITECTURES` and its tiny configuration to `tests/families.py`.
-Dispatch is on `config.model_type` alone: the name of a folder or of a hub repository never matters.
+Rows by hand are here; types without one share the row of a type with the same class, or are
+discovered (`prunenet.models.discovery`). Dispatch is on the class and `config.model_type` alone:
+the name of a folder or of a hub repository never matters.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prunenet.models.groups import Part, Pattern, Role
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 class UnsupportedArchitecture(ValueError):
-    """The model type has no row in `ARCHITECTURES`, or it is a mixture of experts."""
+    """The channels of a model type cannot be cut; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,10 @@ class Architecture:
             plain linears whose rows are head after head, read by code that asks them and not the
             configuration how many there are, with no norm over all heads together. () where that is
             not so.
+        found: patterns of channel groups where `up`, `gate` and `down` do not say it: experts,
+            layers without an FFN, several FFNs in a layer; `prunenet.models.discovery` finds them.
+        activation: name of the FFN's activation function in transformers; None: see
+            `prunenet.models.layers.activation`.
     """
 
     model_type: str
@@ -57,11 +64,35 @@ class Architecture:
     norm_offset: float = 0.0
     rotates: bool = False
     attention_in: tuple[str, ...] = ()
+    found: tuple[Pattern, ...] = ()
+    activation: str | None = None
 
     @property
     def input_linears(self) -> tuple[str, ...]:
         """Paths of the linears whose output is FFN channels."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer may get a width of its own, by `prunenet.models.modeling`."""
+        return not self.found
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Where the channel groups are."""
+        if self.found:
+            return self.found
+        role: Role = "gate_up" if self.fused else "up"
+        inputs = [(self.up, role)]
+        if self.gate is not None:
+            inputs = [(self.gate, "gate"), *inputs]
+        parts = [
+            Part(f"{self.layers}.*.{path}.{name}", role, 0, "concat" if self.fused else "plain")
+            for path, role in inputs
+            for name in ("weight", "bias")
+        ]
+        down = Part(f"{self.layers}.*.{self.down}.weight", "down", 1)
+        return (Pattern((*parts, down), self.width),)
 
 
 _BEFORE_FFN = ("pre_feedforward_layernorm",)
@@ -118,39 +149,40 @@ _ROWS = (
 )
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
 
-_EXPERT_FIELDS = (
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_experts_per_tok",
-)
 
-
-def architecture_for(config: PretrainedConfig) -> Architecture:
-    """The row for a model's configuration.
+def architecture_for(config: PretrainedConfig, kind: type | None = None) -> Architecture:
+    """The row for a model's configuration: by hand, of the same class, or discovered.
 
     Args:
-        config: any transformers configuration; only `model_type` and the expert-count fields are
-            read.
+        config: any transformers configuration; `model_type` and `architectures` are read.
+        kind: class of the model, where there is one.
 
     Raises:
-        UnsupportedArchitecture: no row for `config.model_type`, or the model is a mixture of
-            experts.
+        UnsupportedArchitecture: no such type, or why its channels cannot be cut.
     """
     model_type = getattr(config, "model_type", None)
-    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    if row is not None:
+    if isinstance(model_type, str) and (row := ARCHITECTURES.get(model_type)) is not None:
         return row
-    if any(getattr(config, field, None) for field in _EXPERT_FIELDS):
+    # A discovery builds models; rows by hand do without it.
+    from prunenet.models.known import class_names, class_of, discovered
+
+    named = getattr(config, "architectures", None)
+    stock = getattr(kind, "stock_class", kind)
+    found = stock or (class_of(model_type, named) if isinstance(model_type, str) else None)
+    if found is None or not isinstance(model_type, str):
         raise UnsupportedArchitecture(
-            f"model type {model_type!r} is a mixture of experts, which is not supported yet; "
-            f"supported types: {', '.join(sorted(ARCHITECTURES))}"
+            f"model type {model_type!r} is not supported: transformers has no language model of"
+            f" it; rows by hand: {', '.join(sorted(ARCHITECTURES))}; `prunenet models` lists others"
         )
-    raise UnsupportedArchitecture(
-        f"model type {model_type!r} is not supported; supported types:"
-        f" {', '.join(sorted(ARCHITECTURES))}"
-    )
+    for row in ARCHITECTURES.values():
+        if class_names(row.model_type)[:1] == (found.__name__,):
+            return row
+    known = discovered(model_type, found)
+    if known.architecture is None:
+        raise UnsupportedArchitecture(
+            f"model type {model_type!r} ({found.__name__}) is not supported: {known.reason}"
+        )
+    return known.architecture
 
 
 def check_heads(architecture: Architecture) -> None:

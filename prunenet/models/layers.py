@@ -11,12 +11,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from prunenet.models.anatomy import FFN as FFN
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.anatomy import check_whole as check_whole
 from prunenet.models.anatomy import decoder_layers as decoder_layers
 from prunenet.models.anatomy import plain_linear as plain_linear
+from prunenet.models.architectures import UnsupportedArchitecture, architecture_for
+from prunenet.models.groups import FFN as FFN
+from prunenet.models.groups import Group, Slice
 from prunenet.runtime.placement import parameters, present, ties
+
+_ACTIVATIONS = (
+    *("hidden_activation", "hidden_act", "activation_function", "activation"),
+    *("mlp_hidden_act", "ffn_activation", "afn"),
+)
+"""Configuration fields that name the activation function of the FFNs."""
 
 
 @runtime_checkable
@@ -48,7 +56,11 @@ class Streamed(Protocol):
         ...
 
     def ffn(self, index: int) -> FFN:
-        """One layer's weights, a copy; whoever lets go of it frees the memory."""
+        """One group's weights, a copy; whoever lets go of it frees the memory."""
+        ...
+
+    def tensor(self, where: Slice) -> Tensor:
+        """The tensor of a slice, a copy."""
         ...
 
     def embeddings(self) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
@@ -67,7 +79,7 @@ def structure(model: Weights) -> PreTrainedModel:
 
 
 def ffn_at(model: Weights, index: int) -> FFN:
-    """The FFN of one layer.
+    """The FFN of one group of channels.
 
     Raises:
         UnsupportedArchitecture: see `Anatomy.of`; or the residual stream is sliced.
@@ -93,31 +105,60 @@ def embeddings(model: Weights) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]
     return rows, None if columns is None or columns.data_ptr() == rows.data_ptr() else columns
 
 
-def iter_ffns(model: Weights) -> Iterator[FFN]:
-    """Yields the FFN of each decoder layer, first to last. Raises as `ffn_at`."""
+def ffn_reader(model: Weights) -> tuple[tuple[Group, ...], Callable[[int], FFN]]:
+    """The groups of channels, and what reads the weights of one by its number: a view, or of a
+    streamed model a copy. Raises as `ffn_at`.
+    """
     anatomy = Anatomy.of(structure(model))
     anatomy.check_whole()
-    for index in range(len(anatomy.layers)):
-        yield anatomy.ffn(index) if isinstance(model, PreTrainedModel) else model.ffn(index)
+    if isinstance(model, PreTrainedModel):
+        return anatomy.groups, anatomy.ffn
+    return anatomy.groups, lambda number: anatomy.groups[number].read(model.tensor)
+
+
+def iter_ffns(model: Weights) -> Iterator[FFN]:
+    """Yields the FFN of each group of channels, first to last: of each decoder layer, or of each of
+    its experts. Raises as `ffn_at`.
+    """
+    groups, read = ffn_reader(model)
+    for group in groups:
+        yield read(group.number)
 
 
 def ffn_widths(model: Weights) -> list[int]:
-    """Number of FFN channels of each layer. Raises as `Anatomy.of`."""
+    """Number of channels of each group. Raises as `Anatomy.of`."""
     return Anatomy.of(structure(model)).widths
 
 
 def down_linears(model: PreTrainedModel) -> list[nn.Linear]:
-    """The linear d_ff -> d_model of each layer; its input is the activations h of the channels."""
+    """The linear d_ff -> d_model of each group; its input is the activations h of the channels.
+
+    Raises:
+        UnsupportedArchitecture: as `Anatomy.of` and `Anatomy.downs`.
+    """
     return Anatomy.of(model).downs
 
 
 def activation(model: Weights) -> Callable[[Tensor], Tensor]:
     """The function act, element by element, of the model's FFNs: h = act(gate) * up, or act(up)
     where there is no gate.
+
+    Raises:
+        UnsupportedArchitecture: neither the configuration nor the family's row names it.
     """
-    fields = ("hidden_activation", "hidden_act", "activation_function", "activation")
-    config = structure(model).config
-    found = next((name for field in fields if (name := getattr(config, field, None))), "silu")
+    skeleton = structure(model)
+    config = text_config(skeleton)
+    stated = (getattr(config, field, None) for field in _ACTIVATIONS)
+    row = architecture_for(skeleton.config, type(skeleton))
+    found = next((name for name in stated if name in ACT2FN), row.activation)
+    if found is None and not row.found:
+        found = "silu"
+    if found is None:
+        raise UnsupportedArchitecture(
+            f"the activation function of a {type(skeleton).__name__} is not known: none of"
+            f" {', '.join(_ACTIVATIONS)} in its configuration names one; give a row to"
+            " `prunenet.models.architectures.ARCHITECTURES`"
+        )
     act: Callable[[Tensor], Tensor] = ACT2FN[found]
     return act
 
@@ -126,6 +167,25 @@ def positions(model: PreTrainedModel) -> int | None:
     """The most tokens that a sequence of this model may have; None: no limit is known."""
     most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return most
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the language model: of a multimodal one, a part of its own."""
+    return model.config.get_text_config()
+
+
+def probe_tokens(model: PreTrainedModel, device: torch.device) -> Int[Tensor, "2 12"]:
+    """Fixed token ids on which two models are compared; none stands for an image or the like."""
+    ids = (torch.arange(24, device=device) * 7919 + 11) % text_config(model).vocab_size
+    special = [
+        value
+        for name, value in vars(model.config).items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    ]
+    if text_config(model) is not model.config:
+        low = next(token for token in range(len(special) + 1) if token not in special)
+        ids[torch.isin(ids, torch.tensor(special, device=device))] = low
+    return ids.view(2, 12)
 
 
 def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:

@@ -6,6 +6,7 @@ Cut are channels of the FFNs and, where masks for them are given too, groups of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,15 +14,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prunenet.models import modeling
-from prunenet.models.anatomy import Anatomy, DecoderLayer, Slice
-from prunenet.models.architectures import Architecture, architecture_for
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.architectures import Architecture, UnsupportedArchitecture
+from prunenet.models.groups import Group, Slice
 from prunenet.models.heads import GROUPS, group_counts, state_counts
 from prunenet.models.hooks import zeroing
+from prunenet.models.knobs import restate, tied
 from prunenet.models.masks import check_keep
+from prunenet.models.rebuilt import forget_quantisation
 from prunenet.runtime.placement import derive, device_of, shared_copy
 
 
@@ -55,16 +60,31 @@ def narrowed(
             its heads cannot be cut.
         ValueError: not one mask per layer, a mask of the wrong length, or one that keeps nothing.
     """
-    _check(Anatomy.of(model), keep, groups)
-    narrow = Anatomy.of(shared_copy(model))
-    for layer, mask in zip(narrow.layers, keep, strict=True):
-        _pick_channels(layer, mask.nonzero().flatten())
-    if groups is not None:
-        for layer, mask in zip(narrow.layers, groups, strict=True):
-            _pick(layer.groups(mask.numel()), mask.nonzero().flatten(), mask.numel())
-    counted = groups is not None or hasattr(model.config, modeling.HEADS)
+    dense = Anatomy.of(model)
+    _check(dense, keep, groups)
+    return cut(dense, keep, groups)
+
+
+def cut(
+    dense: Anatomy,
+    keep: Sequence[Bool[Tensor, " _"]],
+    heads: Sequence[Bool[Tensor, " _"]] | None = None,
+) -> PreTrainedModel:
+    """`narrowed` of a model that is resolved already, with masks that fit it."""
+    narrow = Anatomy.of(shared_copy(dense.model), dense.architecture)
+    chosen: list[Choice] = [
+        (group.slices, mask.nonzero().flatten(), group.width)
+        for group, mask in zip(narrow.groups, keep, strict=True)
+    ]
+    if heads is not None:
+        chosen += [
+            (layer.heads(mask.numel()), mask.nonzero().flatten(), mask.numel())
+            for layer, mask in zip(narrow.layers, heads, strict=True)
+        ]
+    pick(chosen)
+    counted = heads is not None or hasattr(dense.model.config, modeling.HEADS)
     kept = [int(mask.sum()) for mask in keep]
-    set_widths(narrow.model, kept, group_counts(narrow.model) if counted else None)
+    set_widths(narrow, dense.groups, kept, group_counts(narrow.model) if counted else None)
     return narrow.model
 
 
@@ -73,28 +93,58 @@ def masking(
     model: PreTrainedModel,
     keep: Sequence[Bool[Tensor, " _"]],
     groups: Sequence[Bool[Tensor, " _"]] | None = None,
+    *,
+    anatomy: Anatomy | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Inside the `with` block the model computes as if what `keep` and `groups` drop were cut.
 
     The weights do not change; the activations h of dropped channels are zeroed in front of the down
     linear, the outputs of dropped heads in front of attention's output linear. The hooks that do so
-    are gone after the block, however it ends. Arguments and errors as for `narrowed`.
+    are gone after the block, however it ends. Arguments and errors as for `narrowed`; `anatomy`:
+    the model's, where the caller has it.
     """
-    anatomy = Anatomy.of(model)
+    anatomy = anatomy or Anatomy.of(model)
     _check(anatomy, keep, groups)
-    masked = list(zip(anatomy.downs, keep, strict=True))
-    if groups is not None:
-        outs = zip(anatomy.outs, groups, strict=True)
-        masked += [
-            (linear, mask.repeat_interleave(linear.in_features // len(mask)))
-            for linear, mask in outs
-        ]
+    masked = []
     with ExitStack() as hooks:
-        for linear, mask in masked:
+        for group, mask in zip(anatomy.groups, keep, strict=True):
+            if group.expert is None:
+                masked.append((group.down.module, mask))
+        if groups is not None:
+            outs = zip(anatomy.outs, groups, strict=True)
+            masked += [
+                (linear, mask.repeat_interleave(linear.in_features // len(mask)))
+                for linear, mask in outs
+            ]
+        for module, mask in masked:
             hooks.enter_context(
-                linear.register_forward_pre_hook(zeroing(~mask.to(device_of(linear))))
+                module.register_forward_pre_hook(zeroing(~mask.to(device_of(module))))
             )
+        hooks.enter_context(_zeroed_experts(anatomy.groups, keep))
         yield model
+
+
+@contextmanager
+def _zeroed_experts(groups: Sequence[Group], keep: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, output matrices of experts are copies in which dropped channels are zero: no module
+    of their own takes h.
+    """
+    own: dict[tuple[nn.Module, str], nn.Parameter] = {}
+    try:
+        for group, mask in zip(groups, keep, strict=True):
+            if group.expert is None:
+                continue
+            down = group.down
+            place = (down.module, down.attribute)
+            if place not in own:
+                own[place] = getattr(*place)
+                setattr(*place, nn.Parameter(own[place].detach().clone(), requires_grad=False))
+            dropped = (~mask).nonzero().flatten().to(down.tensor.device)
+            down.tensor.index_fill_(down.axis - 1, dropped, 0)
+        yield
+    finally:
+        for place, parameter in own.items():
+            setattr(*place, parameter)
 
 
 def zero_padded(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,43 +157,64 @@ def zero_padded(model: PreTrainedModel) -> PreTrainedModel:
     wide = Anatomy.of(shared_copy(model))
     widths, config = wide.widths, wide.model.config
     index = torch.arange(max(widths))
-    for layer in wide.layers:
-        _pick_channels(layer, torch.where(index < layer.width, index, -1))
+    pick(
+        [
+            (group.slices, torch.where(index < group.width, index, -1), group.width)
+            for group in wide.groups
+        ]
+    )
     counts = None
     if hasattr(model.config, modeling.HEADS):
         # The stock field then says how many groups a stock model can have.
         config.per_layer_config = None
         index = torch.arange(getattr(config, GROUPS))
-        for layer, count in zip(wide.layers, group_counts(model), strict=True):
-            _pick(layer.groups(count), torch.where(index < count, index, -1), count)
+        pick(
+            [
+                (layer.heads(count), torch.where(index < count, index, -1), count)
+                for layer, count in zip(wide.layers, group_counts(model), strict=True)
+            ]
+        )
         counts = group_counts(wide.model)
-    set_widths(wide.model, [max(widths)] * len(widths), counts)
+    set_widths(wide, wide.groups, [max(widths)] * len(widths), counts)
     return wide.model
 
 
 def set_widths(
-    model: PreTrainedModel, widths: Sequence[int], counts: Sequence[int] | None = None
+    anatomy: Anatomy,
+    dense: Sequence[Group],
+    widths: Sequence[int],
+    counts: Sequence[int] | None = None,
 ) -> None:
     """Makes the class and configuration of a model state what its layers already have.
 
     Args:
-        model: a causal LM, changed in place.
-        widths: channels of each layer, at least 1.
+        anatomy: of a causal LM, changed in place.
+        dense: the groups whose widths its configuration states so far.
+        widths: channels of each group, at least 1.
         counts: groups of heads of each layer, at least 1; None where there are as many as the stock
             fields say.
+
+    Raises:
+        ValueError: a configuration field cannot hold the number.
     """
-    architecture = architecture_for(model.config)
+    model, architecture = anatomy.model, anatomy.architecture
     config = model.config
-    config.per_layer_config = None
+    if any(hasattr(config, name) for name in (modeling.FFN, modeling.HEADS)):
+        config.per_layer_config = None  # ours: a family's own stays
     for name in (modeling.FFN, modeling.HEADS, "auto_map"):
         config.__dict__.pop(name, None)
     # How transformers renamed tensors when it read them for the dense class: per-layer classes are
     # saved and read as they are.
     model.__dict__.pop("_weight_conversions", None)
-    setattr(config, architecture.width, max(widths))
+    if not forget_quantisation(model):
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} with quantised weights is not cut; load it unquantised"
+        )
+    restate(config, dense, widths)
+    _state_parents(model, dense, widths)
     stock = getattr(type(model), "stock_class", type(model))
     varying: dict[str, Sequence[int]] = {}
-    if len(set(widths)) > 1:
+    if architecture.per_layer and len(set(widths)) > 1:
         varying[architecture.width] = widths
         inputs, output = architecture.input_linears, architecture.down
         setattr(config, modeling.FFN, _structure(architecture, architecture.width, inputs, output))
@@ -153,12 +224,81 @@ def set_widths(
         setattr(config, modeling.HEADS, _structure(architecture, GROUPS, inputs, output))
     if not varying:
         model.__class__ = stock
+        if architecture.found:
+            _restate_modules(model, check_built(model))
         return
     layers = range(len(widths))
     config.per_layer_config = {
         index: {field: numbers[index] for field, numbers in varying.items()} for index in layers
     }
     model.__class__ = getattr(modeling, modeling.PREFIX + stock.__name__)
+
+
+def _state_parents(model: PreTrainedModel, groups: Sequence[Group], widths: Sequence[int]) -> None:
+    """Makes the module around each FFN state its width, where it does."""
+    for group, width in zip(groups, widths, strict=True):
+        ffn: Any = model.get_submodule(group.path.rpartition(".")[0])
+        if hasattr(ffn, "intermediate_size"):
+            ffn.intermediate_size = width
+
+
+def check_stock(anatomy: Anatomy, widths: Sequence[int]) -> None:
+    """Checks on the real model what was discovered on a tiny one: that its configuration can state
+    these widths, and that its class then has tensors of exactly these shapes.
+
+    Args:
+        anatomy: of a dense model; only shapes and configuration are read.
+        widths: of each group.
+
+    Raises:
+        ValueError, UnsupportedArchitecture: what does not fit.
+    """
+    config = copy.deepcopy(anatomy.model.config)
+    restate(config, anatomy.groups, widths)
+    expected = {n: list(t.shape) for n, t in anatomy.model.state_dict(keep_vars=True).items()}
+    for group, width in zip(anatomy.groups, widths, strict=True):
+        for where in group.slices:
+            halves = 1 if where.layout == "plain" else 2
+            expected[where.name][where.axis] = width * halves
+    _compare(_built(type(anatomy.model), config), expected)
+
+
+def check_built(model: PreTrainedModel) -> PreTrainedModel:
+    """A model newly built on the meta device from the configuration of another, with tensors of the
+    same shapes.
+
+    Raises:
+        UnsupportedArchitecture: a tensor has another shape.
+    """
+    made = _built(type(model), copy.deepcopy(model.config))
+    _compare(made, {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()})
+    return made
+
+
+def _built(kind: Any, config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        made = kind(config)
+    assert isinstance(made, PreTrainedModel)
+    return made
+
+
+def _compare(made: PreTrainedModel, expected: dict[str, list[int]]) -> None:
+    found = {n: list(t.shape) for n, t in made.state_dict(keep_vars=True).items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise UnsupportedArchitecture(
+                f"a {type(made).__name__} of this configuration cannot be cut: {name} would be"
+                f" {expected.get(name)}, and its class makes it {found.get(name)}"
+            )
+
+
+def _restate_modules(model: PreTrainedModel, made: PreTrainedModel) -> None:
+    """Gives modules the numbers that a model newly built from the configuration has."""
+    new = dict(made.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        for field, value in vars(new.get(name, module)).items():
+            if type(value) is int and vars(module).get(field) != value:
+                setattr(module, field, value)
 
 
 def _structure(
@@ -173,9 +313,10 @@ def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | 
     widths = anatomy.widths
     if groups is not None:
         _check_groups(group_counts(anatomy.model), groups)
+    what = "layer" if anatomy.architecture.per_layer else "group"
     if len(keep) != len(widths):
         raise ValueError(
-            f"the model has {len(widths)} layers and needs one keep mask for each, got {len(keep)}"
+            f"the model has {len(widths)} {what}s and needs one keep mask for each, got {len(keep)}"
             " masks"
         )
     for index, (mask, d_ff) in enumerate(zip(keep, widths, strict=True)):
@@ -184,7 +325,22 @@ def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | 
                 raise ValueError(f"a keep mask has one dimension, got {mask.dim()}")
             check_keep(mask, d_ff)
         except ValueError as error:
-            raise ValueError(f"layer {index}: {error}") from None
+            raise ValueError(f"{what} {index}: {error}") from None
+    if not anatomy.architecture.per_layer:
+        _check_tied(anatomy, [int(mask.sum()) for mask in keep])
+
+
+def _check_tied(anatomy: Anatomy, kept: Sequence[int]) -> None:
+    """Raises ValueError where groups that share a number keep other shares of their channels."""
+    for groups in tied(anatomy.groups):
+        first = groups[0]
+        for group in groups:
+            if kept[group.number] * first.width != kept[first.number] * group.width:
+                raise ValueError(
+                    f"{first.pattern.knob} is one number, and masks keep {kept[first.number]} of"
+                    f" {first.width} channels in {first.path} and {kept[group.number]} of"
+                    f" {group.width} in {group.path}; give uniform `widths`"
+                )
 
 
 def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
@@ -206,28 +362,40 @@ def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
             )
 
 
-def _pick_channels(layer: DecoderLayer, channels: Int[Tensor, " width"]) -> None:
-    """Rebuilds the FFN of a layer from some of its channels; -1 is a channel of zeros."""
-    _pick(layer.channels(), channels, layer.width)
-    ffn: Any = layer.module.get_submodule(layer.architecture.down.rpartition(".")[0])
-    if hasattr(ffn, "intermediate_size"):
-        ffn.intermediate_size = channels.numel()
+Choice = tuple[Sequence[Slice], Int[Tensor, " _"], int]
+"""Slices, the units that stay of them, and how many there are; unit -1 is one of zeros."""
 
 
-def _pick(slices: Sequence[Slice], units: Int[Tensor, " kept"], count: int) -> None:
-    """Rebuilds linears from some of the `count` units that lie in them; -1 is a unit of zeros."""
-    for where in slices:
-        index, linear = where.entries(units, count), where.linear
-        derive(linear, "weight", partial(_selected, dim=where.axis, index=index))
-        if where.axis == 1:
-            linear.in_features = index.numel()
-            continue
-        if linear.bias is not None:
-            derive(linear, "bias", partial(_selected, dim=0, index=index))
-        linear.out_features = index.numel()
+def pick(chosen: Sequence[Choice]) -> None:
+    """Rebuilds a model's tensors from some of the units that lie in them, in the order given."""
+    tensors: dict[tuple[nn.Module, str], list[tuple[Slice, Tensor]]] = {}
+    for slices, units, count in chosen:
+        for where in slices:
+            place = (where.module, where.attribute)
+            tensors.setdefault(place, []).append((where, where.entries(units, count)))
+    for (module, name), found in tensors.items():
+        where, index = found[0]
+        if where.expert is not None:
+            index = torch.stack([entries for _, entries in found])
+        derive(module, name, partial(_selected, dim=where.axis, index=index))
+    for module, name in tensors:
+        if name == "weight":
+            _resize(module)
 
 
-def _selected(tensor: Tensor, dim: int, index: Int[Tensor, " n"]) -> Tensor:
+def _resize(module: nn.Module) -> None:
+    """Makes a linear layer state what its matrix has."""
+    shape = module.get_parameter("weight").shape
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = shape
+
+
+def _selected(tensor: Tensor, dim: int, index: Int[Tensor, "*experts n"]) -> Tensor:
+    if index.dim() == 2:
+        pairs = zip(tensor, index, strict=True)
+        return torch.stack([_selected(part, dim - 1, own) for part, own in pairs])
     # before the move: on the meta device nothing can be counted
     blank = (index < 0).nonzero().flatten().to(tensor.device)
     return tensor.index_select(dim, index.clamp_min(0).to(tensor.device)).index_fill_(dim, blank, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.regimes import TextRegime
-from prunenet.models.layers import positions
+from prunenet.models.layers import positions, text_config
 from prunenet.runtime import parallel
 from prunenet.text.cached import Wanted, cached_text
 from prunenet.text.choices import Bos
@@ -131,12 +131,12 @@ def self_blocks(
         "start": start,
         "version": _GENERATOR_VERSION,
     }
-    known = min(len(tokenizer), model.config.vocab_size)
+    known = min(len(tokenizer), text_config(model).vocab_size)
 
     def write() -> Int[Tensor, "n tokens"]:
         return _two_kinds(model, start, known, sampling, progress)
 
-    wanted = Wanted(2 * sampling.kept, tokens, start, model.config.vocab_size)
+    wanted = Wanted(2 * sampling.kept, tokens, start, text_config(model).vocab_size)
     ids = cached_text(model, source, wanted, cache, write)
     return _written(ids, "self", {"text": "self-generated", **source}, tokenizer, bos, kinds=2)
 
@@ -189,7 +189,7 @@ def prefix_blocks(
     def write() -> Int[Tensor, "n tokens"]:
         return generate_blocks(model, start, sampling, prefixes=opening, progress=progress).cpu()
 
-    wanted = Wanted(sampling.kept, sampling.tokens, start, model.config.vocab_size)
+    wanted = Wanted(sampling.kept, sampling.tokens, start, text_config(model).vocab_size)
     ids = cached_text(model, source, wanted, cache, write)
     source = {"text": "self-generated from document prefixes", **source}
     return _written(ids, "data", source, tokenizer, bos)

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.models.layers import check_tokens
+from prunenet.models.layers import check_tokens, text_config
 
 
 def random_blocks(
@@ -38,7 +38,7 @@ def random_blocks(
         )
     # Rows of the embedding table beyond the vocabulary are padding that was never trained.
     rows = min(
-        model.config.vocab_size, model.get_input_embeddings().get_parameter("weight").shape[0]
+        text_config(model).vocab_size, model.get_input_embeddings().get_parameter("weight").shape[0]
     )
     blocks = torch.randint(rows, (count, window), generator=generator, device=generator.device)
     if bos is not None:

@@ -1,0 +1,67 @@
+"""The command `prunenet models`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from prunenet.cli import tables
+from prunenet.cli.console import one_process, show
+from prunenet.cli.options import Json
+
+
+def models(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub id: say what would be cut of it, group by group."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the model types that are known, or what can be cut of one model."""
+    with one_process():
+        from prunenet.checkpoints.skeleton import skeleton_of
+        from prunenet.checkpoints.sources import open_checkpoint
+        from prunenet.models.listing import known_types, structures
+
+        if model is None:
+            types = known_types()
+            show(
+                {"models": [asdict(one) for one in types]},
+                as_json,
+                lambda: tables.grid(
+                    ["type", "class", "channels of", "fields"],
+                    [[one.model_type, one.kind, one.forms, one.fields] for one in types],
+                    "other types are discovered when they are met, in some seconds",
+                ),
+                only_here=True,
+            )
+            return
+        skeleton = skeleton_of(open_checkpoint(model)).model
+        found = structures(skeleton)
+        show(
+            {
+                "model": model,
+                "class": type(skeleton).__name__,
+                "groups": [asdict(s) for s in found],
+            },
+            as_json,
+            lambda: tables.grid(
+                ["channels", "form", "width in", "groups", "width", "parameters", "of all"],
+                [
+                    [
+                        s.path,
+                        s.form,
+                        s.knob,
+                        f"{s.groups:,}",
+                        s.widths,
+                        f"{s.parameters:,}",
+                        s.share,
+                    ]
+                    for s in found
+                ],
+                f"{type(skeleton).__name__}: all else stays as it is",
+            ),
+            only_here=True,
+        )

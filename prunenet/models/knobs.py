@@ -1,0 +1,155 @@
+"""Configuration fields that hold widths: reading them, and making them state other widths.
+
+A knob is named by a dotted path (`text_config.intermediate_size`). Its value is a number that is
+proportional to the width of each of its groups, a list of such numbers, one a layer, or None, which
+stands for a width that the code computes and is replaced by the width itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from prunenet.models.masks import width_at
+
+if TYPE_CHECKING:
+    from prunenet.models.groups import Group
+
+_TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
+    *("top_k_experts", "experts_per_token", "num_selected_experts", "num_experts_per_topk"),
+)
+
+
+def field_of(config: Any, path: str) -> Any:
+    """Returns the value at a dotted path of a configuration.
+
+    Raises:
+        AttributeError, KeyError: there is none.
+    """
+    for name in path.split("."):
+        if isinstance(config, dict | list | tuple):
+            config = config[name if isinstance(config, dict) else int(name)]
+            continue
+        # transformers refuses to say a field that differs between layers; what it holds is global
+        own = getattr(type(config), "attribute_map", {}).get(name, name)
+        config = vars(config)[own] if own in vars(config) else getattr(config, name)
+    return config
+
+
+def set_field(config: Any, path: str, value: Any) -> None:
+    """Sets the value at a dotted path of a configuration."""
+    parent, _, name = path.rpartition(".")
+    holder = field_of(config, parent) if parent else config
+    if isinstance(holder, list | tuple):
+        made = [value if place == int(name) else own for place, own in enumerate(holder)]
+        set_field(config, parent, type(holder)(made))
+    elif isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, value)
+
+
+def top_k(config: Any) -> int | None:
+    """Returns to how many routed experts a token goes; None where no field says it."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = (getattr(text, name, None) for name in _TOP_K)
+    return next((max(k) if isinstance(k, list) else k for k in found if k), None)
+
+
+def tied(groups: Sequence[Group]) -> list[list[Group]]:
+    """Returns the groups that share one number, in one list each: those of a knob, or those of a
+    layer where the knob is a list.
+    """
+    sets: dict[tuple[str, int | None], list[Group]] = {}
+    for group in groups:
+        layer = group.layer if group.listed else None
+        sets.setdefault((group.pattern.knob, layer), []).append(group)
+    return list(sets.values())
+
+
+def restate(config: Any, dense: Sequence[Group], widths: Sequence[int]) -> None:
+    """Makes a configuration state other widths, the greatest of each knob where they differ.
+
+    Args:
+        config: states the widths of `dense`; changed in place.
+        dense: all groups of the model.
+        widths: the new width of each, at least 1.
+
+    Raises:
+        ValueError: a knob cannot hold the number, as where it is a multiple of the width.
+    """
+    for groups in tied(dense):
+        new = [widths[group.number] for group in groups]
+        first = groups[0]
+        path, old = first.pattern.knob, max(group.width for group in groups)
+        value = field_of(config, path)
+        if max(new) == old and value is not None:
+            continue
+        for companion, wanted in first.pattern.companions:
+            set_field(config, companion, wanted)
+        if isinstance(value, list | tuple):
+            made = list(value)
+            made[first.layer] = _scaled(path, made[first.layer], old, max(new))
+            set_field(config, path, type(value)(made))
+        else:
+            whole = value is None or first.pattern.companions
+            set_field(config, path, max(new) if whole else _scaled(path, value, old, max(new)))
+
+
+def _scaled(path: str, value: int | float, old: int, new: int) -> int | float:
+    exact = Fraction(value) * new / old
+    if isinstance(value, float):
+        return float(exact)
+    if exact.denominator != 1:
+        raise ValueError(
+            f"{path} is {value} where a layer has {old} channels, and cannot state {new}: round"
+            f" widths (`round_to`) to a multiple of {Fraction(value, old).denominator}"
+        )
+    return int(exact)
+
+
+def uniform_widths(
+    groups: Sequence[Group], ratio: float, round_to: int, *, free: bool = False
+) -> list[int]:
+    """Returns uniform widths: groups that share a number keep the same share of their channels.
+
+    Groups that are free, and differ where the model has been cut before, get one width, which
+    leaves all of them together that share.
+
+    Args:
+        groups: of a model, all of them.
+        ratio: share of channels removed, in [0, 1).
+        round_to: multiple to which the narrowest of the groups of a number is rounded.
+        free: whether each group may have a width of its own.
+
+    Raises:
+        ValueError: see `prunenet.models.masks.width_at`; or a free group has fewer channels.
+    """
+    if free:
+        return _one_width([group.width for group in groups], ratio, round_to)
+    widths = [0] * len(groups)
+    for same in tied(groups):
+        least = min(group.width for group in same)
+        shares = [Fraction(group.width, least) for group in same]
+        units = (Fraction(group.step) / share for group, share in zip(same, shares, strict=True))
+        step = math.lcm(
+            round_to, *(unit.numerator for unit in units), *(share.denominator for share in shares)
+        )
+        width = width_at(least, ratio, step if step <= least else round_to)
+        for group, share in zip(same, shares, strict=True):
+            widths[group.number] = int(share * width)
+    return widths
+
+
+def _one_width(d_ff: Sequence[int], ratio: float, round_to: int) -> list[int]:
+    mean = sum(d_ff) / len(d_ff)
+    width = width_at(round(mean), ratio, round_to)
+    if width > min(d_ff):
+        raise ValueError(
+            f"a layer has {min(d_ff)} channels, so {width} cannot be left in all of them: give"
+            f" a `ratio` of {1 - min(d_ff) / mean:.2f} or more, or leave `widths` per-layer"
+        )
+    return [width] * len(d_ff)
