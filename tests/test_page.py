@@ -105,7 +105,7 @@ def test_a_busy_machine_is_said_and_rows_that_are_none_are_refused() -> None:
 
 @pytest.mark.skipif(
     importlib.util.find_spec("playwright") is None or shutil.which("chromium") is None,
-    reason="needs a browser: apt install chromium, pip install playwright",
+    reason="needs a browser: apt install chromium, pip install 'prunenet[browser]'",
 )
 def test_a_browser_shows_it_wide_narrow_and_dark_and_the_slider_moves(tmp_path) -> None:
     from playwright.sync_api import sync_playwright
