@@ -1,0 +1,84 @@
+"""Loads pruned checkpoints by one client, and compares what it computes with the dense-to-cut
+reference that prunenet itself computes: one JSON line a folder.
+
+    python benchmarks/clients.py reference FOLDER... --out reference.safetensors
+    python benchmarks/clients.py transformers FOLDER... --out reference.safetensors
+    python benchmarks/clients.py peft FOLDER... --out reference.safetensors
+
+`reference` needs prunenet. The other two need the client alone, so that they run in an environment
+of another version. llama.cpp is compared by `prunenet export --gguf` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+IDS = [[(n * 7919 + 11) % 49152 for n in range(48)]]
+
+
+def reference(folder: str) -> torch.Tensor:
+    """Logits of 48 fixed tokens in float32, (48, vocabulary)."""
+    from prunenet.checkpoints.load import load_model
+
+    return load_model(folder, dtype="float32")(torch.tensor(IDS)).logits[0]
+
+
+def by_transformers(folder: str) -> torch.Tensor:
+    """As a user of transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        .float()(torch.tensor(IDS))
+        .logits[0]
+    )
+
+
+def by_peft(folder: str) -> torch.Tensor:
+    """LoRA on every linear, one step of training, saved, loaded again, merged, and taken off."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float()
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    ids = torch.tensor(IDS)
+    with torch.enable_grad():
+        tuned(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad is not None for name, p in tuned.named_parameters() if "lora_" in name]
+    assert all(grads), f"{grads.count(False)} of {len(grads)} LoRA weights have no gradient"
+    return tuned.merge_and_unload()(ids).logits[0]
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("client", choices=["reference", "transformers", "peft"])
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--out", required=True)
+    asked = parser.parse_args()
+    if asked.client == "reference":
+        save_file({Path(f).name: reference(f).contiguous() for f in asked.folders}, asked.out)
+        return
+    import transformers
+
+    known = load_file(asked.out)
+    for folder in asked.folders:
+        line = {"client": asked.client, "folder": Path(folder).name}
+        line["transformers"] = transformers.__version__
+        try:
+            found = (by_peft if asked.client == "peft" else by_transformers)(folder)
+            expected = known[Path(folder).name]
+            line["largest_difference"] = float((found - expected).abs().max())
+            line["same_likeliest"] = bool((found.argmax(-1) == expected.argmax(-1)).all())
+        except Exception as error:
+            line["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
