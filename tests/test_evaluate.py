@@ -227,6 +227,12 @@ def test_speed_is_the_median_and_repeats_go_round_all_models(
     assert (found["b"].prefill, found["b"].decode, found["b"].prefill_spread) == (32.0, 4.0, 0.0)
 
 
+def test_the_cache_of_a_token_is_a_key_and_a_value_of_every_group_of_heads() -> None:
+    # 3 layers, 2 groups of 8 numbers, float32
+    assert summarise(tiny_model("llama")).kv_bytes_per_token == 3 * 2 * (8 + 8) * 4
+    assert summarise(tiny_model("opt")).kv_bytes_per_token is None
+
+
 def test_speed_is_measured_until_it_is_steady_but_no_longer_than_asked(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
