@@ -31,8 +31,8 @@ class Result:
         non_embedding_parameters: without token embedding and LM head.
         bytes: of the safetensors files on disk when a folder was given, else of the parameters in
             memory.
-        kv_bytes_per_token: of the KV cache, a sequence, in the model's dtype; None where heads of the
-            family are not known.
+        kv_bytes_per_token: of the KV cache, a sequence, in the model's dtype; None where heads of
+            the family are not known.
         dtype, device: of the parameters; several devices as in `cuda:0+cpu+disk`.
         threads: CPU threads that torch uses.
         perplexity: value of `Perplexity`; perplexity_low, perplexity_high: its interval; loss,
