@@ -4,16 +4,21 @@ reference that prunenet itself computes: one JSON line a folder.
     python benchmarks/clients.py reference FOLDER... --out reference.safetensors
     python benchmarks/clients.py transformers FOLDER... --out reference.safetensors
     python benchmarks/clients.py peft FOLDER... --out reference.safetensors
+    python benchmarks/clients.py llama_cpp FILE.gguf... --out speeds.jsonl
 
-`reference` needs prunenet. The other two need the client alone, so that they run in an environment
-of another version. llama.cpp is compared by `prunenet export --gguf` itself.
+`reference` needs prunenet. `transformers` and `peft` need the client alone, so that they run in an
+environment of another version. `llama_cpp` measures speed, all files in turn, five times; that its
+numbers are right is compared by `prunenet export --gguf` itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,15 +59,41 @@ def by_peft(folder: str) -> torch.Tensor:
     return tuned.merge_and_unload()(ids).logits[0]
 
 
+def llama_cpp_speeds(paths: list[str], repeats: int = 5) -> list[dict[str, object]]:
+    """Tokens per second that llama.cpp itself reports, one thread: 256 read, 64 written."""
+    from prunenet.checkpoints.exports.llama_cpp import serving
+
+    torch.set_num_threads(1)
+    found: dict[str, list[tuple[float, float]]] = {path: [] for path in paths}
+    with ExitStack() as stack:
+        servers = {p: stack.enter_context(serving(Path(p), context=512)) for p in paths}
+        for repeat in range(repeats + 1):
+            for path, server in servers.items():
+                timings = server._completed([5] * 256, 64, ignore_eos=True)["timings"]
+                pair = (timings["prompt_per_second"], timings["predicted_per_second"])
+                found[path] += [pair] if repeat else []  # the first is a warm-up
+    lines = []
+    for path, pairs in found.items():
+        line: dict[str, object] = {"file": Path(path).name, "bytes": Path(path).stat().st_size}
+        for name, values in zip(("prefill", "decode"), zip(*pairs, strict=True), strict=True):
+            line |= {f"{name}_tokens_per_second": median(values), f"{name}_range": sorted(values)}
+        lines.append(line | {"load": os.getloadavg()[0]})
+    return lines
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("client", choices=["reference", "transformers", "peft"])
+    parser.add_argument("client", choices=["reference", "transformers", "peft", "llama_cpp"])
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--out", required=True)
     asked = parser.parse_args()
     if asked.client == "reference":
         save_file({Path(f).name: reference(f).contiguous() for f in asked.folders}, asked.out)
+        return
+    if asked.client == "llama_cpp":
+        lines = llama_cpp_speeds(asked.folders)
+        Path(asked.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return
     import transformers
 
