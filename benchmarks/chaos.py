@@ -3,10 +3,10 @@ r"""Disturbs prunenet in every way that we know of, and counts what it survives.
     python benchmarks/chaos.py all --count 6000 --out benchmarks/results/chaos.jsonl
     python benchmarks/chaos.py table --out benchmarks/results/chaos.jsonl
 
-The parts are kills, disks, fuzz, folders, twins and ranks; `table` prints what the lines say. A line
-is a batch of attempts of one kind: tried, survived (without a fault), what came of them, and each
-fault with its number. An attempt is drawn by seed, kind and number, so that `--again NUMBER` with
-`--kind` makes it once more. What `--out` holds is not tried again.
+The parts are kills, disks, fuzz, folders, twins and ranks; `table` prints what the lines say. A
+line is a batch of attempts of one kind: tried, survived (without a fault), what came of them, and
+each fault with its number. An attempt is drawn by seed, kind and number, so that `--again NUMBER`
+with `--kind` makes it once more. What `--out` holds is not tried again.
 """
 
 from __future__ import annotations

@@ -61,13 +61,11 @@ class Ended:
             found.append(("hang", f"no answer in {SECONDS:.0f} seconds; {self.err[-300:]}"))
         if "Traceback (most" in self.err or "fault of prunenet" in self.err:
             found.append(("traceback", self.err[-600:]))
-        elif self.code == 1 and (len(self.sentence) > LONGEST or not self.sentence):
-            found.append(("unbounded", self.err[:300]))
-        elif len(self.err.splitlines()) > _SPOKEN:
-            found.append(("unbounded", self.err[:300]))
-        for path in self.told.get("outside", []):
-            found.append(("outside", path))
-        return found
+        else:
+            wrong = self.code == 1 and not 0 < len(self.sentence) <= LONGEST
+            if wrong or len(self.err.splitlines()) > _SPOKEN:
+                found.append(("unbounded", self.err[:300]))
+        return found + [("outside", path) for path in self.told.get("outside", [])]
 
 
 @dataclass(slots=True)
@@ -158,7 +156,7 @@ def lived(
         descriptor = _open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         _close(descriptor)
-        setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+        setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     (home / "tmp").mkdir(exist_ok=True)
     places = {"PRUNENET_CACHE": str(home / "cache"), "TMPDIR": str(home / "tmp")}
     os.environ |= {**places, "COLUMNS": "110", **(environment or {})}

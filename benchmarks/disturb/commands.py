@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .children import Ended, preload, ran
 from .operations import Disturbance
 
-_LOG = "events.out.tfevents"
-"""TensorBoard's logs: named by the clock, and of a resumed run in several files."""
+_LOG = re.compile(r"/run_\d+(/|$)|/events\.out\.tfevents")
+"""TensorBoard's logs: named by the clock, and of a resumed run in several files or folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,10 @@ COMMANDS = (
     ),
     Command(
         "recover",
-        (*("recover", "cut", "--teacher", "m", "--tokens", "512"),)
-        + ("--steps", "2", "--batch", "2", "--rank", "2", "--out", "out"),
+        (
+            *("recover", "cut", "--teacher", "m", "--tokens", "512"),
+            *("--steps", "2", "--batch", "2", "--rank", "2", "--out", "out"),
+        ),
         before=("cut",),
     ),
     Command("export", ("export", "cut", "--pad", "--out", "out"), before=("cut",)),
@@ -79,8 +81,10 @@ COMMANDS = (
 _FIRST = (
     Command(
         "cut",
-        (*("prune", "m", "--moments", "none", "--widths", "per-layer"),)
-        + ("--ratio", "0.3", "--out", "cut"),
+        (
+            *("prune", "m", "--moments", "none", "--widths", "per-layer"),
+            *("--ratio", "0.3", "--out", "cut"),
+        ),
         writes=("cut",),
     ),
     Command(
@@ -184,7 +188,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name.startswith(_LOG) or name == "tmp":
+        if _LOG.search(name) or name == "tmp":
             continue
         if path.is_symlink() or not path.is_file():
             found[name] = "link" if path.is_symlink() else "folder"
@@ -210,14 +214,12 @@ def _timeless(line: dict[str, Any]) -> dict[str, Any]:
 
 def judged(place: Path, reference: Reference) -> list[tuple[str, str]]:
     """What differs, in a folder, from the end of the undisturbed run."""
-    found, faults = snapshot(place), []
-    for name in sorted(found.keys() - reference.files.keys()):
-        faults.append(("leftover", name))
+    found = snapshot(place)
+    faults = [("leftover", name) for name in sorted(found.keys() - reference.files.keys())]
     for name, digest in sorted(reference.files.items()):
         if found.get(name) != digest:
-            faults.append(
-                ("different", f"{name} {'is missing' if name not in found else 'differs'}")
-            )
+            how = "differs" if name in found else "is missing"
+            faults.append(("different", f"{name} {how}"))
     return faults
 
 
@@ -243,9 +245,8 @@ def torn(place: Path, reference: Reference) -> list[tuple[str, str]]:
             found = snapshot(place).get(name) if path.suffix != ".jsonl" else whole
             if found not in (whole, reference.before.get(name)):
                 faults.append(("torn", f"{name} is neither old nor new"))
-    for name in reference.before:
-        if name.split("/")[0] not in command.writes and not (place / name).exists():
-            faults.append(("torn", f"{name} is gone"))
+    read = [name for name in reference.before if name.split("/")[0] not in command.writes]
+    faults += [("torn", f"{name} is gone") for name in read if not (place / name).exists()]
     return faults
 
 

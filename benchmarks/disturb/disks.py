@@ -43,7 +43,7 @@ def _at_operation(yard: Yard, reference: Reference, number: int, _: random.Rando
         watch = Disturbance(at, -error)
         end = ran(reference.command.argv, place, yard.home / "spool", watch=watch)
         faults = _said(end) + torn(place, reference)
-        if error != errno.EROFS:  # there, nothing can be removed
+        if error in (errno.ENOSPC, errno.EDQUOT):  # the others may refuse the removal itself
             faults += hidden(place, reference)
         if end.code == 0:
             return outcome("done all the same", faults + _result(place, reference, end))
@@ -51,7 +51,7 @@ def _at_operation(yard: Yard, reference: Reference, number: int, _: random.Rando
 
 
 def _real(yard: Yard, reference: Reference, number: int, draw: random.Random) -> Outcome:
-    """A disk that has room for the beginning and a drawn part of what is written; or none at all."""
+    """A disk that has room for the beginning and a drawn part of what is written; or is closed."""
     room = draw.uniform(0, 1.3) * _growth(reference)
     closed = number % 8 == 7
     with _disk(yard, reference, room) as place:

@@ -1,7 +1,8 @@
 """Odd and hostile folders through `prunenet prune`, in memory and streamed.
 
-Both ways must have the same result, or end in one sentence; nothing is executed, and nothing outside
-the folder is read. The odd ones are those of `tests/test_odd_folders.py`, the hostile ones are here.
+Both ways must have the same result, or end in one sentence; nothing is executed, and nothing
+outside the folder is read. The odd ones are those of `tests/test_odd_folders.py`, the hostile ones
+are here.
 """
 
 from __future__ import annotations

@@ -120,14 +120,14 @@ class Reader:
             os.close(asked)
             os.close(answer)
             try:
-                self._live(open(ask, "rb"), answered)
+                self._live(os.fdopen(ask, "rb"), answered)
             except BaseException:
                 (self.root.parent / "died").write_text(traceback.format_exc())
             finally:
                 os._exit(70)
         os.close(ask)
         os.close(answered)
-        self.asks, self.answers = open(asked, "wb", 0), open(answer, "rb")
+        self.asks, self.answers = os.fdopen(asked, "wb", 0), os.fdopen(answer, "rb")
         begun = self.answers.readline()
         assert begun, (self.root.parent / "died").read_text()
 

@@ -12,7 +12,7 @@ import io
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,12 @@ _CHANGING = (
     *("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "link", "symlink"),
     *("fsync", "write", "sendfile", "truncate", "ftruncate", "chmod", "fchmod", "utime"),
 )
-_FREEING = ("unlink", "remove", "rmdir", "fsync", "chmod", "fchmod", "utime")
+_FREEING = ("unlink", "remove", "rmdir", "chmod", "fchmod", "utime")
 """What a full disk still does."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+_Function = Callable[..., Any]
 
 
 @dataclass(slots=True)
@@ -41,10 +45,7 @@ class Disturbance:
     at: int = 0
     number: int = signal.SIGKILL
     seen: int = 0
-    names: list[str] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.names = []
+    names: list[str] = field(default_factory=list)
 
     def before(self, name: str, place: object, half: Callable[[], object] | None = None) -> None:
         """Count an operation; `half`: does the first half of it."""
@@ -55,16 +56,16 @@ class Disturbance:
                 half()
             if self.number > 0:
                 os.kill(os.getpid(), self.number)
-        broken = self.at and -self.number if self.number < 0 else 0
-        if broken and (self.seen == self.at or (self.seen > self.at and _lasts(broken, name))):
+        broken = -self.number if self.at and self.number < 0 else 0
+        # a full disk still removes: there, the first operation after that fails
+        once = self.seen == self.at and not (broken in _FULL and name in _FREEING)
+        if broken and (once or (self.seen > self.at and _lasts(broken, name))):
             raise OSError(broken, os.strerror(broken), place if isinstance(place, str) else None)
 
 
 def _lasts(number: int, name: str) -> bool:
     """Whether a disk that gave this error gives it again for another operation."""
-    if number == errno.EROFS:
-        return name != "fsync"
-    return number in (errno.ENOSPC, errno.EDQUOT) and name not in _FREEING
+    return number == errno.EROFS or (number in _FULL and name not in (*_FREEING, "fsync"))
 
 
 class _File:
@@ -104,30 +105,31 @@ def watched(watch: Disturbance) -> None:
     safetensors.torch.serialize_file = partial(_saved, watch, writer)
 
 
-def _called(watch: Disturbance, name: str, function: Callable[..., Any], *given: Any, **how: Any):
+def _called(watch: Disturbance, name: str, function: _Function, *given: Any, **how: Any) -> Any:
     watch.before(name, os.fspath(given[0]) if isinstance(given[0], os.PathLike) else given[0])
     return function(*given, **how)
 
 
 def _opened_low(
-    watch: Disturbance, function: Callable[..., Any], path: Any, flags: int, *rest, **how
-):
+    watch: Disturbance, function: _Function, path: Any, flags: int, *rest: Any, **how: Any
+) -> Any:
     if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         watch.before("open", str(path))
     return function(path, flags, *rest, **how)
 
 
 def _opened(
-    watch: Disturbance, function: Callable[..., Any], file: Any, mode: str = "r", *rest, **how
-):
+    watch: Disturbance, function: _Function, file: Any, mode: str = "r", *rest: Any, **how: Any
+) -> Any:
     if not set(mode) & set("wax+"):
         return function(file, mode, *rest, **how)
+    place = str(file) if isinstance(file, int) else os.fsdecode(file)
     if not isinstance(file, int):
-        watch.before("open", str(file))
-    return _File(function(file, mode, *rest, **how), str(file), watch)
+        watch.before("open", place)
+    return _File(function(file, mode, *rest, **how), place, watch)
 
 
-def _saved(watch: Disturbance, function: Callable[..., Any], tensors: Any, path: Any, **how: Any):
+def _saved(watch: Disturbance, function: _Function, tensors: Any, path: Any, **how: Any) -> Any:
     try:
         watch.before("save", str(path), lambda: open(path, "wb").close())
     except OSError as error:  # as its writer says it

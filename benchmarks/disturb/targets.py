@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from prunenet.checkpoints.contents import _DROPPED
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.records import find_masks, load_provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint
+from prunenet.cli.evaluate import _Printed
 from prunenet.cli.tables import provenance_facts
 from prunenet.compare.results import Results
 from prunenet.compare.summary import markdown, summarise
@@ -99,14 +101,10 @@ def made(root: Path) -> list[Target]:
     _traps(root)
 
     def trained() -> str:
-        state = run / "training" / "channels" / "state.safetensors"
-        before = state.read_bytes()
-        try:
-            return train(model, recipe, out=run, resume=True).policy.sha256
-        finally:
-            if not state.is_dir():
-                state.unlink(missing_ok=True)
-                state.write_bytes(before)
+        with TemporaryDirectory() as home:  # for it writes there
+            copy = Path(home, "run")
+            shutil.copytree(run, copy, copy_function=os.link)
+            return train(model, recipe, out=copy, resume=True).policy.sha256
 
     masks = cut / "prunenet_masks.safetensors"
     kept = [
@@ -160,6 +158,7 @@ def made(root: Path) -> list[Target]:
     return kept
 
 
+_WANTED_BESIDE = ("model.safetensors.index.json", "generation_config.json", "modeling.py")
 _WANTED = Wanted(rows=4, tokens=8, start=298, vocabulary=300)
 
 
@@ -233,7 +232,7 @@ def _by_transformers(folder: Path, fields: dict[str, Any] | None = None) -> str:
         place = Path(home, "m")
         place.mkdir()
         for path in folder.iterdir():
-            if path.name != "config.json":
+            if path.suffix == ".safetensors" or path.name in _WANTED_BESIDE:
                 (place / path.name).symlink_to(path)
         (place / "config.json").write_text(json.dumps(fields))
         ours = "per_layer_ffn" in fields  # our own code, and our own only
@@ -299,8 +298,8 @@ def _by_cell(lines: Any) -> Any:
 
 
 def _drawn(path: Path, out: Path) -> Any:
-    report = read_json(path, dict[str, Any], remedy="make it anew")
-    draw_report(report.get("models") or [], out)
+    report = read_json(path, _Printed, remedy="make it anew")  # as the command does
+    draw_report(report["models"], out)
     return report
 
 

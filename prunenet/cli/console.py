@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -95,6 +96,7 @@ def one_sentence() -> Iterator[None]:
 
     A signal ends it with one word and 128 plus its number. `PRUNENET_DEBUG` shows the traceback.
     """
+    hook, threading.excepthook = threading.excepthook, _thread_failed
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -111,6 +113,19 @@ def one_sentence() -> Iterator[None]:
             raise
         errors.print(f"[red]error:[/red] {escape(sentence(error))}")
         raise typer.Exit(1) from None
+    finally:
+        threading.excepthook = hook
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Says what went wrong in a library's thread, such as the writer of a log, in one sentence.
+
+    A disk that refuses is not said here: the writer raises that again where it is called.
+    """
+    if os.environ.get("PRUNENET_DEBUG"):
+        threading.__excepthook__(failed)
+    elif failed.exc_value is not None and not isinstance(failed.exc_value, OSError):
+        errors.print(f"note: {escape(sentence(failed.exc_value))}")
 
 
 @contextmanager

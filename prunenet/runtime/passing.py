@@ -39,7 +39,7 @@ def passing_folder(home: Path | None = None) -> Iterator[Path]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder as far as the disk lets; a signal to end that comes meanwhile is kept."""
+    """Remove a folder as far as the disk lets; a signal to end that comes meanwhile waits."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:  # raised once, see `prunenet.cli.signals`
