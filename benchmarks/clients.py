@@ -45,7 +45,7 @@ def by_transformers(folder: str) -> torch.Tensor:
 
 
 def by_peft(folder: str) -> torch.Tensor:
-    """LoRA on every linear, one step of training, saved, loaded again, merged, and taken off."""
+    """Fresh LoRA on every linear, one backward pass, merged; the updates are still zero."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
