@@ -1,6 +1,7 @@
 """A GGUF file says what the checkpoint says, and llama.cpp computes the same with it."""
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from families import D_FF, LAYERS, random_keep, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from prunenet.checkpoints.exports import llama_cpp
 from prunenet.checkpoints.exports.gguf import export_gguf
@@ -15,6 +17,7 @@ from prunenet.checkpoints.exports.gguf_form import form_of, hyperparameters, par
 from prunenet.checkpoints.exports.gguf_tokenizer import vocabulary
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import save_pruned
+from prunenet.cli.app import app
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import CheckpointError
 
@@ -110,6 +113,19 @@ def test_the_file_says_widths_heads_tokens_and_template(tmp_path, unproved) -> N
     assert fields["tokenizer.ggml.add_bos_token"] is False
     assert fields["tokenizer.chat_template"] == "{{ messages[0]['content'] }}"
     assert tensors["blk.1.ffn_down.weight"].shape == (32, 40)
+
+
+def test_the_command_says_what_was_written_and_whether_it_was_checked(tmp_path, unproved) -> None:
+    folder, _ = saved(tmp_path)
+    asked = ["export", str(folder), "--gguf", "--type", "q8_0", "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, [*asked, "--json"])
+    facts = json.loads(said.stdout)
+    assert (facts["architecture"], facts["type"]) == ("deci", "q8_0")
+    assert facts["bytes"] == (tmp_path / "out" / "cut-Q8_0.gguf").stat().st_size
+    assert facts["kept_in_f16"].startswith("2 matrices")
+    assert "prunenet[gguf]" in facts["checked"]
+    both = CliRunner().invoke(app, ["export", str(folder), "--pad", "--gguf", "--out", "x"])
+    assert both.exit_code == 1
 
 
 def test_rows_of_queries_and_their_biases_lie_in_rotated_pairs(tmp_path) -> None:

@@ -8,11 +8,13 @@ import pytest
 from families import LAYERS, random_keep, tiny_model
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session as close_sessions
+from typer.testing import CliRunner
 
 from prunenet.checkpoints.hub import push, write_card
 from prunenet.checkpoints.model_card import inherited_fields
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import save_pruned
+from prunenet.cli.app import app
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import CheckpointError
 
@@ -74,6 +76,13 @@ def test_results_become_the_model_index_and_what_was_inherited_stays(cut) -> Non
     assert (result.dataset_name, result.metric_args["window"]) == ("builtin test half", 1024)
     assert card.data.license == "other"
     assert "| builtin test half | 23.50 | 6,138 | 1024 |" in card.text
+
+
+def test_the_command_writes_the_card_from_what_eval_printed(cut, tmp_path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps({"models": [ROW]}))
+    asked = ["card", str(cut), "--results", str(tmp_path / "eval.json")]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert ModelCard.load(cut / "README.md").data.eval_results[0].metric_value == 23.5
 
 
 def test_results_of_other_models_are_refused(cut) -> None:

@@ -4,13 +4,17 @@ import importlib.util
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
 from families import LAYERS, random_keep, tiny_model
+from test_policy import some_policy
+from typer.testing import CliRunner
 
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import save_pruned
+from prunenet.cli.app import app
 from prunenet.evaluation.page import Curve, Extras, Size, page_data, write_page
 from prunenet.models.surgery import narrowed
 
@@ -103,9 +107,26 @@ def test_a_busy_machine_is_said_and_rows_that_are_none_are_refused() -> None:
         page_data([{"name": "x"}], Extras())
 
 
+def test_the_command_shows_a_policy_s_allocation_at_every_ratio(tmp_path, cut) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    some_policy().save_pretrained(tmp_path / "policy")
+    rows = [row("dense", 0.0, str(tmp_path / "dense")), row("cut", 0.4, str(cut))]
+    (tmp_path / "eval.json").write_text(json.dumps({"models": rows}))
+    asked = ["report", str(tmp_path / "eval.json"), "--out", str(tmp_path / "r.html")]
+    said = CliRunner().invoke(app, [*asked, "--policy", str(tmp_path / "policy")])
+    assert said.exit_code == 0
+    held = re.search(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text(), re.S)
+    sizes = json.loads(held[1])["sizes"]
+    assert [size["ratio"] for size in sizes] == [step / 20 for step in range(15)]
+    for wider, narrower in pairwise(sizes):
+        assert all(a >= b for a, b in zip(wider["kept"], narrower["kept"], strict=True))
+    wrong = CliRunner().invoke(app, [*asked[:-1], str(tmp_path / "r.png"), "--prompt", "x"])
+    assert wrong.exit_code == 1
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("playwright") is None or shutil.which("chromium") is None,
-    reason="needs a browser: apt install chromium, pip install playwright",
+    reason="needs a browser: apt install chromium, pip install 'prunenet[browser]'",
 )
 def test_a_browser_shows_it_wide_narrow_and_dark_and_the_slider_moves(tmp_path) -> None:
     from playwright.sync_api import sync_playwright

@@ -26,7 +26,11 @@ def demo(
 
         rows = run_demo(out, ratios, errors)
         show({"models": rows}, as_json, lambda: tables.comparison(rows))
-        places = {"figure": out / "report.png", "policy": out / "policy"}
+        places = {
+            "report": out / "report.html",
+            "figure": out / "report.png",
+            "policy": out / "policy",
+        }
         places |= {f"checkpoint {row['ratio']:g}": row["folder"] for row in rows[1:]}
         for name, place in places.items():
             errors.print(f"{name}: {escape(str(place))}")

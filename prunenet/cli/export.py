@@ -22,23 +22,29 @@ def export(
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Write one GGUF file, for llama.cpp and its like.")
     ] = False,
+    nemotron: Annotated[
+        bool,
+        typer.Option("--nemotron", help="Write the Nemotron-NAS form, for vLLM, SGLang, mlx-lm."),
+    ] = False,
     type_: Annotated[
         GgufType | None,
         typer.Option("--type", help="Of the matrices in a GGUF file; default: f16."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a checkpoint into a form that other loaders read: padded or GGUF."""
+    """Turn a checkpoint into a form that other loaders read: padded, GGUF or Nemotron-NAS."""
     with one_process(out):
-        if pad + gguf != 1:
+        if pad + gguf + nemotron != 1:
             raise ValueError(
-                "export knows two ways: say --pad (every layer filled with zeros to the widest) or"
-                " --gguf (one file for llama.cpp)"
+                "export knows three ways: say --pad (every layer filled with zeros to the widest),"
+                " --gguf (one file for llama.cpp) or --nemotron (for vLLM)"
             )
         if type_ is not None and not gguf:
             raise ValueError(f"--type {type_} belongs to --gguf: add that, or leave it out")
         if gguf:
             facts, title = _gguf(model, out, type_ or "f16"), "GGUF file"
+        elif nemotron:
+            facts, title = _nemotron(model, out), "Nemotron-NAS"
         else:
             facts, title = _padded(model, out), "padded model"
         show(facts, as_json, lambda: tables.facts(title, facts))
@@ -53,6 +59,15 @@ def _padded(model: str, out: Path) -> dict[str, Any]:
     if made is None:
         return {"folder": str(out), "load": how_to_load(out)}
     return tables.provenance_facts(made, out)
+
+
+def _nemotron(model: str, out: Path) -> dict[str, Any]:
+    from prunenet.checkpoints.exports.nemotron import export_nemotron
+
+    every = export_nemotron(model, out)
+    readers = "vLLM, SGLang, mlx-lm and llama.cpp's converter" if every else "vLLM and SGLang"
+    note = "" if every else ": others need widths of a multiple of 256 (--round 256)"
+    return {"folder": str(out), "readers": f"{readers}, by their code; not run here{note}"}
 
 
 def _gguf(model: str, out: Path, type_: GgufType) -> dict[str, Any]:

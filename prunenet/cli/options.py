@@ -183,6 +183,10 @@ HELP: dict[str, Any] = {
     "new_tokens": typer.Option(help="Tokens decoded when measuring speed."),
     "SpeedOptions.batch": typer.Option(help="Sequences at once when measuring speed."),
     "repeats": typer.Option(help="Measurements of speed."),
+    "most": typer.Option(
+        "--most-repeats",
+        help="Measure speed again, up to so many times, until the middle half is within 10 %.",
+    ),
     "compiled": typer.Option(
         "--compile", help="Measure the speed of what torch.compile makes of the models."
     ),

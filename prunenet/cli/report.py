@@ -56,7 +56,7 @@ def report(
 
             extras = Extras(
                 sizes=() if policy is None or not rows else tuple(_sizes(policy, rows[0])),
-                curves=() if policy is None else tuple(_curves(policy)),
+                curves=() if policy is None else tuple(reward_curves(policy)),
                 texts=tuple(_texts(rows, text) for text in prompt or ()),
             )
             write_page(rows, out, extras)
@@ -93,8 +93,12 @@ def _sizes(policy: str, dense: dict[str, Any]) -> list[Size]:
     return found
 
 
-def _curves(policy: str) -> list[Curve]:
-    """The reward of the deterministic masks, of each run that the policy's folder has a log of."""
+def reward_curves(policy: str | Path) -> list[Curve]:
+    """Returns the reward of the deterministic masks over each training that a policy's folder logs.
+
+    Args:
+        policy: folder; of a name in the zoo there is no log.
+    """
     from prunenet.evaluation.page import Curve
 
     logs = sorted({log.parent for log in Path(policy).expanduser().rglob("events.out.tfevents.*")})
