@@ -26,14 +26,13 @@ from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
-from prunenet.evaluation.interaction import Structure
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import Weights, count_parameters, iter_ffns, structure
 from prunenet.models.masks import ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
-from prunenet.policies.refine import Refined, refine
+from prunenet.policies.refine import refined_sizes
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
@@ -161,7 +160,8 @@ def decide(
     elif scores is None:
         assert policy is not None
         scores, offsets = _read(model, policy, blocks, stage_of(progress, "scoring"))
-    refined = _refined(model, policy, sizes, ratios, blocks, scores, progress)
+    advance = stage_of(progress, "ablating")
+    refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
     ways = [
         allocations(model, policy, ratio, size, offsets) if found is None else found.way
         for size, ratio, found in zip(sizes, ratios, refined, strict=True)
@@ -190,39 +190,6 @@ def decide(
             how["text"] = dict(blocks.source)
         decisions.append(Decision(cut, ratio, _regime(policy, blocks), how))
     return decisions
-
-
-def _refined(
-    model: Weights,
-    policy: Policy | None,
-    sizes: Sequence[PruneOptions],
-    ratios: Sequence[float],
-    blocks: CalibrationSet | None,
-    scores: Sequence[Float[Tensor, " _"]] | None,
-    progress: Progress | None,
-) -> list[Refined | None]:
-    """The refined allocation of each size that asks for one."""
-    asked = [number for number, size in enumerate(sizes) if size.widths == "refined"]
-    found: list[Refined | None] = [None] * len(sizes)
-    for number in asked:
-        assert policy is not None, "PruneOptions.filled"
-        assert blocks is not None, "PruneOptions.filled"
-        assert scores is not None, "PruneOptions.filled"
-        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
-        structures: tuple[Structure, ...] = ("channels",)
-        if sizes[number].structures != "channels":
-            structures = ("channels", "heads")
-        found[number] = refine(
-            model,
-            blocks,
-            scores,
-            policy.offsets(model),
-            ratios[number],
-            structures=structures,
-            round_to=sizes[number].round_to,
-            progress=stage_of(progress, "ablating"),
-        )
-    return found
 
 
 def ratio_of(model: Weights, options: PruneOptions) -> float:

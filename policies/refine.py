@@ -24,7 +24,9 @@ from prunenet.evaluation.shares import allocated, damages, masks
 from prunenet.evaluation.slots import Game
 from prunenet.features.from_weights import layer_context
 from prunenet.models.heads import attentions
-from prunenet.models.layers import iter_ffns
+from prunenet.models.layers import Weights, iter_ffns
+from prunenet.policies.artifact import Policy
+from prunenet.policies.options import PruneOptions
 from prunenet.refit.folds import folds_of, held_back
 from prunenet.text.calibration import CalibrationSet
 
@@ -112,6 +114,45 @@ def refine(
     best, end = _searched(best, _waves(game), measured, MEASURED, float(first.min()))
     keep, groups = cuts(best[None])[0]
     return Refined(keep, groups, float(first[0]), end)
+
+
+def refined_sizes(
+    model: Weights,
+    policy: Policy | None,
+    sizes: Sequence[PruneOptions],
+    ratios: Sequence[float],
+    blocks: CalibrationSet | None,
+    scores: Sequence[Float[Tensor, " _"]] | None,
+    progress: Progress | None,
+) -> list[Refined | None]:
+    """The refined allocation of each size that asks for one; None for the others.
+
+    Args:
+        model, blocks, scores, progress: as for `refine`.
+        policy: allocates the start.
+        sizes: filled in (`PruneOptions.filled`), which refuses what is missing here.
+        ratios: of each size.
+    """
+    found: list[Refined | None] = [None] * len(sizes)
+    for number, size in enumerate(sizes):
+        if size.widths != "refined":
+            continue
+        assert policy is not None, "PruneOptions.filled"
+        assert blocks is not None, "PruneOptions.filled"
+        assert scores is not None, "PruneOptions.filled"
+        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
+        both: tuple[Structure, ...] = ("channels", "heads")
+        found[number] = refine(
+            model,
+            blocks,
+            scores,
+            policy.offsets(model),
+            ratios[number],
+            structures=both[:1] if size.structures == "channels" else both,
+            round_to=size.round_to,
+            progress=progress,
+        )
+    return found
 
 
 def _game(

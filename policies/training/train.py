@@ -119,11 +119,7 @@ def train(
         prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
         regime=_regime(regime, recipe, blocks, read),
         text=None if blocks is None else dict(blocks.source),
-        trained_on={
-            "model": _name(model),
-            "model_type": structure(model).config.model_type,
-            "weights": weights_sha256(model),
-        },
+        trained_on=_identity(model),
         recipe=recorded(recipe)
         | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
@@ -296,6 +292,15 @@ def _reward(
         ids, unscored = blocks.ids[: recipe.blocks, : recipe.tokens], int(blocks.bos is not None)
         return DivergenceReward(model, ids, unscored=unscored)
     return ReconstructionReward(model, blocks.ids)
+
+
+def _identity(model: PreTrainedModel | StreamedCheckpoint) -> dict[str, str]:
+    """What a policy records of the model that it was trained on."""
+    return {
+        "model": _name(model),
+        "model_type": structure(model).config.model_type,
+        "weights": weights_sha256(model),
+    }
 
 
 def _name(model: PreTrainedModel | StreamedCheckpoint) -> str:
