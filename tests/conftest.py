@@ -5,6 +5,7 @@ real model.
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# A shell's background job ignores Ctrl-C, and so would the processes whose answer to it is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SHAPE = re.compile(r"\b(Bool|Float|Int)\d*\[")
 _jaxtyped = jaxtyping.jaxtyped

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prunenet.checkpoints.load import load_model, load_tokenizer
+from prunenet.checkpoints.older_loaders import ROPE_FIELDS
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import export_padded, save_pruned
 from prunenet.models.architectures import ARCHITECTURES
@@ -180,8 +181,11 @@ def test_a_loaded_per_layer_model_saves_itself_again_with_its_code(checkpoints, 
 def test_ratio_0_stores_the_dense_model(checkpoints, tmp_path, model_type) -> None:
     tiny_model(model_type, bias=True).save_pretrained(tmp_path)
     folder = checkpoints[0][f"{model_type} whole"]
-    for name in ("model.safetensors", "config.json", "generation_config.json"):
+    for name in ("model.safetensors", "generation_config.json"):
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    ours, dense = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path))
+    assert ours == dense | {name: ours[name] for name in ours.keys() - dense.keys()}
+    assert ours.keys() - dense.keys() <= {"torch_dtype", *ROPE_FIELDS}  # what transformers 4 reads
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

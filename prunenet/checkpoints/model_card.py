@@ -218,11 +218,12 @@ def _command(made: Provenance) -> str:
         said += " --moments none"
     else:
         said += f" --channels {how['channels']} --refit {how['refit']}"
-        said += (
-            " --moments self"
-            if made.regime == "self"
-            else f" --moments data --text {text['text']!r}"
-        )
+        if made.regime == "self":
+            said += " --moments self"
+        elif (name := text.get("text")) is not None:
+            said += f" --moments data --text {name!r}"
+        else:
+            return ""
     return f"\n```console\n{said} --policy {made.policy} --out smaller\n```\n"
 
 

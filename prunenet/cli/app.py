@@ -8,6 +8,7 @@ traceback.
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -82,4 +83,6 @@ def _main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if (known := sys.modules.get("transformers.utils.logging")) is not None:
+        known.disable_progress_bar()  # imported before it could read the environment
     app()

@@ -21,47 +21,43 @@ def models(
 ) -> None:
     """List the model types that are known, or what can be cut of one model."""
     with one_process():
-        from prunenet.checkpoints.skeleton import skeleton_of
-        from prunenet.checkpoints.sources import open_checkpoint
-        from prunenet.models.listing import known_types, structures
-
         if model is None:
-            types = known_types()
-            show(
-                {"models": [asdict(one) for one in types]},
-                as_json,
-                lambda: tables.grid(
-                    ["type", "class", "channels of", "fields"],
-                    [[one.model_type, one.kind, one.forms, one.fields] for one in types],
-                    "other types are discovered when they are met, in some seconds",
-                ),
-                only_here=True,
-            )
-            return
-        skeleton = skeleton_of(open_checkpoint(model)).model
-        found = structures(skeleton)
-        show(
-            {
-                "model": model,
-                "class": type(skeleton).__name__,
-                "groups": [asdict(s) for s in found],
-            },
-            as_json,
-            lambda: tables.grid(
-                ["channels", "form", "width in", "groups", "width", "parameters", "of all"],
-                [
-                    [
-                        s.path,
-                        s.form,
-                        s.knob,
-                        f"{s.groups:,}",
-                        s.widths,
-                        f"{s.parameters:,}",
-                        s.share,
-                    ]
-                    for s in found
-                ],
-                f"{type(skeleton).__name__}: all else stays as it is",
-            ),
-            only_here=True,
-        )
+            _show_types(as_json)
+        else:
+            _show_model(model, as_json)
+
+
+def _show_types(as_json: bool) -> None:
+    from prunenet.models.listing import known_types
+
+    types = known_types()
+    show(
+        {"models": [asdict(one) for one in types]},
+        as_json,
+        lambda: tables.grid(
+            ["type", "class", "channels of", "fields"],
+            [[one.model_type, one.kind, one.forms, one.fields] for one in types],
+            "other types are discovered when they are met, in some seconds",
+        ),
+        only_here=True,
+    )
+
+
+def _show_model(model: str, as_json: bool) -> None:
+    from prunenet.checkpoints.skeleton import skeleton_of
+    from prunenet.checkpoints.sources import open_checkpoint
+    from prunenet.models.listing import structures
+
+    skeleton = skeleton_of(open_checkpoint(model)).model
+    kind, found = type(skeleton).__name__, structures(skeleton)
+    rows = [
+        [s.path, s.form, s.knob, f"{s.groups:,}", s.widths, f"{s.parameters:,}", s.share]
+        for s in found
+    ]
+    columns = ["channels", "form", "width in", "groups", "width", "parameters", "of all"]
+    show(
+        {"model": model, "class": kind, "groups": [asdict(s) for s in found]},
+        as_json,
+        lambda: tables.grid(columns, rows, f"{kind}: all else stays as it is"),
+        only_here=True,
+    )
