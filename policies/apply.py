@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -27,10 +27,13 @@ from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.layers import Weights, count_parameters, iter_ffns, structure
+from prunenet.models.experts import without_experts
+from prunenet.models.knobs import rounding
+from prunenet.models.layers import Weights, active_parameters, count_parameters, structure
 from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
+from prunenet.policies.experts import keep_experts
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
@@ -122,8 +125,40 @@ def prune(
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
     asked = options_of(options, choices)
+    if asked.experts is not None:
+        return _without_experts(model, policy, asked, blocks, policy_name, progress)
     (decision,) = decide(model, policy, [asked], blocks=blocks, scores=scores, progress=progress)
     return pruned_by(model, decision, policy, policy_name)
+
+
+def _without_experts(
+    model: PreTrainedModel,
+    policy: Policy | None,
+    asked: PruneOptions,
+    blocks: CalibrationSet | None,
+    policy_name: str,
+    progress: Progress | None,
+) -> Pruned:
+    """`prune` of a model from which whole experts are removed first."""
+    assert asked.experts is not None
+    ids = None if blocks is None else blocks.ids
+    kept = keep_experts(model, asked.experts, asked.experts_by, blocks=ids)
+    fewer = without_experts(model, kept)
+    regime = blocks.regime if blocks is not None and asked.experts_by == "reap" else "weights"
+    if asked.ratio == 0:
+        whole = [torch.ones(group.width, dtype=torch.bool) for group in Anatomy.of(fewer).groups]
+        decision = Decision(Cut(whole, None), 0.0, regime, How(widths="uniform"))
+    else:
+        (decision,) = decide(fewer, policy, [asked], blocks=blocks, progress=progress)
+    name = policy_name if asked.ratio != 0 else asked.experts_by
+    made = pruned_by(fewer, replace(decision, regime=most([decision.regime, regime])), policy, name)
+    total, body = count_parameters(model)
+    numbers = {str(layer): mask.nonzero().flatten().tolist() for layer, mask in kept.items()}
+    how: How = {**made.provenance.how, "experts": numbers, "experts_by": asked.experts_by}
+    provenance = replace(
+        made.provenance, parameters_before=total, non_embedding_before=body, how=how
+    )
+    return replace(made, provenance=provenance)
 
 
 @torch.no_grad()
@@ -191,15 +226,17 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     # Refused and not dropped: ratio and masks count the channels of the model that was given.
     if (folder := source_folder(structure(model).config)) is not None:
         check_not_padded(folder, _PADDED)
-    ratio = options.ratio
+    anatomy, ratio = Anatomy.of(structure(model)), options.ratio
     if ratio is None:
-        assert options.params is not None
-        skeleton = structure(model)
-        ffns = list(iter_ffns(skeleton))
-        total, _ = count_parameters(skeleton)
-        costs, d_ff = [f.channel_parameters for f in ffns], [f.d_ff for f in ffns]
-        ratio = ratio_for_parameters(options.params, total, costs, d_ff)
-    anatomy = Anatomy.of(structure(model))
+        total, _ = count_parameters(anatomy.model)
+        costs: list[float] = [group.channel_parameters for group in anatomy.groups]
+        share = options.params
+        if share is None:
+            share = options.active
+            total = active_parameters(anatomy)
+            costs = [cost * g.share for cost, g in zip(costs, anatomy.groups, strict=True)]
+        assert share is not None
+        ratio = ratio_for_parameters(share, total, costs, anatomy.widths)
     widths = anatomy.uniform_widths(ratio, options.round_to)
     if not anatomy.architecture.per_layer:
         if options.widths == "per-layer":
@@ -263,7 +300,8 @@ def allocations(
         return {"uniform": uniform}
     if offsets is None:
         offsets = policy.offsets(model)
-    learned = widths_for_budget(d_ff, offsets, ratio, round_to)
+    step = rounding(anatomy.groups, ratio) if round_to == "auto" else round_to
+    learned = widths_for_budget(d_ff, offsets, ratio, step)
     if options.widths == "per-layer":
         return {"per-layer": learned}
     both = {"uniform": uniform, "per-layer": learned}

@@ -5,7 +5,7 @@ layer by layer.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,6 +64,10 @@ def prune_streamed(
     """
     out, dense, asked = Path(out), source.skeleton, options_of(options, choices)
     asked = asked.filled(policy, measured=False)
+    if asked.experts is not None:
+        raise ValueError(
+            "`experts` are removed from a model in memory, and this one is streamed; load it"
+        )
     ratio = ratio_of(source, asked)
     check_absent(out)
     check_room(out, _bytes_left(dense, ratio, asked.round_to))
@@ -82,7 +86,7 @@ def prune_streamed(
     )
 
 
-def _bytes_left(dense: PreTrainedModel, ratio: float, round_to: int) -> int:
+def _bytes_left(dense: PreTrainedModel, ratio: float, round_to: int | Literal["auto"]) -> int:
     """Of a model's parameters once `ratio` of its channels are removed."""
     anatomy = Anatomy.of(dense)
     widths = anatomy.uniform_widths(ratio, round_to)
