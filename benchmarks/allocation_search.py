@@ -77,7 +77,14 @@ def measure(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         facts = searched(cell["search"], budget, judge, step, cell["seed"], pairs)
         seconds = time.perf_counter() - start
-        (cut,) = cut_layers(model, written.ids, [facts["widths"]], scores=scores, refit=args.refit)
+        (cut,) = cut_layers(
+            model,
+            written.ids,
+            [facts["widths"]],
+            kinds=written.kinds,
+            scores=scores,
+            refit=args.refit,
+        )
         narrow = cut.model(model)
         options = EvaluationOptions(max_windows=args.max_windows)
         value = perplexity(narrow, tokenizer, test, options).value

@@ -161,7 +161,9 @@ class Bench:
             text = self.own[0].blocks("self", 0)[0]
             widths = policy.widths(self.model, ratio, per_layer=True)
             scores = policy.scores(self.model)
-            (cut,) = cut_layers(self.model, text.ids, [widths], scores=scores, measured=1.0)
+            (cut,) = cut_layers(
+                self.model, text.ids, [widths], kinds=text.kinds, scores=scores, measured=1.0
+            )
             return cut.model(self.model)
 
         return make

@@ -12,7 +12,15 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prunenet.envs.drawing import RENDER_MODES, drawn
 from prunenet.envs.rewards import Reward, SpectralReward
+from prunenet.envs.shared import (
+    Named,
+    check_render_mode,
+    check_reset_options,
+    check_reward,
+    opened,
+)
 from prunenet.envs.sweep import PROGRESS, Sweep, View, draw_ratio
 from prunenet.models.layers import Weights, iter_ffns, structure
 
@@ -49,9 +57,13 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     stays on its device, where statistics and rewards are computed too.
 
     ## Action Space
-    `MultiBinary(d_ff)`: the keep mask of the current layer, 1 where the channel stays. A mask is a
-    `ValueError` if it keeps fewer than `min_width` channels, has another length, or keeps so many
-    that later layers could not keep `min_width` within the budget (plus `slack`).
+    `MultiBinary(d_ff)`: the keep mask of the current layer, 1 where the channel stays. Every action
+    is legal. Of a mask that keeps fewer than `min_width` channels the first dropped ones stay; of
+    one that keeps so many that later layers could not keep `min_width` within the budget (plus
+    `slack`) the last ones go. What was changed so costs reward.
+
+    `action_masks()` and the information `action_mask` are for maskable trainers: two booleans a
+    channel, whether it may go and whether it may stay; all are true unless the rules fix every one.
 
     ## Observation Space
     A `Dict`:
@@ -72,7 +84,8 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     The sum of the terms of the `reward` object (`prunenet.envs.rewards`): layer terms at each step,
     sweep terms at the last one. By default the bounded spectral reward, 1 - KS distance of singular
     values, averaged over the FFN's matrices: in [0, 1] a step. At the last step the term
-    `overdraft` subtracts what the sweep kept beyond its budget, as a share of d_ff.
+    `overdraft` subtracts what the sweep kept beyond its budget, as a share of d_ff; the term
+    `clipped` subtracts the share of d_ff by which a mask had to be changed, and is 0 for others.
 
     ## Starting State
     The first layer with the whole budget, (1 - ratio) * layers * d_ff channels. With a range of
@@ -83,46 +96,56 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
 
     ## Information
     `width` (channels kept in the layer just masked), `parameters_removed` (so far in this sweep),
-    `ratio`, `budget_left` (in channels), and `reward/<term>` for each term. `reset` gives `ratio`
-    and `budget_left`.
+    `ratio`, `budget_left` (in channels), `action_mask`, and `reward/<term>` for each term. `reset`
+    gives `ratio`, `budget_left` and `action_mask`. `metadata["n_stats"]` is the number of
+    statistics of a channel.
+
+    ## Rendering
+    "ansi" gives text, "rgb_array" an image: the width of every layer, bar by bar.
 
     ## Arguments
     * `model`: a causal LM of a supported family, in memory or streamed
-      (`prunenet.checkpoints.streaming.StreamedCheckpoint`).
+      (`prunenet.checkpoints.streaming.StreamedCheckpoint`); its folder or hub id, with which the
+      environment's `spec` can be written as JSON; or None, a tiny random one.
     * `reward`: an object with the methods of `prunenet.envs.rewards.Reward`; default
-      `SpectralReward(model)`.
+      `SpectralReward(model)`. Anything else is a `TypeError` at once.
     * `ratio`: share of FFN channels removed, in [0, 1), or a range `(low, high)`. Default 0.3.
     * `min_width`: fewest channels that a layer may keep, default 1.
     * `slack`: how far a sweep may overdraw its budget, as a share of one layer's d_ff, in [0, 1];
       default 0.25.
     * `view`: the statistics, if they have been computed already.
+    * `render_mode`: "ansi", "rgb_array" or None.
 
-    `reset(options={"ratio": r})` fixes the ratio of one sweep.
+    `reset(options={"ratio": r})` fixes the ratio of one sweep; an unknown option is a `ValueError`.
 
     ## Version History
     * v0: first version.
     """
 
-    metadata: Info = {"render_modes": []}  # noqa: RUF012 (as gymnasium declares it)
+    metadata: Info = {"render_modes": RENDER_MODES, "render_fps": 4}  # noqa: RUF012 (gymnasium's way)
 
     def __init__(
         self,
-        model: Weights,
+        model: Named = None,
         *,
         reward: Reward | None = None,
         ratio: float | Sequence[float] = 0.3,
         min_width: int = 1,
         slack: float = 0.25,
         view: View | None = None,
+        render_mode: str | None = None,
     ) -> None:
         draw_ratio(ratio, 0.5)
-        self.model = model
+        self.render_mode = check_render_mode(render_mode, RENDER_MODES)
+        reward = None if reward is None else check_reward(reward)
+        self.model = opened(model)
         self.ratio = ratio
-        self._view = view or View.of(model)
+        self._view = view or View.of(self.model)
         self._sweep = Sweep(
-            self._view, reward or SpectralReward(model), min_width=min_width, slack=slack
+            self._view, reward or SpectralReward(self.model), min_width=min_width, slack=slack
         )
-        self._channel_parameters = channel_parameters(model)
+        self._channel_parameters = channel_parameters(self.model)
+        self.metadata = {**self.metadata, "n_stats": self._view.statistics[0].shape[1]}
         self.observation_space = observation_space(self._view)  # type: ignore[assignment]
         self.action_space = spaces.MultiBinary(self._view.d_ff)
 
@@ -131,16 +154,27 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
     ) -> tuple[Observation, Info]:
         """Starts a sweep; the class describes it."""
         super().reset(seed=seed)
-        ratio = (options or {}).get("ratio", self.ratio)
+        ratio = check_reset_options(options, "ratio").get("ratio", self.ratio)
         self._sweep.start(draw_ratio(ratio, float(self.np_random.random())))
         self._removed = 0
         return self._observe(), self._budget_info()
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Returns whether each channel may go, and whether it may stay: (2 * d_ff,), as
+        sb3-contrib's MaskablePPO asks for.
+        """
+        masks: NDArray[np.bool_] = action_masks(self._sweep)[0]
+        return masks
+
+    def render(self) -> Any:
+        """Draws the widths of all layers; see the class."""
+        return drawn_sweep(self._sweep, self.render_mode)
 
     def step(self, action: NDArray[Any]) -> tuple[Observation, float, bool, bool, Info]:
         """Plays the keep mask of the current layer; the class describes it.
 
         Raises:
-            ValueError: the mask breaks a rule; the sweep stays where it was.
+            ValueError: not a mask of `action_space`; the sweep stays where it was.
             RuntimeError: the sweep is over.
         """
         if self._sweep.done:
@@ -151,9 +185,8 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
                 f"a step plays one keep mask of {self._view.d_ff} entries, got shape"
                 f" {tuple(keep.shape)}"
             )
-        keep = keep.unsqueeze(0)
-        layer = self._sweep.layer
-        reward, terms = self._sweep.play(keep)
+        keep, layer = keep.unsqueeze(0), self._sweep.layer
+        keep, reward, terms = play_legal(self._sweep, keep)
         width = int(keep.sum())
         self._removed += (self._view.d_ff - width) * self._channel_parameters[layer]
         info = {"width": width, "parameters_removed": self._removed, **self._budget_info()}
@@ -169,7 +202,40 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         }
 
     def _budget_info(self) -> Info:
-        return {"ratio": self._sweep.ratio, "budget_left": int(self._sweep.left)}
+        return {
+            "ratio": self._sweep.ratio,
+            "budget_left": int(self._sweep.left),
+            "action_mask": self.action_masks(),
+        }
+
+
+def play_legal(sweep: Sweep, keep: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Plays masks, changed to legal ones where they have to be (`Sweep.legal`).
+
+    Returns:
+        The masks played, the reward (masks,), and its terms, `overdraft` and `clipped` always.
+    """
+    legal = sweep.legal(keep)
+    clipped = -(legal != keep).sum(1) / sweep.view.d_ff
+    reward, terms = sweep.play(legal)
+    terms.setdefault("overdraft", torch.zeros_like(clipped))
+    return legal, reward + clipped, {**terms, "clipped": clipped}
+
+
+def action_masks(sweep: Sweep) -> NDArray[np.bool_]:
+    """Returns (masks, 2 * d_ff): for each channel, whether it may go and whether it may stay."""
+    may = np.ones((sweep.masks, sweep.view.d_ff, 2), dtype=np.bool_)
+    may[..., 0] = sweep.min_width < sweep.view.d_ff
+    return may.reshape(sweep.masks, -1)
+
+
+def drawn_sweep(sweep: Sweep, mode: str | None, mask: int = 0) -> Any:
+    """Returns the widths of one of the masks as `render_mode` says."""
+    shares: list[float | None] = [float(keep[mask].float().mean()) for keep in sweep.kept]
+    shares += [None] * (sweep.view.layers - len(shares))
+    names = [f"layer {number}" for number in range(len(shares))]
+    title = f"ratio {sweep.ratio:.2f}, {int(sweep.left[mask])} channels left"
+    return drawn(mode, names, shares, title)
 
 
 def channel_parameters(model: Weights) -> list[int]:

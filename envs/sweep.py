@@ -14,7 +14,8 @@ from prunenet.envs.rewards import Reward
 from prunenet.features.from_activations import channel_features
 from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.layers import Weights, ffn_widths
-from prunenet.models.masks import check_keep, check_ratio
+from prunenet.models.masks import check_keep
+from prunenet.runtime.choices import check_ratio
 
 PROGRESS = ("ratio", "target", "budget_left")
 """Position in the sweep, appended to the layer's context in an observation; each in [0, 1].
@@ -22,6 +23,16 @@ PROGRESS = ("ratio", "target", "budget_left")
 ratio: of the sweep. target: share of this layer's channels that spends the budget evenly over the
 layers left. budget_left: share of the whole budget not yet spent.
 """
+
+
+def check_one_width(model: Weights) -> None:
+    """Raises ValueError where the layers have different widths: an action must have one length."""
+    widths = set(ffn_widths(model))
+    if len(widths) != 1:
+        raise ValueError(
+            f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
+            f" {max(widths)}); train on the dense model that it was cut from"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,7 @@ class View:
                 `channel_features`.
             UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
-        widths = set(ffn_widths(model))
-        if len(widths) != 1:
-            raise ValueError(
-                f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
-                f" {max(widths)}); train on the dense model that it was cut from"
-            )
+        check_one_width(model)
         if isinstance(model, PreTrainedModel) and blocks is not None:
             return cls(_together(channel_features(model, blocks)), layer_context(model))
         if blocks is not None:
@@ -151,6 +157,23 @@ class Sweep:
         )
         return torch.cat((row.expand(self.masks, -1), progress), dim=1)
 
+    def most(self) -> Int[Tensor, " masks"]:
+        """Returns the most channels that each mask may keep now; d_ff or more: any number."""
+        later = self.view.layers - self.layer - 1
+        return self.left + self.overdraft - later * self.min_width
+
+    def legal(self, keep: Bool[Tensor, "masks d_ff"]) -> Bool[Tensor, "masks d_ff"]:
+        """Returns the masks, those that break the budget's bounds changed as little as it takes:
+        the first dropped channels stay, or the last kept ones go.
+        """
+        width = keep.sum(1, keepdim=True)
+        least = torch.full_like(width, self.min_width)
+        missing, over = least - width, width - self.most().clamp(min=self.min_width)[:, None]
+        added = (~keep) & ((~keep).cumsum(1) <= missing)
+        kept_behind = width - keep.cumsum(1)
+        dropped = keep & (kept_behind < over)
+        return (keep | added) & ~dropped
+
     def play(
         self, keep: Bool[Tensor, "masks d_ff"]
     ) -> tuple[Float[Tensor, " masks"], dict[str, Float[Tensor, " masks"]]]:
@@ -164,9 +187,7 @@ class Sweep:
         """
         check_keep(keep, self.view.d_ff)
         width = keep.sum(1)
-        later = self.view.layers - self.layer - 1
-        most = self.left + self.overdraft - later * self.min_width
-        self._check_bounds(width, most)
+        self._check_bounds(width, self.most())
         terms = self.reward.layer(self.layer, keep)
         self.left -= width
         self.kept.append(keep)

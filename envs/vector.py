@@ -11,10 +11,27 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from prunenet.envs.layerwise import Info, Observation, as_keep, observation_space
+from prunenet.envs.drawing import RENDER_MODES
+from prunenet.envs.layerwise import (
+    Info,
+    Observation,
+    action_masks,
+    as_keep,
+    channel_parameters,
+    drawn_sweep,
+    observation_space,
+    play_legal,
+)
 from prunenet.envs.rewards import Reward, SpectralReward
+from prunenet.envs.shared import (
+    Named,
+    check_render_mode,
+    check_reset_options,
+    check_reward,
+    opened,
+    with_masks,
+)
 from prunenet.envs.sweep import Sweep, View, draw_ratio
-from prunenet.models.layers import Weights
 
 
 class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
@@ -22,24 +39,27 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
 
     Spaces, reward and rules are those of `prunenet.envs.layerwise.LayerwisePruningEnv`, batched.
     All sweeps end together and the next ones start in the same call (`AutoresetMode.SAME_STEP`:
-    `infos["final_obs"]` holds the last observations). The ratio of sweep n depends only on the
+    `infos["final_obs"]` and `infos["final_info"]` hold the last observations and what is known of
+    the sweeps that ended). As Gymnasium's own vector environments do, information `key` comes with
+    `_key`, booleans of the environments that it is of. The ratio of sweep n depends only on the
     seed and on n, so that a run can be resumed at any sweep: `reset(options={"sweep": n})`.
 
     Args:
-        model, reward, ratio, min_width, slack, view: as for `LayerwisePruningEnv`.
+        model, reward, ratio, min_width, slack, view, render_mode: as for `LayerwisePruningEnv`.
         num_envs: masks a step, at least 1.
         channels: whether observations hold the channel statistics; not needed by a trainer that
             holds `view` itself.
     """
 
     metadata: Info = {  # noqa: RUF012 (as gymnasium declares it)
-        "render_modes": [],
+        "render_modes": RENDER_MODES,
+        "render_fps": 4,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
     def __init__(
         self,
-        model: Weights,
+        model: Named = None,
         num_envs: int = 1,
         *,
         reward: Reward | None = None,
@@ -48,20 +68,29 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         slack: float = 0.25,
         view: View | None = None,
         channels: bool = True,
+        render_mode: str | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         draw_ratio(ratio, 0.5)
-        self.model = model
+        self.render_mode = check_render_mode(render_mode, RENDER_MODES)
+        reward = None if reward is None else check_reward(reward)
+        self.model = opened(model)
         self.ratio = ratio
         self.num_envs = num_envs
-        self.view = view or View.of(model)
+        self.view = view or View.of(self.model)
+        self._channel_parameters = channel_parameters(self.model)
         self._number = 0
         self._seed = 0
         self._channels = channels
         self._sweep = Sweep(
-            self.view, reward or SpectralReward(model), num_envs, min_width=min_width, slack=slack
+            self.view,
+            reward or SpectralReward(self.model),
+            num_envs,
+            min_width=min_width,
+            slack=slack,
         )
+        self.metadata = {**self.metadata, "n_stats": self.view.statistics[0].shape[1]}
         self.single_observation_space = observation_space(self.view, channels=channels)
         self.single_action_space = spaces.MultiBinary(self.view.d_ff)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -77,12 +106,23 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
             options: `ratio` of this sweep; `sweep`, the number to count from.
         """
         super().reset(seed=seed)
-        options = options or {}
+        options = dict(check_reset_options(options, "ratio", "sweep"))
         if seed is not None:
             self._seed, self._number = seed, 0
         self._number = options.get("sweep", self._number)
         self._start(options)
-        return self._observe(), self._budget_info()
+        return self._observe(), with_masks(self._budget_info(), self.num_envs)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Returns (num_envs, 2 * d_ff); see `LayerwisePruningEnv.action_masks`."""
+        return action_masks(self._sweep)
+
+    def render(self) -> tuple[Any, ...] | None:
+        """Draws the widths of every sweep; see `LayerwisePruningEnv`."""
+        if self.render_mode is None:
+            return None
+        masks = range(self.num_envs)
+        return tuple(drawn_sweep(self._sweep, self.render_mode, mask) for mask in masks)
 
     def step(
         self, actions: NDArray[Any]
@@ -93,7 +133,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
             actions: (num_envs, d_ff) of zeros and ones.
 
         Raises:
-            ValueError: a mask breaks a rule; all sweeps stay where they were.
+            ValueError: not masks of `action_space`; all sweeps stay where they were.
         """
         keep = as_keep(actions, self._sweep)
         if keep.shape != (self.num_envs, self.view.d_ff):
@@ -101,19 +141,25 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
                 f"actions must have shape {(self.num_envs, self.view.d_ff)}, got"
                 f" {tuple(keep.shape)}"
             )
-        reward, terms = self._sweep.play(keep)
-        done = self._sweep.done
-        infos: Info = {"width": keep.sum(1).cpu().numpy(), **self._budget_info()}
+        layer = self._sweep.layer
+        keep, reward, terms = play_legal(self._sweep, keep)
+        width, done = keep.sum(1).cpu().numpy(), self._sweep.done
+        self._removed += (self.view.d_ff - width) * self._channel_parameters[layer]
+        infos: Info = {"width": width, "parameters_removed": self._removed.copy()}
         infos |= {f"reward/{name}": value.cpu().numpy() for name, value in terms.items()}
+        final: Info = {}
         if done:
-            infos["final_obs"] = self._observe()
+            last = infos | self._budget_info()
+            final = {"final_obs": self._observe(), "final_info": last}
             self._start({})
+        infos = with_masks({**infos, **self._budget_info(), **final}, self.num_envs)
         ended = np.full(self.num_envs, done)
         return self._observe(), reward.double().cpu().numpy(), ended, np.zeros_like(ended), infos
 
     def _start(self, options: Info) -> None:
         uniform = float(np.random.default_rng([self._seed, self._number]).random())
         self._number += 1
+        self._removed = np.zeros(self.num_envs, dtype=np.int64)
         self._sweep.start(draw_ratio(options.get("ratio", self.ratio), uniform))
 
     def _observe(self) -> Observation:
@@ -131,4 +177,5 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         return {
             "ratio": np.full(self.num_envs, self._sweep.ratio),
             "budget_left": self._sweep.left.cpu().numpy().copy(),
+            "action_mask": self.action_masks(),
         }

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,13 +28,19 @@ from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.experts import without_experts
-from prunenet.models.knobs import rounding
-from prunenet.models.layers import Weights, active_parameters, count_parameters, structure
-from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
+from prunenet.models.knobs import step_of
+from prunenet.models.layers import (
+    Weights,
+    active_parameters,
+    count_parameters,
+    structure,
+)
+from prunenet.models.masks import ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
 from prunenet.policies.experts import keep_experts
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
+from prunenet.policies.refine import refined_sizes
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
@@ -50,9 +56,6 @@ MEASURED = 1 / 3
 """Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3 and 2/5 on validation
 texts.
 """
-_PADDED = (
-    "which would count as channels; prune the checkpoint that it was exported from, and export that"
-)
 _JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
 
@@ -65,11 +68,13 @@ class Pruned:
             one.
         keep: (d_ff,) mask of each layer, over the dense model's channels.
         provenance: what is written beside the checkpoint.
+        groups: mask of each layer's groups of heads; None where heads stay whole.
     """
 
     model: PreTrainedModel
-    keep: list[Bool[Tensor, " d_ff"]]
+    keep: list[Bool[Tensor, " _"]]
     provenance: Provenance
+    groups: list[Bool[Tensor, " groups"]] | None = None
 
     def save_pretrained(
         self, out: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None
@@ -77,7 +82,9 @@ class Pruned:
         """Writes an ordinary Hugging Face checkpoint, verified by reloading it; see
         `prunenet.checkpoints.save.save_pruned`.
         """
-        return save_pruned(self.model, out, self.keep, self.provenance, tokenizer=tokenizer)
+        return save_pruned(
+            self.model, out, self.keep, self.provenance, tokenizer=tokenizer, groups=self.groups
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,22 +200,31 @@ def decide(
     elif scores is None:
         assert policy is not None
         scores, offsets = _read(model, policy, blocks, stage_of(progress, "scoring"))
+    advance = stage_of(progress, "ablating")
+    refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
     ways = [
-        allocations(model, policy, ratio, size, offsets)
-        for size, ratio in zip(sizes, ratios, strict=True)
+        allocations(model, policy, ratio, size, offsets) if found is None else found.way
+        for size, ratio, found in zip(sizes, ratios, refined, strict=True)
     ]
     found = _cuts(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
     decisions = []
-    for size, ratio, cuts in zip(sizes, ratios, found, strict=True):
+    for size, ratio, cuts, kept in zip(sizes, ratios, found, refined, strict=True):
         trained = None if policy is None else policy.config.gain
         gain = trained if blocks is None else _gain(model, cuts, blocks)
         chosen, gain = chosen_allocation(cuts, gain)
-        cut = cuts[chosen]
+        cut = cuts[chosen] if kept is None else replace(cuts[chosen], groups=kept.groups)
         if choice[1] == "sequential":
             assert blocks is not None
             assert isinstance(model, PreTrainedModel)
             reported = stage_of(progress, "refitting")
-            cut = refit_sequentially(model, cut, blocks.ids, dense_targets=False, progress=reported)
+            cut = refit_sequentially(
+                model,
+                cut,
+                blocks.ids,
+                kinds=blocks.kinds,
+                dense_targets=False,
+                progress=reported,
+            )
         how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
         if blocks is not None:
             how["text"] = dict(blocks.source)
@@ -220,12 +236,10 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     """The share of the model's FFN channels to remove.
 
     Raises:
-        ValueError: a layer cannot be rounded to a multiple of `options.round_to`; or channels of
-            the model are zeros that fill narrower layers.
+        ValueError: a layer cannot be rounded to a multiple of `options.round_to`, or has too few
+            channels for uniform widths; or as `check_channels`.
     """
-    # Refused and not dropped: ratio and masks count the channels of the model that was given.
-    if (folder := source_folder(structure(model).config)) is not None:
-        check_not_padded(folder, _PADDED)
+    check_channels(model, "prune the checkpoint that it was exported from, and export that")
     anatomy, ratio = Anatomy.of(structure(model)), options.ratio
     if ratio is None:
         total, _ = count_parameters(anatomy.model)
@@ -237,15 +251,52 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
             costs = [cost * g.share for cost, g in zip(costs, anatomy.groups, strict=True)]
         assert share is not None
         ratio = ratio_for_parameters(share, total, costs, anatomy.widths)
-    widths = anatomy.uniform_widths(ratio, options.round_to)
     if not anatomy.architecture.per_layer:
         if options.widths == "per-layer":
             raise ValueError(
                 f"a {type(anatomy.model).__name__} has one configuration field for the widths of"
                 " all layers; give uniform `widths`"
             )
-        check_stock(anatomy, widths)
+        check_stock(anatomy, anatomy.uniform_widths(ratio, options.round_to))
+    elif options.widths == "uniform":
+        anatomy.uniform_widths(ratio, options.round_to)
+    else:
+        for width in set(anatomy.widths):
+            width_at(width, ratio, step_of(anatomy.groups, ratio, options.round_to))
     return ratio
+
+
+def check_channels(model: Weights, remedy: str) -> None:
+    """Refuses a model some of whose channels are zeros that fill narrower layers.
+
+    They are refused and not dropped: ratios, masks and features count the channels of the model
+    that was given.
+
+    Args:
+        model: looked up by the folder that it comes from.
+        remedy: what to do instead.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if (folder := source_folder(structure(model).config)) is not None:
+        check_not_padded(folder, f"which would count as channels; {remedy}")
+
+
+def bytes_left(model: Weights, ratio: float, round_to: int | Literal["auto"]) -> int:
+    """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
+    anatomy = Anatomy.of(structure(model))
+    if anatomy.architecture.per_layer:
+        step = step_of(anatomy.groups, ratio, round_to)
+        widths = [width_at(width, ratio, step) for width in anatomy.widths]
+    else:
+        widths = anatomy.uniform_widths(ratio, round_to)
+    gone = sum(
+        (group.width - width) * group.channel_parameters
+        for group, width in zip(anatomy.groups, widths, strict=True)
+    )
+    whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
+    return (whole - gone) * anatomy.model.dtype.itemsize
 
 
 def pruned_by(
@@ -254,7 +305,7 @@ def pruned_by(
     """The narrow model of a decision, with its provenance."""
     narrow = decision.cut.model(model)
     provenance = provenance_of(model, narrow, decision, policy, policy_name)
-    return Pruned(narrow, decision.cut.keep, provenance)
+    return Pruned(narrow, decision.cut.keep, provenance, decision.cut.groups)
 
 
 def provenance_of(
@@ -295,14 +346,17 @@ def allocations(
         offsets: the policy's log-odds of this model's layers, where they are known already.
     """
     anatomy, round_to = Anatomy.of(structure(model)), options.round_to
-    d_ff, uniform = anatomy.widths, anatomy.uniform_widths(ratio, round_to)
     if policy is None or options.widths == "uniform" or not anatomy.architecture.per_layer:
-        return {"uniform": uniform}
+        return {"uniform": anatomy.uniform_widths(ratio, round_to)}
     if offsets is None:
         offsets = policy.offsets(model)
-    step = rounding(anatomy.groups, ratio) if round_to == "auto" else round_to
-    learned = widths_for_budget(d_ff, offsets, ratio, step)
+    step = step_of(anatomy.groups, ratio, round_to)
+    learned = widths_for_budget(anatomy.widths, offsets, ratio, step)
     if options.widths == "per-layer":
+        return {"per-layer": learned}
+    try:
+        uniform = anatomy.uniform_widths(ratio, round_to)
+    except ValueError:  # a layer has too few channels
         return {"per-layer": learned}
     both = {"uniform": uniform, "per-layer": learned}
     return {"uniform": uniform} if learned == uniform else both
@@ -352,6 +406,7 @@ def _cuts(
             model,
             blocks.ids,
             flat,
+            kinds=blocks.kinds,
             scores=scores,
             measured=MEASURED if channels == "blend" else 0.0,
             refit=refit,

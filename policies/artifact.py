@@ -34,7 +34,7 @@ from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.runtime.files import make_folders, write_atomic
+from prunenet.runtime.files import expanded, make_folders, write_atomic
 from prunenet.runtime.json_files import JsonError, Within, convert, read_json
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 from prunenet.text.calibration import CalibrationSet
@@ -161,7 +161,7 @@ class Policy:
         """Writes `config.json` and `model.safetensors`; an existing policy in the folder is
         replaced file by file.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         make_folders(folder)
         config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
         facts = {"config": self._config_sha256}
@@ -333,7 +333,7 @@ def policy_for(choice: str | None, model_type: str) -> tuple[Policy | None, str]
 
 
 def _find(source: str | Path) -> Path:
-    folder = Path(source)
+    folder = expanded(source)
     if (folder / "config.json").is_file():
         return folder
     shipped = zoo()

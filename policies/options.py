@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from prunenet.models.masks import check_ratio
+from prunenet.runtime.choices import check_ratio
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy
 
-Widths = Literal["auto", "uniform", "per-layer"]
+Widths = Literal["auto", "uniform", "per-layer", "refined"]
+Structures = Literal["channels", "channels,heads"]
 Channels = Literal["policy", "blend", "elimination"]
 Refit = Literal["off", "layerwise", "sequential"]
 ExpertsBy = Literal["aimer", "reap", "random"]
@@ -26,6 +27,7 @@ class PruneChoices(TypedDict, total=False):
     experts_by: ExpertsBy
     round_to: int | Literal["auto"]
     widths: Widths
+    structures: Structures
     channels: Channels | None
     refit: Refit | None
 
@@ -45,9 +47,12 @@ class PruneOptions:
             `prunenet.policies.experts`.
         round_to: widths are multiples of this; "auto": of 64 where that costs less than 1 % of a
             layer's channels, else of 32, and of 8 in experts.
-        widths: "uniform", "per-layer" (the policy's allocation, as many channels in all) or "auto":
-            per-layer where that is predicted to lower perplexity by more than 5 %
-            (`prunenet.policies.apply.AUTO_GAIN`).
+        widths: "uniform" (one width for all layers), "per-layer" (the policy's allocation, as many
+            channels in all), "auto": per-layer where that is predicted to lower perplexity by more
+            than 5 % (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on
+            calibration text (`prunenet.policies.refine`).
+        structures: what refined widths cut: "channels", or "channels,heads", where groups of heads
+            pay for channels; as many parameters in all.
         channels: "policy" (its scores), "blend" (two thirds of their ranks and one third of the
             ranks by measured energy) or "elimination" (greedy, by activations). On self-written
             text elimination fits that text more and others less. None: without calibration text the
@@ -69,6 +74,7 @@ class PruneOptions:
     experts_by: ExpertsBy = "aimer"
     round_to: int | Literal["auto"] = 8
     widths: Widths = "auto"
+    structures: Structures = "channels"
     channels: Channels | None = None
     refit: Refit | None = None
 
@@ -90,6 +96,7 @@ class PruneOptions:
                 raise ValueError(f"`{name}` must be in [0, 1), got {share}")
         choices: tuple[tuple[str, str | None, Any], ...] = (
             ("widths", self.widths, Widths),
+            ("structures", self.structures, Structures),
             ("channels", self.channels, Channels),
             ("refit", self.refit, Refit),
             ("experts_by", self.experts_by, ExpertsBy),
@@ -98,6 +105,11 @@ class PruneOptions:
             if value is not None and value not in get_args(allowed):
                 known = ", ".join(get_args(allowed))
                 raise ValueError(f"unknown {name} {value!r}; it is one of {known}")
+        if self.structures != "channels" and self.widths != "refined":
+            raise ValueError(
+                f"only refined widths cut {self.structures}; say widths='refined', or cut channels"
+                " alone"
+            )
 
     def filled(self, policy: Policy | None, measured: bool) -> PruneOptions:
         """These options with the defaults of `channels` and `refit` filled in.
@@ -128,10 +140,21 @@ class PruneOptions:
                 "no policy to choose the channels; give one (`policy`), or text to choose them by"
                 " (`blocks`)"
             )
-        if policy is None and self.widths == "per-layer":
+        if policy is None and self.widths in ("per-layer", "refined"):
             raise ValueError(
                 "no policy to allocate widths; give one (`policy`), or take uniform `widths`"
             )
+        if self.widths == "refined":
+            if not measured:
+                raise ValueError(
+                    "refined widths are measured on text: give it (`blocks`), or take per-layer"
+                    " `widths`"
+                )
+            if channels == "elimination" or refit == "sequential":
+                raise ValueError(
+                    "refined widths need the policy's scores and a refit on dense activations: no"
+                    " elimination and no sequential refit"
+                )
         return replace(self, channels=channels, refit=refit)
 
 

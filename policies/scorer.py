@@ -114,3 +114,49 @@ class WidthHead(nn.Module):
         """Offsets, centred over the layers (only their differences matter)."""
         offsets: Tensor = self.out(silu(self.hidden(context))).squeeze(-1)
         return offsets - offsets.mean()
+
+
+class SlotAllocator(nn.Module):
+    """Where to cut under one budget: one `WidthHead` a structure, and how much each structure stays
+    beside the others.
+
+    Starts at equal log-odds of all slots. No number of layers is in its weights, so that one policy
+    serves every model.
+
+    Args:
+        context: names of the layer context, in order.
+        structures: names of the structures, in the order of their columns behind the context.
+        generator: draws the hidden layers' start.
+    """
+
+    BOUND = 3.0
+    """Log-odds lie within this of each other's middle: no slot is emptied, or kept whole, before
+    others are cut.
+    """
+
+    def __init__(
+        self,
+        context: Sequence[str],
+        structures: Sequence[str],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({s: WidthHead(context, generator=generator) for s in structures})
+        self.levels = nn.Parameter(torch.zeros(len(structures)))
+
+    def forward(self, features: Float[Tensor, "slots n"]) -> Float[Tensor, " slots"]:
+        """Log-odds of each slot's share that stays.
+
+        Args:
+            features: the layer's context, then one column a structure, 1 where the slot is of it
+                (`prunenet.evaluation.slots.Game.features`).
+        """
+        kinds = features[:, -len(self.levels) :]
+        context = features[:, : -len(self.levels)]
+        offsets = kinds @ self.levels
+        for number, head in enumerate(self.heads.values()):
+            rows = kinds[:, number] > 0
+            if bool(rows.any()):
+                offsets = offsets.masked_scatter(rows, offsets[rows] + head(context[rows]))
+        return self.BOUND * torch.tanh(offsets / self.BOUND)

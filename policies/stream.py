@@ -5,17 +5,17 @@ layer by layer.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.offload import SHARD
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint, save_streamed
-from prunenet.models.anatomy import Anatomy
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import (
     Progress,
+    bytes_left,
     decide,
     provenance_of,
     ratio_of,
@@ -24,7 +24,7 @@ from prunenet.policies.apply import (
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import PruneChoices, PruneOptions, options_of
 from prunenet.runtime import parallel
-from prunenet.runtime.files import check_absent, check_room
+from prunenet.runtime.files import check_absent, check_room, expanded
 
 
 def prune_streamed(
@@ -62,7 +62,7 @@ def prune_streamed(
         CheckpointError: as `save_streamed`; that `out` exists or its disk is too small is said
             before anything is read.
     """
-    out, dense, asked = Path(out), source.skeleton, options_of(options, choices)
+    out, dense, asked = expanded(out), source.skeleton, options_of(options, choices)
     asked = asked.filled(policy, measured=False)
     if asked.experts is not None:
         raise ValueError(
@@ -70,7 +70,7 @@ def prune_streamed(
         )
     ratio = ratio_of(source, asked)
     check_absent(out)
-    check_room(out, _bytes_left(dense, ratio, asked.round_to))
+    check_room(out, bytes_left(dense, ratio, asked.round_to))
     (decision,) = decide(source, policy, [asked], progress=progress)
 
     def describe(narrow: PreTrainedModel) -> Provenance:
@@ -84,16 +84,3 @@ def prune_streamed(
     return save_streamed(
         source, out, keep, describe, tokenizer=tokenizer, shard=shard, progress=written
     )
-
-
-def _bytes_left(dense: PreTrainedModel, ratio: float, round_to: int | Literal["auto"]) -> int:
-    """Of a model's parameters once `ratio` of its channels are removed."""
-    anatomy = Anatomy.of(dense)
-    widths = anatomy.uniform_widths(ratio, round_to)
-    gone = sum(
-        (group.width - width) * group.channel_parameters
-        for group, width in zip(anatomy.groups, widths, strict=True)
-    )
-    return (
-        sum(parameter.numel() for parameter in dense.parameters()) - gone
-    ) * dense.dtype.itemsize

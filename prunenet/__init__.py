@@ -6,7 +6,8 @@ model of it to any size.
     pruned.save_pretrained("smaller")
 
 Names are imported on first use, so that `import prunenet` is quick and applying a policy imports no
-reinforcement learning.
+reinforcement learning. The environments are registered in Gymnasium where that is imported, before
+or after.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from prunenet.policies.stream import prune_streamed
     from prunenet.policies.training.recipe import PRESETS, Recipe
     from prunenet.policies.training.train import train
+    from prunenet.policies.training.vec_env import SB3VecEnv
     from prunenet.recover.options import RecoverText, Tuning
     from prunenet.recover.record import recover
     from prunenet.runtime.files import CheckpointError
@@ -55,6 +57,7 @@ _HOMES = {
     "PRESETS": "prunenet.policies.training.recipe",
     "Recipe": "prunenet.policies.training.recipe",
     "train": "prunenet.policies.training.train",
+    "SB3VecEnv": "prunenet.policies.training.vec_env",
     "RecoverText": "prunenet.recover.options",
     "Tuning": "prunenet.recover.options",
     "recover": "prunenet.recover.record",
@@ -73,6 +76,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "RecoverText",
+    "SB3VecEnv",
     "Scored",
     "SpeedOptions",
     "StreamedCheckpoint",
@@ -101,3 +105,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+import_module("prunenet.envs.registration").register_when_imported()

@@ -283,7 +283,19 @@ def test_a_log_of_another_search_or_of_another_model_is_not_continued(tmp_path) 
 
 
 @pytest.mark.parametrize(
-    "content", ["no log", "no log\n", "[]\n", '{"search": {}}\n{"params": 1}\n', '{"search": 3}\n']
+    "content",
+    [
+        "no log",
+        "no log\n",
+        "[]\n",
+        "[" * 99_999 + "\n",
+        '{"search": {}}\n{"params": 1}\n',
+        '{"search": 3}\n',
+        '{"search": {}}\n{"params": {}, "value": 1}\n',
+        '{"search": {}}\n{"params": {"x": 0.5, "y": 9, "kind": "a"}, "value": 1}\n',
+        '{"search": {}}\n{"params": {"x": 0.5, "y": 0, "kind": "z"}, "value": 1}\n',
+        '{"search": {}}\n{"params": {"x": 0.5, "y": 0, "kind": "a"}, "value": NaN}\n',
+    ],
 )
 def test_a_file_that_is_no_log_is_refused_and_left_as_it_is(content, tmp_path) -> None:
     log = tmp_path / "log.jsonl"
@@ -291,6 +303,15 @@ def test_a_file_that_is_no_log_is_refused_and_left_as_it_is(content, tmp_path) -
     with pytest.raises(SearchError, match="no log of a search, or is damaged"):
         search(bowl, SPACE, 2, seed=0, strategy="random", log=Log(log, {}))
     assert log.read_text() == content
+
+
+def test_a_log_that_another_process_writes_is_refused(tmp_path) -> None:
+    def twice(_) -> float:
+        assert (tmp_path / ".log.jsonl.lock").exists()
+        return 0.0
+
+    search(twice, SPACE, 1, seed=0, strategy="random", log=Log(tmp_path / "log.jsonl", {}))
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_without_optuna_tpe_says_how_to_get_it_and_random_draws_work(monkeypatch) -> None:

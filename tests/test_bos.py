@@ -2,6 +2,7 @@
 text, calibration text, rewards and prompts; other models see what they saw.
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -26,9 +27,14 @@ from prunenet.evaluation.side_by_side import evaluate
 from prunenet.evaluation.zeroshot import zero_shot
 from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import masking
+from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence
+from prunenet.policies.methods.papers.adapruner import AdaPrunerOptions, searched
+from prunenet.policies.methods.papers.calibration_pool import CalibrationPool
 from prunenet.policies.training.recipe import PRESETS
 from prunenet.policies.training.train import _reward
+from prunenet.recover.options import Tuning
+from prunenet.recover.training import tuned
 from prunenet.refit.cut import Cut
 from prunenet.refit.folds import folds_of
 from prunenet.text import calibration
@@ -260,6 +266,51 @@ def test_shorter_windows_of_a_calibration_set_begin_with_bos_too(model) -> None:
     assert (drawn[:, 0] == BOS).all()
 
 
+def test_a_pool_s_windows_are_the_same_text_behind_bos(model) -> None:
+    def pool(tokenizer: PreTrainedTokenizerFast) -> CalibrationPool:
+        blocks = data_blocks(tokenizer, OTHER, count=5, window=16)
+        seeded = torch.Generator().manual_seed(0)
+        return CalibrationPool.of(model, blocks.ids, seeded, tokens=8, clusters=2, bos=blocks.bos)
+
+    plain, behind = pool(words()), pool(with_bos(words()))
+    assert behind.windows.shape == (8, 9)
+    assert torch.equal(behind.windows[:, 1:], plain.windows)
+    assert (behind.windows[:, 0] == BOS).all()
+
+
+def test_adapruner_draws_and_judges_behind_bos_and_does_not_score_it(model, monkeypatch) -> None:
+    read: list[torch.Tensor] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, given, named: read.append(named["input_ids"]), with_kwargs=True
+    )
+    options = AdaPrunerOptions(trials=1, sequences=2, tokens=8, clusters=2, widths=lambda _: [4])
+    blocks = data_blocks(with_bos(words()), OTHER, count=5, window=16)
+    found = searched(Evidence(model, blocks), ratio=0.5, options=replace(options, round_to=4))
+    hook.remove()
+    assert all((ids[:, 0] == BOS).all() for ids in read)
+    with torch.no_grad(), masking(model, found.keep):
+        logs = model(blocks.ids[-1:]).logits.log_softmax(-1)
+    scored = logs[0, 1:-1].gather(1, blocks.ids[-1, 2:, None])
+    assert found.best.value == pytest.approx(-float(scored.mean()), rel=1e-5)
+
+
+def test_recovery_learns_nothing_of_the_token_behind_bos(model) -> None:
+    blocks = data_blocks(with_bos(words()), OTHER, count=5, window=8)
+    dense = copy.deepcopy(model)
+    dense.lm_head.weight.data[:, 0] += 1.0
+    for teacher in (None, dense):
+        found = tuned(model, blocks, Tuning(steps=1, batch=1, micro_batch=1), teacher=teacher)
+        held = blocks.ids[-1:]
+        with torch.no_grad():
+            own = model(held).logits[0, 1:].log_softmax(-1)
+            if teacher is None:
+                expected = -own[:-1].gather(1, held[0, 2:, None]).mean()
+            else:
+                wanted = teacher(held).logits[0, 1:].log_softmax(-1)
+                expected = (wanted.exp() * (wanted - own)).sum(-1).mean()
+        assert found.before == pytest.approx(float(expected), rel=1e-4)
+
+
 # --- divergence and rewards ---
 
 
@@ -306,6 +357,20 @@ def test_folds_are_the_kinds_of_writing_in_whatever_order(model, tmp_path) -> No
     assert CalibrationSet(one.ids, "data", {}).rows(slice(1)).ids.shape == (1, 8)
 
 
+@pytest.mark.parametrize("refit", ["layerwise", "sequential"])
+def test_a_refit_chooses_its_damping_across_kinds_in_whatever_order(model, tmp_path, refit) -> None:
+    blocks = self_blocks(model, words(), sequences=10, tokens=6, cache=tmp_path)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    shuffled = replace(blocks, ids=blocks.ids[order], kinds=blocks.kinds[order])
+    found = [
+        prune(model, ratio=0.5, round_to=4, refit=refit, blocks=rows).model.state_dict()
+        for rows in (blocks, shuffled, replace(shuffled, kinds=None))
+    ]
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(found[0][name], found[1][name])
+    assert not torch.equal(found[0][name], found[2][name])
+
+
 # --- side by side, compare, zero-shot ---
 
 
@@ -327,7 +392,8 @@ def test_models_side_by_side_share_the_tokens_of_one_text(model, tmp_path, monke
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", called)
     rows = evaluate(folders, TEXT, WINDOW, speed=None)
-    assert [length for length in seen if length > 1] == [len(TEXT.content)] * 2
+    # shorter ones are probes: "x" for BOS, "a b" for whether a tokenizer works
+    assert [length for length in seen if length > 3] == [len(TEXT.content)] * 2
     assert [row.bos for row in rows] == [True, True, False]
     assert rows[0].perplexity == rows[1].perplexity < rows[2].perplexity
     line = json.loads(json.dumps(rows[0].as_dict()))

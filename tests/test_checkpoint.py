@@ -378,6 +378,16 @@ def test_a_damaged_story_is_one_clear_sentence(spoilt, text, message) -> None:
             read(spoilt)
 
 
+@pytest.mark.parametrize("width", [2**24 + 1, 10**18, 2**63])
+def test_a_story_of_absurd_widths_is_refused_before_masks_of_them_are_made(spoilt, width) -> None:
+    path = spoilt / "prunenet.json"
+    said = json.loads(path.read_text())
+    said["dense_widths"][0] = width
+    path.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=r"dense_widths\[0\] is .*, not from 1 to"):
+        load_masks(spoilt)
+
+
 def test_a_newer_format_asks_for_an_update(spoilt) -> None:
     path = spoilt / "prunenet.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))

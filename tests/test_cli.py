@@ -536,6 +536,9 @@ def test_export_pads_per_layer_widths_and_says_what_it_cannot_do(model, policy, 
         "export", tmp_path / "narrow", "--pad", "--out", tmp_path / "x"
     )
     assert "say --pad" in refused("export", tmp_path / "narrow", "--out", tmp_path / "x")
+    assert "--type q8_0 belongs to --gguf" in refused(
+        "export", tmp_path / "narrow", "--pad", "--type", "q8_0", "--out", tmp_path / "x"
+    )
 
 
 @pytest.mark.parametrize(

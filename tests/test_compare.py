@@ -4,6 +4,7 @@ the table, the figures.
 
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -772,6 +773,40 @@ def test_results_keep_one_line_a_cell(tmp_path):
     assert again.done("b")
     assert results.path.read_text().count("\n") == 2
     assert not again.done("c")
+
+
+def finished(cell: str) -> dict:
+    """A line of a measured cell, as far as a table reads it."""
+    asked = {"texts": [{"text": "t"}], "tasks": {}, "window": 8, "stride": 8, "limit": None}
+    said = {"cell": cell, "error": None, "method": "random", "ratio": 0.3, "seed": 0}
+    said |= {"model": "m", "dtype": "float32", "regime": "weights", "applied_regime": "weights"}
+    said |= {"evaluation": asked, "parameters": 9, "accuracy": None, "tasks": None}
+    said |= {"perplexity": [{"text": "t", "value": 2.0, "tokens": 6}]}
+    said |= {"seconds_pruning": 1.0, "seconds_calibration": None, "versions": {"prunenet": "0"}}
+    return said
+
+
+def test_a_line_that_lacks_anything_that_a_table_reads_is_said_to_be_damaged(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(finished("a")) + "\n")
+    results = Results(path)
+    assert results.complete("a")
+    assert "2.0" in summary.markdown(summary.summarise([results["a"]]), [results["a"]])
+    for name in finished("a").keys() - {"cell", "error"}:
+        line = finished("a")
+        del line[name]
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match=f"damaged line of cell a: .*{name}"):
+            Results(path).complete("a")
+
+
+def test_a_file_that_is_too_large_for_a_comparison_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    path.touch()
+    os.truncate(path, 2**40)  # sparse
+    monkeypatch.setattr(type(path), "read_bytes", lambda _: pytest.fail("all of it was read"))
+    with pytest.raises(ValueError, match=r"no file of 'prunenet compare': it has 1,099,5\d\d,"):
+        Results(path)
 
 
 # --- mistakes, before any work ---

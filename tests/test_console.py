@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from prunenet.cli import console, signals
 from prunenet.cli.console import errors, one_sentence, path, show
-from prunenet.runtime.team import Followed, PeerFailed
+from prunenet.runtime.failures import Followed, PeerFailed
 
 ENDING = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 

@@ -93,6 +93,17 @@ def test_a_size_asked_for_later_is_added_to_those_that_are_there(run, tmp_path):
     assert made.items() <= stamps(tmp_path / "out").items()
 
 
+def test_the_demo_s_folder_is_locked_while_it_runs(tmp_path, monkeypatch):
+    def watched(out, *_):
+        assert (out.parent / f".{out.name}.lock").exists()
+        raise ValueError("seen")
+
+    monkeypatch.setattr(demo, "run_demo", watched)
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "new" / "demo")])
+    assert "seen" in done.output
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_demo_model_that_cannot_be_had_is_one_sentence():
     result = CliRunner().invoke(
         app, ["demo", "--out", "nowhere"], env={**os.environ, "PRUNENET_DEMO_MODEL": "/nonexistent"}

@@ -84,6 +84,8 @@ def test_what_is_fetched_loads_is_verified_and_is_fetched_once(
     assert is_intact(folder)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
     assert AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"], "of transformers 4, too"
     assert (
         json.loads((folder / MANIFEST).read_text())["source"]
         == "HuggingFaceTB/SmolLM2-135M-Instruct@abc"
@@ -115,6 +117,15 @@ def test_a_damaged_file_is_noticed_and_the_model_is_fetched_again(
     assert hub == ["model"] * 2
     assert (folder / name).read_bytes() == good
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[" * 99_999, '{"files": {"../x": "0"}}', '{"files": []}', ""]
+)
+def test_a_manifest_of_any_kind_is_damage(tmp_path: Path, hub: list[str], manifest: str) -> None:
+    folder = fetch_demo_model(tmp_path)
+    (folder / MANIFEST).write_text(manifest)
+    assert not is_intact(folder)
 
 
 def test_a_missing_file_and_an_empty_manifest_are_damage(tmp_path: Path, hub: list[str]) -> None:

@@ -1,5 +1,8 @@
 """The environment keeps its specification."""
 
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -81,13 +84,12 @@ def test_a_reset_option_fixes_the_ratio(model):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros(D_FF), "keep at least one channel"),
         (np.ones(D_FF - 1), f"has {D_FF} entries"),
         (np.ones((1, D_FF)), "one keep mask"),
         (np.full(D_FF, 2), "zeros and ones"),
     ],
 )
-def test_a_mask_that_breaks_a_rule_is_a_clear_error_and_changes_nothing(model, mask, message):
+def test_what_is_no_mask_is_a_clear_error_and_changes_nothing(model, mask, message):
     env = LayerwisePruningEnv(model)
     env.reset(seed=0)
     with pytest.raises(ValueError, match=message):
@@ -95,18 +97,52 @@ def test_a_mask_that_breaks_a_rule_is_a_clear_error_and_changes_nothing(model, m
     assert env.step(halves(1)[0])[4]["width"] == D_FF // 2
 
 
-def test_a_mask_that_leaves_later_layers_without_budget_is_an_error(model):
-    env = LayerwisePruningEnv(model, ratio=0.9, slack=0.0)
-    env.reset(seed=0)
-    with pytest.raises(ValueError, match="breaks the budget: at most"):
-        env.step(np.ones(D_FF))
+def swept(model, ratio: float, **rules) -> Sweep:
+    sweep = Sweep(View.of(model), SpectralReward(model, distance="energy"), **rules)
+    sweep.start(ratio)
+    return sweep
 
 
-def test_fewer_channels_than_min_width_is_an_error(model):
-    env = LayerwisePruningEnv(model, min_width=8)
-    env.reset(seed=0)
-    with pytest.raises(ValueError, match="must keep at least 8 channels, got 4"):
-        env.step(halves(1, 4)[0])
+@pytest.mark.parametrize(
+    ("width", "ratio", "rules", "message"),
+    [
+        (0, 0.3, {}, "keep at least one channel"),
+        (4, 0.3, {"min_width": 8}, "must keep at least 8 channels, got 4"),
+        (D_FF, 0.9, {"slack": 0.0}, "breaks the budget: at most"),
+    ],
+)
+def test_the_rules_of_a_sweep_refuse_a_mask_and_legal_makes_the_nearest_one(
+    model, width, ratio, rules, message
+):
+    sweep, keep = swept(model, ratio, **rules), torch.from_numpy(halves(1, width)).bool()
+    with pytest.raises(ValueError, match=message):
+        sweep.play(keep)
+    legal = sweep.legal(keep)
+    least, most = sweep.min_width, int(sweep.most())
+    assert int((legal != keep).sum()) == max(least - width, width - most)
+    sweep.play(legal)
+    kept = torch.from_numpy(halves(1)).bool()
+    assert torch.equal(swept(model, 0.5).legal(kept), kept)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.7, 0.95])
+def test_every_action_of_the_space_is_legal_and_what_the_rules_change_costs_reward(model, ratio):
+    env = LayerwisePruningEnv(model, ratio=ratio)
+    batch = LayerwisePruningVectorEnv(model, 2, ratio=ratio)
+    env.action_space.seed(0)
+    actions = [np.zeros(D_FF), np.ones(D_FF), np.ones(D_FF)]
+    for played in (actions, [env.action_space.sample() for _ in actions]):
+        env.reset(seed=0)
+        batch.reset(seed=0)
+        for action in played:
+            _, paid, done, _, info = env.step(action)
+            changed = abs(int(action.sum()) - info["width"]) / D_FF
+            assert info["reward/clipped"] == pytest.approx(-changed)
+            assert paid == pytest.approx(sum(v for k, v in info.items() if k[:7] == "reward/"))
+            together = batch.step(np.stack([action, action]))
+            np.testing.assert_allclose(together[1], paid, rtol=1e-6)
+        assert done
+        assert info["budget_left"] >= -int(0.25 * D_FF)
 
 
 def test_overdrawing_the_budget_costs_reward(model):
@@ -197,3 +233,92 @@ def test_a_model_with_layers_of_different_widths_is_refused(model):
     keep[0][8:] = False
     with pytest.raises(ValueError, match="2 different widths"):
         LayerwisePruningEnv(narrowed(model, keep))
+
+
+def test_importing_prunenet_registers_the_environments_before_or_after_gymnasium():
+    tell = "print('prunenet/LayerwisePruning-v0' in gymnasium.registry, 'torch' in sys.modules)"
+    for order in ("import prunenet, gymnasium", "import gymnasium, prunenet"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; {order}; {tell}"], capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "True False", done.stderr
+
+
+def test_an_environment_takes_a_folder_or_nothing_and_its_spec_is_json(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    env = gymnasium.make(ENV_ID, model=str(tmp_path), ratio=0.4)
+    again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    seen, seen_again = env.reset(seed=0)[0], again.reset(seed=0)[0]
+    assert all(np.array_equal(seen[key], seen_again[key]) for key in seen)
+    assert gymnasium.make(ENV_ID).reset(seed=0)[1]["budget_left"] == round(0.7 * 4 * 96)
+
+
+def test_a_wrong_reward_option_or_drawing_is_refused_at_once(model, unchecked):
+    for cls in (LayerwisePruningEnv, LayerwisePruningVectorEnv):
+        with pytest.raises(TypeError, match="has no layer"):
+            cls(model, reward=lambda masks: masks)
+        with pytest.raises(ValueError, match="`render_mode` must be one of ansi, rgb_array"):
+            cls(model, render_mode="human")
+        with pytest.raises(ValueError, match="unknown reset option 'ratios'; options: ratio"):
+            cls(model).reset(options={"ratios": 0.5})
+
+
+def test_widths_are_drawn_bar_by_bar(model):
+    env = LayerwisePruningEnv(model, ratio=0.5, render_mode="ansi")
+    env.reset(seed=0)
+    env.step(halves(1)[0])
+    lines = env.render().splitlines()
+    assert len(lines) == 1 + 3
+    assert lines[1].endswith("| 50%")
+    assert lines[1].count("#") == 20
+    assert "." in lines[2]
+    image = LayerwisePruningVectorEnv(model, 2, render_mode="rgb_array")
+    image.reset(seed=0)
+    image.step(halves(2))
+    first, second = image.render()
+    assert first.shape == (32, 324, 3)
+    assert np.array_equal(first, second)
+    assert (first[5, 10] != first[5, 300]).any()
+
+
+def test_information_of_the_batched_environment_comes_with_masks_and_ends_with_the_sweep(model):
+    env = LayerwisePruningVectorEnv(model, 2, ratio=0.5)
+    _, infos = env.reset(seed=0)
+    keys = set()
+    for layer in range(env.view.layers):
+        _, _, ended, _, infos = env.step(halves(2))
+        keys.add(frozenset(key for key in infos if not key.startswith(("final", "_final"))))
+        assert ("final_info" in infos) == (layer == env.view.layers - 1)
+    assert len(keys) == 1
+    assert ended.all()
+    last = infos["final_info"]
+    removed = env.view.layers * D_FF // 2 * 3 * model.config.hidden_size
+    assert last["parameters_removed"].tolist() == [removed] * 2
+    assert last["budget_left"].tolist() == [0, 0]
+    for known in (infos, last):
+        assert all(known[f"_{key}"].all() for key in known if not key.startswith("_"))
+
+
+@pytest.mark.parametrize("name", ["PPO", "A2C"])
+def test_a_stock_trainer_plays_the_single_and_the_batched_environment(model, name):
+    import stable_baselines3
+
+    import prunenet
+
+    trainer, whole = getattr(stable_baselines3, name), {"batch_size": 6} if name == "PPO" else {}
+    batched = prunenet.SB3VecEnv(LayerwisePruningVectorEnv(model, 2, ratio=0.7))
+    for env in (LayerwisePruningEnv(model, ratio=0.7), batched):
+        agent = trainer("MultiInputPolicy", env, n_steps=6, seed=0, **whole)
+        agent.learn(24)
+        assert agent.num_timesteps >= 24
+        assert agent.ep_info_buffer[0]["l"] == 3
+
+
+def test_a_maskable_trainer_reads_the_masks(model):
+    contrib = pytest.importorskip("sb3_contrib")
+    import prunenet
+
+    batched = prunenet.SB3VecEnv(LayerwisePruningVectorEnv(model, 2, ratio=0.7))
+    for env in (LayerwisePruningEnv(model, ratio=0.7), batched):
+        agent = contrib.MaskablePPO("MultiInputPolicy", env, n_steps=6, batch_size=6, seed=0)
+        agent.learn(24)

@@ -227,6 +227,34 @@ def test_speed_is_the_median_and_repeats_go_round_all_models(
     assert (found["b"].prefill, found["b"].decode, found["b"].prefill_spread) == (32.0, 4.0, 0.0)
 
 
+def test_the_cache_of_a_token_is_a_key_and_a_value_of_every_group_of_heads() -> None:
+    # 3 layers, 2 groups of 8 numbers, float32
+    assert summarise(tiny_model("llama")).kv_bytes_per_token == 3 * 2 * (8 + 8) * 4
+    assert summarise(tiny_model("opt")).kv_bytes_per_token is None
+
+
+def test_speed_is_measured_until_it_is_steady_but_no_longer_than_asked(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = iter([9.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+    def pretend(*_: object) -> tuple[float, float]:
+        value = next(calm)
+        return value, value
+
+    monkeypatch.setattr(latency, "_time_once", pretend)
+    found = speed_side_by_side(
+        {"a": model}, SpeedOptions(prompt=4, new_tokens=2, repeats=2, most=20)
+    )["a"]
+    assert 4 <= found.repeats <= 8
+    swings = iter([1.0, 2.0] * 10)
+    monkeypatch.setattr(latency, "_time_once", lambda *_: (next(swings), 1.0))
+    options = SpeedOptions(prompt=4, new_tokens=2, repeats=2, most=5)
+    assert speed_side_by_side({"a": model}, options)["a"].repeats == 5
+    with pytest.raises(ValueError, match="`most` must be 3 or more, got 2"):
+        SpeedOptions(most=2)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speed_can_be_measured_for_every_family(family: str) -> None:
     found = speed(tiny_model(family), SpeedOptions(prompt=6, new_tokens=3, batch=2, repeats=1))

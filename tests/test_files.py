@@ -24,6 +24,7 @@ from prunenet.runtime.files import (
     new_folder,
     write_atomic,
 )
+from prunenet.runtime.passing import passing_folder
 
 BEGIN = "import os, signal, sys\nfrom pathlib import Path\nfrom prunenet.runtime import files\n"
 HOLD = "with files.lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
@@ -490,3 +491,30 @@ def test_no_room_does_not_say_that_there_is_as_much_as_is_needed(tmp_path):
     with pytest.raises(CheckpointError, match=said), new_folder(tmp_path / "out", 10):
         raise full()
     assert names(tmp_path) == []
+
+
+def test_a_temporary_folder_of_a_killed_process_is_removed_by_the_next_and_one_of_the_living_stays(
+    tmp_path,
+):
+    code = """
+from prunenet.runtime.passing import passing_folder
+with passing_folder(Path(sys.argv[1])) as folder:
+    (folder / 'weights').write_text('many')
+    {'die': lambda: os.kill(os.getpid(), signal.SIGKILL),
+     'live': lambda: (print('held', flush=True), sys.stdin.read())}[sys.argv[2]]()
+"""
+    alive = start(code, tmp_path, "live")
+    (living,) = names(tmp_path)
+    assert end(start(code, tmp_path, "die")) == -signal.SIGKILL
+    kept = tmp_path / "prunenet-of-somebody"
+    kept.mkdir()
+    assert len(names(tmp_path)) == 3
+    with passing_folder(tmp_path) as folder:
+        assert names(tmp_path) == sorted((living, folder.name, kept.name))
+        assert (tmp_path / living / "weights").is_file()
+        with passing_folder(tmp_path) as other:
+            assert other != folder
+            assert folder.is_dir(), "another block of the same process"
+    assert names(tmp_path) == sorted((living, kept.name))
+    assert end(alive) == 0
+    assert names(tmp_path) == [kept.name]

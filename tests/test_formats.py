@@ -244,6 +244,11 @@ def test_a_gzip_that_unpacks_to_too_much_is_refused(
         read(tmp_path / "bomb.txt.gz")
     (tmp_path / "fine.txt.gz").write_bytes(gzip.compress(b"a" * 1000, mtime=0))
     assert read(tmp_path / "fine.txt.gz") == "a" * 1000
+    (tmp_path / "long.txt").write_text("a" * 1001)
+    with pytest.raises(TextError, match=r"has 1,001 bytes; give a part, at most 1,000"):
+        read(tmp_path / "long.txt")
+    (tmp_path / "long.txt").write_text("a" * 1000)
+    assert read(tmp_path / "long.txt") == "a" * 1000
 
 
 @pytest.mark.parametrize("name", ["none.JSONL", "none.ndjson", "none.parquet", "none.txt.gz"])

@@ -11,7 +11,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -159,6 +161,29 @@ print([name for name in ("gymnasium", "stable_baselines3") if name in sys.module
 """
     done = run_python(code, cwd=Path(sys.prefix))
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_help_of_every_command_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    run = run_python(
+        """
+import sys
+from typer.testing import CliRunner
+from prunenet.cli.app import app
+for command in ([], *([name] for name in ("train", "prune", "eval", "compare", "recover", "demo"))):
+    said = CliRunner().invoke(app, [*command, "--help"])
+    assert said.exit_code == 0, said.output
+print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+""",
+        tmp_path,
+    )
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_a_call_that_breaks_the_shape_of_an_annotation_fails_in_tests() -> None:
+    from prunenet.models.masks import top_channels
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="top_channels"):
+        top_channels(torch.ones(2, 3, dtype=torch.int64), 1)
 
 
 @pytest.mark.parametrize("folder", ["envs", "policies"])

@@ -2,6 +2,7 @@
 sentence.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
@@ -112,6 +113,16 @@ def test_what_a_file_names_does_not_reach_the_sentence_at_length_or_with_escapes
         parse_json('{"%s\\u001b[2J": 1, "ratio": 1, "widths": []}' % ("z" * 5000), Record)
     assert len(str(error.value)) < 200
     assert str(error.value).isprintable()
+
+
+def test_configurations_of_python_s_json_have_infinities_and_no_nan() -> None:
+    text = '{"limit": [0.0, Infinity], "low": -Infinity}'
+    assert parse_json(text, dict, infinite=True) == {"limit": [0.0, math.inf], "low": -math.inf}
+    for text in ('{"a": NaN}', '{"a": 1e999}'):
+        with pytest.raises(JsonError, match="is no finite number"):
+            parse_json(text, dict, infinite=True)
+    with pytest.raises(JsonError, match="layers is inf, not a whole number"):
+        parse_json('{"layers": Infinity}', Some, infinite=True)
 
 
 def test_nesting_up_to_the_bound_is_read() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunenet.models.masks import check_ratio, ratio_for_parameters, top_channels, width_at
+from prunenet.models.masks import ratio_for_parameters, top_channels, width_at
+from prunenet.runtime.choices import check_ratio
 
 
 @pytest.mark.parametrize("d_ff", [37, 48, 1536, 11008])

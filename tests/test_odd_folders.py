@@ -3,6 +3,7 @@ same: the same tensors and logits, or the same sentence.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import pytest
 import torch
 from families import D_FF, LAYERS, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from prunenet.checkpoints.contents import model_files
 from prunenet.checkpoints.identity import identify, tokenizer_sha256, weights_sha256
@@ -189,6 +191,10 @@ HARMLESS: dict[str, Change] = {
     "a float64 tensor": weigh(model__norm__weight=lambda t: t.double()),
     "no dtype": edit(dtype=None),
     "labels": edit(num_labels=3),
+    "an infinite limit": edit(time_step_limit=[0.0, math.inf]),
+    "an infinite limit, as version 5 writes it": edit(
+        time_step_limit=[0.0, {"__float__": "Infinity"}]
+    ),
 }
 
 REFUSED: dict[str, tuple[Change, str]] = {
@@ -280,6 +286,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no number": (
         lambda f: (f / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": NaN}'),
         "NaN, which is no finite number",
+    ),
+    "a number that overflows": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": 1e999}'),
+        "1e999', which is no finite number",
+    ),
+    "layers without end": (
+        lambda f: (f / "config.json").write_text(
+            '{"model_type": "llama", "num_hidden_layers": Infinity}'
+        ),
+        "num_hidden_layers is inf, not a whole number",
     ),
     "a name twice": (
         lambda f: (f / "config.json").write_text('{"model_type": "llama", "model_type": "phi"}'),
@@ -407,6 +423,29 @@ def test_a_tokenizer_s_configuration_names_no_file_elsewhere(folder, name, place
     (folder / "tokenizer.json").write_text("{}")
     edit("tokenizer_config.json", **{name: place})(folder)
     with pytest.raises(CheckpointError, match=f"{name} is .*, which is no file of its folder"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("value", ["long", {"a": 1}, [3], None])
+def test_a_tokenizer_whose_values_fail_only_in_its_use_is_refused_as_it_is_loaded(
+    folder, value
+) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    assert load_tokenizer(folder)("a b")["input_ids"] == [0, 1]
+    edit("tokenizer_config.json", model_max_length=value)(folder)
+    if value is None:
+        assert load_tokenizer(folder)("a b")["input_ids"] == [0, 1], "as if it were not there"
+        return
+    with pytest.raises(CheckpointError, match="has no tokenizer that can be read"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_s_file_that_nobody_fills_is_not_read(folder) -> None:
+    (folder / "tokenizer.json").touch()
+    os.truncate(folder / "tokenizer.json", 2**40)  # sparse
+    with pytest.raises(CheckpointError, match=r"it has 1,099,\S* bytes, more than 268,435,456"):
         load_tokenizer(folder)
 
 

@@ -96,6 +96,17 @@ def test_damaged_files_are_one_short_sentence(path, spoil) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("start", [b"", (2).to_bytes(8, "little") + b"{}"])
+def test_a_file_that_is_larger_than_its_header_says_is_not_read_into_memory(
+    path, start, monkeypatch
+) -> None:
+    path.write_bytes(start)
+    os.truncate(path, 2**40)  # sparse
+    monkeypatch.setattr(type(path), "read_bytes", lambda _: pytest.fail("all of it was read"))
+    with pytest.raises(ContentError, match=r"no safetensors file|its header says 0"):
+        unpacked(path)
+
+
 def test_a_pipe_or_a_folder_is_not_read(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):

@@ -28,11 +28,15 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A model with its tokenizer, texts, and a cache that is shared by all jobs."""
+    """A model with its tokenizer, a policy, texts, and a cache that is shared by all jobs."""
     folder = tmp_path_factory.mktemp("parallel")
     save_tiny(folder / "tiny")
     (folder / "test.txt").write_text(words(4, 5))
     (folder / "calibration.txt").write_text(words(200, 7))
+    policy = Policy.untrained(PolicyConfig(hidden=(8,), regime="self"))
+    with torch.no_grad():
+        policy.scorer.widths.out.weight.normal_()
+    policy.save_pretrained(folder / "policy")
     return folder
 
 
@@ -265,10 +269,6 @@ def cut(home: Path, out: Path) -> None:
 
 
 def test_pruned_checkpoints_are_the_same_byte_for_byte_and_a_mistake_is_said_once(home):
-    policy = Policy.untrained(PolicyConfig(hidden=(8,), regime="self"))
-    with torch.no_grad():
-        policy.scorer.widths.out.weight.normal_()
-    policy.save_pretrained(home / "policy")
     for ranks in (1, 2):
         ended = job(ranks, home, cut, home, home / f"cut{ranks}")
         assert ended.codes == [1] * ranks, ended.errors

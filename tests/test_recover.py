@@ -4,6 +4,7 @@ checkpoint.
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -129,7 +130,9 @@ def test_every_block_is_learned_from_equally_often(monkeypatch):
     seen = []
     monkeypatch.setattr(
         "prunenet.recover.training.next_token_loss",
-        lambda model, ids: seen.extend(ids[:, 0].tolist()) or next_token_loss(model, ids),
+        lambda model, ids, **how: (
+            seen.extend(ids[:, 0].tolist()) or next_token_loss(model, ids, **how)
+        ),
     )
     blocks = CalibrationSet(torch.arange(10, 20)[:, None].repeat(1, 4), "data", {})
     tuned(cut()[1], blocks, dataclasses.replace(QUICK, steps=4))
@@ -346,6 +349,31 @@ def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
     assert "holds an unfinished run; say --resume" in refused(*ask, "--out", tmp_path / "out")
     facts(*ask, "--out", tmp_path / "out", "--resume")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_state_that_a_kill_left_beside_its_result_is_removed_and_no_other_is(
+    dense, pruned, tmp_path, monkeypatch
+):
+    ask = ("recover", pruned, "--teacher", dense, *SMALL)
+    state, out = tmp_path / "out.recovery" / STATE, tmp_path / "out"
+
+    def killed(*given, **named):
+        save_pruned(*given, **named)
+        raise ValueError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prunenet.recover.record.save_pruned", killed)
+        assert "killed" in refused(*ask, "--out", out)
+    assert state.exists()
+    assert load_provenance(out).recovered
+    unfinished = state.read_bytes()
+    assert "exists already" in refused(*ask, "--out", out)
+    assert not state.exists()
+    state.write_bytes(unfinished)
+    shutil.rmtree(out)
+    shutil.copytree(pruned, out)
+    assert "exists already" in refused(*ask, "--out", out)
+    assert state.exists(), "of another run: the result beside it is not its own"
 
 
 def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.provenance import Provenance
@@ -142,6 +143,30 @@ def test_we_load_what_we_saved_bit_for_bit(checkpoints, model_type) -> None:
         assert (
             model.config._attn_implementation == tiny_model(model_type).config._attn_implementation
         )
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_a_per_layer_decoder_is_loaded_without_its_head_or_with_another(checkpoints, auto) -> None:
+    folder = checkpoints[0]["qwen2 per-layer"]
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    decoder = model if auto is AutoModel else model.model
+    with torch.no_grad():
+        hidden = decoder(token_ids()).last_hidden_state
+        expected = load_model(folder).model(token_ids()).last_hidden_state
+    assert [layer.mlp.up_proj.out_features for layer in decoder.layers] == PER_LAYER
+    assert hidden.equal(expected)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_who_does_not_trust_the_code_is_told_so(checkpoints, auto) -> None:
+    with pytest.raises(ValueError, match="needs its own code: load it with trust_remote_code=True"):
+        auto.from_pretrained(checkpoints[0]["gpt_neox per-layer"])
+
+
+def test_an_attention_that_the_user_names_is_taken_by_per_layer_code(checkpoints) -> None:
+    folder = checkpoints[0]["llama per-layer"]
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_loaded_per_layer_model_saves_itself_again_with_its_code(checkpoints, tmp_path) -> None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from ranks import free_port
 
 from prunenet.runtime import team
-from prunenet.runtime.team import PeerFailed, Team, gather_processes, own_device
+from prunenet.runtime.failures import PeerFailed
+from prunenet.runtime.team import Team, gather_processes, own_device
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_nothing_to_resume_is_said(tmp_path):
     train(tiny_model("llama"), SHORT, out=tmp_path / "used")
-    with pytest.raises(PolicyError, match="resume it, or give another folder"):
+    with pytest.raises(PolicyError, match="say `resume`, or give another folder"):
         train(tiny_model("llama"), SHORT, out=tmp_path / "used")
     with pytest.raises(PolicyError, match="nothing to resume"):
         train(tiny_model("llama"), SHORT, out=tmp_path / "fresh", resume=True)
@@ -191,6 +191,32 @@ def test_tensorboard_shows_the_reward(tmp_path):
     assert [event.step for event in events.Scalars("prunenet/reward_of_mode")][
         -1
     ] == SHORT.updates * SHORT.masks * 3
+
+
+def test_tensorboard_shows_terms_widths_and_the_recipe_and_no_critic_where_there_is_none(tmp_path):
+    from stable_baselines3.common.callbacks import BaseCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Counting(BaseCallback):
+        steps = 0
+
+        def _on_step(self) -> bool:
+            self.steps += 1
+            return True
+
+    counting = Counting()
+    train(tiny_model("llama"), SHORT, out=tmp_path, callbacks=[counting])
+    assert counting.steps == 3 * SHORT.updates
+    (log,) = state(tmp_path).parent.glob("run_*")
+    events = EventAccumulator(str(log)).Reload()
+    shown = {*events.Tags()["scalars"]}
+    assert {f"widths/layer_{layer:02}" for layer in range(3)} <= shown
+    assert {"reward/overdraft", "reward/clipped"} < {tag for tag in shown if tag[:7] == "reward/"}
+    assert not {"train/explained_variance", "train/value_loss"} & shown
+    (width,) = {event.value for event in events.Scalars("widths/layer_00")[:1]}
+    assert 0 < width <= 48
+    plugin = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert b"learning_rate" in plugin
 
 
 @pytest.mark.parametrize(

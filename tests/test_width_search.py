@@ -140,7 +140,17 @@ def test_a_file_serves_several_evaluators_and_survives_a_cut_last_line(tmp_path)
 
 @pytest.mark.parametrize(
     "line",
-    ["no json", "[]", '{"evaluator": "", "widths": 3, "loss": 1}', '{"widths": [1], "loss": 1}'],
+    [
+        "no json",
+        "[]",
+        "[" * 99_999,
+        '{"evaluator": "", "widths": 3, "loss": 1}',
+        '{"widths": [1], "loss": 1}',
+        '{"evaluator": "", "widths": [-8], "loss": 1}',
+        '{"evaluator": "", "widths": [8.5], "loss": 1}',
+        '{"evaluator": "", "widths": [16], "loss": NaN}',
+        '{"evaluator": "", "widths": [16], "loss": "1"}',
+    ],
 )
 def test_a_damaged_line_in_the_file_is_an_error_that_names_it(tmp_path, line) -> None:
     path = tmp_path / "pairs.jsonl"

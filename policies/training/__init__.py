@@ -7,7 +7,8 @@ train.py         a training from model to saved policy
 run.py           one stage: its updates, its evaluations, the best policy seen
 state.py         the state file of an unfinished stage
 actor_critic.py  the stable-baselines3 policy around scorer and distribution
-vec_env.py       our vector environment as stable-baselines3's
+slots.py         one allocation over channels and heads, trained on many interaction matrices
+vec_env.py       Gymnasium's batched environments as stable-baselines3's
 subset.py        distributions over keep masks: sample, mode, exact log-probability, entropy
 swept_widths.py  the distribution over widths, layer by layer under one budget
 """

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prunenet.envs.sweep import draw_ratio
-from prunenet.models.masks import check_ratio
 from prunenet.policies.training.choices import (
     Algorithm,
     Baseline,
@@ -16,7 +15,7 @@ from prunenet.policies.training.choices import (
     RewardName,
     Subset,
 )
-from prunenet.runtime.choices import check_choice
+from prunenet.runtime.choices import check_choice, check_ratio
 from prunenet.spectra.choices import Distance, Form, Matrix, Spectrum
 from prunenet.text.calibration import check_seed
 

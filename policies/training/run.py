@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HParam
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
@@ -32,9 +33,9 @@ from prunenet.policies.training.actor_critic import (
     MaskModel,
     SweepRolloutBuffer,
 )
-from prunenet.policies.training.recipe import Recipe
+from prunenet.policies.training.recipe import Recipe, as_json
 from prunenet.policies.training.state import Progress, load_state, save_state
-from prunenet.policies.training.vec_env import SweepVecEnv
+from prunenet.policies.training.vec_env import SB3VecEnv
 from prunenet.runtime.files import make_folders
 
 
@@ -53,7 +54,7 @@ class Saving:
 
 
 def _algorithm(
-    env: SweepVecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
+    env: SB3VecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
 ) -> OnPolicyAlgorithm:
     """Makes either algorithm with the same policy, buffer and optimiser."""
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -92,6 +93,7 @@ class Run(BaseCallback):
         recipe: of this stage.
         saving: where the state is saved.
         progress: called with (updates done, updates in all, best reward so far).
+        callbacks: of stable-baselines3, called behind this one.
     """
 
     model: OnPolicyAlgorithm
@@ -104,8 +106,10 @@ class Run(BaseCallback):
         recipe: Recipe,
         saving: Saving,
         progress: Callable[[int, int, float], None] | None,
+        callbacks: Sequence[BaseCallback] = (),
     ) -> None:
         super().__init__()
+        self._callbacks = callbacks
         self.view = view
         self.scorer = scorer.to(view.context.device)
         self.reward = reward
@@ -129,7 +133,7 @@ class Run(BaseCallback):
             ValueError: a reward is not finite.
         """
         view, recipe = self.view, self.recipe
-        env = SweepVecEnv(
+        env = SB3VecEnv(
             LayerwisePruningVectorEnv(
                 model,
                 recipe.masks,
@@ -148,7 +152,11 @@ class Run(BaseCallback):
             env.set_options({"sweep": self.state.updates})
         left = (recipe.updates - self.state.updates) * view.layers * recipe.masks
         algorithm.learn(
-            left, callback=self, log_interval=1, tb_log_name="run", reset_num_timesteps=not resume
+            left,
+            callback=[self, *self._callbacks],
+            log_interval=1,
+            tb_log_name="run",
+            reset_num_timesteps=not resume,
         )
         env.close()
         self.scorer.load_state_dict(self.state.best)
@@ -160,6 +168,14 @@ class Run(BaseCallback):
         self.state = load_state(path, policy, policy.optimizer, self.identity, updates)
         algorithm.num_timesteps = self.state.updates * self.view.layers * self.recipe.masks
 
+    def _on_training_start(self) -> None:
+        shown = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in as_json(self.recipe).items()
+        }
+        table = HParam(shown, {"prunenet/reward_of_mode": 0.0})
+        self.logger.record("hparams", table, exclude=("stdout", "log", "json", "csv"))
+
     def _on_rollout_start(self) -> None:
         self._after_update()
         seed = np.random.SeedSequence([self.recipe.seed, self.state.updates]).generate_state(2)
@@ -167,13 +183,32 @@ class Run(BaseCallback):
         # stable-baselines3 shuffles its buffer with numpy's global generator.
         np.random.seed(int(seed[1]))
 
+    def _on_rollout_end(self) -> None:
+        self._drop_critic()
+
     def _on_training_end(self) -> None:
         self._after_update()
+        self._drop_critic()
         self.logger.dump(self.model.num_timesteps)
         self.logger.close()
 
     def _on_step(self) -> bool:
+        env = self.training_env
+        assert isinstance(env, SB3VecEnv)
+        layer = (self.model.num_timesteps // env.num_envs - 1) % self.view.layers
+        self.logger.record(f"widths/layer_{layer:02}", float(env.infos["width"].mean()))
+        for name, value in env.infos.items():
+            if name.startswith("reward/"):
+                self.logger.record_mean(name, float(value.mean()))
         return True
+
+    def _drop_critic(self) -> None:
+        """Where there is none, what stable-baselines3 computes of it means nothing."""
+        if self.recipe.baseline == "value":
+            return
+        for name in ("train/explained_variance", "train/value_loss"):
+            self.logger.name_to_value.pop(name, None)
+            self.logger.name_to_excluded.pop(name, None)
 
     @property
     def _policy(self) -> KeepMaskPolicy:

@@ -27,15 +27,18 @@ def mean_shares(
     offsets: Float[Tensor, " layers"],
     layer: Int[Tensor, " sweeps"],
     budget: Float[Tensor, " sweeps"],
+    costs: Float[Tensor, " layers"] | None = None,
 ) -> Float[Tensor, "sweeps layers"]:
     """Returns sigmoid(theta + offsets), with theta solved for the remaining budget.
 
-    The shares of layer `layer` and of all later layers sum to the budget. Differentiable in the
-    offsets: theta's derivative is that of the constraint (implicit function theorem). Shares of
-    earlier layers have no meaning.
+    The shares of layer `layer` and of all later layers, times their costs (default 1), sum to the
+    budget. Differentiable in the offsets: theta's derivative is that of the constraint (implicit
+    function theorem). Shares of earlier layers have no meaning.
     """
     later = torch.arange(len(offsets), device=offsets.device) >= layer[:, None]
     with torch.no_grad():
+        if costs is not None:
+            later = later * costs
         low, high = torch.full_like(budget, -30.0), torch.full_like(budget, 30.0)
         for _ in range(_BISECTIONS):
             theta = (low + high) / 2

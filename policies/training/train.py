@@ -10,7 +10,7 @@ result is never worse than its start on its own reward.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,15 +31,16 @@ from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import judged_by_all
-from prunenet.envs.sweep import View
+from prunenet.envs.sweep import View, check_one_width
 from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.layers import structure
+from prunenet.policies.apply import check_channels
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run, Saving
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
-from prunenet.runtime.files import check_home, lock
+from prunenet.runtime.files import check_home, expanded, lock
 from prunenet.text.calibration import CalibrationSet
 
 _History = list[tuple[int, float]]  # (updates, reward) at each evaluation
@@ -71,6 +73,7 @@ def train(
     reward: Reward | None = None,
     regime: Regime | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    callbacks: Sequence[BaseCallback] = (),
 ) -> Training:
     """Trains a policy.
 
@@ -93,6 +96,8 @@ def train(
         regime: "weights", "self" or "data": what `reward` looks at; needed with it unless `blocks`
             say so.
         progress: called with (updates done, updates in all, best reward so far).
+        callbacks: of stable-baselines3, of both stages; whatever they log goes into the run's
+            TensorBoard log. On the first process alone.
 
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and
@@ -114,15 +119,11 @@ def train(
         prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
         regime=_regime(regime, recipe, blocks, read),
         text=None if blocks is None else dict(blocks.source),
-        trained_on={
-            "model": _name(model),
-            "model_type": structure(model).config.model_type,
-            "weights": weights_sha256(model),
-        },
+        trained_on=_identity(model),
         recipe=recorded(recipe)
         | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
-    folder = None if out is None else check_run(Path(out), resume)
+    folder = None if out is None else check_run(expanded(out), resume)
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
     histories: dict[str, list[tuple[int, float]]] = {}
@@ -132,7 +133,7 @@ def train(
 
             def play(judge: Reward, name: str = name, stage: Recipe = stage) -> _History:
                 saving = Saving(folder and _state(folder, name), identity)
-                run = Run(view, policy.scorer, judge, stage, saving, progress)
+                run = Run(view, policy.scorer, judge, stage, saving, progress, callbacks)
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = judged_by_all(judge, play) or []
@@ -160,6 +161,16 @@ def _writing(folder: Path | None, resume: bool) -> Iterator[None]:
         yield
 
 
+def check_trainable(model: PreTrainedModel | StreamedCheckpoint) -> None:
+    """Checks that a policy can be trained on a model; reads no weight.
+
+    Raises:
+        ValueError: its layers have different widths, or are filled up with zeros.
+    """
+    check_channels(model, "train on the checkpoint that it was exported from")
+    check_one_width(model)
+
+
 def _check_asked(
     model: PreTrainedModel | StreamedCheckpoint,
     recipe: Recipe,
@@ -167,9 +178,10 @@ def _check_asked(
     blocks: CalibrationSet | None,
     regime: str | None,
 ) -> None:
-    """Raises ValueError where blocks or the regime are missing or unknown, or blocks cannot be
-    read.
+    """Raises ValueError where blocks or the regime are missing or unknown, blocks cannot be read,
+    or the model cannot be trained on.
     """
+    check_trainable(model)
     if regime is not None:
         check_choice("regime", regime, Regime)
     if blocks is not None and not isinstance(model, PreTrainedModel):
@@ -282,6 +294,15 @@ def _reward(
     return ReconstructionReward(model, blocks.ids)
 
 
+def _identity(model: PreTrainedModel | StreamedCheckpoint) -> dict[str, str]:
+    """What a policy records of the model that it was trained on."""
+    return {
+        "model": _name(model),
+        "model_type": structure(model).config.model_type,
+        "weights": weights_sha256(model),
+    }
+
+
 def _name(model: PreTrainedModel | StreamedCheckpoint) -> str:
     """Returns the hub id, or only the last part of a local path, which may be private."""
     config, fallback = structure(model).config, type(structure(model)).__name__
@@ -318,7 +339,7 @@ def check_run(folder: Path, resume: bool) -> Path:
         raise PolicyError(f"nothing to resume in {folder}: it holds no run; start a new one")
     if not resume and ((folder / "config.json").exists() or unfinished(folder)):
         raise PolicyError(
-            f"{folder} holds a policy or an unfinished run; resume it, or give another folder"
+            f"{folder} holds a policy or an unfinished run; say `resume`, or give another folder"
         )
     check_home(folder)
     return folder

@@ -9,5 +9,7 @@ provenance.py  `prunenet.json` and the model card
 shards.py      safetensors files, a slab of rows at a time
 offload.py     writes and verifies models that are spread over devices and disk
 streaming.py   checkpoints larger than memory, a layer at a time
+exports/       the same model in the forms of other engines, such as GGUF
+hub.py         a checkpoint on the hub; results in its card
 demo_model.py  the real model of the demonstration: folder, hub, or package index
 """

@@ -6,7 +6,7 @@ config.json keeps every other field, and the files of the tokenizer are copied b
 transformers would write instead is in the layout of its own version, which older loaders misread.
 
 A model says where it comes from by `config._name_or_path`. One that never was on disk is written as
-transformers writes it.
+transformers writes it, with the fields of version 4 beside those of 5.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +28,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields
+from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields, tokenizer_files
 from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.passing import passing_folder
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Every file of a tokenizer, or of what makes images into tokens, that is copied; none is code."""
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _CODE = ("auto_map", "custom_pipelines")
 """Fields that name code, which does not travel."""
 _READ_ANEW = {"transformers_version", "_name_or_path"}
@@ -68,8 +49,11 @@ def source_folder(config: PretrainedConfig) -> Path | None:
 
 
 def carried_tokenizer(folder: Path) -> list[Path]:
-    """Returns the files of a folder's tokenizer that travel: regular ones that lie inside it."""
-    return [path for name in TOKENIZER_FILES if _is_inside(path := folder / name)]
+    """Returns the files of a folder's tokenizer, and of what makes images into tokens, that travel:
+    regular ones that lie inside it.
+    """
+    files = [*tokenizer_files(folder), *(folder / name for name in _PROCESSOR)]
+    return [path for path in files if _is_inside(path)]
 
 
 def companion_bytes(model: PreTrainedModel) -> int:
@@ -96,7 +80,7 @@ def write_companions(
     if said is not None:
         fields = _merged(said, model.config)
     fields = {name: value for name, value in fields.items() if name not in _CODE}
-    fields = (fields if source is None else with_v4_fields(fields)) | _auto_map(model)
+    fields = with_v4_fields(fields) | _needs_code(model)
     text = json.dumps(fields, indent=2, sort_keys=said is None) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     if source is not None:
@@ -181,11 +165,12 @@ def _as_json(config: PretrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def _auto_map(model: PreTrainedModel) -> dict[str, Any]:
-    """The `auto_map` of a model that needs code beside it."""
+def _needs_code(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a model that needs code beside it: `auto_map`, and what refuses stock code."""
     kind: type = type(model)
+    refused = {"attn_implementation": modeling.UNTRUSTED}
     if issubclass(kind, sliced_modeling.SlicedResiduals):
-        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{kind.__name__}"}}
+        return {"auto_map": {"AutoModelForCausalLM": f"sliced_modeling.{kind.__name__}"}} | refused
     if not issubclass(kind, modeling.PerLayerWidths):
         return {}
     names = {"AutoModelForCausalLM": kind.__name__}
@@ -196,7 +181,7 @@ def _auto_map(model: PreTrainedModel) -> dict[str, Any]:
     for name, mapping in mappings.items():
         if type(model.config) in mapping:
             names[name] = modeling.PREFIX + mapping[type(model.config)].__name__
-    return {"auto_map": {name: f"modeling.{names[name]}" for name in sorted(names)}}
+    return {"auto_map": {name: f"modeling.{names[name]}" for name in sorted(names)}} | refused
 
 
 def _copy_generation(source: Path, folder: Path, model: PreTrainedModel) -> None:
@@ -250,6 +235,6 @@ def _as_saved(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     if (backend := getattr(twin, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
-    with tempfile.TemporaryDirectory() as name:
-        twin.save_pretrained(name)
-        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
+    with passing_folder() as folder:
+        twin.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}

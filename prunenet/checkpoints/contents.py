@@ -38,8 +38,11 @@ TOKENIZER = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "tekken.json",
 )
 """Names of the files that a tokenizer is read from; `*` stands for any text."""
+_NO_TOKENIZER = {".py", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".safetensors", ".gguf"}
+"""Endings of code, pickles and weights, whatever their names begin with."""
 _REMEDY = "correct it, or fetch it again"
 
 _Name = Annotated[str, Within(1, 100)]
@@ -257,11 +260,12 @@ def is_file_name(name: object) -> bool:
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files that a tokenizer is read from, in the order of their names."""
     found = {path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    return sorted(path for path in found if path.suffix not in _NO_TOKENIZER)
 
 
 def _read(path: Path, schema: Any) -> Any:
-    return read_json(path, schema, error=CheckpointError, remedy=_REMEDY)
+    # transformers 4 writes time limits of state-space layers as Infinity, and 5 reads that
+    return read_json(path, schema, error=CheckpointError, remedy=_REMEDY, infinite=True)
 
 
 def _no_model(folder: Path) -> str:

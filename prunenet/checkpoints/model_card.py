@@ -1,16 +1,37 @@
-"""Writes the model card, README.md, from a checkpoint's provenance."""
+"""Writes the model card, README.md, from a checkpoint's provenance.
+
+Its metadata are those of the hub: base model and relation, licence and languages of the base
+model's own card, and results as `model-index`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from prunenet.checkpoints.provenance import UNRECORDED, Provenance, RecoveryStep
 from prunenet.checkpoints.regimes import REGIMES
 
+CARD = "README.md"
+_LARGEST = 1_000_000
+"""Bytes of a source's card that are read at most."""
+_INHERITED = ("license", "license_name", "license_link", "language")
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
 
 def card_of(
-    made: Provenance, text: str | None = None, *, code: bool = False, loading: str = ""
+    made: Provenance,
+    text: str | None = None,
+    *,
+    code: bool = False,
+    loading: str = "",
+    inherited: Mapping[str, Any] | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Returns the model card of a pruned checkpoint.
 
@@ -19,8 +40,12 @@ def card_of(
         text: Markdown put after the summary, such as a table of results.
         code: whether the model needs code beside it.
         loading: how it is loaded, put above the example.
+        inherited: of the base model's card, see `inherited_fields`.
+        results: rows of `prunenet eval` of this model.
     """
     addition = "" if text is None else f"\n{text.strip()}\n"
+    if results:
+        addition += f"\n{_results_table(results)}"
     steps = [
         f"{name} {made.how.get(name)}"
         for name in ("widths", "channels", "refit")
@@ -31,9 +56,11 @@ def card_of(
     name = (
         f"{Path(made.base_model).name}, pruned by PruneNet to {made.parameters_after:,} parameters"
     )
-    return f"""{_heading(name)}
+    if made.how.get("widths") == "ordered":
+        name = f"{Path(made.base_model).name}, its channels sorted by PruneNet"
+    return f"""{_heading(name, made, inherited or {}, results)}
 {_summary(made)}
-{how}
+{how}{_command(made)}
 | | before | after |
 |---|---|---|
 | parameters | {made.parameters_before:,} | {made.parameters_after:,} ({-share:.1%}) |
@@ -42,6 +69,7 @@ def card_of(
 {_counts(made)}
 {_recovery(made.recovered)}{addition}
 {_example(code, loading)}
+{_limits(made)}
 `prunenet.json` says how this checkpoint was made; `prunenet_masks.safetensors`, where it is there,
 holds the channels kept, by their number in the base model.
 """
@@ -63,14 +91,149 @@ nothing says here how it was made.
 {_example(False, loading)}"""
 
 
-def _heading(name: str) -> str:
+def gguf_card(
+    file: str, checked: str, made: Provenance | None, inherited: Mapping[str, Any]
+) -> str:
+    """Returns the model card of a GGUF file.
+
+    Args:
+        file: its name.
+        checked: how it was compared with the model, in a sentence.
+        made: provenance of the checkpoint that it was written from; None where it has none.
+        inherited: as for `card_of`.
+    """
+    fields = dict(inherited)
+    if made is not None and _HUB_ID.fullmatch(made.base_model):
+        fields |= {"base_model": made.base_model, "base_model_relation": "quantized"}
+    data = ModelCardData(
+        library_name="gguf",
+        pipeline_tag="text-generation",
+        tags=["prunenet", "pruned", "gguf"],
+        **fields,
+    )
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [prunenet, pruned]
+{data.to_yaml()}
 ---
-# {name}
+# {file.removesuffix(".gguf")}
+
+{"" if made is None else _summary(made)}
+
+{checked}
+
+```console
+llama-cli -m {file}
+```
+
+```python
+import xllamacpp
+
+asked = xllamacpp.CommonParams()
+asked.model.path = "{file}"
+server = xllamacpp.Server(asked)
+print(server.handle_chat_completions({{"messages": [{{"role": "user", "content": "Hello"}}]}}))
+```
 """
+
+
+def inherited_fields(folder: Path | None) -> dict[str, Any]:
+    """Returns licence and languages, as the card of a base model states them; none where it does
+    not, or is damaged.
+
+    Args:
+        folder: of the base model, where it is known.
+    """
+    path = None if folder is None else folder / CARD
+    if path is None or not path.is_file() or path.stat().st_size > _LARGEST:
+        return {}
+    with suppress(Exception):  # of YAML, and of the hub's checks: this is another's file
+        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        found = {name: getattr(data, name, None) for name in _INHERITED}
+        return {name: value for name, value in found.items() if _is_words(value)}
+    return {}
+
+
+def _is_words(value: object) -> bool:
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and 0 < len(word) < 200 for word in words)
+
+
+def _heading(
+    name: str,
+    made: Provenance | None = None,
+    inherited: Mapping[str, Any] | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Metadata and title."""
+    fields: dict[str, Any] = dict(inherited or {})
+    if made is not None and _HUB_ID.fullmatch(made.base_model):
+        fields |= {"base_model": made.base_model, "base_model_relation": "finetune"}
+    found = [result for row in results for result in _eval_results(row)]
+    if found:
+        fields |= {"eval_results": found, "model_name": name.replace(",", "")}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["prunenet", "pruned"],
+        **fields,
+    )
+    return f"---\n{data.to_yaml()}\n---\n# {name}\n"
+
+
+def _eval_results(row: Mapping[str, Any]) -> list[EvalResult]:
+    """What the hub shows of a row of `prunenet eval`."""
+    if row.get("perplexity") is None:
+        return []
+    asked = {name: row[name] for name in ("window", "stride", "tokens", "bos") if name in row}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=str(row["text"]),
+            dataset_name=str(row["text"]),
+            metric_type="perplexity",
+            metric_value=float(row["perplexity"]),
+            metric_args=asked,
+        )
+    ]
+
+
+def _results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    lines = "".join(
+        f"| {row['text']} | {row['perplexity']:,.2f} | {row.get('tokens', 0):,} |"
+        f" {row.get('window', '')} |\n"
+        for row in results
+        if row.get("perplexity") is not None
+    )
+    return f"| text | perplexity | tokens | window |\n|---|---|---|---|\n{lines}"
+
+
+def _command(made: Provenance) -> str:
+    """The command that makes this checkpoint from its base model, where the record says enough."""
+    how = made.how
+    if made.policy == UNRECORDED or "channels" not in how or made.residual_widths:
+        return ""
+    said = f"prunenet prune {made.base_model} --ratio {made.ratio:.10g} --widths {how['widths']}"
+    if how["widths"] == "ordered":
+        said = f"prunenet order {made.base_model}"
+    elif (text := how.get("text")) is None:
+        said += " --moments none"
+    else:
+        said += f" --channels {how['channels']} --refit {how['refit']}"
+        said += (
+            " --moments self"
+            if made.regime == "self"
+            else f" --moments data --text {text['text']!r}"
+        )
+    return f"\n```console\n{said} --policy {made.policy} --out smaller\n```\n"
+
+
+def _limits(made: Provenance) -> str:
+    trained = "" if made.recovered else " It was not trained after the cut."
+    return (
+        "## Limits\n\n"
+        f"Pruning loses knowledge first and fluency later.{trained} What the base model must"
+        " not be used for,\nthis model must not either. Measure it on your own task before you rely"
+        " on it.\n"
+    )
 
 
 def _example(code: bool, loading: str) -> str:

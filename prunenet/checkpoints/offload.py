@@ -8,11 +8,10 @@ those of `save_pretrained`, but that files are at most `SHARD` large.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from prunenet.checkpoints.converted import origins, part_of
 from prunenet.checkpoints.shards import write_shard
 from prunenet.models.layers import probe_tokens
 from prunenet.runtime.files import CheckpointError, cache_folder
+from prunenet.runtime.passing import passing_folder
 from prunenet.runtime.placement import compute_on, device_map, home, parameters, tensor_of, ties
 
 SHARD = "5GB"
@@ -139,11 +139,7 @@ def _read_beside(read: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     """What `read` gives, told a folder that is there as long as the model is."""
     home = cache_folder() / "offload"
     home.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(dir=home)
-    try:
-        model = read(folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    with ExitStack() as stack:
+        model = read(str(stack.enter_context(passing_folder(home))))
+        weakref.finalize(model, stack.pop_all().close)
     return model

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+AUTO = "auto"
+"""The device that stands for all devices of the machine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:

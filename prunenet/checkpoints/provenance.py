@@ -22,14 +22,14 @@ UNRECORDED = "unrecorded"
 """Policy of a model whose record was lost: saved by another tool after it was pruned."""
 _OF_GROUPS = ("dense_groups", "groups")
 _OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
-_Widths = tuple[Positive, ...]
+_Widths = tuple[Annotated[int, Within(1, 2**24)], ...]  # masks of so many entries are made
 
 
 class How(TypedDict, total=False):
     """The steps of a cut.
 
     Attributes:
-        widths: "uniform" or "per-layer".
+        widths: "uniform", "per-layer" or "refined".
         predicted_gain: by which share per-layer widths lower perplexity; None: not predicted.
         channels: "policy", "blend" or "elimination".
         refit: "off", "layerwise" or "sequential".

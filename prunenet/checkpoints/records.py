@@ -83,7 +83,7 @@ def find_masks(
     return load_masks(source), load_head_masks(source)
 
 
-def load_masks(source: str | Path) -> list[Bool[Tensor, " d_ff"]]:
+def load_masks(source: str | Path) -> list[Bool[Tensor, " _"]]:
     """Returns the keep mask of each layer, over the channels of the base model.
 
     Args:
@@ -97,7 +97,7 @@ def load_masks(source: str | Path) -> list[Bool[Tensor, " d_ff"]]:
     return _masks(source, made.dense_widths, made.widths, "keep")
 
 
-def load_head_masks(source: str | Path) -> list[Bool[Tensor, " groups"]] | None:
+def load_head_masks(source: str | Path) -> list[Bool[Tensor, " _"]] | None:
     """Returns the mask of each layer over the base model's groups of heads; None where heads are
     whole.
 

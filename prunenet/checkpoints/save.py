@@ -15,10 +15,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.companions import companion_bytes, write_companions
+from prunenet.checkpoints.companions import companion_bytes, source_folder, write_companions
 from prunenet.checkpoints.contents import MASKS, RECORD
 from prunenet.checkpoints.load import load_model, read_model
-from prunenet.checkpoints.model_card import bare_card, card_of
+from prunenet.checkpoints.model_card import CARD, bare_card, card_of, inherited_fields
 from prunenet.checkpoints.offload import check_reread, write_placed
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.records import (
@@ -33,7 +33,7 @@ from prunenet.models import modeling
 from prunenet.models.heads import group_counts
 from prunenet.models.layers import count_parameters, ffn_widths, probe_tokens
 from prunenet.models.surgery import zero_padded
-from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.files import CheckpointError, expanded, new_folder
 from prunenet.runtime.own_files import packed
 from prunenet.runtime.placement import is_placed, parameters
 
@@ -82,11 +82,19 @@ def save_pruned(
     _check_provenance(model, keep, provenance)
     if keep is not None:
         _check_heads(model, groups, provenance)
-    with new_folder(Path(out), bytes_to_write(model, keep, groups)) as folder:
+    out = expanded(out)
+    with new_folder(out, bytes_to_write(model, keep, groups)) as folder:
         _write_model(model, folder, tokenizer)
-        write_provenance(folder, keep, provenance, groups=groups, card_text=card_text)
+        write_provenance(
+            folder,
+            keep,
+            provenance,
+            groups=groups,
+            card_text=card_text,
+            source=source_folder(model.config),
+        )
         _verify(model, folder)
-    return Path(out)
+    return out
 
 
 def write_provenance(
@@ -96,6 +104,7 @@ def write_provenance(
     *,
     groups: Masks | None = None,
     card_text: str | None = None,
+    source: Path | None = None,
 ) -> None:
     """Writes what stands beside the model and its code: `prunenet.json`,
     `prunenet_masks.safetensors` and the model card.
@@ -103,14 +112,19 @@ def write_provenance(
     Args:
         folder: holds the model.
         keep, provenance, groups, card_text: as for `save_pruned`.
+        source: folder of the base model, whose card states licence and languages.
     """
     (folder / RECORD).write_text(provenance.to_json(), encoding="utf-8")
     if keep is not None:
         (folder / MASKS).write_bytes(packed(_indices(keep, groups)))
     card = card_of(
-        provenance, card_text, code=any(folder.glob("*.py")), loading=how_to_load(folder)
+        provenance,
+        card_text,
+        code=any(folder.glob("*.py")),
+        loading=how_to_load(folder),
+        inherited=inherited_fields(source),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def export_padded(source: str | Path, out: str | Path) -> Path:
@@ -148,13 +162,13 @@ def export_padded(source: str | Path, out: str | Path) -> Path:
     total, body = count_parameters(model)
     width = ffn_widths(model)[0]
     if provenance is None:
-        with new_folder(Path(out), bytes_to_write(model)) as folder:
+        with new_folder(expanded(out), bytes_to_write(model)) as folder:
             _write_model(model, folder, None)
             name = Path(source).expanduser().resolve().name  # of a hub id, too
             card = bare_card(name, total, width, how_to_load(folder))
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
             _verify(model, folder)
-        return Path(out)
+        return expanded(out)
     provenance = dataclasses.replace(
         provenance,
         padded_to=width,
@@ -266,6 +280,12 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
         first = torch.func.functional_call(model.train(False), cast, kwargs=inputs).logits
     finally:
         model.train(training)
+    if not bool(first.isfinite().all()):
+        kind = str(model.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{folder.name} was not saved: the model's logits are not finite in {kind}; its weights"
+            " are damaged, or load it in float32"
+        )
     difference = float((first - fresh(**inputs).logits).abs().max())
     if not difference == 0:
         raise CheckpointError(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from prunenet.models import modeling, sliced_modeling
 from prunenet.models.known import class_of
 from prunenet.models.text_part import config_for
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.passing import passing_folder
 
 Stored = StoredTensor | ConvertedTensor
 """A tensor on the disk, as it is or as it will be when it is loaded."""
@@ -76,9 +77,7 @@ def staged(files: ModelFiles, place: str | None = None) -> Iterator[Path]:
         files: of the model.
         place: a folder to make it in, and to leave it in; default one that is removed.
     """
-    passing = tempfile.TemporaryDirectory(prefix="prunenet-") if place is None else None
-    with passing or nullcontext(tempfile.mkdtemp(dir=place)) as name:
-        folder = Path(name)
+    with passing_folder() if place is None else nullcontext(Path(mkdtemp(dir=place))) as folder:
         _write(folder / CONFIG, files.fields)
         if files.generation is not None:
             _write(folder / GENERATION, files.generation)

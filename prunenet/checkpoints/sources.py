@@ -35,7 +35,7 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.runtime.files import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_OURS = (RECORD, MASKS)
+_OURS = (RECORD, MASKS, "README.md")
 # torch has no class for these on the CPU
 _NO_MEMORY = ("can't allocate memory", "unable to mmap", "not enough memory")
 
@@ -146,7 +146,6 @@ def check_device(device: str) -> None:
 
 
 def in_short(error: BaseException) -> str:
-    """The message on one line; libraries write paragraphs."""
-    return (
-        textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".: ") or type(error).__name__
-    )
+    """The message on one line; libraries write paragraphs, and of a missing key its name alone."""
+    said = f"it knows no {error}" if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(said, 240, placeholder=" ...").rstrip(".: ") or type(error).__name__

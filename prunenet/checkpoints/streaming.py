@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from prunenet.checkpoints.companions import write_companions
+from prunenet.checkpoints.companions import source_folder, write_companions
 from prunenet.checkpoints.converted import let_go
 from prunenet.checkpoints.offload import SHARD, write_model
 from prunenet.checkpoints.provenance import Provenance
@@ -34,7 +34,7 @@ from prunenet.checkpoints.sources import check_device, local_folder, open_checkp
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.groups import FFN, Slice
 from prunenet.models.surgery import narrowed
-from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.files import CheckpointError, expanded, new_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +162,10 @@ def save_streamed(
                 progress(done, total)
 
     let_go()
-    with new_folder(Path(out), bytes_to_write(narrow, keep)) as folder:
+    with new_folder(expanded(out), bytes_to_write(narrow, keep)) as folder:
         hashes = write_model(folder, narrow, state, rows, shard=shard)
         write_companions(folder, narrow, tokenizer)
-        write_provenance(folder, keep, provenance)
+        write_provenance(folder, keep, provenance, source=source_folder(source.skeleton.config))
         _verify(folder, hashes, state)
     let_go()
     return provenance

@@ -8,17 +8,22 @@ traceback.
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from prunenet.cli.compare import compare
 from prunenet.cli.demo import demo
-from prunenet.cli.evaluate import evaluate, report
+from prunenet.cli.evaluate import evaluate
 from prunenet.cli.export import export
 from prunenet.cli.models import models
 from prunenet.cli.options import grouped
+from prunenet.cli.order import order
 from prunenet.cli.prune import prune
+from prunenet.cli.push import card, push
 from prunenet.cli.recover import recover
+from prunenet.cli.report import report
 from prunenet.cli.signals import ending_cleanly
 from prunenet.cli.train import train
 
@@ -26,12 +31,44 @@ app = typer.Typer(
     help="Learns once per model family which FFN channels matter, and cuts any model of that family"
     " to any size.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, prune, evaluate, compare, recover, export, report, models, demo):
+COMMANDS = (
+    train,
+    prune,
+    evaluate,
+    compare,
+    recover,
+    order,
+    export,
+    card,
+    push,
+    report,
+    models,
+    demo,
+)
+for command in COMMANDS:
     app.command("eval" if command is evaluate else command.__name__)(grouped(command))
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"prunenet {version('prunenet')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _program(
+    shown: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_version, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -45,7 +82,4 @@ def _main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     app()

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.markup import escape
@@ -17,7 +17,6 @@ from prunenet.cli.console import errors, one_job, path, show
 from prunenet.cli.options import Model, PolicyName, TextColumn
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
 from prunenet.evaluation.options import EvaluationOptions
-from prunenet.runtime import parallel
 
 if TYPE_CHECKING:
     from prunenet.compare.results import Line
@@ -29,6 +28,24 @@ Methods = Annotated[
         metavar="METHOD", help="method[:allocation][@moments][+heads][+refit], or all; see above."
     ),
 ]
+
+
+def _list(wanted: bool) -> bool:
+    """Prints the methods and allocations, and ends the program."""
+    if not wanted:
+        return False
+    from prunenet.compare.spec import allocations, methods
+    from prunenet.policies.methods.table import METHODS
+
+    rows = [
+        [name, METHODS[name].needs, METHODS[name].source]
+        if name in METHODS
+        else [name, "-", "PruneNet; see 'prunenet prune --help'"]
+        for name in methods()
+    ]
+    note = f"allocations: {', '.join(allocations())}"
+    show({}, False, lambda: tables.grid(["method", "reads", "source"], rows, note))
+    raise typer.Exit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +142,30 @@ class Written:
     markdown: Annotated[
         Path | None, typer.Option(parser=path, help="Write the table to this file.")
     ] = None
+    csv: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="Write the numbers, deviations and intervals to this file."),
+    ] = None
+    latex: Annotated[
+        Path | None, typer.Option(parser=path, help="Write the table for LaTeX to this file.")
+    ] = None
     figures: Annotated[
         Path | None, typer.Option(parser=path, help="Draw into this folder (needs matplotlib).")
     ] = None
+    figure_format: Annotated[Literal["png", "svg", "pdf"], typer.Option(help="Of the figures.")] = (
+        "png"
+    )
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False
+    listing: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            is_eager=True,
+            callback=_list,
+            help="List methods and allocations, with their sources, and end.",
+        ),
     ] = False
 
     def check(self) -> None:
@@ -143,8 +179,9 @@ class Written:
         if self.figures is not None:
             importlib.import_module("prunenet.compare.figures")
             check_home(self.figures)
-        if self.markdown is not None:
-            check_file(self.markdown)
+        for file in (self.markdown, self.csv, self.latex):
+            if file is not None:
+                check_file(file)
 
 
 def compare(
@@ -166,7 +203,7 @@ def compare(
     seed:TEXT (the model continues the first tokens of its documents), with TEXT builtin, a file, a
     dataset, or a name given with --calibration. Heads: cut attention heads too, at the same size,
     where the method does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias,
-    layerwise or sequential. Methods and allocations: a wrong name lists them. Ours: prunenet (what
+    layerwise or sequential. Methods and allocations: --list shows them. Ours: prunenet (what
     'prunenet prune' does), prunenet-weights, elimination.
     """
     with one_job(loading.device, written.out) as place:
@@ -191,19 +228,28 @@ def compare(
 
 def _present(lines: list[Line], written: Written) -> None:
     """Shows and draws the lines, on the first process."""
+    from prunenet.runtime import parallel
+
     if not parallel.is_first():
         return
     from prunenet.compare import summary
+    from prunenet.compare.tables import comma_separated, latex
     from prunenet.runtime.files import make_folders, write_atomic
 
     rows = summary.summarise(lines)
-    if written.markdown is not None:
-        make_folders(written.markdown.parent)
-        write_atomic(written.markdown, summary.markdown(rows, lines).encode())
+    files: dict[Path | None, Callable[[], str]] = {
+        written.markdown: lambda: summary.markdown(rows, lines),
+        written.csv: lambda: comma_separated(rows),
+        written.latex: lambda: latex(rows, lines),
+    }
+    for file, text in files.items():
+        if file is not None:
+            make_folders(file.parent)
+            write_atomic(file, text().encode())
     if written.figures is not None:
         from prunenet.compare.figures import draw_comparison
 
-        draw_comparison(rows, written.figures, lines[0]["model"])
+        draw_comparison(rows, written.figures, lines[0]["model"], written.figure_format)
 
     def table() -> Any:
         headings, note = summary.headings(rows), summary.caption(lines)

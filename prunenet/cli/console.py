@@ -2,7 +2,8 @@
 in one sentence.
 
 The screen never fails the work: what it does not take is dropped. Control characters are taken out
-of everything that is printed, since names and texts come from files.
+of everything that is printed, since names and texts come from files. Nothing here imports torch
+before a command works: `--help` and the completion of shells take a second without it.
 """
 
 from __future__ import annotations
@@ -12,21 +13,20 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
 from prunenet.cli import signals
-from prunenet.runtime import parallel
+from prunenet.runtime.failures import Followed, PeerFailed
 from prunenet.runtime.files import expanded, lock
-from prunenet.runtime.team import Followed, PeerFailed
 
 try:
     from typer._click.globals import get_current_context
@@ -96,6 +96,7 @@ def one_sentence() -> Iterator[None]:
 
     A signal ends it with one word and 128 plus its number. `PRUNENET_DEBUG` shows the traceback.
     """
+    hook, threading.excepthook = threading.excepthook, _thread_failed
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -112,6 +113,19 @@ def one_sentence() -> Iterator[None]:
             raise
         errors.print(f"[red]error:[/red] {escape(sentence(error))}")
         raise typer.Exit(1) from None
+    finally:
+        threading.excepthook = hook
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Says what went wrong in a library's thread, such as the writer of a log, in one sentence.
+
+    A disk that refuses is not said here: the writer raises that again where it is called.
+    """
+    if os.environ.get("PRUNENET_DEBUG"):
+        threading.__excepthook__(failed)
+    elif failed.exc_value is not None and not isinstance(failed.exc_value, OSError):
+        errors.print(f"note: {escape(sentence(failed.exc_value))}")
 
 
 @contextmanager
@@ -145,6 +159,8 @@ def one_job(device: str, out: Path | None = None) -> Iterator[str]:
         The device of this process; see `prunenet.runtime.parallel.joined`.
     """
     with one_sentence():
+        from prunenet.runtime import parallel
+
         try:
             with parallel.joined(device) as place:
                 errors.quiet = not parallel.is_first()
@@ -169,6 +185,8 @@ def show(
     Raises:
         OSError: standard output does not take a result that is `only_here`.
     """
+    from prunenet.runtime import parallel
+
     if not parallel.is_first():
         return
     try:
@@ -220,8 +238,10 @@ def sentence(error: BaseException) -> str:
 
 def _is_no_memory(error: BaseException | None) -> bool:
     """Whether the error, or one that it comes from, is of too little memory."""
+    torch = sys.modules.get("torch")  # not imported for the sake of an error
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        if isinstance(error, kinds) or (
             getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(str(error))
         ):
             return True

@@ -21,12 +21,16 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Fetch a real model, train a policy on it, cut it to several sizes, and compare."""
-    with one_process():
+    with one_process(out):
         from prunenet.cli.demo_steps import run_demo
 
         rows = run_demo(out, ratios, errors)
         show({"models": rows}, as_json, lambda: tables.comparison(rows))
-        places = {"figure": out / "report.png", "policy": out / "policy"}
+        places = {
+            "report": out / "report.html",
+            "figure": out / "report.png",
+            "policy": out / "policy",
+        }
         places |= {f"checkpoint {row['ratio']:g}": row["folder"] for row in rows[1:]}
         for name, place in places.items():
             errors.print(f"{name}: {escape(str(place))}")

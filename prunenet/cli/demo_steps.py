@@ -18,16 +18,18 @@ from prunenet.checkpoints.identity import identify, weights_sha256
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.save import load_provenance
 from prunenet.cli import tables
+from prunenet.cli.report import reward_curves
 from prunenet.evaluation.options import EvaluationOptions
+from prunenet.evaluation.page import Extras, write_page
 from prunenet.evaluation.report import draw_report
 from prunenet.evaluation.side_by_side import evaluate
 from prunenet.evaluation.speed import generate_sentence
-from prunenet.models.masks import check_ratio
 from prunenet.policies.apply import decide, pruned_by
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.options import PruneOptions
 from prunenet.policies.training.recipe import PRESETS, Recipe
 from prunenet.policies.training.train import recorded, train, unfinished
+from prunenet.runtime.choices import check_ratio
 from prunenet.runtime.files import CheckpointError, check_home, write_atomic
 from prunenet.text.calibration import CalibrationSet, self_blocks
 from prunenet.text.corpora import TestText, load_text
@@ -56,7 +58,8 @@ def run_demo(
     the model writes. Widths are uniform; `prunenet train` also learns where to cut.
 
     Args:
-        out: folder for the policy, the checkpoints, `results.json` and `report.png`.
+        out: folder for the policy, the checkpoints, `results.json`, `report.png` and
+            `report.html`.
         ratios: shares of FFN channels to remove, in [0, 1).
         console: for progress.
         windows: windows of 512 tokens of the built-in test text to score.
@@ -100,6 +103,7 @@ def run_demo(
         console.print(f"    {row['name']}: {row['sentence']!r}", style="dim", markup=False)
     write_atomic(out / "results.json", (json.dumps({"models": rows}, indent=2) + "\n").encode())
     draw_report(rows, out / "report.png")
+    write_page(rows, out / "report.html", Extras(curves=tuple(reward_curves(out / "policy"))))
     return rows
 
 

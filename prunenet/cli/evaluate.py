@@ -1,16 +1,15 @@
-"""The commands `prunenet eval` and `prunenet report`."""
+"""The command `prunenet eval`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated
 
 import typer
 
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli import tables
-from prunenet.cli.console import errors, one_process, path, show
+from prunenet.cli.console import errors, one_process, show
 from prunenet.cli.options import Json, TextColumn
 from prunenet.evaluation.options import EvaluationOptions, SpeedOptions
 
@@ -56,24 +55,3 @@ def evaluate(
             )
         rows = [row.as_dict() for row in found]
         show({"models": rows}, as_json, lambda: tables.comparison(rows), only_here=True)
-
-
-class _Printed(TypedDict):
-    models: list[dict[str, Any]]
-
-
-def report(
-    results: Annotated[
-        Path, typer.Argument(parser=path, help="JSON written by 'prunenet eval --json'.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", parser=path, help="PNG to write.")],
-    as_json: Json = False,
-) -> None:
-    """Draw perplexity and speed against size."""
-    with one_process():
-        from prunenet.evaluation.report import draw_report
-        from prunenet.runtime.json_files import read_json
-
-        remedy = "it is not what 'prunenet eval --json' prints, so make it anew"
-        draw_report(read_json(results, _Printed, remedy=remedy)["models"], out)
-        show({"figure": str(out)}, as_json, lambda: f"drew {out}")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
+from prunenet.checkpoints.options import AUTO
 from prunenet.cli import tables
 from prunenet.cli.console import errors
 from prunenet.cli.options import Reading
-from prunenet.runtime.placement import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,6 +100,15 @@ def check_streamable(reading: Reading, reads_text: bool, remedy: str) -> None:
         raise ValueError(
             "--stream holds one layer of the model at a time, so nothing can be measured on text:"
             f" {remedy}"
+        )
+
+
+def note_overflow(source: StreamedCheckpoint) -> None:
+    """Prints a note where logits, which a streamed model does not have, may be what is damaged."""
+    if str(source.skeleton.dtype) == "torch.float16":
+        errors.print(
+            "note: --stream computes no logits, and in float16 they can overflow: check them with"
+            " prunenet eval"
         )
 
 

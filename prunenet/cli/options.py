@@ -180,8 +180,11 @@ HELP: dict[str, Any] = {
     ),
     "round_to": typer.Option("--round", help="Widths are multiples of this."),
     "widths": typer.Option(
-        help="uniform, per-layer (the policy's allocation), or auto: per-layer for a predicted gain"
-        " over 5 %."
+        help="uniform, per-layer (the policy's allocation), auto: per-layer for a predicted gain"
+        " over 5 %, or refined: per-layer, changed on calibration text in some minutes."
+    ),
+    "structures": typer.Option(
+        help="What refined widths cut: channels, or channels,heads at as many parameters."
     ),
     "channels": typer.Option(
         help="Which channels stay: policy (its scores), elimination (greedy, from activations) or"
@@ -202,6 +205,10 @@ HELP: dict[str, Any] = {
     "new_tokens": typer.Option(help="Tokens decoded when measuring speed."),
     "SpeedOptions.batch": typer.Option(help="Sequences at once when measuring speed."),
     "repeats": typer.Option(help="Measurements of speed."),
+    "most": typer.Option(
+        "--most-repeats",
+        help="Measure speed again, up to so many times, until the middle half is within 10 %.",
+    ),
     "compiled": typer.Option(
         "--compile", help="Measure the speed of what torch.compile makes of the models."
     ),

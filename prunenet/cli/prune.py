@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
-from prunenet.cli.inputs import Checkpoint, check_streamable, check_text, open_model
+from prunenet.cli.inputs import Checkpoint, check_streamable, check_text, note_overflow, open_model
 from prunenet.cli.options import Calibration, Json, Model, Out, PolicyName, Reading
 from prunenet.policies.options import PruneOptions
-from prunenet.runtime import parallel
 
 
 def prune(
@@ -25,7 +24,8 @@ def prune(
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed
-        from prunenet.runtime.files import check_absent
+        from prunenet.runtime import parallel
+        from prunenet.runtime.files import check_absent, check_room
 
         measured = calibration.moments != "none"
         check_absent(out)
@@ -35,13 +35,15 @@ def prune(
         trained, name = policy_for(policy, source.model_type)
         options.filled(trained, measured)
         dense = open_model(model, reading, place)
-        apply.ratio_of(dense, options)
+        ratio = apply.ratio_of(dense, options)
+        check_room(out, apply.bytes_left(dense, ratio, options.round_to))
         if isinstance(dense, StreamedCheckpoint):
             assert trained is not None, "PruneOptions.filled"
             with tables.stages(errors) as advance:
                 provenance = prune_streamed(
                     dense, out, trained, options, policy_name=name, progress=advance
                 )
+            note_overflow(dense)
         else:
             blocks = calibration.blocks(dense, source)
             with tables.stages(errors) as advance:

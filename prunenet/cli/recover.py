@@ -10,7 +10,6 @@ from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.options import Json, OneDevice, Out, Resume
 from prunenet.recover.options import RecoverText, Tuning
-from prunenet.runtime import parallel
 
 Pruned = Annotated[
     str, typer.Argument(help="Folder of a pruned checkpoint, or its id on the Hugging Face hub.")
@@ -38,6 +37,7 @@ def recover(
         from prunenet.checkpoints.options import LoadOptions
         from prunenet.checkpoints.save import load_provenance
         from prunenet.recover.record import recover as run
+        from prunenet.runtime import parallel
 
         with tables.stages(errors) as advance:
             found = run(

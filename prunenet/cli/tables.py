@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -20,8 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.records import how_to_load
+if TYPE_CHECKING:
+    from prunenet.checkpoints.provenance import Provenance
 
 
 @contextmanager
@@ -65,6 +65,8 @@ def facts(title: str, values: dict[str, Any]) -> Table:
 
 def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
     """What a user wants to know of a new checkpoint, and last how it is loaded."""
+    from prunenet.checkpoints.records import how_to_load
+
     widths = sorted(set(provenance.widths))
     return {
         "folder": str(out),
@@ -97,6 +99,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 
 
+_NOISY = 0.2
+"""Spread of a speed, of its median, above which the table says so."""
 _COMPARED = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -110,12 +114,24 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
             f"perplexity: {first['text']}, windows of {first['window']}"
             f"{' behind BOS' if first.get('bos') else ''}, {first['tokens']:,} tokens"
         )
-    table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(caption=escape(_doubt(rows, note)), caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:
         table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(_cell(row, rows[0], key, form)) for key, _, form in shown))
     return table
+
+
+def _doubt(rows: Sequence[dict[str, Any]], note: str) -> str:
+    """The note, with a warning where repeats of a speed lie far apart."""
+    spreads = [row.get(name) or 0.0 for row in rows for name in ("prefill_spread", "decode_spread")]
+    if max(spreads) <= _NOISY:
+        return note
+    said = (
+        f"speeds of one model lie up to {max(spreads):.0%} apart: the machine is busy, so smaller"
+        " differences mean nothing (--most-repeats 20 goes on until they are steady)"
+    )
+    return f"{note}\n{said}" if note else said
 
 
 def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:

@@ -131,7 +131,7 @@ def train(
 ) -> None:
     """Train a policy on a model, to be applied at any ratio, by default from weights alone."""
     with one_job(reading.device, out) as place:
-        from prunenet.policies.training.train import check_run
+        from prunenet.policies.training.train import check_run, check_trainable
         from prunenet.policies.training.train import train as learn
         from prunenet.text.calibration import CalibrationOptions
 
@@ -142,6 +142,7 @@ def train(
         check_streamable(reading, reads, remedy)
         check_run(out, resume)
         dense = open_model(model, reading, place)
+        check_trainable(dense)
         blocks = None
         if reads:
             whose = training.moments or "self"

@@ -11,7 +11,8 @@ run.py         the cells, one after the other
 comparison.py  all of it from names: `prunenet.compare(...)`
 results.py     the file of JSON lines: appended, resumed, repaired
 machine.py     versions, commit, peak memory
-summary.py     cells -> rows: mean and spread over seeds; text tables
+summary.py     cells -> rows: mean, spread and intervals; text tables
+tables.py      rows -> LaTeX and CSV
 figures.py     rows -> pictures (matplotlib)
 """
 

@@ -19,6 +19,7 @@ from prunenet.compare.run import compare as run
 from prunenet.compare.spec import RESERVED, Spec, parse_all
 from prunenet.evaluation.task_files import task_files
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.policies.apply import check_channels
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.methods import METHODS
 from prunenet.text.calibration import block_tokens
@@ -63,13 +64,14 @@ def compare(
     for name in calibration.named:
         check_name(name)
     specs = parse_all(methods, calibration.named)
-    results = Results(Path(out))
+    results = Results(out)
     evaluation = _evaluation(scored)
     wanted = {spec.text for spec in specs if spec.text is not None}
     texts = _calibration_texts(wanted, calibration.named, scored.column, evaluation)
     dense = load_model(
         str(model), dtype=loading.dtype, device=loading.device, max_memory=loading.max_memory
     )
+    check_channels(dense, "compare on the checkpoint that it was exported from")
     policy, policy_name = policy_for(options.policy, dense.config.model_type)
     tokenizer, bos = load_tokenizer(str(model)), scored.options.bos
     amount = amount_of(calibration, dense, int(bos_token(tokenizer, bos) is not None))

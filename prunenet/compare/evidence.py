@@ -38,7 +38,12 @@ class SharedEvidence(Evidence):
 
     @property
     def _split(self) -> tuple[Int[Tensor, "n tokens"], ...]:
-        return folds_of(self.ids, None if self.blocks is None else self.blocks.kinds)
+        return folds_of(self.ids, self.kinds)
+
+    @property
+    def kinds(self) -> Int[Tensor, " n"] | None:
+        """Of the blocks, see `prunenet.text.calibration.CalibrationSet`."""
+        return None if self.blocks is None else self.blocks.kinds
 
     @cached_property
     def elimination(self) -> list[Float[Tensor, " _"]]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ except ImportError as error:
     ) from error
 
 from prunenet.compare.summary import Row, Value
-from prunenet.runtime.files import make_folders, write_atomic
+from prunenet.evaluation.images import ImageFormat, save_figure
+from prunenet.runtime.files import expanded, make_folders
 
 # Okabe and Ito's palette, as in `report`: a colour a regime.
 _COLOURS = {"weights": "#0072B2", "self": "#009E73", "data": "#D55E00"}
@@ -35,22 +35,26 @@ _X = Callable[[Row], float | None]
 _Y = Callable[[Row], Value | None]
 
 
-def draw_comparison(rows: Sequence[Row], folder: str | Path, title: str = "") -> list[Path]:
+def draw_comparison(
+    rows: Sequence[Row], folder: str | Path, title: str = "", kind: ImageFormat = "png"
+) -> list[Path]:
     """Writes `perplexity.png` and `time.png`, and `zero_shot.png` where there are tasks; replaces
     those that exist.
 
-    A line is a method, a point one ratio, a bar the standard deviation over seeds, a colour the
-    regime. Names stand beside the point of the highest ratio. The dotted line is the dense model.
+    A line is a method, a point one ratio, a colour the regime. A bar is the standard deviation over
+    seeds, or the 95 % interval where seeds do not differ. Names stand beside the point of the
+    highest ratio. The dotted line is the dense model.
 
     Args:
         rows: of `summary.summarise`.
         folder: made if it is missing.
         title: over every figure, for example the model's name.
+        kind: "png", "svg" or "pdf".
 
     Returns:
         The files written.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     make_folders(folder)
     texts = list(dict.fromkeys(text for row in rows for text in row.perplexity))
     quality: dict[str, _Y] = {f"perplexity, {text}": _perplexity_on(text) for text in texts}
@@ -61,7 +65,9 @@ def draw_comparison(rows: Sequence[Row], folder: str | Path, title: str = "") ->
     if any(row.accuracy is not None for row in rows):
         accuracy: dict[str, _Y] = {"mean zero-shot accuracy": lambda row: row.accuracy}
         figures["zero_shot"] = (_millions, "parameters, millions", accuracy)
-    return [_draw(rows, folder / f"{name}.png", *panels, title) for name, panels in figures.items()]
+    return [
+        _draw(rows, folder / f"{name}.{kind}", *panels, title) for name, panels in figures.items()
+    ]
 
 
 def _draw(
@@ -74,6 +80,7 @@ def _draw(
     ):
         axes.set_title(name, loc="left", fontsize=11)
         axes.set_xlabel(label)
+        axes.set_ylabel(name.partition(",")[0] + (" (log axis)" if "," in name else ""))
         lines = _lines(rows, x, y)
         for line in lines.values():
             _line(axes, line, x, y)
@@ -96,9 +103,7 @@ def _draw(
     )
     if title:
         figure.suptitle(title, fontsize=12)
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    write_atomic(path, image.getvalue())
+    save_figure(figure, path, dpi=130)
     return path
 
 
@@ -117,14 +122,21 @@ def _line(axes: Axes, rows: Sequence[Row], x: _X, y: _Y) -> None:
     axes.errorbar(
         [_place(x, row) for row in rows],
         [value.mean for value in values],
-        yerr=[value.deviation or 0.0 for value in values],
+        yerr=list(zip(*map(_reach, values), strict=True)),
         color=_colour(rows[-1]),
         marker="o",
         markersize=5,
         linewidth=1,
         elinewidth=1,
-        capsize=3 if any(value.deviation for value in values) else 0,
+        capsize=3 if any(any(_reach(value)) for value in values) else 0,
     )
+
+
+def _reach(value: Value) -> tuple[float, float]:
+    """Down and up: the deviation over seeds, or else the interval; 0 where there is neither."""
+    if value.deviation is not None or value.low is None or value.high is None:
+        return value.deviation or 0.0, value.deviation or 0.0
+    return max(0.0, value.mean - value.low), max(0.0, value.high - value.mean)
 
 
 def _frame(axes: Axes, lines: Mapping[str, Sequence[Row]], y: _Y, *, log: bool) -> None:

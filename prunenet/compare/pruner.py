@@ -332,7 +332,13 @@ class Pruner:
     ) -> Cut:
         if spec.refit == "layerwise":
             return refit_kept(self.model, keep, evidence.folds)
-        return refit_sequentially(self.model, Cut(keep, None), evidence.ids, dense_targets=False)
+        return refit_sequentially(
+            self.model,
+            Cut(keep, None),
+            evidence.ids,
+            kinds=evidence.kinds,
+            dense_targets=False,
+        )
 
     def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
         """The method's row, its scores shared between cells."""

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from prunenet.checkpoints.regimes import Regime
-from prunenet.runtime.files import check_file, lock, naming, write_atomic
+from prunenet.runtime.files import check_file, expanded, lock, naming, write_atomic
 from prunenet.runtime.json_files import Count, JsonError, Positive, Within, convert, parse_json
 
 Line = dict[str, Any]
 _START = b'{"cell": "'
+_SIZE = 2**30
+"""Largest file, in bytes: several hundred thousand lines."""
 
 
 class _Text(TypedDict):
@@ -73,7 +75,7 @@ class _Some(_Any, total=False):
 
 
 class _Finished(_Any):
-    """A cell that has been measured."""
+    """A cell that has been measured: all that tables and figures read, and none of it missing."""
 
     model: str
     dtype: str
@@ -86,7 +88,10 @@ class _Finished(_Any):
     applied_regime: Regime
     parameters: Count
     perplexity: list[_Scored]
+    accuracy: float | None
+    tasks: list[_Task] | None
     seconds_pruning: float
+    seconds_calibration: float | None
 
 
 class Results:
@@ -105,7 +110,7 @@ class Results:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         check_file(self.path, regular=True)
         self._lines: dict[str, Line] = {}
         self._read()
@@ -174,7 +179,14 @@ class Results:
         """Takes over the lines of the file. Whether it is whole: holds all lines, and no part of
         one.
         """
-        content = self.path.read_bytes() if self.path.exists() else b""
+        found = self.path.exists()
+        if found and self.path.stat().st_size > _SIZE:
+            size = self.path.stat().st_size
+            raise ValueError(
+                f"{self.path} is no file of 'prunenet compare': it has {size:,} bytes, more than"
+                f" {_SIZE:,}; give another `out`"
+            )
+        content = self.path.read_bytes() if found else b""
         whole, _, rest = content.rpartition(b"\n")
         # it is going to be dropped: only if it is ours
         if rest and not rest.startswith(_START[: len(rest)]):

@@ -21,9 +21,10 @@ from prunenet.evaluation.perplexity import check_fits, perplexity, scored_window
 from prunenet.evaluation.zeroshot import TaskResult, read_task, zero_shot
 from prunenet.models.heads import attentions
 from prunenet.models.layers import count_parameters, ffn_widths
-from prunenet.models.masks import check_ratio, width_at
+from prunenet.models.masks import width_at
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
+from prunenet.runtime.choices import check_ratio
 from prunenet.runtime.placement import home, where
 from prunenet.text.calibration import check_seed
 

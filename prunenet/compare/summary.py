@@ -1,9 +1,10 @@
-"""Lines of cells -> rows of a table: a method at a ratio, mean and standard deviation over seeds;
-as text and as Markdown.
+"""Lines of cells -> rows of a table: a method at a ratio, with how sure its values are; as text and
+as Markdown. `prunenet.compare.tables` writes the same rows for papers.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,21 +13,43 @@ from typing import Any
 from prunenet.checkpoints.regimes import REGIMES
 from prunenet.compare.results import Line
 
+_NORMAL = 1.96
+"""Standard errors on either side of a mean that hold 95 %."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Mean over seeds, and their standard deviation where there are several."""
+    """A measured value, and how sure it is.
+
+    Attributes:
+        mean: over seeds.
+        deviation: standard deviation over seeds; None for one seed, or where all are equal, as of a
+            method that draws nothing.
+        low, high: 95 % interval over windows or questions, where there is no deviation; None where
+            the lines do not say.
+        seeds: averaged.
+    """
 
     mean: float
     deviation: float | None
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 1
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> Value | None:
+    def of(
+        cls,
+        values: Sequence[float | None],
+        intervals: Sequence[tuple[float, float] | None] = (),
+    ) -> Value | None:
         """None where there are no values, or where one is missing (an infinite perplexity)."""
         known = [value for value in values if value is not None]
         if not known or len(known) < len(values):
             return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+        if max(known) > min(known):
+            return cls(statistics.fmean(known), statistics.stdev(known), seeds=len(known))
+        low, high = (intervals[0] if intervals else None) or (None, None)
+        return cls(known[0], None, low, high, len(known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +171,9 @@ def caption(lines: Sequence[Line]) -> str:
     return (
         f"{line['model']}, {line['dtype']}; perplexity on {texts} in windows of {scored['window']}"
         f"{behind}, stride {scored['stride']}{tasks}; seeds"
-        f" {', '.join(map(str, seeds)) or '-'} (mean ± standard deviation); prunenet"
+        f" {', '.join(map(str, seeds)) or '-'} (mean ± standard deviation, n ="
+        f" {max(len(seeds), 1)}; [95 % interval over windows or questions] where seeds do not"
+        " differ); prunenet"
         f" {line['versions']['prunenet']}."
     )
 
@@ -160,12 +185,21 @@ def _row(method: str, ratio: float, lines: list[Line]) -> Row:
     at: dict[str, Any] = {
         "parameters": statistics.fmean(line["parameters"] for line in fine) if fine else None,
         "perplexity": {
-            text: Value.of([line["perplexity"][i]["value"] for line in fine])
+            text: Value.of(
+                [line["perplexity"][i]["value"] for line in fine],
+                [_over_windows(line["perplexity"][i]) for line in fine],
+            )
             for i, text in enumerate(texts)
         },
-        "accuracy": Value.of([line["accuracy"] for line in fine]),
+        "accuracy": Value.of(
+            [line["accuracy"] for line in fine],
+            [_over_questions(line["accuracy"], line["tasks"] or []) for line in fine],
+        ),
         "tasks": {
-            task: Value.of([_accuracy(line["tasks"][i]) for line in fine])
+            task: Value.of(
+                [_accuracy(line["tasks"][i]) for line in fine],
+                [_over_questions(_accuracy(line["tasks"][i]), [line["tasks"][i]]) for line in fine],
+            )
             for i, task in enumerate(tasks)
         },
         "seconds": Value.of(
@@ -179,6 +213,25 @@ def _row(method: str, ratio: float, lines: list[Line]) -> Row:
 
 def _accuracy(task: dict[str, Any]) -> float:
     return float(task["accuracy"] if task["accuracy_norm"] is None else task["accuracy_norm"])
+
+
+def _over_windows(scored: dict[str, Any]) -> tuple[float, float] | None:
+    """The interval of a perplexity; lines of before have none."""
+    low, high = scored.get("low"), scored.get("high")
+    return None if low is None or high is None else (low, high)
+
+
+def _over_questions(
+    mean: float | None, tasks: Sequence[dict[str, Any]]
+) -> tuple[float, float] | None:
+    """The normal interval of a mean accuracy, by the standard errors of its tasks."""
+    names = ["standard_error" + ("" if t["accuracy_norm"] is None else "_norm") for t in tasks]
+    errors = [task.get(name) for task, name in zip(tasks, names, strict=True)]
+    known = [error for error in errors if error is not None]
+    if mean is None or not known or len(known) < len(errors):
+        return None
+    reach = _NORMAL * math.hypot(*known) / len(known)
+    return max(0.0, mean - reach), min(1.0, mean + reach)
 
 
 def _place(row: Row) -> tuple[float, int, float, str]:
@@ -213,4 +266,8 @@ def _perplexity(value: float) -> str:
 def _shown(value: Value | None, form: Callable[[float], str]) -> str:
     if value is None:
         return "-"
-    return form(value.mean) + ("" if value.deviation is None else f" ± {form(value.deviation)}")
+    if value.deviation is not None:
+        return f"{form(value.mean)} ± {form(value.deviation)}"
+    if value.low is None or value.high is None:
+        return form(value.mean)
+    return f"{form(value.mean)} [{form(value.low)}, {form(value.high)}]"

@@ -1,13 +1,19 @@
-"""Perplexity, zero-shot accuracy, speed, divergence, and a figure of them.
+"""Perplexity, zero-shot accuracy, speed, divergence, and a figure or a page of them.
 
 options.py       how a text is scored and how speed is measured
 perplexity.py    sliding-window perplexity
 losses.py        loss of a model on token blocks
 divergence.py    KL(dense || pruned) on token blocks
+interaction.py   how the damages of a model's parts add up: one matrix
+slots.py         one budget over those parts: decisions, costs, damage
+shares.py        allocations as the share of every slot that stays
 zeroshot.py      multiple-choice tasks by lm-eval's definitions
 task_files.py    their questions, from local files
 speed.py         tokens per second, side by side
 result.py        all that was measured on one model, as one record
 side_by_side.py  all of it for several checkpoints
+intervals.py     how sure a mean is: the bootstrap
 report.py        the figure
+images.py        figures as PNG, SVG or PDF
+page.py          all of it as one HTML page (page.html), with a slider over ratios
 """

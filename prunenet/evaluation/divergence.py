@@ -5,15 +5,19 @@ itself (docs/methods.md, section 2).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.models.hooks import calling
 from prunenet.models.layers import check_tokens, down_linears
+from prunenet.models.surgery import masking
 from prunenet.runtime.placement import home, present
 
 Downs = Callable[[int, Tensor], Tensor]
@@ -21,6 +25,9 @@ Downs = Callable[[int, Tensor], Tensor]
 columns of dropped channels.
 """
 
+Masks = Sequence[Bool[Tensor, " _"]]
+"""One mask a layer, True where a unit stays."""
+_Context = Callable[[], AbstractContextManager[object]]
 _BLOCKS = 4  # per forward pass
 
 
@@ -58,27 +65,80 @@ def divergences(
         ValueError: blocks that the model cannot read, no position left to score, or logits that are
             not finite.
     """
+    linears = down_linears(model)
+
+    def context(way: Downs) -> _Context:
+        cut: dict[nn.Module, Callable[..., object]] = {
+            linear: _cut(linear, layer, way) for layer, linear in enumerate(linears)
+        }
+        return lambda: calling(cut)
+
+    return _compared(model, [context(way) for way in ways], blocks, unscored).kl
+
+
+class Distances(NamedTuple):
+    """How far next-token distributions of cut models are from the dense model's, each (cuts,).
+
+    Attributes:
+        kl: KL(dense || cut), in nats per token.
+        tv: total variation, half the summed differences of probabilities, in [0, 1].
+        flips: share of the tokens whose likeliest successor changes, in [0, 1].
+    """
+
+    kl: Float[Tensor, " cuts"]
+    tv: Float[Tensor, " cuts"]
+    flips: Float[Tensor, " cuts"]
+
+
+@torch.no_grad()
+def mask_distances(
+    model: PreTrainedModel,
+    cuts: Sequence[tuple[Masks, Masks | None]],
+    blocks: Int[Tensor, "n tokens"],
+    *,
+    unscored: int = 0,
+) -> Distances:
+    """Measures all three distances of masks; arguments and errors as for `mask_divergences`."""
+    return _compared(model, [partial(masking, model, *cut) for cut in cuts], blocks, unscored)
+
+
+def mask_divergences(
+    model: PreTrainedModel,
+    cuts: Sequence[tuple[Masks, Masks | None]],
+    blocks: Int[Tensor, "n tokens"],
+    *,
+    unscored: int = 0,
+) -> Float[Tensor, " cuts"]:
+    """Measures the KL(dense || cut) of masks, in nats per token: of channels, and of groups of
+    heads or None; other arguments and errors as for `divergences` and
+    `prunenet.models.surgery.masking`.
+    """
+    return mask_distances(model, cuts, blocks, unscored=unscored).kl
+
+
+def _compared(
+    model: PreTrainedModel, contexts: Sequence[_Context], blocks: Tensor, unscored: int
+) -> Distances:
     check_tokens(model, blocks)
     if not 0 <= unscored < blocks.shape[1]:
         raise ValueError(
             f"`unscored` must be in [0, {blocks.shape[1]}) for blocks of {blocks.shape[1]} tokens,"
             f" got {unscored}"
         )
-    linears = down_linears(model)
-    total = torch.zeros(len(ways), device=home(model))
+    total = torch.zeros(3, len(contexts), device=home(model))
     for part in torch.split(blocks.to(total.device), _BLOCKS):
         expected = _log_probabilities(model, part, unscored)
         if not bool(torch.isfinite(expected).all()):
             raise ValueError(
                 f"the model's logits are not finite: damaged weights, or {model.dtype} overflows"
             )
-        for number, way in enumerate(ways):
-            with calling(
-                {linear: _cut(linear, layer, way) for layer, linear in enumerate(linears)}
-            ):
+        for number, context in enumerate(contexts):
+            with context():
                 found = _log_probabilities(model, part, unscored)
-            total[number] += (expected.exp() * (expected - found)).sum()
-    return total / (len(blocks) * (blocks.shape[1] - unscored))
+            total[0, number] += (expected.exp() * (expected - found)).sum()
+            total[1, number] += (expected.exp() - found.exp()).abs().sum() / 2
+            total[2, number] += (expected.argmax(-1) != found.argmax(-1)).sum()
+    return Distances(*(total / (len(blocks) * (blocks.shape[1] - unscored))))
 
 
 def _log_probabilities(

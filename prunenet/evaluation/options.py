@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunenet.text.choices import Bos
+from prunenet.text.choices import Bos, check_bos, check_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,6 @@ class EvaluationOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        from prunenet.text.windows import check_bos, check_window
-
         check_window(self.window, self.stride)
         check_bos(self.bos)
         for name in ("max_windows", "batch_size"):
@@ -57,6 +55,8 @@ class SpeedOptions:
         new_tokens: decoding steps.
         batch: sequences at once.
         repeats: measurements of each model, besides one warm-up.
+        most: go on, up to so many measurements, until the middle half of every model's lies within
+            10 % of the median; None: `repeats`, however they differ.
         compiled: run what `torch.compile` makes of each model, with a KV cache of fixed size; the
             warm-up compiles.
 
@@ -68,12 +68,15 @@ class SpeedOptions:
     new_tokens: int = 32
     batch: int = 1
     repeats: int = 3
+    most: int | None = None
     compiled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt", "new_tokens", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}")
+        if self.most is not None and self.most < self.repeats:
+            raise ValueError(f"`most` must be {self.repeats} or more, got {self.most}")
 
 
 SPEED = SpeedOptions()

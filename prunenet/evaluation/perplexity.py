@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.evaluation.intervals import bootstrap
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
 from prunenet.evaluation.speed import evaluating, last_logits
 from prunenet.models.layers import check_positions, check_tokens
@@ -31,6 +32,7 @@ from prunenet.text.windows import (
 # Rows of logits whose loss is computed at once: 256 x 256 000 (Gemma's vocabulary) x 4 bytes = 262
 # MB.
 _LOSS_ROWS = 256
+_OVERFLOW = 700.0  # nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,9 @@ class Perplexity:
         text: name of the text.
         text_sha256: hexadecimal, of its UTF-8 bytes.
         bos: whether every window began with the BOS token.
+        low, high: 95 % bootstrap interval of the value over windows; None for a single window,
+            or where it overflows.
+        windows: scored.
     """
 
     value: float
@@ -55,6 +60,9 @@ class Perplexity:
     text: str
     text_sha256: str
     bos: bool
+    low: float | None = None
+    high: float | None = None
+    windows: int | None = None
 
 
 @torch.inference_mode()
@@ -84,12 +92,14 @@ def perplexity(
     """
     windows, begins = scored_windows(model, tokenizer, text, options)
     loss, tokens = 0.0, 0
+    parts: list[float] = []
     with evaluating(model):
         for done in range(0, len(windows), options.batch_size):
             batch = windows[done : done + options.batch_size]
-            loss += _loss_sum(
+            parts += _loss_sums(
                 model, torch.stack([part for part, _ in batch]), [scored for _, scored in batch]
             )
+            loss += sum(parts[done:])
             tokens += sum(scored for _, scored in batch)
             if progress is not None:
                 progress(done + len(batch), len(windows))
@@ -99,8 +109,11 @@ def perplexity(
             f"the loss is {mean}: the model's weights are damaged, or {model.dtype} overflows; load"
             " it in float32"
         )
+    interval = bootstrap(parts, [scored for _, scored in windows])
+    if interval is not None and interval[1] >= _OVERFLOW:
+        interval = None
     return Perplexity(
-        value=math.exp(mean) if mean < 700 else math.inf,
+        value=math.exp(mean) if mean < _OVERFLOW else math.inf,
         loss=mean,
         tokens=tokens,
         window=options.window,
@@ -108,6 +121,9 @@ def perplexity(
         text=text.name,
         text_sha256=content_sha256(text),
         bos=begins,
+        low=None if interval is None else math.exp(interval[0]),
+        high=None if interval is None else math.exp(interval[1]),
+        windows=len(windows),
     )
 
 
@@ -158,15 +174,17 @@ def check_fits(
     return begins
 
 
-def _loss_sum(model: PreTrainedModel, ids: Int[Tensor, "batch window"], scored: list[int]) -> float:
-    """Sums the negative log-likelihoods, nats, of the last `scored[i]` tokens of each window."""
+def _loss_sums(
+    model: PreTrainedModel, ids: Int[Tensor, "batch window"], scored: list[int]
+) -> list[float]:
+    """Sums the negative log-likelihoods, nats, of the last `scored[i]` tokens of window i."""
     rows = max(scored) + 1
     ids = ids.to(home(model))
     logits = model(input_ids=ids, use_cache=False, **last_logits(model, rows)).logits[:, -rows:]
-    total = torch.zeros((), dtype=torch.float64)
-    for window, window_logits, count in zip(ids, logits, scored, strict=True):
-        total += _cross_entropy(window_logits[-count - 1 : -1], window[-count:])
-    return float(total)
+    return [
+        float(_cross_entropy(window_logits[-count - 1 : -1], window[-count:]))
+        for window, window_logits, count in zip(ids, logits, scored, strict=True)
+    ]
 
 
 def _cross_entropy(

@@ -1,10 +1,9 @@
-"""Draws what pruning does to a model: perplexity and speed against size, as one PNG."""
+"""Draws what pruning does to a model: perplexity and speed against size, as one figure."""
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ except ImportError as error:
         f"figures need matplotlib ({error}); pip install 'prunenet[figures]'"
     ) from error
 
-from prunenet.runtime.files import write_atomic
+from prunenet.evaluation.images import image_format, save_figure
+from prunenet.runtime.files import expanded
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness; markers differ too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -41,13 +41,14 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
             dense model), `parameters`, `perplexity`, `prefill_tokens_per_second`,
             `decode_tokens_per_second` (as `Result.as_dict` names them). A perplexity or speed of
             None is left out.
-        path: of the PNG; replaced if it exists, its folder is made.
+        path: of the PNG, SVG or PDF, by its suffix; replaced if it exists, its folder is made.
         title: over both panels, for example the model's name and the text.
 
     Raises:
-        ValueError: no rows or more than 500, or a row that lacks one of these or has something else
-            than a number there.
+        ValueError: another suffix, no rows or more than 500, or a row that lacks one of these or
+            has something else than a number there.
     """
+    image_format(path)
     if not rows:
         raise ValueError("a report needs at least one row, got none")
     if len(rows) > _MOST:
@@ -69,10 +70,7 @@ def draw_report(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     _scale_axes(panels["perplexity"], panels["prefill"], panels["decode"])
     if title:
         figure.suptitle(title, fontsize=12)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_atomic(Path(path), image.getvalue())
+    save_figure(figure, expanded(path), dpi=150)
 
 
 def _check(row: Any) -> None:
@@ -108,7 +106,9 @@ def _draw_series(
 ) -> None:
     """Draws one line through all models; the dense one's marker is large and hollow."""
     points = [
-        (row["parameters"] / 1e6, row[name], row["ratio"]) for row in rows if row[name] is not None
+        (row["parameters"] / 1e6, row[name], _label(row, rows))
+        for row in rows
+        if row[name] is not None
     ]
     axes.plot(
         [x for x, _, _ in points],
@@ -117,8 +117,8 @@ def _draw_series(
         marker=marker,
         markersize=6,
     )
-    for x, y, ratio in points:
-        if ratio == 0:
+    for x, y, label in points:
+        if label == "dense":
             axes.plot(
                 [x],
                 [y],
@@ -128,13 +128,19 @@ def _draw_series(
                 markerfacecolor="white",
                 markeredgewidth=2,
             )
-        label = ("dense" if ratio == 0 else f"{ratio:g}") + (
-            f": {y:,.1f}" if y < 100 else f": {y:,.0f}"
-        )
+        shown = f"{label}: {y:,.1f}" if y < 100 else f"{label}: {y:,.0f}"
         # Above and to the right: the lines fall to the right, so that side is free.
         axes.annotate(
-            label, (x, y), xytext=(4, 9), textcoords="offset points", fontsize=9, color=_GREY
+            shown, (x, y), xytext=(4, 9), textcoords="offset points", fontsize=9, color=_GREY
         )
+
+
+def _label(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The ratio; the model's name where several models have that ratio."""
+    alike = [other for other in rows if other["ratio"] == row["ratio"]]
+    if len(alike) > 1 and row.get("name"):
+        return str(row["name"])[:24]
+    return "dense" if row["ratio"] == 0 else f"{row['ratio']:g}"
 
 
 def _scale_axes(quality: Axes, *speeds: Axes) -> None:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.contents import weight_names
 from prunenet.evaluation.perplexity import Perplexity
 from prunenet.evaluation.speed import Speed
+from prunenet.models.architectures import architecture_for
+from prunenet.models.heads import attentions
 from prunenet.models.layers import count_parameters
 from prunenet.runtime.placement import parameters, where
 
@@ -29,10 +31,12 @@ class Result:
         non_embedding_parameters: without token embedding and LM head.
         bytes: of the safetensors files on disk when a folder was given, else of the parameters in
             memory.
+        kv_bytes_per_token: of the KV cache, a sequence, in the model's dtype; None where heads of
+            the family are not known.
         dtype, device: of the parameters; several devices as in `cuda:0+cpu+disk`.
         threads: CPU threads that torch uses.
-        perplexity: value of `Perplexity`; loss, tokens, window, stride, text, text_sha256, bos: its
-            fields.
+        perplexity: value of `Perplexity`; perplexity_low, perplexity_high: its interval; loss,
+            tokens, windows, window, stride, text, text_sha256, bos: its fields.
         prefill_tokens_per_second, decode_tokens_per_second: prefill and decode of `Speed`;
             prefill_spread, decode_spread, prompt, new_tokens, batch, repeats, compiled: its fields.
     """
@@ -44,6 +48,9 @@ class Result:
     device: str
     threads: int
     perplexity: float | None = None
+    perplexity_low: float | None = None
+    perplexity_high: float | None = None
+    windows: int | None = None
     loss: float | None = None
     tokens: int | None = None
     window: int | None = None
@@ -60,6 +67,7 @@ class Result:
     batch: int | None = None
     repeats: int | None = None
     compiled: bool | None = None
+    kv_bytes_per_token: int | None = None
 
     def as_dict(self) -> dict[str, JsonValue]:
         """Gives all fields for one JSON line; a value that JSON cannot hold (an infinite
@@ -114,6 +122,8 @@ def summarise(
     pace = {} if speed is None else asdict(speed)
     for fields, old, new in (
         (quality, "value", "perplexity"),
+        (quality, "low", "perplexity_low"),
+        (quality, "high", "perplexity_high"),
         (pace, "prefill", "prefill_tokens_per_second"),
         (pace, "decode", "decode_tokens_per_second"),
     ):
@@ -126,6 +136,7 @@ def summarise(
         dtype=str(model.dtype).removeprefix("torch."),
         device=where(model),
         threads=torch.get_num_threads(),
+        kv_bytes_per_token=_kv_bytes(model),
         **quality,
         **pace,
     )
@@ -142,6 +153,14 @@ def bytes_on_disk(folder: str | Path) -> int:
             f"{str(folder)!r} holds no .safetensors file; give the folder of a saved model"
         )
     return sum((Path(folder) / name).stat().st_size for name in weight_names(Path(folder)))
+
+
+def _kv_bytes(model: PreTrainedModel) -> int | None:
+    """A key and a value of each group of heads, in each layer."""
+    if not architecture_for(model.config).attention_in:
+        return None
+    rows = sum(len(layer.key) + len(layer.value) for layer in attentions(model))
+    return rows * model.dtype.itemsize
 
 
 def _bytes_in_memory(model: PreTrainedModel) -> int:

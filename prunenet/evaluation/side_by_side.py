@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.contents import CONFIG, RECORD
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.options import LoadOptions
+from prunenet.checkpoints.options import AUTO, LoadOptions
 from prunenet.checkpoints.records import recorded_ratio
 from prunenet.checkpoints.sources import find_folder
 from prunenet.evaluation.options import EVALUATION, SPEED, EvaluationOptions, SpeedOptions
@@ -20,7 +20,6 @@ from prunenet.evaluation.perplexity import check_fits, perplexity
 from prunenet.evaluation.result import ModelResult, summarise
 from prunenet.evaluation.speed import speed_side_by_side
 from prunenet.models.layers import check_positions
-from prunenet.runtime.placement import AUTO
 from prunenet.text.corpora import TestText, load_text
 
 

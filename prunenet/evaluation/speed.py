@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from prunenet.evaluation.options import SPEED, SpeedOptions
 from prunenet.models.layers import check_positions
 from prunenet.runtime.placement import home
 
+_NARROW = 0.1
+"""Of the median: how far apart the quartiles of a speed may be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -30,7 +33,8 @@ class Speed:
         prefill: prompt tokens read per second, over the batch.
         decode: new tokens written per second with the KV cache, over the batch.
         prefill_spread, decode_spread: (fastest - slowest) / median of the repeats.
-        prompt, new_tokens, batch, repeats, compiled: see `SpeedOptions`.
+        prompt, new_tokens, batch, compiled: see `SpeedOptions`.
+        repeats: measurements that were made.
     """
 
     prefill: float
@@ -71,7 +75,9 @@ def speed_side_by_side(
         check_positions(model, options.prompt + options.new_tokens, "prompt + new_tokens")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with _callables(models, options.compiled) as callables:
-        for repeat in range(options.repeats + 1):
+        for repeat in range((options.most or options.repeats) + 1):
+            if repeat > options.repeats and all(map(_is_narrow, times.values())):
+                break
             for name, model in models.items():
                 with evaluating(model):
                     measured = _time_once(
@@ -91,8 +97,20 @@ def _medians(pairs: Sequence[tuple[float, float]], options: SpeedOptions) -> Spe
         decode=median(decode),
         prefill_spread=(max(prefill) - min(prefill)) / median(prefill),
         decode_spread=(max(decode) - min(decode)) / median(decode),
-        **asdict(options),
+        **{name: value for name, value in asdict(options).items() if name != "most"}
+        | {"repeats": len(pairs)},
     )
+
+
+def _is_narrow(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether the middle half of the measurements lies within a tenth of their median."""
+    if len(pairs) < 2:
+        return False
+    for seconds in zip(*pairs, strict=True):
+        low, middle, high = quantiles(seconds, n=4)
+        if high - low > _NARROW * middle:
+            return False
+    return True
 
 
 @contextmanager

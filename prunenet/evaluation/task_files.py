@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunenet.runtime.paths import expanded
 from prunenet.text.formats import Row, TextError, read_file, without_surrogates
 
 __all__ = ["COLUMNS", "Row", "TaskError", "read_task", "task_files"]
@@ -69,8 +70,8 @@ def task_files(
     for task in (*names, *(tasks if isinstance(tasks, Mapping) else ())):
         _check_known(task)
     if isinstance(tasks, Mapping):
-        return {task: Path(file) for task, file in tasks.items()}
-    folder = Path(tasks)
+        return {task: expanded(file) for task, file in tasks.items()}
+    folder = expanded(tasks)
     if not folder.is_dir():
         raise TaskError(
             f"task folder {str(folder)!r} does not exist; give a folder with <task>.jsonl files"
@@ -107,7 +108,7 @@ def read_task(task: str, file: str | Path) -> tuple[list[Row], str]:
             or has no right answer.
     """
     _check_known(task)
-    file = Path(file)
+    file = expanded(file)
     if not file.is_file():
         raise TaskError(
             f"task file {str(file)!r} does not exist; {task} needs the rows of its Hugging Face"

@@ -137,6 +137,11 @@ def rounding(groups: Sequence[Group], ratio: float) -> int:
     return 32
 
 
+def step_of(groups: Sequence[Group], ratio: float, round_to: int | Literal["auto"]) -> int:
+    """Returns the multiple that widths are rounded to; see `rounding`."""
+    return rounding(groups, ratio) if round_to == "auto" else round_to
+
+
 def uniform_widths(
     groups: Sequence[Group],
     ratio: float,
@@ -146,6 +151,9 @@ def uniform_widths(
 ) -> list[int]:
     """Returns uniform widths: groups that share a number keep the same share of their channels.
 
+    Groups that are free, and differ where the model has been cut before, get one width, which
+    leaves all of them together that share.
+
     Args:
         groups: of a model, all of them.
         ratio: share of channels removed, in [0, 1).
@@ -154,11 +162,11 @@ def uniform_widths(
         free: whether each group may have a width of its own.
 
     Raises:
-        ValueError: see `prunenet.models.masks.width_at`.
+        ValueError: see `prunenet.models.masks.width_at`; or a free group has fewer channels.
     """
     if free:
-        step = rounding(groups, ratio) if round_to == "auto" else round_to
-        return [width_at(group.width, ratio, step) for group in groups]
+        step = step_of(groups, ratio, round_to)
+        return _one_width([group.width for group in groups], ratio, step)
     widths = [0] * len(groups)
     for same in tied(groups):
         multiple = rounding(same, ratio) if round_to == "auto" else round_to
@@ -172,3 +180,14 @@ def uniform_widths(
         for group, share in zip(same, shares, strict=True):
             widths[group.number] = int(share * width)
     return widths
+
+
+def _one_width(d_ff: Sequence[int], ratio: float, round_to: int) -> list[int]:
+    mean = sum(d_ff) / len(d_ff)
+    width = width_at(round(mean), ratio, round_to)
+    if width > min(d_ff):
+        raise ValueError(
+            f"a layer has {min(d_ff)} channels, so {width} cannot be left in all of them: give"
+            f" a `ratio` of {1 - min(d_ff) / mean:.2f} or more, or leave `widths` per-layer"
+        )
+    return [width] * len(d_ff)

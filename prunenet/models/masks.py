@@ -13,16 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-
-def check_ratio(ratio: float) -> float:
-    """Returns the ratio.
-
-    Raises:
-        ValueError: it is not in [0, 1).
-    """
-    if not 0 <= float(ratio) < 1:
-        raise ValueError(f"`ratio` must be in [0, 1), got {ratio}")
-    return float(ratio)
+from prunenet.runtime.choices import check_ratio
 
 
 def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:

@@ -8,6 +8,9 @@ A copy of this file lies beside every checkpoint with per-layer widths; it needs
 `config.per_layer_ffn` locates the FFN by dotted paths from the causal LM, and
 `config.per_layer_heads` the attention, whose width is its number of key-value heads. A model has
 either or both.
+
+Its `config.json` asks for an attention called `UNTRUSTED`, which does not exist. Stock code then
+refuses the model by that name; the classes of this file take the default attention.
 """
 
 from typing import Any
@@ -17,6 +20,7 @@ import transformers
 
 PREFIX = "PerLayer"
 FFN, HEADS = "per_layer_ffn", "per_layer_heads"
+UNTRUSTED = "none, because this model needs its own code: load it with trust_remote_code=True"
 
 
 class PerLayerWidths:
@@ -29,6 +33,8 @@ class PerLayerWidths:
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config._attn_implementation == UNTRUSTED:
+            config._attn_implementation = None
         if "embed_out.weight" in (getattr(self, "_tied_weights_keys", None) or ()):
             raise ImportError(
                 "a GPT-NeoX with per-layer widths needs transformers 5, for version 4 calls its"

@@ -17,6 +17,8 @@ import transformers
 from torch import nn
 
 PREFIX = "Sliced"
+UNTRUSTED = "none, because this model needs its own code: load it with trust_remote_code=True"
+"""Attention that `config.json` asks for, so that stock code refuses the model by that name."""
 
 
 class SlicedNorm(nn.Module):
@@ -67,6 +69,8 @@ class SlicedResiduals:
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config._attn_implementation == UNTRUSTED:
+            config._attn_implementation = None
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         slice_modules(self)
 

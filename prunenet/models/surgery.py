@@ -72,7 +72,7 @@ def cut(
 ) -> PreTrainedModel:
     """`narrowed` of a model that is resolved already, with masks that fit it."""
     narrow = Anatomy.of(shared_copy(dense.model), dense.architecture)
-    chosen: list[_Choice] = [
+    chosen: list[Choice] = [
         (group.slices, mask.nonzero().flatten(), group.width)
         for group, mask in zip(narrow.groups, keep, strict=True)
     ]
@@ -81,7 +81,7 @@ def cut(
             (layer.heads(mask.numel()), mask.nonzero().flatten(), mask.numel())
             for layer, mask in zip(narrow.layers, heads, strict=True)
         ]
-    _pick(chosen)
+    pick(chosen)
     counted = heads is not None or hasattr(dense.model.config, modeling.HEADS)
     kept = [int(mask.sum()) for mask in keep]
     set_widths(narrow, dense.groups, kept, group_counts(narrow.model) if counted else None)
@@ -157,7 +157,7 @@ def zero_padded(model: PreTrainedModel) -> PreTrainedModel:
     wide = Anatomy.of(shared_copy(model))
     widths, config = wide.widths, wide.model.config
     index = torch.arange(max(widths))
-    _pick(
+    pick(
         [
             (group.slices, torch.where(index < group.width, index, -1), group.width)
             for group in wide.groups
@@ -168,7 +168,7 @@ def zero_padded(model: PreTrainedModel) -> PreTrainedModel:
         # The stock field then says how many groups a stock model can have.
         config.per_layer_config = None
         index = torch.arange(getattr(config, GROUPS))
-        _pick(
+        pick(
             [
                 (layer.heads(count), torch.where(index < count, index, -1), count)
                 for layer, count in zip(wide.layers, group_counts(model), strict=True)
@@ -368,12 +368,12 @@ def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
             )
 
 
-_Choice = tuple[Sequence[Slice], Int[Tensor, " _"], int]
+Choice = tuple[Sequence[Slice], Int[Tensor, " _"], int]
 """Slices, the units that stay of them, and how many there are; unit -1 is one of zeros."""
 
 
-def _pick(chosen: Sequence[_Choice]) -> None:
-    """Rebuilds tensors from some of the units that lie in them."""
+def pick(chosen: Sequence[Choice]) -> None:
+    """Rebuilds a model's tensors from some of the units that lie in them, in the order given."""
     tensors: dict[tuple[nn.Module, str], list[tuple[Slice, Tensor]]] = {}
     for slices, units, count in chosen:
         for where in slices:

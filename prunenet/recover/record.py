@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.checkpoints.options import LoadOptions
+from prunenet.checkpoints.options import AUTO, LoadOptions
 from prunenet.checkpoints.provenance import Provenance, RecoveryStep
 from prunenet.checkpoints.records import (
     check_not_padded,
@@ -21,14 +21,14 @@ from prunenet.checkpoints.records import (
     load_provenance,
 )
 from prunenet.checkpoints.regimes import most
-from prunenet.checkpoints.save import save_pruned
+from prunenet.checkpoints.save import bytes_to_write, save_pruned
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
-from prunenet.runtime.files import CheckpointError, check_absent
-from prunenet.runtime.placement import AUTO
+from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
+from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
 
 Progress = Callable[[str, int, int], None]
@@ -72,16 +72,18 @@ def recover(
         ImportError: peft is not installed.
     """
     tuning, text, loading = tuning or Tuning(), text or RecoverText(), loading or LoadOptions()
-    source, out = str(pruned), Path(out)
+    source, out = str(pruned), expanded(out)
     _check_asked(teacher, text, loading)
     run = _places(out, resume)
     load_peft()
     provenance = find_provenance(source) if teacher is not None else _recorded(source)
     check_not_padded(source, _PADDED)
+    masks, groups = find_masks(source)
     if teacher is not None and provenance is not None:
         _check_base(str(teacher), provenance)
     load = partial(load_model, device=loading.device, dtype=loading.dtype)
     model, dense = load(source), None if teacher is None else load(teacher)
+    check_room(out, bytes_to_write(model))
     if provenance is None:
         assert dense is not None, "_recorded"
         provenance = Provenance.unrecorded(dense, model, *identify(str(teacher)))
@@ -104,7 +106,6 @@ def recover(
     found = tuned(model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance)
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
-        masks, groups = find_masks(source)
         save_pruned(found.model, out, masks, provenance, groups=groups)
         (run / STATE).unlink()
     return found
@@ -159,8 +160,10 @@ def _places(out: Path, resume: bool) -> Path:
         CheckpointError: `out` or the folder cannot be made, or `out` exists.
         ValueError: an unfinished run is there and `resume` is not set, or none and it is.
     """
-    check_absent(out)
     run = out.absolute().with_name(f"{out.absolute().name}.recovery")
+    if parallel.is_first() and _ended(run / STATE, out):
+        (run / STATE).unlink()
+    check_absent(out)
     unfinished = (run / STATE).exists()
     if unfinished and not resume:
         raise ValueError(
@@ -169,6 +172,19 @@ def _places(out: Path, resume: bool) -> Path:
     if resume and not unfinished:
         raise ValueError(f"nothing to resume in {run}; start the run without `resume`")
     return run
+
+
+def _ended(state: Path, out: Path) -> bool:
+    """Whether the state is of the run that has made `out`: a kill behind the last step left it."""
+    if not (state.exists() and out.is_dir()):
+        return False
+    try:
+        made, (_, facts) = find_provenance(out), unpacked(state, hashed=True)
+        last, run = () if made is None else made.recovered[-1:], facts["run"]
+        tuning = run["tuning"].items()
+        return any(run["text"] == step["text"] and tuning <= step.items() for step in last)
+    except (CheckpointError, ContentError, OSError, KeyError):
+        return False
 
 
 def _recorded(source: str) -> Provenance:

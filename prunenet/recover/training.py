@@ -104,14 +104,18 @@ def tuned(
 
 
 def teaching_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, ids: Int[Tensor, "n tokens"]
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: Int[Tensor, "n tokens"],
+    *,
+    unscored: int = 0,
 ) -> Float[Tensor, ""]:
     """KL(teacher || student) of next-token distributions, in nats per token; differentiable in the
-    student.
+    student. `unscored`: as for `prunenet.evaluation.losses.next_token_loss`.
     """
     with torch.no_grad():
-        expected = _log_probabilities(teacher, ids)
-    found = _log_probabilities(student, ids)
+        expected = _log_probabilities(teacher, ids, unscored)
+    found = _log_probabilities(student, ids, unscored)
     return F.kl_div(
         found.flatten(0, 1), expected.flatten(0, 1), reduction="batchmean", log_target=True
     )
@@ -130,6 +134,7 @@ class _Run:
         progress: Callable[[int, int, float], None] | None,
     ) -> None:
         self.teacher, self.tuning, self.progress = teacher, tuning, progress
+        self.front = int(blocks.bos is not None)
         held = min(_HELD, max(1, round(0.2 * len(blocks.ids))))
         self.fit, self.held = blocks.ids[:-held], blocks.ids[-held:]
         self.student = adapted(model, tuning.rank, tuning.seed)
@@ -244,9 +249,9 @@ class _Run:
         with torch.set_grad_enabled(bool(learned)), exact:
             ids = ids.to(place)
             loss = (
-                next_token_loss(model, ids)
+                next_token_loss(model, ids, unscored=self.front)
                 if self.teacher is None
-                else teaching_loss(model, self.teacher, ids)
+                else teaching_loss(model, self.teacher, ids, unscored=self.front)
             )
             return [*(torch.autograd.grad(loss, learned) if learned else ()), loss.detach()]
 
@@ -289,9 +294,9 @@ def _check_asked(
 
 
 def _log_probabilities(
-    model: PreTrainedModel, ids: Int[Tensor, "n tokens"]
-) -> Float[Tensor, "n tokens vocabulary"]:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    model: PreTrainedModel, ids: Int[Tensor, "n tokens"], unscored: int
+) -> Float[Tensor, "n scored vocabulary"]:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, unscored:]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 

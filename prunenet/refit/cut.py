@@ -39,15 +39,17 @@ class Cut:
         keep: (d_ff,) mask of each layer.
         downs: (d_model, kept) refitted matrix of each layer; None without a refit.
         dampings: of each layer's refit; empty without one.
+        groups: mask of each layer's groups of heads; None where heads stay whole.
     """
 
     keep: list[Bool[Tensor, " _"]]
     downs: list[Float[Tensor, "_ __"]] | None
     dampings: tuple[float, ...] = ()
+    groups: list[Bool[Tensor, " _"]] | None = None
 
     def model(self, dense: PreTrainedModel) -> PreTrainedModel:
         """Makes the narrow model; the dense one stays as it is."""
-        narrow = narrowed(dense, self.keep)
+        narrow = narrowed(dense, self.keep, self.groups)
         if self.downs is not None:
             for linear, weight in zip(down_linears(narrow), self.downs, strict=True):
                 derive(linear, "weight", weight)
@@ -71,6 +73,7 @@ def cut_layers(
     blocks: Int[Tensor, "n tokens"],
     widths: Sequence[Sequence[int]],
     *,
+    kinds: Int[Tensor, " n"] | None = None,
     scores: Sequence[Float[Tensor, " _"]] | None = None,
     measured: float = 0.0,
     refit: bool = True,
@@ -83,6 +86,7 @@ def cut_layers(
         blocks: token blocks. The refit is fitted on all of them, with a damping chosen across
             `folds_of` them, at the first size.
         widths: for each size, the width of each layer.
+        kinds: of the blocks, see `folds_of`.
         scores: of each layer's channels, higher stays; default the order of greedy elimination on
             these moments.
         measured: share of the measured output energies in the order, in [0, 1]; see `blended`.
@@ -97,7 +101,7 @@ def cut_layers(
             finite.
     """
     downs = down_linears(model)
-    walks = [LayerWalk(model, fold) for fold in folds_of(blocks)]
+    walks = [LayerWalk(model, fold) for fold in folds_of(blocks, kinds)]
     # of each layer, one tensor for each size
     keeps: dict[int, list[Tensor]] = {}
     refitted: dict[int, list[Tensor]] = {}
@@ -283,6 +287,7 @@ def refit_sequentially(
     cut: Cut,
     blocks: Int[Tensor, "n tokens"],
     *,
+    kinds: Int[Tensor, " n"] | None = None,
     dense_targets: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cut:
@@ -292,7 +297,7 @@ def refit_sequentially(
     Args:
         model: the dense model; not changed.
         cut: the channels to keep.
-        blocks: as for `cut_layers`.
+        blocks, kinds: as for `cut_layers`.
         dense_targets: whether a layer is fitted to what the dense model's layer writes at the same
             tokens; otherwise to what its own dense weights would write behind the pruned layers.
         progress: called with (layers done, layers in all).
@@ -304,7 +309,7 @@ def refit_sequentially(
     linears, dense = down_linears(pruned), down_linears(model)
     walks = [
         (LayerWalk(model, fold), LayerWalk(pruned, fold, changing=True))
-        for fold in folds_of(blocks)
+        for fold in folds_of(blocks, kinds)
     ]
     downs: list[Tensor] = []
     dampings: list[float] = []

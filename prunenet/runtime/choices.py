@@ -1,4 +1,4 @@
-"""Refuses names that are not among the choices of a Literal type."""
+"""Refuses options: names that are not among the choices of a Literal type, shares out of range."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def check_choice(what: str, given: object, choices: Any) -> None:
     allowed = get_args(choices)
     if given not in allowed:
         raise ValueError(f"unknown {what} {given!r}; it is one of {', '.join(allowed)}")
+
+
+def check_ratio(ratio: float) -> float:
+    """Returns the ratio.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
+    if not 0 <= float(ratio) < 1:
+        raise ValueError(f"`ratio` must be in [0, 1), got {ratio}")
+    return float(ratio)

@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from prunenet.runtime.locks import Busy, hold, lock_descriptor, remove_unlocked
+from prunenet.runtime.passing import remove_tree
 from prunenet.runtime.paths import CheckpointError as CheckpointError
 from prunenet.runtime.paths import cache_folder as cache_folder
 from prunenet.runtime.paths import check_absent as check_absent
@@ -87,7 +88,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
                 _settle(folder)
                 folder.rename(real)
             finally:
-                shutil.rmtree(hidden, ignore_errors=True)
+                remove_tree(hidden)
             _sync(real.parent)
     except Exception as error:
         if _is_full(error):
@@ -128,6 +129,39 @@ def write_atomic(path: Path, content: bytes) -> None:
                 temporary.unlink()
             raise
         _sync(real.parent)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add whole lines to a file; they are on the disk when this returns.
+
+    Missing parents are made. Lines that two processes add at once both stay.
+
+    Raises:
+        OSError: the disk is full or refuses; `filename` is the target.
+    """
+    with naming(path):
+        make_folders(path.parent)
+        with path.open("ab", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """Read the lines of a file that `append` writes.
+
+    Returns:
+        The whole ones, none where there is no file; and what a kill left of another.
+
+    Raises:
+        CheckpointError: it is no regular file, or is closed to this user.
+    """
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise CheckpointError(f"{path} is no regular file; give another one")
+    try:
+        whole, _, rest = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return whole.splitlines(), rest
 
 
 def make_folders(folder: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 The schema is a type: what `typing` can say, read at run time. A dataclass names all its fields and
 is built; a `TypedDict` names some and lets others be; `Annotated[int, Within(0, 9)]` adds a range.
-Everything that is read is finite, of bounded size and depth, and without repeated names.
+Everything that is read is of bounded size and depth, without repeated names, and finite where
+nothing else is asked for.
 """
 
 from __future__ import annotations
@@ -69,7 +70,14 @@ Count = Annotated[int, Within(0)]
 Positive = Annotated[int, Within(1)]
 
 
-def read_json(path: Path, schema: Any, *, error: type[ValueError] = ValueError, remedy: str) -> Any:
+def read_json(
+    path: Path,
+    schema: Any,
+    *,
+    error: type[ValueError] = ValueError,
+    remedy: str,
+    infinite: bool = False,
+) -> Any:
     """Reads a JSON file and checks it against a schema.
 
     Args:
@@ -77,6 +85,7 @@ def read_json(path: Path, schema: Any, *, error: type[ValueError] = ValueError, 
         schema: see the module.
         error: class of what is raised.
         remedy: end of the sentence, such as "fetch it again".
+        infinite: see `parse_json`.
 
     Returns:
         The value; lists are tuples and objects are dataclasses where the schema says so.
@@ -86,7 +95,7 @@ def read_json(path: Path, schema: Any, *, error: type[ValueError] = ValueError, 
         ValueError: of the class `error`; one sentence that names the file, the field and its value.
     """
     try:
-        return parse_json(_content(path), schema)
+        return parse_json(_content(path), schema, infinite=infinite)
     except FileNotFoundError:
         raise
     except OSError as problem:
@@ -97,8 +106,14 @@ def read_json(path: Path, schema: Any, *, error: type[ValueError] = ValueError, 
         raise error(f"{path} is damaged: {problem}; {remedy}") from None
 
 
-def parse_json(text: str | bytes, schema: Any) -> Any:
+def parse_json(text: str | bytes, schema: Any, *, infinite: bool = False) -> Any:
     """Parses a JSON text and checks it against a schema, see `read_json`.
+
+    Args:
+        text: of one value.
+        schema: see the module.
+        infinite: whether the words Infinity and -Infinity are numbers, as in configurations that
+            Python's json has written; NaN never is one.
 
     Raises:
         JsonError: what is wrong, as the second half of a sentence.
@@ -110,7 +125,7 @@ def parse_json(text: str | bytes, schema: Any) -> Any:
             object_pairs_hook=_object,
             parse_int=_integer,
             parse_float=_number,
-            parse_constant=_constant,
+            parse_constant=_constant if infinite else _finite_constant,
         )
     except JsonError:
         raise
@@ -203,6 +218,10 @@ def _number(text: str) -> float:
 
 
 def _constant(text: str) -> float:
+    return _finite_constant(text) if text == "NaN" else float(text)
+
+
+def _finite_constant(text: str) -> float:
     raise JsonError(f"it has {text}, which is no finite number")
 
 

@@ -11,18 +11,24 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from prunenet.runtime.json_files import JsonError, parse_json
+from prunenet.runtime.json_files import SIZE, Count, JsonError, convert, parse_json
 
 _KEY, _HASH = "prunenet", "sha256"
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name of a tensor -> its dtype and shape."""
+
+
+class _Entry(TypedDict, total=False):
+    """Of a header; one alone has none of this: the notes."""
+
+    data_offsets: tuple[Count, Count]
 
 
 class ContentError(ValueError):
@@ -58,6 +64,7 @@ def unpacked(path: Path, *, hashed: bool = False) -> tuple[dict[str, Tensor], di
     if path.exists() and not path.is_file():  # reading a pipe may never end
         raise ContentError("it is not a regular file")
     try:
+        _check_size(path)  # before any of it is in memory
         content = path.read_bytes()
         tensors = load(content)
         length = int.from_bytes(content[:8], "little")
@@ -77,6 +84,21 @@ def unpacked(path: Path, *, hashed: bool = False) -> tuple[dict[str, Tensor], di
     if written is not None and written != _digest(tensors, facts):
         raise ContentError("its content is not what was written, by its sha256")
     return tensors, facts
+
+
+def _check_size(path: Path) -> None:
+    """Raises ContentError for a header that is too large, or one that the file's size belies."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, SIZE):
+            raise ContentError("it is no safetensors file")
+        entries = convert(parse_json(file.read(length), dict), dict[str, _Entry])
+    end = max((e.get("data_offsets", (0, 0))[1] for e in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise ContentError(
+            f"it has {size - 8 - length:,} bytes of tensors, and its header says {end:,}"
+        )
 
 
 def check_layout(tensors: Mapping[str, Tensor], expected: Layout) -> None:

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunenet.runtime.team import GRACE, TICK, Followed, PeerFailed, Team, gather_processes, peers
+from prunenet.runtime.failures import Followed, PeerFailed
+from prunenet.runtime.team import GRACE, TICK, Team, gather_processes, peers
 
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-AUTO = "auto"
-"""The device that stands for all devices of the machine."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _LIMIT = re.compile(r"(cpu|mps|[a-z]+:\d+)=(\d+(?:\.\d+)?)([KMG]i?)?B?")
 # attribute of a hook: number of `present` blocks that hold the weights of its module

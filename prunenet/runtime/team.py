@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from prunenet.runtime.failures import PeerFailed
+
 TICK, GRACE = 0.2, 10.0  # seconds
 _MEETING, _PATIENCE = 300.0, 5.0
 """Seconds until a meeting fails, and until it is said that somebody is missing."""
@@ -33,14 +35,6 @@ _COLLECTIVE = timedelta(days=7)
 _log = logging.getLogger(__name__)
 _server: Any = None  # of the store; lives as long as rank 0 does
 _joins = 0
-
-
-class PeerFailed(RuntimeError):
-    """Another process of the job has ended too early; the message is one sentence."""
-
-
-class Followed(Exception):
-    """This process ends because another one failed, which has said why."""
 
 
 @dataclass(slots=True, eq=False)

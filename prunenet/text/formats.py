@@ -55,7 +55,7 @@ _MARKS = {  # UTF-32's marks begin like UTF-16's, so they come first
     BOM_UTF16_BE: "utf-16",
     BOM_UTF8: "utf-8-sig",
 }
-_UNPACKED = 2**31  # bytes that a .gz may unpack to
+_UNPACKED = 2**31  # bytes that a file may have, or a .gz unpack to; parquet is read by rows
 _HEAD = 8192  # bytes in which a NUL means that a file is no text, as for git
 _TEXT_COLUMNS = ("text", "content", "document", "sentence")
 
@@ -92,6 +92,9 @@ def read_file(path: Path) -> str | Table:
         with path.open("rb") as file:
             head = file.read(16)
         stored = _stored_kind(path, head)
+        size = path.stat().st_size
+        if not stored and size > _UNPACKED:
+            raise TextError(f"{str(path)!r} has {size:,} bytes; give a part, at most {_UNPACKED:,}")
         data = b"" if stored else path.read_bytes()
     except OSError as error:
         raise TextError(f"{str(path)!r} cannot be read: {error.strerror}") from None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prunenet.text.choices import Bos
+from prunenet.text.choices import Bos, check_bos, check_window
 from prunenet.text.corpora import CalibrationText, TestText, TextError, content_sha256
 
 PREFIX = 4
@@ -51,25 +50,6 @@ def bos_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | No
     if bos == "auto" and list(tokenizer("x")["input_ids"][:1]) != [token]:
         return None
     return token
-
-
-def check_bos(bos: Bos) -> Bos:
-    """Returns the choice. Raises ValueError where it is unknown."""
-    if bos not in get_args(Bos):
-        raise ValueError(f"`bos` must be one of {', '.join(get_args(Bos))}, got {bos!r}")
-    return bos
-
-
-def check_window(window: int, stride: int | None = None) -> None:
-    """Raises ValueError for a window of fewer than 2 tokens, or a stride outside [1, window]."""
-    if window < 2:
-        raise ValueError(
-            f"`window` must be at least 2 tokens (one is context for the next), got {window}"
-        )
-    if stride is not None and not 1 <= stride <= window:
-        raise ValueError(
-            f"`stride` must be in [1, {window}] for a window of {window} tokens, got {stride}"
-        )
 
 
 def tokenise(

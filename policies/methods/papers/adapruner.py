@@ -232,6 +232,7 @@ def searched(
         evidence.generator(),
         tokens=options.tokens,
         clusters=options.clusters,
+        bos=evidence.bos,
     )
     budget = Budget.of(evidence.model, ratio, round_to=options.round_to)
     wanted = list(options.widths(budget))
@@ -240,8 +241,10 @@ def searched(
     def made(params: Mapping[str, Value]) -> tuple[list[Tensor], list[Tensor]]:
         return _candidate(evidence.model, pool, params, options.sequences, wanted)
 
+    front = int(evidence.bos is not None)
+
     found = search(
-        lambda params: masked_loss(evidence.model, made(params)[1], held),
+        lambda params: masked_loss(evidence.model, made(params)[1], held, unscored=front),
         {**METRICS, **{name: Span(0.0, 1.0) for name in even}, "draw": Choice(tuple(range(DRAWS)))},
         options.trials,
         seed=evidence.seed,
@@ -259,7 +262,11 @@ def searched(
 
 @torch.no_grad()
 def masked_loss(
-    model: PreTrainedModel, keep: Sequence[Bool[Tensor, " _"]], ids: Int[Tensor, "n tokens"]
+    model: PreTrainedModel,
+    keep: Sequence[Bool[Tensor, " _"]],
+    ids: Int[Tensor, "n tokens"],
+    *,
+    unscored: int = 0,
 ) -> float:
     """Returns the log-perplexity, in nats per token, of a model without the removed channels.
 
@@ -267,10 +274,12 @@ def masked_loss(
         model: the dense one; left as it was.
         keep: (d_ff,) mask of each layer.
         ids: token blocks of 2 tokens or more.
+        unscored: as for `prunenet.evaluation.losses.next_token_loss`.
     """
     with masking(model, keep):
         parts = torch.split(ids.to(home(model)), _BATCH)
-        return sum(float(next_token_loss(model, part)) * len(part) for part in parts) / len(ids)
+        losses = (float(next_token_loss(model, part, unscored=unscored)) for part in parts)
+        return sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(ids)
 
 
 def _candidate(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prunenet.policies.methods.papers import folding
@@ -45,6 +46,7 @@ class CalibrationPool:
         tokens: int = 64,
         clusters: int = 8,
         most: int = 256,
+        bos: int | None = None,
     ) -> CalibrationPool:
         """Cuts blocks into windows, drops the least informative fifth and clusters the others.
 
@@ -58,6 +60,8 @@ class CalibrationPool:
                 section 7: 64 to 128).
             clusters: at most one a window (docs/methods.md, section 7: 8 to 16).
             most: windows that are clustered, at least 1.
+            bos: id of the BOS token that blocks begin with; windows then begin with it too, besides
+                their `tokens`.
 
         Raises:
             ValueError: a number out of range, or hidden states that are not finite.
@@ -67,6 +71,7 @@ class CalibrationPool:
                 f"a pool needs tokens >= 2, clusters >= 1 and most >= 1, got {tokens}, {clusters}"
                 f" and {most}"
             )
+        ids = ids if bos is None else ids[:, 1:]
         tokens = min(tokens, ids.shape[1])
         windows = ids[:, : ids.shape[1] // tokens * tokens].reshape(-1, tokens)
         windows = windows[torch.randperm(len(windows), generator=generator)[:most]]
@@ -74,6 +79,7 @@ class CalibrationPool:
         windows = windows[
             distinct.argsort(descending=True, stable=True)[: len(windows) - len(windows) // 5]
         ]
+        windows = windows if bos is None else F.pad(windows, (1, 0), value=bos)
         clusters = min(clusters, len(windows))
         points = mean_hidden_states(model, windows)
         return cls(windows, folding.kmeans(points, clusters, generator).cpu(), clusters)

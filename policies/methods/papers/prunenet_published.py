@@ -24,8 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 
-from prunenet.models.masks import check_ratio, top_channels
+from prunenet.models.masks import top_channels
 from prunenet.policies.methods.evidence.measurements import Evidence
+from prunenet.runtime.choices import check_ratio
 from prunenet.spectra.exact import SpectralReference
 
 _PERFECT = 99999.0  # the package's reward for a KS distance of 0

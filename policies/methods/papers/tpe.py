@@ -14,15 +14,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
 from prunenet.runtime.choices import check_choice
-from prunenet.runtime.files import write_atomic
+from prunenet.runtime.files import append, lock, whole_lines, write_atomic
+from prunenet.runtime.json_files import JsonError, parse_json, shown
 
 Value = float | int | str
 Strategy = Literal["tpe", "random"]
@@ -60,6 +61,15 @@ class Trial:
     value: float
 
 
+class _Header(TypedDict):
+    search: dict[str, Any]
+
+
+class _Row(TypedDict):
+    params: dict[str, Value]
+    value: float | None
+
+
 class SearchError(ValueError):
     """Raised for a log that is damaged, or that belongs to another search."""
 
@@ -70,7 +80,8 @@ class Log:
 
     Attributes:
         path: JSON lines, the first of which identifies the search; every trial is added at once. A
-            search with the same settings continues from it, at a larger number of trials too.
+            search with the same settings continues from it, at a larger number of trials too. One
+            process searches at a time.
         settings: JSON values on which the objective depends besides the point.
     """
 
@@ -112,6 +123,7 @@ def search(
     Raises:
         ValueError: no trials, a seed below 0, or an unknown strategy.
         SearchError: the log is damaged or belongs to another search.
+        CheckpointError: another process is writing the log, or it cannot be written.
         ImportError: "tpe" without Optuna.
     """
     if trials < 1 or seed < 0:
@@ -127,19 +139,19 @@ def search(
         "starts": [dict(start) for start in starts],
         "space": {name: asdict(axis) for name, axis in space.items()},
     }
-    done = [] if log is None else _opened(log.path, header)[:trials]
-    while len(done) < trials:
-        number = len(done)
-        # Different for neighbouring searches and for neighbouring trials.
-        drawn = (seed * 1_000_003 + number) % 2**32
-        params = dict(starts[number]) if number < len(starts) else propose(space, done, drawn)
-        value = float(objective(params))
-        done.append(Trial(params, value if math.isfinite(value) else math.inf))
-        if log is not None:
-            with log.path.open("a", encoding="utf-8") as file:
-                file.write(_line(done[-1]))
-        if progress is not None:
-            progress(len(done), trials)
+    with nullcontext() if log is None else lock(log.path):
+        done = [] if log is None else _opened(log.path, header)[:trials]
+        while len(done) < trials:
+            number = len(done)
+            # Different for neighbouring searches and for neighbouring trials.
+            drawn = (seed * 1_000_003 + number) % 2**32
+            params = dict(starts[number]) if number < len(starts) else propose(space, done, drawn)
+            value = float(objective(params))
+            done.append(Trial(params, value if math.isfinite(value) else math.inf))
+            if log is not None:
+                append(log.path, _line(done[-1]))
+            if progress is not None:
+                progress(len(done), trials)
     return done
 
 
@@ -198,37 +210,30 @@ def _tpe() -> Propose:
     return propose
 
 
-def _line(trial: Trial) -> str:
+def _line(trial: Trial) -> bytes:
     # JSON has no infinity.
-    return (
-        json.dumps(
-            {"params": trial.params, "value": trial.value if math.isfinite(trial.value) else None}
-        )
-        + "\n"
-    )
+    value = trial.value if math.isfinite(trial.value) else None
+    return json.dumps({"params": trial.params, "value": value}).encode() + b"\n"
 
 
 def _opened(log: Path, header: Mapping[str, Any]) -> list[Trial]:
-    """Reads the trials of a log; starts a new log, and removes a last line cut off by a kill.
+    """Reads the trials of a log; starts a new log, and removes a last line cut off by a kill. The
+    log is locked.
 
     Raises:
         SearchError: the log is damaged or belongs to another search.
     """
     header = json.loads(json.dumps(header))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    # A line that was being written when the process was killed has no end.
-    whole, _, rest = (log.read_text(encoding="utf-8") if log.exists() else "").rpartition("\n")
-    lines = whole.splitlines()
+    lines, rest = whole_lines(log)
     try:
-        saved = header if not lines and not rest else dict(json.loads(lines[0])["search"])
-        rows = [json.loads(line) for line in lines[1:]]
-        trials = [
-            Trial(row["params"], math.inf if row["value"] is None else float(row["value"]))
-            for row in rows
-        ]
-    except (ValueError, KeyError, TypeError, IndexError):
+        saved: Mapping[str, Any] = header
+        if lines or rest:
+            saved = parse_json(lines[0] if lines else rest, _Header)["search"]
+        trials = [_trial(line, header["space"]) for line in lines[1:]]
+    except JsonError as error:
         raise SearchError(
-            f"{str(log)!r} is no log of a search, or is damaged; remove it or give another file"
+            f"{str(log)!r} is no log of a search, or is damaged ({error}); remove it or give"
+            " another file"
         ) from None
     # The caller's settings are named first: they explain a changed space or start.
     changed = [key for key in {**header, **saved} if saved.get(key) != header.get(key)]
@@ -239,7 +244,22 @@ def _opened(log: Path, header: Mapping[str, Any]) -> list[Trial]:
             f" {header.get(key)!r}; resume it with the same settings, or give another file"
         )
     if rest or not lines:
-        write_atomic(
-            log, (json.dumps({"search": header}) + "\n" + "".join(map(_line, trials))).encode()
-        )
+        first = json.dumps({"search": header}).encode() + b"\n"
+        write_atomic(log, first + b"".join(map(_line, trials)))
     return trials
+
+
+def _trial(line: bytes, space: Mapping[str, Any]) -> Trial:
+    """The trial of a line. Raises JsonError where it is no point of the space."""
+    row: _Row = parse_json(line, _Row)
+    if row["params"].keys() != space.keys():
+        raise JsonError(f"a trial has {len(row['params'])} parameters, and not {', '.join(space)}")
+    for name, value in row["params"].items():
+        axis = space[name]
+        if "options" in axis:
+            fits = value in axis["options"]
+        else:
+            fits = not isinstance(value, str) and axis["low"] <= value <= axis["high"]
+        if not fits:
+            raise JsonError(f"{name} of a trial is {shown(value)}, which was no choice")
+    return Trial(row["params"], math.inf if row["value"] is None else float(row["value"]))

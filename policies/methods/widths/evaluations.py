@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import torch
 
 from prunenet.policies.methods.widths.allocation import Budget, uniform
 from prunenet.policies.methods.widths.space import Space
+from prunenet.runtime.files import append, expanded, lock, whole_lines, write_atomic
+from prunenet.runtime.json_files import JsonError, Positive, parse_json
 
 SearchedAllocation = Literal["predictor", "evolution"]
 """Search that finds an allocation."""
@@ -26,6 +28,14 @@ cheaper, and `key`, a string that tells its losses from those of other evaluator
 """
 Widths = tuple[int, ...]
 _TOGETHER = 8  # architectures between two writes, where several at once are cheaper
+
+
+class _Row(TypedDict):
+    """A line of the file."""
+
+    evaluator: str
+    widths: tuple[Positive, ...]
+    loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,7 @@ class Evaluations:
     def __init__(self, evaluate: Evaluator, path: str | Path | None = None) -> None:
         self.pairs: dict[Widths, float] = {}
         self._evaluate = evaluate
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else expanded(path)
         self._key = "" if path is None else str(getattr(evaluate, "key", ""))
         self._known = {} if self._path is None else _read(self._path, self._key)
 
@@ -96,13 +106,11 @@ class Evaluations:
                 )
             self._known[widths] = loss
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             rows = (
                 {"evaluator": self._key, "widths": list(widths), "loss": self._known[widths]}
                 for widths in new
             )
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def best(self) -> Searched:
         """Returns the best architecture requested so far; of equal ones the first."""
@@ -155,23 +163,20 @@ def fresh(
 
 
 def _read(path: Path, key: str) -> dict[Widths, float]:
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):  # a kill in the middle of a line
-        with path.open("r+b") as file:
-            file.truncate(whole)
+    lines, rest = whole_lines(path)
+    if rest:  # a kill in the middle of a line
+        with lock(path):
+            lines, _ = whole_lines(path)
+            write_atomic(path, b"".join(line + b"\n" for line in lines))
     known: dict[Widths, float] = {}
-    for number, line in enumerate(content[:whole].decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            row: Any = json.loads(line)
-            widths, loss = tuple(int(width) for width in row["widths"]), float(row["loss"])
-            if row["evaluator"] == key:
-                known[widths] = loss
-        except (ValueError, KeyError, TypeError) as error:
+            row: _Row = parse_json(line, _Row)
+        except JsonError as error:
             raise ValueError(
                 f"line {number} of {path} is no evaluated architecture ({error}); remove the line,"
                 " or give another file"
             ) from None
+        if row["evaluator"] == key:
+            known[row["widths"]] = float(row["loss"])
     return known

@@ -1,0 +1,291 @@
+"""States a model in the words of llama.cpp: architecture, hyperparameters, tensors.
+
+A model whose layers are alike is one of its own architecture. One whose layers differ is a `deci`
+(Nemotron-NAS) or an `openelm`, whose loaders read widths and heads of each layer from arrays; that
+of `llama` prints such arrays, and then refuses the tensors.
+
+`deci` and `llama` rotate pairs of rows that lie side by side, transformers rows that lie half a
+head apart: there the rows of queries and keys, and their biases, change places.
+
+Source: docs/methods.md, section 20; llama.cpp of October 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunenet.models import modeling
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.heads import HEAD_DIM, QUERY_HEADS, attentions
+from prunenet.runtime.files import CheckpointError
+
+Value = bool | int | float | str | list[int] | list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """An architecture of llama.cpp.
+
+    Attributes:
+        name: as `general.architecture` says it.
+        interleaved: whether the rows of a rotated pair lie side by side.
+        scaled: whether it reads frequencies scaled by `rope_freqs.weight`.
+        fused: whether queries, keys and values are one tensor, which has no bias.
+        tied: whether the LM head can only be the embedding.
+    """
+
+    name: str
+    interleaved: bool = False
+    scaled: bool = False
+    fused: bool = False
+    tied: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A tensor of the file.
+
+    Attributes:
+        name: in the words of llama.cpp.
+        sources: tensors whose rows follow one another.
+        heads: of each source, how many heads' rows change places; 0 where they stay.
+    """
+
+    name: str
+    sources: tuple[Tensor, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(source.shape[0] for source in self.sources)
+        return (rows, *self.sources[0].shape[1:])
+
+    def read(self) -> Tensor:
+        """The tensor, in the dtype of the model."""
+        turned = [
+            _interleaved(source, heads) if heads else source
+            for source, heads in zip(self.sources, self.heads, strict=True)
+        ]
+        return torch.cat(turned)
+
+
+_LLAMA = Form("llama", interleaved=True, scaled=True)
+_OWN = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Form("qwen2"),
+    "qwen3": Form("qwen3"),
+    "granite": Form("granite", interleaved=True, scaled=True),
+    "smollm3": Form("smollm3", interleaved=True, scaled=True),
+}
+_DECI = Form("deci", interleaved=True, scaled=True)
+_UNEVEN = {
+    "llama": _DECI,
+    "mistral": _DECI,
+    "qwen2": _DECI,
+    "qwen3": Form("openelm", fused=True, tied=True),
+}
+_WHOLE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GRANITE = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_STATIC = ("default", "linear", "llama3")
+"""Kinds of rotary embeddings whose frequencies are the same for texts of every length."""
+
+
+def form_of(model: PreTrainedModel) -> Form:
+    """Returns the architecture of llama.cpp that computes what a model computes.
+
+    Raises:
+        CheckpointError: there is none, with the reason.
+    """
+    config: Any = model.config
+    if hasattr(config, "residual_widths"):
+        raise CheckpointError(
+            "a sliced residual stream cannot be stated in GGUF: no architecture of llama.cpp has"
+            " shortcuts with weights"
+        )
+    uneven = modeling.is_per_layer(model)
+    table = _UNEVEN if uneven else _OWN
+    if config.model_type not in table:
+        raise CheckpointError(_no_form(config.model_type, uneven))
+    form = table[config.model_type]
+    if config.hidden_act not in ("silu", "swish"):
+        raise CheckpointError(
+            f"{form.name} of llama.cpp computes SwiGLU, and this model's activation is"
+            f" {config.hidden_act!r}; GGUF cannot state it"
+        )
+    if form.tied and not config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{form.name}, the one architecture of llama.cpp for a {config.model_type} whose layers"
+            " differ, has no LM head of its own, and this model has one; cut with --widths uniform"
+        )
+    if form.fused and getattr(config, "attention_bias", False):
+        raise CheckpointError(
+            f"{form.name} of llama.cpp has no biases in attention, and this model has; cut with"
+            " --widths uniform"
+        )
+    if getattr(config, "no_rope_layer_interval", 4) != 4:
+        raise CheckpointError(
+            "llama.cpp rotates all but every fourth layer of a smollm3, and this model all but"
+            f" every {config.no_rope_layer_interval}th"
+        )
+    _check_rotation(config, form)
+    return form
+
+
+def hyperparameters(model: PreTrainedModel, form: Form) -> dict[str, Value]:
+    """Returns what the file says of a model, by keys without the architecture's name."""
+    config: Any = model.config
+    found = attentions(model)
+    widths, groups = Anatomy.of(model).widths, [layer.groups for layer in found]
+    head_dim = _head_dim(config)
+    queries = [layer.query.shape[0] // head_dim for layer in found]
+    stated: dict[str, Value] = {
+        "vocab_size": config.vocab_size,
+        "context_length": _context(config),
+        "embedding_length": config.hidden_size,
+        "block_count": len(widths),
+        "feed_forward_length": _count(widths),
+        "attention.head_count": _count(queries),
+        "attention.head_count_kv": _count(groups),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    if form.name == "granite":
+        stated |= {key: float(getattr(config, field)) for field, key in _GRANITE.items()}
+    return stated
+
+
+def parts(model: PreTrainedModel, form: Form) -> list[Part]:
+    """Returns the tensors of the file.
+
+    Raises:
+        CheckpointError: the model has a tensor that the architecture has not.
+    """
+    config: Any = model.config
+    left = {name: p.detach() for name, p in model.named_parameters()}
+    made = [Part(name, (left.pop(own),), (0,)) for own, name in _WHOLE.items() if own in left]
+    head_dim = _head_dim(config)
+    for layer in Anatomy.of(model).layers:
+        own = {
+            name.removeprefix(f"{layer.path}."): left.pop(name)
+            for name in list(left)
+            if name.startswith(f"{layer.path}.")
+        }
+        made += _layer_parts(layer.index, own, form, head_dim)
+        left |= {f"{layer.path}.{name}": tensor for name, tensor in own.items()}
+    if left:
+        raise CheckpointError(
+            f"{form.name} of llama.cpp has no place for {min(left)}; GGUF cannot state this model"
+        )
+    if form.scaled and (factors := _frequency_factors(model, head_dim)) is not None:
+        made.append(Part("rope_freqs.weight", (factors,), (0,)))
+    return made
+
+
+def _layer_parts(index: int, own: dict[str, Tensor], form: Form, head_dim: int) -> Iterable[Part]:
+    """The tensors of a layer, taken out of `own`."""
+    made = []
+    if form.fused:
+        three = [own.pop(f"self_attn.{name}_proj.weight") for name in "qkv"]
+        made.append(Part(f"blk.{index}.attn_qkv.weight", tuple(three), (0, 0, 0)))
+    for name, theirs in _LAYER.items():
+        turned = form.interleaved and theirs in ("attn_q", "attn_k")
+        for kind in ("weight", "bias"):
+            if (tensor := own.pop(f"{name}.{kind}", None)) is not None:
+                heads = tensor.shape[0] // head_dim if turned else 0
+                made.append(Part(f"blk.{index}.{theirs}.{kind}", (tensor,), (heads,)))
+    return made
+
+
+def _interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Moves the rows of rotated pairs side by side, in each head.
+
+    Args:
+        rows: (heads * head_dim, ...).
+        heads: how many.
+    """
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _frequency_factors(model: Any, head_dim: int) -> Tensor | None:
+    """(head_dim / 2,), by what llama.cpp divides the unscaled frequencies; None where by 1."""
+    theta = model.config.rope_parameters["rope_theta"]
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    factors = theta**-steps / model.model.rotary_emb.inv_freq.double().cpu()
+    return None if torch.allclose(factors, torch.ones(1, dtype=torch.float64)) else factors.float()
+
+
+def _check_rotation(config: Any, form: Form) -> None:
+    rope: Mapping[str, Any] = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    allowed = _STATIC if form.scaled else _STATIC[:1]
+    if kind not in allowed:
+        raise CheckpointError(
+            f"rotary embeddings of kind {kind!r} are not written to GGUF, only"
+            f" {' and '.join(allowed)} for {form.name}; take llama.cpp's own converter"
+            " (convert_hf_to_gguf.py) for a checkpoint cut with --widths uniform"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{form.name} of llama.cpp rotates whole heads, and this model parts")
+
+
+def _no_form(model_type: str, uneven: bool) -> str:
+    known = ", ".join(sorted(_UNEVEN if uneven else _OWN))
+    if not uneven:
+        return (
+            f"models of type {model_type!r} are not written to GGUF, only {known}; every layer is"
+            " alike, so llama.cpp's own converter (convert_hf_to_gguf.py) reads the folder"
+        )
+    return (
+        f"no architecture of llama.cpp computes a {model_type!r} whose layers differ, only {known};"
+        " fill it up (--pad) or cut with --widths uniform"
+    )
+
+
+def _head_dim(config: Any) -> int:
+    return int(
+        getattr(config, HEAD_DIM, None) or config.hidden_size // getattr(config, QUERY_HEADS)
+    )
+
+
+def _context(config: Any) -> int:
+    """Tokens for which attention sees all of the text; llama.cpp has no window here."""
+    window = getattr(config, "sliding_window", None)
+    length = int(config.max_position_embeddings)
+    return length if window is None else min(length, int(window))
+
+
+def _count(numbers: Sequence[int]) -> int | list[int]:
+    return numbers[0] if len(set(numbers)) == 1 else list(numbers)

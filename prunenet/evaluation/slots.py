@@ -1,0 +1,357 @@
+"""The rules of one budget over channels, heads and layers: slots, their costs, their damage
+(docs/methods.md, sections 12 and 13).
+
+A *slot* is one structure of one layer; its decision is how many of its units stay. Units go in a
+fixed order, so that masks nest. Damage is a quadratic form over units, the cost a table: an episode
+costs microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from prunenet.evaluation.interaction import Interaction, Structure, Unit
+from prunenet.models.heads import HEAD_DIM, QUERY_HEADS
+from prunenet.runtime.choices import check_ratio
+
+Cost = Literal["params", "active", "flops", "kv-bytes"]
+"""What a budget counts; in a dense model all parameters are active."""
+PLACE: tuple[str, ...] = ("is_layer", "is_heads", "is_channels")
+_KINDS: tuple[Structure, ...] = ("layers", "heads", "channels")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One structure of one layer.
+
+    Attributes:
+        structure: "channels", "heads" or "layers".
+        layer: number of the decoder layer.
+        units: columns of the matrix, in the order in which they go.
+        costs: of what stays when 0, 1, ... of the units stay, rising.
+        least: fewest units that stay.
+        whole: column of the unit that stands for all units at once (the attention sublayer), where
+            there is one.
+    """
+
+    structure: Structure
+    layer: int
+    units: tuple[int, ...]
+    costs: tuple[float, ...]
+    least: int
+    whole: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Game:
+    """A model's slots and what their cuts cost.
+
+    Attributes:
+        slots: in the order of the decisions: layer by layer the layer itself, heads, channels.
+        matrices: (domains, units, units) quadratic forms, one for each kind of text.
+        features: (slots, n): the layer's context, then `PLACE`; in [-4, 4].
+        length: decisions of an episode; those behind the last slot are empty.
+    """
+
+    slots: tuple[Slot, ...]
+    matrices: Float[Tensor, "domains units units"]
+    features: Float[Tensor, "slots n"]
+    length: int
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[Interaction],
+        context: Float[Tensor, "layers n_context"],
+        *,
+        structures: Sequence[Structure] = ("channels", "heads"),
+        costs: Sequence[float] | None = None,
+        least: int = 1,
+    ) -> Game:
+        """Makes the game of a measured model.
+
+        Args:
+            parts: one matrix a domain, all of the same units.
+            context: of each layer, see `prunenet.features.from_weights.layer_context`.
+            structures: that may be cut. "attention" lets the last group of heads of a layer go;
+                "layers" lets whole layers go, except the last.
+            costs: of each unit; default its parameters. See `unit_costs`.
+            least: bins of channels that stay in every layer that stays, at least 1.
+
+        Raises:
+            ValueError: no matrix, matrices of different units, or none of a structure's units.
+        """
+        if not parts or any(part.units != parts[0].units for part in parts):
+            raise ValueError("a game takes one interaction matrix or more, all of the same units")
+        units = parts[0].units
+        missing = {*structures} - {unit.structure for unit in units}
+        if missing:
+            raise ValueError(f"the interaction matrix has no {sorted(missing)[0]}: measure them")
+        prices = [float(unit.parameters) for unit in units] if costs is None else list(costs)
+        alone = torch.stack([part.kl for part in parts]).mean(0)
+        slots = _slots(units, prices, alone, structures, least)
+        kinds = torch.eye(len(_KINDS))
+        rows = [torch.cat((context[s.layer], kinds[_KINDS.index(s.structure)])) for s in slots]
+        forms = torch.stack([part.quadratic for part in parts]).float()
+        return cls(slots, forms, torch.stack(rows).float(), len(slots))
+
+    def padded(self, length: int) -> Game:
+        """The same game with empty decisions at the end, so that games of several models are of one
+        length.
+        """
+        return replace(self, length=max(length, self.length))
+
+    @property
+    def levels(self) -> int:
+        """Decisions at a slot, at most: 0 to all of its units."""
+        return max(len(slot.costs) for slot in self.slots)
+
+    @property
+    def total(self) -> float:
+        """Cost of all slots."""
+        return sum(slot.costs[-1] for slot in self.slots)
+
+
+def unit_costs(units: Sequence[Unit], config: Any, cost: Cost, tokens: int = 1024) -> list[float]:
+    """Returns what each unit costs.
+
+    Args:
+        units: of a dense model.
+        config: the model's.
+        cost: "params" and "active": parameters. "flops": of one token's forward pass, in the mean
+            over a sequence. "kv-bytes": of one token's keys and values in 16 bits.
+        tokens: length of that sequence.
+    """
+    if cost in ("params", "active"):
+        return [float(unit.parameters) for unit in units]
+    queries = int(getattr(config, QUERY_HEADS))
+    head_dim = int(getattr(config, HEAD_DIM, None) or config.hidden_size // queries)
+    groups = {u.layer: 0 for u in units}
+    for unit in units:
+        groups[unit.layer] += unit.structure == "heads"
+
+    def price(unit: Unit) -> float:
+        heads = {"heads": 1, "channels": 0}.get(unit.structure, groups[unit.layer])
+        if cost == "kv-bytes":
+            return 4.0 * head_dim * heads
+        each = queries // max(groups[unit.layer], 1)
+        # scores and mixing, each 2 * head_dim a pair, of half of all pairs
+        return 2.0 * unit.parameters + 2.0 * tokens * head_dim * each * heads
+
+    return [price(unit) for unit in units]
+
+
+def _slots(
+    units: Sequence[Unit],
+    prices: Sequence[float],
+    alone: Tensor,
+    structures: Sequence[Structure],
+    least: int,
+) -> tuple[Slot, ...]:
+    found: list[Slot] = []
+    last = max(unit.layer for unit in units)
+    numbered = [*enumerate(units)]
+    for layer, rows in groupby(numbered, key=lambda pair: pair[1].layer):
+        of: dict[str, list[int]] = {}
+        for column, unit in rows:
+            of.setdefault(unit.structure, []).append(column)
+        if "layers" in structures and layer != last:
+            found.append(Slot("layers", layer, tuple(of["layers"]), (0.0, 0.0), 0))
+        if "heads" in structures and "heads" in of:
+            # the group that costs least alone goes first
+            order = sorted(of["heads"], key=lambda column: float(alone[column]))
+            whole = of["attention"][0] if "attention" in structures else None
+            keep = int(whole is None)
+            found.append(Slot("heads", layer, tuple(order), _rising(order, prices), keep, whole))
+        if "channels" in structures:
+            bins = of["channels"]
+            found.append(Slot("channels", layer, tuple(bins), _rising(bins, prices), least))
+    return tuple(found)
+
+
+def _rising(order: Sequence[int], prices: Sequence[float]) -> tuple[float, ...]:
+    """Costs of what stays when the last 0, 1, ... of the units stay."""
+    return tuple(accumulate((prices[column] for column in reversed(order)), initial=0.0))
+
+
+class Episodes:
+    """A batch of episodes of one game, in step: all at the same slot, each with its own budget.
+
+    Every decision is legal: it is moved to the nearest one from which the budget can be met. The
+    last slot of channels takes what is left, to the parameter.
+
+    Args:
+        game: see `Game`.
+        count: episodes in the batch, at least 1.
+        ratio: share of the game's total cost that is removed, in [0, 1).
+        worst: whether the damage of an episode is that of its worst domain; else the mean.
+
+    Attributes:
+        slot: number of the slot to be decided.
+        left: (count,) cost that may still be kept.
+        kept: share of each unit that stays, (count, units).
+        damage: (count,) so far, in nats per token.
+
+    Raises:
+        ValueError: the ratio is out of range, or more than the slots can give.
+    """
+
+    def __init__(self, game: Game, count: int, ratio: float, *, worst: bool = True) -> None:
+        self.game, self.ratio = game, check_ratio(ratio)
+        self._worst = worst
+        self._bounds = _bounds(game)
+        budget = round((1 - ratio) * game.total)
+        if budget < self._bounds.least:
+            raise ValueError(
+                f"at ratio {ratio} the slots cannot keep the least that they must: at most"
+                f" {1 - self._bounds.least / game.total:.3f} can go"
+            )
+        self.slot = 0
+        self.budget = float(budget)
+        self.left = torch.full((count,), self.budget, dtype=torch.float64)
+        units = game.matrices.shape[1]
+        self._kept = torch.ones(units, count)
+        self._pull = torch.zeros(len(game.matrices), units, count)
+        self._damages = torch.zeros(len(game.matrices), count)
+        self.damage = torch.zeros(count)
+        self._gone = torch.zeros(count, dtype=torch.bool)
+
+    @property
+    def kept(self) -> Float[Tensor, "count units"]:
+        return self._kept.T
+
+    @property
+    def done(self) -> bool:
+        return self.slot == self.game.length
+
+    def target(self) -> Float[Tensor, " count"]:
+        """Share of every slot left that spends the budget evenly, in [0, 1]."""
+        room = self._bounds.room[min(self.slot, len(self.game.slots))]
+        return (self.left / max(room, 1.0)).clamp(0, 1)
+
+    def legal(self) -> Bool[Tensor, "count levels"]:
+        """Which numbers of units may stay in the current slot; one at least."""
+        levels = self.game.levels
+        allowed = torch.zeros(len(self.left), levels, dtype=torch.bool)
+        if self.slot >= len(self.game.slots):
+            allowed[:, 0] = True
+            return allowed
+        costs, low, high = (row[self.slot] for row in self._bounds.tables)
+        rest = self.left[:, None] - costs
+        off = torch.maximum((low - rest).clamp_min(0), (rest - high).clamp_min(0))
+        allowed[:, : len(costs)] = off <= off.amin(1, keepdim=True)
+        allowed[self._gone] = False
+        allowed[self._gone, 0] = True
+        return allowed
+
+    def nearest(self, levels: Int[Tensor, " count"]) -> Int[Tensor, " count"]:
+        """The legal numbers nearest to those asked for."""
+        distance = (torch.arange(self.game.levels) - levels[:, None]).abs().double()
+        return distance.masked_fill(~self.legal(), torch.inf).argmin(1)
+
+    def play(self, levels: Int[Tensor, " count"]) -> Float[Tensor, " count"]:
+        """Decides the current slot in every episode and moves to the next one.
+
+        Args:
+            levels: units that stay; the nearest legal number is taken.
+
+        Returns:
+            The damage added, in nats per token.
+        """
+        levels = self.nearest(levels)
+        number, self.slot = self.slot, self.slot + 1
+        if number >= len(self.game.slots):
+            return torch.zeros_like(self.damage)
+        slot = self.game.slots[number]
+        if slot.structure == "layers":
+            self._gone = levels == 0
+            columns, share = torch.tensor(slot.units), (levels == 0).float()[None]
+        else:
+            if number and self.game.slots[number - 1].layer != slot.layer:
+                self._gone = torch.zeros_like(self._gone)
+            columns, share = self._cut(slot, levels, settled=number == self._bounds.settling)
+        before = self.damage
+        self._add(columns, share)
+        per = self._damages.amax(0) if self._worst else self._damages.mean(0)
+        self.damage = per
+        return per - before
+
+    def _cut(self, slot: Slot, levels: Tensor, settled: bool) -> tuple[Tensor, Tensor]:
+        """Columns of a slot and the shares of them that go; the budget pays for what stays."""
+        count = len(slot.units)
+        amount = (count - levels).double()
+        cost = torch.tensor(slot.costs, dtype=torch.float64)
+        if settled:
+            share = (self.left / slot.costs[-1]).clamp(slot.least / count, 1)
+            amount = torch.where(self._gone, float(count), count * (1 - share))
+            spent = torch.where(self._gone, 0.0, share * slot.costs[-1])
+        else:
+            spent = cost[levels]
+        self.left = self.left - spent
+        share = (amount[None] - torch.arange(count)[:, None]).clamp(0, 1).float()
+        columns = torch.tensor(slot.units)
+        if slot.whole is not None:
+            all_gone = (levels == 0)[None]
+            share = torch.cat((share.masked_fill(all_gone, 0), all_gone.float()))
+            columns = torch.cat((columns, torch.tensor([slot.whole])))
+        # what a dropped layer held is gone with it, and priced by its own unit
+        return columns, share.masked_fill(self._gone, 0)
+
+    def _add(self, columns: Tensor, share: Tensor) -> None:
+        """Removes shares, (columns, count), of units that were whole."""
+        self._kept[columns] = 1 - share
+        rows = self.game.matrices[:, columns]
+        among = rows[:, :, columns] @ share
+        self._damages += (share * (self._pull[:, columns] + among / 2)).sum(1)
+        self._pull += rows.transpose(1, 2) @ share
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What the slots behind each decision can keep.
+
+    Attributes:
+        tables: for each slot, of each of its levels: its cost, and the least and the most that
+            later slots can keep.
+        room: cost of this slot and all later ones.
+        least: of the whole game.
+        settling: the slot that takes what is left.
+    """
+
+    tables: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    room: list[float]
+    least: float
+    settling: int
+
+
+def _bounds(game: Game) -> _Bounds:
+    slots = game.slots
+    settling = max(i for i, slot in enumerate(slots) if slot.structure == slots[-1].structure)
+    droppable = {slot.layer for slot in slots if slot.structure == "layers"}
+    # least[i], most[i]: of slot i and all later ones, given that its layer stays
+    least, most = [0.0] * (len(slots) + 1), [0.0] * (len(slots) + 1)
+    behind: Mapping[int, int] = {slot.layer: i + 1 for i, slot in enumerate(slots)}
+    tables: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for i in reversed(range(len(slots))):
+        slot, after = slots[i], behind[slots[i].layer]
+        costs = torch.tensor(slot.costs, dtype=torch.float64)
+        low, high = torch.full_like(costs, least[i + 1]), torch.full_like(costs, most[i + 1])
+        if slot.structure == "layers":
+            low[0], high[0] = least[after], most[after]
+        # fewer than the least are priced out of every budget
+        low[: slot.least] = torch.inf
+        for table, row in zip(tables, (costs, low, high), strict=True):
+            table.insert(0, row)
+        least[i] = least[i + 1] + slot.costs[slot.least]
+        most[i] = most[i + 1] + slot.costs[-1]
+        if slot.structure == "layers":
+            least[i] = min(least[i], least[after])
+    assert not droppable or slots[settling].layer not in droppable, "the last layer stays"
+    return _Bounds(tables, most, least[0], settling)
