@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,10 +27,18 @@ from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.layers import Weights, count_parameters, iter_ffns, structure
+from prunenet.models.experts import without_experts
+from prunenet.models.knobs import step_of
+from prunenet.models.layers import (
+    Weights,
+    active_parameters,
+    count_parameters,
+    structure,
+)
 from prunenet.models.masks import ratio_for_parameters, top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
+from prunenet.policies.experts import keep_experts
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
 from prunenet.policies.refine import refined_sizes
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
@@ -124,8 +132,40 @@ def prune(
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
     asked = options_of(options, choices)
+    if asked.experts is not None:
+        return _without_experts(model, policy, asked, blocks, policy_name, progress)
     (decision,) = decide(model, policy, [asked], blocks=blocks, scores=scores, progress=progress)
     return pruned_by(model, decision, policy, policy_name)
+
+
+def _without_experts(
+    model: PreTrainedModel,
+    policy: Policy | None,
+    asked: PruneOptions,
+    blocks: CalibrationSet | None,
+    policy_name: str,
+    progress: Progress | None,
+) -> Pruned:
+    """`prune` of a model from which whole experts are removed first."""
+    assert asked.experts is not None
+    ids = None if blocks is None else blocks.ids
+    kept = keep_experts(model, asked.experts, asked.experts_by, blocks=ids)
+    fewer = without_experts(model, kept)
+    regime = blocks.regime if blocks is not None and asked.experts_by == "reap" else "weights"
+    if asked.ratio == 0:
+        whole = [torch.ones(group.width, dtype=torch.bool) for group in Anatomy.of(fewer).groups]
+        decision = Decision(Cut(whole, None), 0.0, regime, How(widths="uniform"))
+    else:
+        (decision,) = decide(fewer, policy, [asked], blocks=blocks, progress=progress)
+    name = policy_name if asked.ratio != 0 else asked.experts_by
+    made = pruned_by(fewer, replace(decision, regime=most([decision.regime, regime])), policy, name)
+    total, body = count_parameters(model)
+    numbers = {str(layer): mask.nonzero().flatten().tolist() for layer, mask in kept.items()}
+    how: How = {**made.provenance.how, "experts": numbers, "experts_by": asked.experts_by}
+    provenance = replace(
+        made.provenance, parameters_before=total, non_embedding_before=body, how=how
+    )
+    return replace(made, provenance=provenance)
 
 
 @torch.no_grad()
@@ -200,15 +240,17 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
             channels for uniform widths; or as `check_channels`.
     """
     check_channels(model, "prune the checkpoint that it was exported from, and export that")
-    ratio = options.ratio
+    anatomy, ratio = Anatomy.of(structure(model)), options.ratio
     if ratio is None:
-        assert options.params is not None
-        skeleton = structure(model)
-        ffns = list(iter_ffns(skeleton))
-        total, _ = count_parameters(skeleton)
-        costs, d_ff = [f.channel_parameters for f in ffns], [f.d_ff for f in ffns]
-        ratio = ratio_for_parameters(options.params, total, costs, d_ff)
-    anatomy = Anatomy.of(structure(model))
+        total, _ = count_parameters(anatomy.model)
+        costs: list[float] = [group.channel_parameters for group in anatomy.groups]
+        share = options.params
+        if share is None:
+            share = options.active
+            total = active_parameters(anatomy)
+            costs = [cost * g.share for cost, g in zip(costs, anatomy.groups, strict=True)]
+        assert share is not None
+        ratio = ratio_for_parameters(share, total, costs, anatomy.widths)
     if not anatomy.architecture.per_layer:
         if options.widths == "per-layer":
             raise ValueError(
@@ -220,7 +262,7 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
         anatomy.uniform_widths(ratio, options.round_to)
     else:
         for width in set(anatomy.widths):
-            width_at(width, ratio, options.round_to)
+            width_at(width, ratio, step_of(anatomy.groups, ratio, options.round_to))
     return ratio
 
 
@@ -241,11 +283,12 @@ def check_channels(model: Weights, remedy: str) -> None:
         check_not_padded(folder, f"which would count as channels; {remedy}")
 
 
-def bytes_left(model: Weights, ratio: float, round_to: int) -> int:
+def bytes_left(model: Weights, ratio: float, round_to: int | Literal["auto"]) -> int:
     """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
     anatomy = Anatomy.of(structure(model))
     if anatomy.architecture.per_layer:
-        widths = [width_at(width, ratio, round_to) for width in anatomy.widths]
+        step = step_of(anatomy.groups, ratio, round_to)
+        widths = [width_at(width, ratio, step) for width in anatomy.widths]
     else:
         widths = anatomy.uniform_widths(ratio, round_to)
     gone = sum(
@@ -307,7 +350,8 @@ def allocations(
         return {"uniform": anatomy.uniform_widths(ratio, round_to)}
     if offsets is None:
         offsets = policy.offsets(model)
-    learned = widths_for_budget(anatomy.widths, offsets, ratio, round_to)
+    step = step_of(anatomy.groups, ratio, round_to)
+    learned = widths_for_budget(anatomy.widths, offsets, ratio, step)
     if options.widths == "per-layer":
         return {"per-layer": learned}
     try:

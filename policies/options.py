@@ -14,6 +14,7 @@ Widths = Literal["auto", "uniform", "per-layer", "refined"]
 Structures = Literal["channels", "channels,heads"]
 Channels = Literal["policy", "blend", "elimination"]
 Refit = Literal["off", "layerwise", "sequential"]
+ExpertsBy = Literal["aimer", "reap", "random"]
 
 
 class PruneChoices(TypedDict, total=False):
@@ -21,7 +22,10 @@ class PruneChoices(TypedDict, total=False):
 
     ratio: float | None
     params: float | None
-    round_to: int
+    active: float | None
+    experts: int | None
+    experts_by: ExpertsBy
+    round_to: int | Literal["auto"]
     widths: Widths
     structures: Structures
     channels: Channels | None
@@ -35,8 +39,14 @@ class PruneOptions:
     Attributes:
         ratio: share of FFN channels removed, in [0, 1).
         params: share of *all* parameters removed, in [0, 1), as nearly as rounded widths allow.
-            Exactly one of the two is given.
-        round_to: widths are multiples of this.
+        active: share of the *active* parameters removed, in [0, 1): those that one token uses, an
+            expert's by the share of experts that a token passes through. Exactly one of the three
+            is given; or none, where experts alone are removed.
+        experts: experts that stay in each layer of a mixture, chosen before channels; None: all.
+        experts_by: "aimer" (from weights), "reap" (measured on text) or "random"; see
+            `prunenet.policies.experts`.
+        round_to: widths are multiples of this; "auto": of 64 where that costs less than 1 % of a
+            layer's channels, else of 32, and of 8 in experts.
         widths: "uniform" (one width for all layers), "per-layer" (the policy's allocation, as many
             channels in all), "auto": per-layer where that is predicted to lower perplexity by more
             than 5 % (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on
@@ -53,33 +63,43 @@ class PruneOptions:
             is text, else off.
 
     Raises:
-        ValueError: neither or both of ratio and params, one out of range, or an unknown choice.
+        ValueError: none or several of ratio, params and active, one out of range, or an unknown
+            choice.
     """
 
     ratio: float | None = None
     params: float | None = None
-    round_to: int = 8
+    active: float | None = None
+    experts: int | None = None
+    experts_by: ExpertsBy = "aimer"
+    round_to: int | Literal["auto"] = 8
     widths: Widths = "auto"
     structures: Structures = "channels"
     channels: Channels | None = None
     refit: Refit | None = None
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.params is None):
-            given = "neither" if self.ratio is None else "both"
+        if self.ratio is None and self.params is None and self.active is None and self.experts:
+            object.__setattr__(self, "ratio", 0.0)  # experts alone
+        shares = (self.ratio, self.params, self.active)
+        if sum(share is not None for share in shares) != 1:
+            count = sum(share is not None for share in shares)
+            given = "neither" if count == 0 else "both" if self.active is None else f"{count}"
             raise ValueError(
-                "give one of `ratio` (share of FFN channels) and `params` (share of all"
-                f" parameters), got {given}"
+                "give one of `ratio` (share of FFN channels), `params` (share of all parameters)"
+                f" and `active` (share of the active ones), got {given}"
             )
         if self.ratio is not None:
             check_ratio(self.ratio)
-        elif not 0 <= (self.params or 0) < 1:
-            raise ValueError(f"`params` must be in [0, 1), got {self.params}")
+        for name, share in (("params", self.params), ("active", self.active)):
+            if not 0 <= (share or 0) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {share}")
         choices: tuple[tuple[str, str | None, Any], ...] = (
             ("widths", self.widths, Widths),
             ("structures", self.structures, Structures),
             ("channels", self.channels, Channels),
             ("refit", self.refit, Refit),
+            ("experts_by", self.experts_by, ExpertsBy),
         )
         for name, value, allowed in choices:
             if value is not None and value not in get_args(allowed):
@@ -101,6 +121,8 @@ class PruneOptions:
         Raises:
             ValueError: a choice needs a policy or text, and there is none.
         """
+        if self.experts is not None and self.ratio == 0:  # no channels are chosen
+            return replace(self, channels="policy", refit="off")
         default: Channels = (
             "elimination" if policy is None else "policy" if policy.config.moments else "blend"
         )

@@ -23,7 +23,9 @@ from prunenet.evaluation.interaction import Structure, interaction_folder, measu
 from prunenet.evaluation.shares import allocated, damages, masks
 from prunenet.evaluation.slots import Game
 from prunenet.features.from_weights import layer_context
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.heads import attentions
+from prunenet.models.knobs import step_of
 from prunenet.models.layers import Weights, iter_ffns
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import PruneOptions
@@ -149,7 +151,7 @@ def refined_sizes(
             policy.offsets(model),
             ratios[number],
             structures=both[:1] if size.structures == "channels" else both,
-            round_to=size.round_to,
+            round_to=step_of(Anatomy.of(model).groups, ratios[number], size.round_to),
             progress=progress,
         )
     return found

@@ -64,6 +64,10 @@ def prune_streamed(
     """
     out, dense, asked = expanded(out), source.skeleton, options_of(options, choices)
     asked = asked.filled(policy, measured=False)
+    if asked.experts is not None:
+        raise ValueError(
+            "`experts` are removed from a model in memory, and this one is streamed; load it"
+        )
     ratio = ratio_of(source, asked)
     check_absent(out)
     check_room(out, bytes_left(dense, ratio, asked.round_to))

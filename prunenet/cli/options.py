@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -32,6 +32,14 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a number; give a share such as 0.3") from None
+
+
+def _rounding(text: str | int) -> int | str:
+    if isinstance(text, int):  # the default
+        return text
+    if text != "auto" and not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is neither a number such as 8 nor auto")
+    return text if text == "auto" else int(text)
 
 
 Model = Annotated[
@@ -156,6 +164,20 @@ HELP: dict[str, Any] = {
     "params": typer.Option(
         parser=_number, metavar="SHARE", help="Share of all parameters to remove, in [0, 1)."
     ),
+    "active": typer.Option(
+        parser=_number, metavar="SHARE", help="Share of the active parameters to remove, in [0, 1)."
+    ),
+    "experts": typer.Option(help="Experts that stay in each layer of a mixture. Default: all."),
+    "experts_by": typer.Option(
+        help="Which experts stay: aimer (from weights), reap (measured on text) or random."
+    ),
+    "PruneOptions.round_to": typer.Option(
+        "--round",
+        parser=_rounding,
+        metavar="NUMBER|auto",
+        help="Widths are multiples of this; auto: of 64 where that costs less than 1 % of the"
+        " channels, else of 32 (engines' blocks have 32 or 64 entries), and of 8 in experts.",
+    ),
     "round_to": typer.Option("--round", help="Widths are multiples of this."),
     "widths": typer.Option(
         help="uniform, per-layer (the policy's allocation), auto: per-layer for a predicted gain"
@@ -247,8 +269,10 @@ def _flag(kind: Any, field: Field[Any]) -> inspect.Parameter:
     """A field as a keyword parameter, with the option that describes it."""
     hint = get_type_hints(kind, include_extras=True)[field.name]
     if get_origin(hint) is not Annotated:
-        own = HELP.get(f"{kind.__name__}.{field.name}")
-        hint = Annotated[hint, own or HELP[field.name]]
+        own = HELP.get(f"{kind.__name__}.{field.name}") or HELP[field.name]
+        if own.parser is not None and type(None) not in get_args(hint):
+            hint = str  # Typer knows no unions; the parser makes the value
+        hint = Annotated[hint, own]
     default = field.default
     if default is MISSING:
         made = field.default_factory

@@ -76,7 +76,7 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
         **{
             name: value
             for name, value in provenance.how.items()
-            if name != "text" and value is not None
+            if name not in ("text", "experts") and value is not None
         },
         "ratio": provenance.ratio,
         "width": widths[0] if len(widths) == 1 else list(provenance.widths),

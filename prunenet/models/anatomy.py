@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -105,12 +106,12 @@ class Anatomy:
         """Channels of each group."""
         return [group.width for group in self.groups]
 
-    def uniform_widths(self, ratio: float, round_to: int = 8) -> list[int]:
+    def uniform_widths(self, ratio: float, round_to: int | Literal["auto"] = 8) -> list[int]:
         """The width of each group when every one loses the same share of its channels.
 
         Args:
             ratio: share of channels removed, in [0, 1).
-            round_to: widths are multiples of this.
+            round_to: widths are multiples of this; "auto": see `prunenet.models.knobs.rounding`.
 
         Raises:
             ValueError: a group cannot be rounded to a multiple of `round_to`.

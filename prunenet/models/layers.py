@@ -215,6 +215,15 @@ def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
     check_positions(model, ids.shape[1], "a block")
 
 
+def active_parameters(anatomy: Anatomy) -> int:
+    """Parameters that one token uses: all but those of experts that it does not pass through."""
+    total, _ = count_parameters(anatomy.model)
+    idle = sum(
+        (1 - group.share) * group.channel_parameters * group.width for group in anatomy.groups
+    )
+    return round(total - idle)
+
+
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """(total, non-embedding) parameters; tied tensors count once, and an untied LM head counts as
     an embedding.

@@ -7,6 +7,7 @@ left; *keep* a boolean mask of length d_ff, True where the channel stays.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -45,7 +46,7 @@ def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:
 
 
 def ratio_for_parameters(
-    removed: float, total: int, channel_parameters: list[int], widths: list[int]
+    removed: float, total: int, channel_parameters: Sequence[float], widths: Sequence[int]
 ) -> float:
     """The uniform ratio of FFN channels that removes a share of *all* parameters.
 

@@ -225,7 +225,7 @@ def set_widths(
     if not varying:
         model.__class__ = stock
         if architecture.found:
-            _restate_modules(model, check_built(model))
+            restate_modules(model, check_built(model))
         return
     layers = range(len(widths))
     config.per_layer_config = {
@@ -282,6 +282,12 @@ def _built(kind: Any, config: Any) -> PreTrainedModel:
     return made
 
 
+def shapes_of(kind: Any, config: Any) -> dict[str, list[int]]:
+    """Shapes of the stored tensors of a model newly built on the meta device, by name."""
+    made = _built(kind, config)
+    return {n: list(t.shape) for n, t in made.state_dict(keep_vars=True).items()}
+
+
 def _compare(made: PreTrainedModel, expected: dict[str, list[int]]) -> None:
     found = {n: list(t.shape) for n, t in made.state_dict(keep_vars=True).items()}
     for name in sorted(found.keys() | expected.keys()):
@@ -292,7 +298,7 @@ def _compare(made: PreTrainedModel, expected: dict[str, list[int]]) -> None:
             )
 
 
-def _restate_modules(model: PreTrainedModel, made: PreTrainedModel) -> None:
+def restate_modules(model: PreTrainedModel, made: PreTrainedModel) -> None:
     """Gives modules the numbers that a model newly built from the configuration has."""
     new = dict(made.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
