@@ -70,8 +70,8 @@ class ConvertedTensor:
             read = replace(tensor, dtype=self.dtype, device=torch.device("cpu")).whole()
             mapping.add_tensor(self.name, name, pattern, read)  # type: ignore[arg-type]
         made = mapping.convert(self.name, model=self.model, config=self.model.config)[self.name]
-        tensor: Tensor = made[0] if isinstance(made, list) else made
-        return tensor.to(self.device)
+        whole: Tensor = made[0] if isinstance(made, list) else made
+        return whole.to(self.device)
 
 
 def origins(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -103,7 +103,10 @@ def part_of(
     """
 
     def split() -> dict[str, Tensor]:
-        return revert_weight_conversion(model, {name: torch.cat(list(rows(name)))})
+        parts: dict[str, Tensor] = revert_weight_conversion(
+            model, {name: torch.cat(list(rows(name)))}
+        )
+        return parts
 
     found: Tensor = _held((id(model), name), split)[part]
     return found

@@ -74,20 +74,18 @@ def discover(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Inside, transformers says nothing of the tiny models."""
-    level, bars = (
-        transformers.logging.get_verbosity(),
-        transformers.logging.is_progress_bar_enabled(),
-    )
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
+    said: Any = transformers.logging
+    level, bars = said.get_verbosity(), said.is_progress_bar_enabled()
+    said.set_verbosity(said.CRITICAL)
+    said.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(level)
+        said.set_verbosity(level)
         if bars:
-            transformers.logging.enable_progress_bar()
+            said.enable_progress_bar()
 
 
 def _discovered(

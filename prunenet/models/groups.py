@@ -245,7 +245,7 @@ class Group:
             gate=found.pop("gate", None),
             layer=self.layer,
             share=self.share,
-            **found,  # type: ignore[arg-type]
+            **found,
         )
 
 

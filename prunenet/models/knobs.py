@@ -30,8 +30,11 @@ def field_of(config: Any, path: str) -> Any:
         AttributeError, KeyError: there is none.
     """
     for name in path.split("."):
-        if isinstance(config, dict | list | tuple):
-            config = config[name if isinstance(config, dict) else int(name)]
+        if isinstance(config, dict):
+            config = config[name]
+            continue
+        if isinstance(config, list | tuple):
+            config = config[int(name)]
             continue
         # transformers refuses to say a field that differs between layers; what it holds is global
         own = getattr(type(config), "attribute_map", {}).get(name, name)

@@ -176,7 +176,7 @@ def text_config(model: PreTrainedModel) -> Any:
 
 def probe_tokens(model: PreTrainedModel, device: torch.device) -> Int[Tensor, "2 12"]:
     """Fixed token ids on which two models are compared; none stands for an image or the like."""
-    ids = (torch.arange(24, device=device) * 7919 + 11) % text_config(model).vocab_size
+    ids: Tensor = (torch.arange(24, device=device) * 7919 + 11) % text_config(model).vocab_size
     special = [
         value
         for name, value in vars(model.config).items()

@@ -36,7 +36,8 @@ def rebuilt(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel
             module, _, own = name.rpartition(".")
             made.get_submodule(module)._buffers[own] = computed[name]
     made.generation_config = model.generation_config
-    return made.requires_grad_(True).train(model.training)
+    made.requires_grad_(True).train(model.training)
+    return made
 
 
 def forget_quantisation(model: PreTrainedModel) -> bool:

@@ -15,7 +15,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from prunenet.models.text_part import config_for
@@ -197,7 +197,8 @@ def twin_model(
                 parameter.add_(0.1 * noise)
             else:
                 parameter.copy_(0.2 * noise)
-    return model.to(dtype).eval()
+    nn.Module.to(model, dtype).train(False)
+    return model
 
 
 def twin_tokens(config: PretrainedConfig) -> Tensor:
