@@ -258,6 +258,7 @@ import os, sys
 import typer
 from prunenet.cli.console import errors, one_sentence, show
 from prunenet.cli.signals import run
+from prunenet.runtime import parallel  # here once, and not in each child
 
 def command(done, only_here):
     with one_sentence():

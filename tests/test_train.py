@@ -1,9 +1,8 @@
 """Training is reproducible, resumable bit for bit, and never ends worse than it began."""
 
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -58,24 +57,23 @@ def long_run(algorithm: str, out: Path, resume: bool = False) -> None:
 
 
 def kill_in(stage: str, out: Path, algorithm: str) -> None:
-    """Starts the run, or resumes it, in another process, and kills that at some moment of the
+    """Starts the run, or resumes it, in a forked process, and kills that at some moment of the
     stage.
     """
-    script = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_train import Path, long_run
-long_run({algorithm!r}, Path({str(out)!r}), resume={stage != STAGES[0]})
-"""
+    resume = stage != STAGES[0]
+    run = multiprocessing.get_context("fork").Process(
+        target=long_run, args=(algorithm, out, resume)
+    )
+    run.start()
     seen: set[int] = set()  # times of the state's versions: the first is from before any update
-    with subprocess.Popen([sys.executable, "-c", script]) as run:
-        while len(seen) < 3 and run.poll() is None:
-            time.sleep(0.005)
-            with suppress(FileNotFoundError):
-                seen.add(state(out, stage).stat().st_mtime_ns)
-        time.sleep(random.SystemRandom().uniform(0, 0.1))
-        run.send_signal(signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    while len(seen) < 3 and run.is_alive():
+        time.sleep(0.005)
+        with suppress(FileNotFoundError):
+            seen.add(state(out, stage).stat().st_mtime_ns)
+    time.sleep(random.SystemRandom().uniform(0, 0.1))
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
 def weights(folder: Path) -> bytes:
