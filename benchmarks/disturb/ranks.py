@@ -58,7 +58,7 @@ def _job(
     """
     (place / "tmp").mkdir(exist_ok=True)
     places = {"PRUNENET_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp")}
-    run = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    run = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     with (place.parent / "job").open("w+") as said:
         job = subprocess.Popen(
             [sys.executable, *run, "-m", "prunenet", *argv],
