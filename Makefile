@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist workst
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check coverage docs bench table wheel clean
+.PHONY: help setup demo test test-slow check coverage docs bench chaos table wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,10 @@ docs: $(READY) ## build the documentation site into site/, every warning an erro
 bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts are skipped (make demo fetches the model)
 	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl
 	$(BIN)/python benchmarks/spectral_reward.py $(MODEL) --out $(RESULTS)/spectral_reward.jsonl
+
+chaos: $(READY) ## kill, fill disks, mutate files, meet hostile folders; an hour or less, resumable
+	TMPDIR=$(firstword $(wildcard /dev/shm) /tmp) $(BIN)/python benchmarks/chaos.py all --out $(RESULTS)/chaos.jsonl
+	@$(BIN)/python benchmarks/chaos.py table --out $(RESULTS)/chaos.jsonl
 
 # Every system of the field on equal terms: what reads weights, what writes its own text, what is given text from outside.
 TABLE := random magnitude lila folding prunenet_published prunenet_published_trained prunenet-weights \

@@ -23,8 +23,12 @@ sys.path.append(str(BENCHMARKS))
 
 @pytest.fixture(scope="module")
 def yard(tmp_path_factory):
+    import disturb.targets  # what the commands import: once here, not in the first fork as well
     from disturb.commands import Yard
 
+    import prunenet.cli.app
+
+    assert disturb.targets, prunenet.cli.app
     return Yard(tmp_path_factory.mktemp("yard").resolve(), "prune streamed")
 
 
@@ -39,7 +43,7 @@ def attempted(kinds, name: str, number: int):
     return kind.attempt(number, random.Random(number))
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(3))
 def test_a_command_that_is_killed_before_a_file_operation_leaves_nothing_behind(yard, number):
     from disturb import kills
 
@@ -50,7 +54,7 @@ def test_a_command_that_is_killed_before_a_file_operation_leaves_nothing_behind(
     assert not made.faults
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(3))
 def test_a_command_whose_disk_is_full_or_broken_says_so_and_leaves_nothing_behind(yard, number):
     from disturb import disks
 
@@ -64,20 +68,18 @@ def test_mutated_files_are_refused_in_one_sentence_or_read_as_they_say(tmp_path)
     from disturb.targets import made
 
     root = (tmp_path / "files").resolve()
-    wanted = {"config.json", "tokenizer config", "provenance", "comparison", "policy", "index"}
+    wanted = {"config.json", "tokenizer config", "provenance", "comparison"}
     for target in made(root):
         if target.kind not in wanted:
             continue
         reader = Reader(target, root)
-        for number in range(12):
+        for number in range(6):
             outcome = reader.attempt(number, random.Random(f"{target.kind} {number}"))
             assert not outcome.faults, (target.kind, number)
         reader.close()
 
 
-@pytest.mark.parametrize(
-    "name", ["code 0", "a pickle pytorch_model.bin", "'../secret/s.safetensors'", "json is a pipe"]
-)
+@pytest.mark.parametrize("name", ["code 0", "'../secret/s.safetensors'"])
 def test_a_hostile_folder_runs_nothing_and_shows_nothing_of_what_is_outside(yard, name):
     from disturb.folders import hostile, kinds
 

@@ -40,7 +40,8 @@ def _killed(yard: Yard, reference: Reference, _: int, draw: random.Random) -> Ou
         second, wrong = _job(argv, place, None)
         if second and (place / "out").exists() and reference.command.name in ("train", "recover"):
             second, wrong = _job((*argv, "--resume"), place, None)
-        faults += wrong + judged(place, reference)
+        left = [fault for fault in judged(place, reference) if "/torchelastic_" not in fault[1]]
+        faults += wrong + left  # torchrun leaves the folder of its own logs
         if second and not (place / "out" / "config.json").exists():
             faults.append(("stuck", (place.parent / "job").read_text()[-300:]))
         return outcome(f"rank {rank} killed" if code else "finished before", faults)
@@ -58,7 +59,7 @@ def _job(
     """
     (place / "tmp").mkdir(exist_ok=True)
     places = {"PRUNENET_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp")}
-    run = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    run = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     with (place.parent / "job").open("w+") as said:
         job = subprocess.Popen(
             [sys.executable, *run, "-m", "prunenet", *argv],

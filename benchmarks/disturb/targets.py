@@ -30,7 +30,7 @@ from prunenet.cli.tables import provenance_facts
 from prunenet.compare.results import Results
 from prunenet.compare.summary import markdown, summarise
 from prunenet.evaluation.report import draw_report
-from prunenet.evaluation.task_files import read_task
+from prunenet.evaluation.task_files import COLUMNS, read_task
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.training.recipe import recipe_for
@@ -147,7 +147,7 @@ def made(root: Path) -> list[Target]:
             lambda: _drawn(report, root / "r.png"),
             lambda: json.loads(report.read_text()),
         ),
-        Target("task", task, lambda: _asked(task), lambda: _objects(task)),
+        Target("task", task, lambda: _asked(task), lambda: _read_columns(task)),
         Target(
             "text",
             text,
@@ -291,6 +291,13 @@ def _objects(path: Path) -> Any:
         content = content[: content.rfind(b"\n") + 1]
     rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     return _by_cell(rows) if path.stem == "lines" else rows
+
+
+def _read_columns(path: Path) -> Any:
+    """The objects, with the columns that the task reads and no others."""
+    return [
+        {name: row[name] for name in row if name in COLUMNS["arc_easy"]} for row in _objects(path)
+    ]
 
 
 def _by_cell(lines: Any) -> Any:
