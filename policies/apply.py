@@ -11,20 +11,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunenet.checkpoints.companions import source_folder
-from prunenet.checkpoints.identity import identify
+from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import How, Provenance
-from prunenet.checkpoints.records import check_not_padded
+from prunenet.checkpoints.records import check_channels
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
-from prunenet.checkpoints.sources import local_folder
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.experts import without_experts
@@ -266,23 +264,6 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     return ratio
 
 
-def check_channels(model: Weights, remedy: str) -> None:
-    """Refuses a model some of whose channels are zeros that fill narrower layers.
-
-    They are refused and not dropped: ratios, masks and features count the channels of the model
-    that was given.
-
-    Args:
-        model: looked up by the folder that it comes from.
-        remedy: what to do instead.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if (folder := source_folder(structure(model).config)) is not None:
-        check_not_padded(folder, f"which would count as channels; {remedy}")
-
-
 def bytes_left(model: Weights, ratio: float, round_to: int | Literal["auto"]) -> int:
     """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
     anatomy = Anatomy.of(structure(model))
@@ -454,15 +435,3 @@ def stage_of(
 ) -> Callable[[int, int], None] | None:
     """The callback of one stage."""
     return None if progress is None else lambda done, of: progress(what, done, of)
-
-
-def base_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Base model and revision, for `Provenance`."""
-    source = model.config._name_or_path
-    if source and local_folder(source) is not None:
-        name, revision = identify(source)
-        return {"base_model": name, "revision": revision}
-    return {
-        "base_model": source or type(model).__name__,
-        "revision": getattr(model.config, "_commit_hash", None) or "unknown",
-    }

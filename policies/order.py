@@ -14,12 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import How, Provenance
 from prunenet.checkpoints.save import save_pruned
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import pick
-from prunenet.policies.apply import base_of
 from prunenet.policies.artifact import Policy
 from prunenet.runtime.files import write_atomic
 from prunenet.runtime.own_files import packed

@@ -25,7 +25,7 @@ from prunenet.checkpoints.contents import _DROPPED
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.records import find_masks, load_provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint
-from prunenet.cli.evaluate import _Printed
+from prunenet.cli.report import _Printed
 from prunenet.cli.tables import provenance_facts
 from prunenet.compare.results import Results
 from prunenet.compare.summary import markdown, summarise

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
+from prunenet.checkpoints.records import check_channels
 from prunenet.checkpoints.regimes import Regime, most
 from prunenet.checkpoints.sources import local_folder
 from prunenet.checkpoints.streaming import StreamedCheckpoint
@@ -34,7 +35,6 @@ from prunenet.envs.split import judged_by_all
 from prunenet.envs.sweep import View, check_one_width
 from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.layers import structure
-from prunenet.policies.apply import check_channels
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.run import Run, Saving

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,3 +72,15 @@ def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:
         for piece in pieces:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def base_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Base model and revision, for `Provenance`."""
+    source = model.config._name_or_path
+    if source and local_folder(source) is not None:
+        name, revision = identify(source)
+        return {"base_model": name, "revision": revision}
+    return {
+        "base_model": source or type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None) or "unknown",
+    }

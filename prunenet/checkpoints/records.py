@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from prunenet.checkpoints.companions import source_folder
 from prunenet.checkpoints.contents import CONFIG, MASKS, RECORD, config_fields
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.sources import find_folder, in_short
 from prunenet.models import modeling
+from prunenet.models.layers import Weights, structure
 from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.json_files import SIZE
 from prunenet.runtime.own_files import ContentError, unpacked
@@ -194,3 +196,20 @@ def _sound(name: str, indices: Tensor, count: int, length: int) -> Tensor:
     if not rising or int(indices[0]) < 0 or int(indices[-1]) >= length:
         raise ContentError(f"{name} is not numbers that rise from 0 to {length - 1} at most")
     return indices.long()
+
+
+def check_channels(model: Weights, remedy: str) -> None:
+    """Refuses a model some of whose channels are zeros that fill narrower layers.
+
+    They are refused and not dropped: ratios, masks and features count the channels of the model
+    that was given.
+
+    Args:
+        model: looked up by the folder that it comes from.
+        remedy: what to do instead.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if (folder := source_folder(structure(model).config)) is not None:
+        check_not_padded(folder, f"which would count as channels; {remedy}")

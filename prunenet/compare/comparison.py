@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.options import LoadOptions
+from prunenet.checkpoints.records import check_channels
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
 from prunenet.compare.plan import Evaluation, Plan
 from prunenet.compare.pruner import Amount, Pruner
@@ -19,7 +20,6 @@ from prunenet.compare.run import compare as run
 from prunenet.compare.spec import RESERVED, Spec, parse_all
 from prunenet.evaluation.task_files import task_files
 from prunenet.models.architectures import UnsupportedArchitecture
-from prunenet.policies.apply import check_channels
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.methods import METHODS
 from prunenet.text.calibration import block_tokens

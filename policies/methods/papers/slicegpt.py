@@ -26,6 +26,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.models.layers import check_tokens, count_parameters, decoder_layers, ffn_widths
 from prunenet.models.rotation import (
@@ -38,7 +39,7 @@ from prunenet.models.rotation import (
     unrotated,
     width_for,
 )
-from prunenet.policies.apply import Pruned, base_of
+from prunenet.policies.apply import Pruned
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.widths.allocation import Budget
 from prunenet.refit.moments import layer_calls
