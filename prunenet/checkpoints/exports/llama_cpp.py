@@ -171,7 +171,7 @@ def serving(path: Path, context: int) -> Iterator[Served]:
     Raises:
         CheckpointError: llama.cpp refuses the file.
     """
-    import xllamacpp  # type: ignore[import-not-found, unused-ignore]
+    import xllamacpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     asked = xllamacpp.CommonParams()
     asked.model.path = str(path)
