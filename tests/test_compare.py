@@ -800,6 +800,18 @@ def test_a_line_that_lacks_anything_that_a_table_reads_is_said_to_be_damaged(tmp
             Results(path).complete("a")
 
 
+@pytest.mark.parametrize("value", ["auto", [], -1.0])
+def test_an_interval_that_is_no_number_is_said_to_be_damaged(tmp_path, value):
+    path = tmp_path / "r.jsonl"
+    for place, name in (("perplexity", "low"), ("perplexity", "high"), ("tasks", "standard_error")):
+        line = finished("a")
+        line["tasks"] = [{"accuracy": 0.5, "accuracy_norm": None}]
+        line[place][0][name] = value
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match=rf"\.{name} is "):
+            Results(path).complete("a")
+
+
 def test_a_file_that_is_too_large_for_a_comparison_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     path.touch()

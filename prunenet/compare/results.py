@@ -24,13 +24,25 @@ class _Text(TypedDict):
     text: str
 
 
-class _Scored(TypedDict):
+class _Interval(TypedDict, total=False):
+    """Lines of before have none."""
+
+    low: Annotated[float, Within(0)] | None
+    high: Annotated[float, Within(0)] | None
+
+
+class _Scored(_Interval):
     text: str
     value: Annotated[float, Within(0)] | None
     tokens: Count
 
 
-class _Task(TypedDict):
+class _Errors(TypedDict, total=False):
+    standard_error: Annotated[float, Within(0)] | None
+    standard_error_norm: Annotated[float, Within(0)] | None
+
+
+class _Task(_Errors):
     accuracy: float
     accuracy_norm: float | None
 
