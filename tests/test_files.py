@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -518,3 +519,13 @@ with passing_folder(Path(sys.argv[1])) as folder:
     assert names(tmp_path) == sorted((living, kept.name))
     assert end(alive) == 0
     assert names(tmp_path) == [kept.name]
+
+
+def test_a_temporary_folder_needs_no_file_that_tries_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # as in a new process
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: pytest.fail("it writes a file"))
+    with passing_folder() as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,6 @@ The result is a row as in `prunenet.models.architectures`, or the reason why the
 from __future__ import annotations
 
 import copy
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from prunenet.models.knob_search import list_that_separates, with_knobs
 from prunenet.models.knobs import uniform_widths
 from prunenet.models.surgery import cut, masking
 from prunenet.models.twin import D_MODEL, NoTwin, in_float64, logits_of, twin
+from prunenet.runtime.passing import passing_folder
 
 TOLERANCE = 1e-9
 """Largest relative difference of logits in float64 that counts as none."""
@@ -137,7 +137,7 @@ def check(model: PreTrainedModel, row: Architecture, ids: Tensor) -> None:
     )
     fresh.load_state_dict(narrow.state_dict(), strict=True)
     fresh.to(model.dtype).eval()
-    with tempfile.TemporaryDirectory(prefix="prunenet-") as folder, in_float64(model.dtype):
+    with passing_folder() as folder, in_float64(model.dtype):
         fresh.save_pretrained(folder)
         reloaded = kind.from_pretrained(
             folder,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from prunenet.runtime.locks import lock_descriptor
 
@@ -27,7 +27,7 @@ def passing_folder(home: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or refuses.
     """
-    home = home or Path(tempfile.gettempdir())
+    home = home or _temporary()
     for path in home.glob(f"{_PREFIX}*"):
         _remove_dead(path)
     folder, descriptor = _locked(home)
@@ -36,6 +36,14 @@ def passing_folder(home: Path | None = None) -> Iterator[Path]:
     finally:
         remove_tree(folder)
         os.close(descriptor)
+
+
+def _temporary() -> Path:
+    """The system's folder for temporary files; `tempfile` asks by writing a file, which a kill
+    leaves there.
+    """
+    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return next((Path(name) for name in named if name and os.path.isdir(name)), Path("/tmp"))
 
 
 def remove_tree(folder: Path) -> None:
@@ -50,7 +58,8 @@ def remove_tree(folder: Path) -> None:
 def _locked(home: Path) -> tuple[Path, int]:
     """A new folder, locked, and its descriptor; again where a sweep came between the two."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
+        folder = home / f"{_PREFIX}{uuid4().hex}"
+        folder.mkdir(mode=0o700)
         with suppress(FileNotFoundError):
             descriptor = _open(folder)
             with suppress(BlockingIOError):
