@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,11 +40,12 @@ def passing_folder(home: Path | None = None) -> Iterator[Path]:
 
 
 def _temporary() -> Path:
-    """The system's folder for temporary files; `tempfile` asks by writing a file, which a kill
-    leaves there.
+    """The system's folder for temporary files.
+
+    `tempfile.gettempdir` tries folders by writing a file, which a kill leaves there.
     """
-    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    return next((Path(name) for name in named if name and os.path.isdir(name)), Path("/tmp"))
+    named = (tempfile.tempdir, *map(os.environ.get, ("TMPDIR", "TEMP", "TMP")))
+    return next((Path(name) for name in named if name and Path(name).is_dir()), Path("/tmp"))
 
 
 def remove_tree(folder: Path) -> None:
