@@ -19,13 +19,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prunenet.checkpoints.contents import _DROPPED
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.records import find_masks, load_provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint
-from prunenet.cli.report import _Printed
+from prunenet.cli.inputs import printed_rows
 from prunenet.cli.tables import provenance_facts
 from prunenet.compare.results import Results
 from prunenet.compare.summary import markdown, summarise
@@ -35,7 +35,6 @@ from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.training.recipe import recipe_for
 from prunenet.policies.training.train import train
-from prunenet.runtime.json_files import read_json
 from prunenet.text.cached import Wanted, cached_text
 from prunenet.text.corpora import CalibrationText, load_text
 
@@ -78,49 +77,42 @@ def libraries() -> tuple[str, ...]:
 
 def made(root: Path) -> list[Target]:
     """Every kind, with its files in a new folder."""
-    dense, shards, cut, policy, run = (root / n for n in ("m", "s", "cut", "policy", "run"))
     root.mkdir()
-    model = tiny(dense)
-    model.save_pretrained(shards, max_shard_size="20KB")
-    chooser = Policy.untrained(PolicyConfig(hidden=(8,)))
+    model = tiny(root / "m")
+    model.save_pretrained(root / "s", max_shard_size="20KB")
+    policy = Policy.untrained(PolicyConfig(hidden=(8,)))
     with torch.no_grad():
-        chooser.scorer.widths.out.weight.normal_(generator=torch.Generator().manual_seed(0))
-    chooser.save_pretrained(policy)
-    prune(model, chooser, ratio=0.4, widths="per-layer").save_pretrained(cut)
-    recipe = recipe_for("spectral", {"updates": 2, "masks": 2, "evaluate_every": 1})
-    train(model, recipe, out=run)
-    task, lines, report = root / "arc_easy.jsonl", root / "lines.jsonl", root / "report.json"
-    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
-    task.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
-    lines.write_text("".join(json.dumps(_line(cell)) + "\n" for cell in "ab"))
-    report.write_text(json.dumps({"models": [measured(0.0), measured(0.3)]}))
-    text = root / "text.txt"
-    text.write_text("Eine Zeile, déjà vu.\n\n" * 20, encoding="utf-8")
-    cached_text(model, {"seed": 0}, _WANTED, root / "cache", _written)
-    (cached,) = (root / "cache").iterdir()
-    _traps(root)
-
-    def trained() -> str:
-        with TemporaryDirectory() as home:  # for it writes there
-            copy = Path(home, "run")
-            shutil.copytree(run, copy, copy_function=os.link)
-            return train(model, recipe, out=copy, resume=True).policy.sha256
-
-    masks = cut / "prunenet_masks.safetensors"
+        policy.scorer.widths.out.weight.normal_(generator=torch.Generator().manual_seed(0))
+    prune(model, policy, ratio=0.4, widths="per-layer").save_pretrained(root / "cut")
     kept = [
-        *_of_models(dense, shards, cut),
-        Target(
-            "tokenizer config",
-            dense / "tokenizer_config.json",
-            lambda: _ids(load_tokenizer(dense)),
-            lambda: _ids(AutoTokenizer.from_pretrained(dense, trust_remote_code=False)),
-        ),
-        Target(
-            "tokenizer",
-            dense / "tokenizer.json",
-            lambda: _ids(load_tokenizer(dense)),
-            lambda: _ids(AutoTokenizer.from_pretrained(dense, trust_remote_code=False)),
-        ),
+        *_of_models(root / "m", root / "s", root / "cut"),
+        *_of_tokenizer(root / "m"),
+        *_of_cut(root / "cut"),
+        *_of_policy(model, policy, root / "policy"),
+        _of_run(model, root / "run"),
+        *_of_texts(model, root),
+        *_of_results(root),
+    ]
+    _traps(root)
+    return kept
+
+
+def _of_tokenizer(dense: Path) -> list[Target]:
+    def read() -> Any:
+        return _ids(load_tokenizer(dense))
+
+    def said() -> Any:
+        return _ids(AutoTokenizer.from_pretrained(dense, trust_remote_code=False))
+
+    return [
+        Target("tokenizer config", dense / "tokenizer_config.json", read, said),
+        Target("tokenizer", dense / "tokenizer.json", read, said),
+    ]
+
+
+def _of_cut(cut: Path) -> list[Target]:
+    masks = cut / "prunenet_masks.safetensors"
+    return [
         Target("provenance", cut / "prunenet.json", lambda: _recorded(cut), lambda: _plain(cut)),
         Target(
             "masks",
@@ -128,26 +120,41 @@ def made(root: Path) -> list[Target]:
             lambda: [m.tolist() for m in find_masks(cut)[0] or ()],
             lambda: None if masks.exists() else [],
         ),
-        Target(
-            "policy",
-            policy / "config.json",
-            lambda: _applied(policy, model),
-        ),
-        Target("policy weights", policy / "model.safetensors", lambda: _applied(policy, model)),
-        Target("state", run / "training" / "channels" / "state.safetensors", trained),
-        Target(
-            "cached text",
-            cached,
-            lambda: cached_text(model, {"seed": 0}, _WANTED, root / "cache", _written).tolist(),
-        ),
-        Target("comparison", lines, lambda: _compared(lines), lambda: _objects(lines)),
-        Target(
-            "report",
-            report,
-            lambda: _drawn(report, root / "r.png"),
-            lambda: json.loads(report.read_text()),
-        ),
-        Target("task", task, lambda: _asked(task), lambda: _read_columns(task)),
+    ]
+
+
+def _of_policy(model: PreTrainedModel, policy: Policy, folder: Path) -> list[Target]:
+    policy.save_pretrained(folder)
+    files = {"policy": "config.json", "policy weights": "model.safetensors"}
+    return [Target(n, folder / file, lambda: _applied(folder, model)) for n, file in files.items()]
+
+
+def _of_run(model: PreTrainedModel, run: Path) -> Target:
+    """The state of a training, which goes on."""
+    recipe = recipe_for("spectral", {"updates": 2, "masks": 2, "evaluate_every": 1})
+    train(model, recipe, out=run)
+
+    def trained() -> str:
+        with TemporaryDirectory() as home:  # for it writes there
+            copy = Path(home, "run")
+            shutil.copytree(run, copy, copy_function=os.link)
+            return train(model, recipe, out=copy, resume=True).policy.sha256
+
+    return Target("state", run / "training" / "channels" / "state.safetensors", trained)
+
+
+def _of_texts(model: PreTrainedModel, root: Path) -> list[Target]:
+    """Text that the model has written, and one from outside."""
+    text, cache = root / "text.txt", root / "cache"
+    text.write_text("Eine Zeile, déjà vu.\n\n" * 20, encoding="utf-8")
+
+    def written() -> torch.Tensor:
+        return cached_text(model, {"seed": 0}, _WANTED, cache, _written)
+
+    written()
+    (cached,) = cache.iterdir()
+    return [
+        Target("cached text", cached, lambda: written().tolist()),
         Target(
             "text",
             text,
@@ -155,7 +162,25 @@ def made(root: Path) -> list[Target]:
             lambda: _characters(text),
         ),
     ]
-    return kept
+
+
+def _of_results(root: Path) -> list[Target]:
+    """What commands have measured, and the questions of a task."""
+    task, lines, report = root / "arc_easy.jsonl", root / "lines.jsonl", root / "report.json"
+    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    task.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    lines.write_text("".join(json.dumps(_line(cell)) + "\n" for cell in "ab"))
+    report.write_text(json.dumps({"models": [measured(0.0), measured(0.3)]}))
+    return [
+        Target("comparison", lines, lambda: _compared(lines), lambda: _objects(lines)),
+        Target(
+            "report",
+            report,
+            lambda: _drawn(report, root / "r.png"),
+            lambda: json.loads(report.read_text())["models"],
+        ),
+        Target("task", task, lambda: _asked(task), lambda: _read_columns(task)),
+    ]
 
 
 _WANTED_BESIDE = ("model.safetensors.index.json", "generation_config.json", "modeling.py")
@@ -305,9 +330,9 @@ def _by_cell(lines: Any) -> Any:
 
 
 def _drawn(path: Path, out: Path) -> Any:
-    report = read_json(path, _Printed, remedy="make it anew")  # as the command does
-    draw_report(report["models"], out)
-    return report
+    rows = printed_rows(path)
+    draw_report(rows, out)
+    return rows
 
 
 def _asked(path: Path) -> Any:

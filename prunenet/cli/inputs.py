@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from rich.markup import escape
 
@@ -140,6 +141,23 @@ def blocks_for(
         return calibration_for(
             model, checkpoint.tokenizer, moments, text or "builtin", options, progress=advance
         )
+
+
+class _Printed(TypedDict):
+    models: list[dict[str, Any]]
+
+
+def printed_rows(results: Path) -> list[dict[str, Any]]:
+    """The models of a file that `prunenet eval --json` has printed.
+
+    Raises:
+        JsonError: it holds something else.
+    """
+    from prunenet.runtime.json_files import read_json
+
+    remedy = "it is not what 'prunenet eval --json' prints, so make it anew"
+    printed: _Printed = read_json(results, _Printed, remedy=remedy)
+    return printed["models"]
 
 
 def check_reward_inputs(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated
 
 import typer
 
 from prunenet.cli.console import one_process, path, show
+from prunenet.cli.inputs import printed_rows
 from prunenet.cli.options import Json
 
 Pruned = Annotated[str, typer.Argument(help="Folder of a checkpoint that prunenet wrote.")]
-
-
-class _Printed(TypedDict):
-    models: list[dict[str, Any]]
 
 
 def card(
@@ -33,10 +30,8 @@ def card(
     """Write a checkpoint's model card anew, with measured results."""
     with one_process(Path(model)):
         from prunenet.checkpoints.hub import write_card
-        from prunenet.runtime.json_files import read_json
 
-        remedy = "it is not what 'prunenet eval --json' prints, so make it anew"
-        rows = [] if results is None else read_json(results, _Printed, remedy=remedy)["models"]
+        rows = [] if results is None else printed_rows(results)
         written = write_card(model, rows, base)
         show({"card": str(written)}, as_json, lambda: f"wrote {written}")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunenet.cli.console import errors, one_process, path, show
+from prunenet.cli.inputs import printed_rows
 from prunenet.cli.options import Json
 
 if TYPE_CHECKING:
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 _STEPS = 15
 """Ratios of the slider: 0, 0.05, ..., 0.7."""
 _LOGGED = "prunenet/reward_of_mode"
-
-
-class _Printed(TypedDict):
-    models: list[dict[str, Any]]
 
 
 def report(
@@ -47,10 +44,7 @@ def report(
 ) -> None:
     """Draw quality and speed against size; as HTML also where it was cut, texts and provenance."""
     with one_process():
-        from prunenet.runtime.json_files import read_json
-
-        remedy = "it is not what 'prunenet eval --json' prints, so make it anew"
-        rows = read_json(results, _Printed, remedy=remedy)["models"]
+        rows = printed_rows(results)
         if out.suffix.lower() in (".html", ".htm"):
             from prunenet.evaluation.page import Extras, write_page
 
