@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from prunenet.evaluation.divergence import Distances, mask_distances
 from prunenet.evaluation.interaction import (
+    Ablation,
     Interaction,
     Structure,
     interaction_folder,
@@ -69,10 +70,7 @@ class Bench:
                 self.model,
                 self.text.ids[row : row + 1],
                 self.scores,
-                bins=BINS,
-                structures=STRUCTURES,
-                unscored=self.front,
-                batch=1,
+                Ablation(bins=BINS, structures=STRUCTURES, unscored=self.front, batch=1),
                 cache=interaction_folder(),
                 progress=lambda done, _, ablated=ablated: ablated.append(done),
             )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from prunenet.envs.drawing import RENDER_MODES, drawn
 from prunenet.envs.shared import Named, check_render_mode, check_reset_options, opened, with_masks
 from prunenet.envs.sweep import PROGRESS, draw_ratio
-from prunenet.evaluation.interaction import Structure, measure_interaction, units_of
+from prunenet.evaluation.interaction import Ablation, Structure, measure_interaction, units_of
 from prunenet.evaluation.slots import Cost, Episodes, Game, unit_costs
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import iter_ffns
@@ -66,7 +66,7 @@ def game_of(
         scores.append(norms if ffn.gate is None else norms * ffn.gate.float().norm(dim=1))
     units = units_of(model, bins, structures)
     parts = measure_interaction(
-        model, blocks, scores, bins=bins, structures=structures, batch=len(blocks)
+        model, blocks, scores, Ablation(bins=bins, structures=structures, batch=len(blocks))
     )
     costs = unit_costs(units, model.config, cost)
     return Game.of(parts, layer_context(model).cpu(), structures=structures, costs=costs)

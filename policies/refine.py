@@ -19,7 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.evaluation.divergence import mask_divergences
-from prunenet.evaluation.interaction import Structure, interaction_folder, measure_interaction
+from prunenet.evaluation.interaction import (
+    Ablation,
+    Structure,
+    interaction_folder,
+    measure_interaction,
+)
 from prunenet.evaluation.shares import allocated, damages, masks
 from prunenet.evaluation.slots import Game
 from prunenet.features.from_weights import layer_context
@@ -173,10 +178,12 @@ def _game(
         model,
         torch.cat([kind[:rows] for kind in kinds]),
         scores,
-        bins=min(BINS, *(len(row) for row in scores)),
-        structures=structures,
-        unscored=int(blocks.bos is not None),
-        batch=rows,
+        Ablation(
+            bins=min(BINS, *(len(row) for row in scores)),
+            structures=structures,
+            unscored=int(blocks.bos is not None),
+            batch=rows,
+        ),
         cache=interaction_folder(),
         progress=progress,
     )

@@ -10,7 +10,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from prunenet.envs import BUDGET_ENV_ID, BudgetPruningEnv, BudgetPruningVectorEnv
 from prunenet.envs.budget import game_of
-from prunenet.evaluation.interaction import measure_interaction, units_of
+from prunenet.evaluation.interaction import Ablation, measure_interaction, units_of
 from prunenet.evaluation.slots import Episodes, Game, unit_costs
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import count_parameters, ffn_widths
@@ -28,7 +28,7 @@ def model():
 @pytest.fixture(scope="module")
 def parts(model):
     scores = [torch.arange(width).float() for width in ffn_widths(model)]
-    return measure_interaction(model, token_ids(4, 12), scores, bins=BINS)
+    return measure_interaction(model, token_ids(4, 12), scores, Ablation(bins=BINS))
 
 
 @pytest.fixture(scope="module")

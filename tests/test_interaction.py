@@ -6,7 +6,7 @@ from families import FAMILIES, tiny_model, token_ids
 from torch.nn.functional import kl_div
 
 from prunenet.evaluation import interaction
-from prunenet.evaluation.interaction import Interaction, measure_interaction, units_of
+from prunenet.evaluation.interaction import Ablation, Interaction, measure_interaction, units_of
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import masking, narrowed
 
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    return measure_interaction(model, token_ids(2, 12), scores_of(model), bins=BINS)[0]
+    return measure_interaction(model, token_ids(2, 12), scores_of(model), Ablation(bins=BINS))[0]
 
 
 def divergence(dense, cut):
@@ -74,7 +74,7 @@ def test_half_the_matrix_s_sum_is_the_damage_where_logits_are_linear(monkeypatch
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data *= 1e-3
-    found = measure_interaction(model, token_ids(2, 12), scores_of(model), bins=BINS)[0]
+    found = measure_interaction(model, token_ids(2, 12), scores_of(model), Ablation(bins=BINS))[0]
     chosen = [n for n, unit in enumerate(found.units) if unit.structure == "channels"][::2]
     predicted = float(found.quadratic[chosen][:, chosen].sum()) / 2
     keep = [torch.ones(width, dtype=torch.bool) for width in ffn_widths(model)]
@@ -115,17 +115,17 @@ def test_units_of_every_family_cost_what_goes_away_with_them(family):
 
 def test_a_measurement_goes_on_with_the_batch_that_it_was_at(model, tmp_path, monkeypatch):
     ids, scores = token_ids(4, 12), scores_of(model)
-    first = measure_interaction(model, ids[:2], scores, bins=BINS, cache=tmp_path)
+    first = measure_interaction(model, ids[:2], scores, Ablation(bins=BINS), cache=tmp_path)
     passes = []
     real = interaction._measured
     monkeypatch.setattr(interaction, "_measured", lambda *a: passes.append(1) or real(*a))
-    again = measure_interaction(model, ids, scores, bins=BINS, cache=tmp_path)
+    again = measure_interaction(model, ids, scores, Ablation(bins=BINS), cache=tmp_path)
     assert len(passes) == 1
     assert torch.equal(again[0].raw, first[0].raw)
     assert again[0].units == first[0].units
     damaged = sorted(tmp_path.glob("q-*.safetensors"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    measure_interaction(model, ids, scores, bins=BINS, cache=tmp_path)
+    measure_interaction(model, ids, scores, Ablation(bins=BINS), cache=tmp_path)
     assert len(passes) == 2
 
 
@@ -134,7 +134,7 @@ def test_matrices_average_by_their_tokens_and_only_over_the_same_units(model, me
     mean = Interaction.mean([measured, twice])
     assert torch.allclose(mean.raw, measured.raw * 2.5)
     assert mean.tokens == 4 * measured.tokens
-    other = measure_interaction(model, token_ids(1, 4), scores_of(model), bins=2)
+    other = measure_interaction(model, token_ids(1, 4), scores_of(model), Ablation(bins=2))
     with pytest.raises(ValueError, match="all of the same units"):
         Interaction.mean([measured, *other])
 

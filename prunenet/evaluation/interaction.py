@@ -140,16 +140,30 @@ def units_of(
     return tuple(unit for unit in units if unit.structure in structures)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation:
+    """What is ablated, and on how much text at once.
+
+    Attributes:
+        bins: of a layer's channels.
+        structures: of which units are ablated.
+        unscored: positions at the start of each block that do not count, such as BOS.
+        batch: blocks of one matrix.
+    """
+
+    bins: int = 12
+    structures: Sequence[Structure] = STRUCTURES
+    unscored: int = 0
+    batch: int = 2
+
+
 @torch.no_grad()
 def measure_interaction(
     model: PreTrainedModel,
     blocks: Int[Tensor, "n tokens"],
     scores: Sequence[Float[Tensor, " _"]],
+    ablation: Ablation = Ablation(),
     *,
-    bins: int = 12,
-    structures: Sequence[Structure] = STRUCTURES,
-    unscored: int = 0,
-    batch: int = 2,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Interaction]:
@@ -164,10 +178,7 @@ def measure_interaction(
         model: a causal LM in eval mode; read, never changed.
         blocks: token ids without padding.
         scores: of each layer's channels; bin 0 holds the lowest.
-        bins: of a layer's channels.
-        structures: what is ablated.
-        unscored: positions at the start of each block that do not count, such as BOS.
-        batch: blocks of one matrix.
+        ablation: what is ablated, and on how many blocks at once.
         cache: folder, such as `interaction_folder()`; None keeps nothing.
         progress: called with (units ablated, in all).
 
@@ -175,23 +186,23 @@ def measure_interaction(
         ValueError: blocks or scores that do not fit the model, or logits that are not finite.
     """
     check_tokens(model, blocks)
-    units = units_of(model, bins, structures)
+    units = units_of(model, ablation.bins, ablation.structures)
     order = [row.sort(stable=True).indices for row in scores]
-    if [len(row) for row in order] != Anatomy.of(model).widths or not 0 <= unscored < blocks.shape[
-        1
-    ]:
+    fits = [len(row) for row in order] == Anatomy.of(model).widths
+    if not fits or not 0 <= ablation.unscored < blocks.shape[1]:
         raise ValueError(
             "an interaction matrix needs one score a channel of every layer, and blocks longer than"
-            f" their {unscored} unscored tokens"
+            f" their {ablation.unscored} unscored tokens"
         )
-    parts = torch.split(blocks, batch)
+    parts = torch.split(blocks, ablation.batch)
+    what = f"{[*ablation.structures]} {ablation.bins} {ablation.unscored}"
     found = []
     for number, part in enumerate(parts):
-        path = cache and cache / _name(model, part, scores, f"{[*structures]} {bins} {unscored}")
+        path = cache and cache / _name(model, part, scores, what)
         known = None if path is None else _read(path, units)
         if known is None:
             tell = progress and _shifted(progress, number, len(parts))
-            known = _measured(model, part, units, order, unscored, tell)
+            known = _measured(model, part, units, order, ablation.unscored, tell)
             if path is not None:
                 tensors = {"raw": known.raw, "kl": known.kl, "tokens": torch.tensor(known.tokens)}
                 path.parent.mkdir(parents=True, exist_ok=True)
