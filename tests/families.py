@@ -7,10 +7,12 @@ A new row of `ARCHITECTURES` is covered as soon as its configuration understands
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from prunenet.checkpoints.provenance import Provenance
 from prunenet.models.architectures import ARCHITECTURES
 
 FAMILIES = sorted(ARCHITECTURES)
@@ -105,3 +107,10 @@ def random_keep(widths: list[int], d_ff: int = D_FF, seed: int = 0) -> list[torc
         keep[torch.randperm(d_ff, generator=generator)[:width]] = True
         masks.append(keep)
     return masks
+
+
+def provenance(dense: PreTrainedModel, narrow: PreTrainedModel, **known: Any) -> Provenance:
+    """Where a cut model of a test comes from; `known`: fields that matter there."""
+    fields = {"base_model": "tiny", "revision": "sha256:0", "policy": "test", "policy_sha256": None}
+    fields |= {"regime": "weights", "ratio": 0.3, "seed": 0}
+    return Provenance.of(dense, narrow, **fields | known)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import D_FF, LAYERS, random_keep, tiny_model
+from families import D_FF, LAYERS, provenance, random_keep, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -15,7 +15,6 @@ from prunenet.checkpoints.exports import llama_cpp
 from prunenet.checkpoints.exports.gguf import export_gguf
 from prunenet.checkpoints.exports.gguf_form import form_of, hyperparameters, parts
 from prunenet.checkpoints.exports.gguf_tokenizer import vocabulary
-from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import save_pruned
 from prunenet.cli.app import app
 from prunenet.models.surgery import narrowed
@@ -57,17 +56,7 @@ def saved(tmp_path, model_type="llama", widths=PER_LAYER, heads=None, tokenizer=
     keep = random_keep(widths)
     groups = None if heads is None else [torch.tensor(mask) for mask in heads]
     narrow = narrowed(dense, keep, groups)
-    story = Provenance.of(
-        dense,
-        narrow,
-        base_model="tiny",
-        revision="0",
-        policy="test",
-        policy_sha256=None,
-        regime="weights",
-        ratio=0.3,
-        seed=0,
-    )
+    story = provenance(dense, narrow)
     tokenizer = tokenizer or byte_level()
     return save_pruned(
         narrow, tmp_path / "cut", keep, story, groups=groups, tokenizer=tokenizer

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import random_keep, tiny_model, token_ids
+from families import provenance, random_keep, tiny_model, token_ids
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from prunenet.checkpoints.load import load_model
-from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import save_pruned
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import cache_folder
@@ -150,17 +149,7 @@ def _run(python: Path, script: str, *arguments: object) -> str:
 def _save_cut(folder: Path, out: Path, widths: list[int]) -> Path:
     model, keep = load_model(folder), random_keep(widths)
     narrow = narrowed(model, keep)
-    made = Provenance.of(
-        model,
-        narrow,
-        base_model="tiny",
-        revision="sha256:0",
-        policy="test",
-        policy_sha256=None,
-        regime="weights",
-        ratio=0.3,
-        seed=0,
-    )
+    made = provenance(model, narrow)
     return save_pruned(narrow, out, keep, made)
 
 

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from families import tiny_model
+from families import provenance, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from prunenet.checkpoints.load import load_model
-from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import save_pruned
 from prunenet.checkpoints.sources import stored_as
 from prunenet.models.architectures import UnsupportedArchitecture
@@ -90,17 +89,7 @@ def test_a_packed_model_is_dequantised_cut_saved_and_reloaded_equal(
     widths = ffn_widths(dense)
     keep = [torch.arange(width) % 4 != 1 for width in widths]
     narrow = narrowed(dense, keep)
-    made = Provenance.of(
-        dense,
-        narrow,
-        base_model="m",
-        revision="r",
-        policy="p",
-        policy_sha256=None,
-        regime="weights",
-        ratio=0.25,
-        seed=None,
-    )
+    made = provenance(dense, narrow)
     out = tmp_path_factory.mktemp("out") / "narrow"
     save_pruned(narrow, out, keep, made)
     again = load_model(out)

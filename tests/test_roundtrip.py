@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import D_FF, FAMILIES, LAYERS, random_keep, tiny_model, token_ids
+from families import D_FF, FAMILIES, LAYERS, provenance, random_keep, tiny_model, token_ids
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.older_loaders import ROPE_FIELDS
-from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.save import export_padded, save_pruned
 from prunenet.models.architectures import ARCHITECTURES
 from prunenet.models.layers import ffn_widths
@@ -51,17 +50,7 @@ def save(dense, widths, out: Path) -> tuple[Path, torch.Tensor]:
     """Cuts and saves; returns the folder and the logits of the model in memory."""
     keep = random_keep(widths)
     narrow = narrowed(dense, keep)
-    story = Provenance.of(
-        dense,
-        narrow,
-        base_model="tiny",
-        revision="sha256:0",
-        policy="test",
-        policy_sha256=None,
-        regime="weights",
-        ratio=0.3,
-        seed=0,
-    )
+    story = provenance(dense, narrow)
     save_pruned(narrow, out, keep, story)
     with torch.no_grad():
         return out, narrow(token_ids()).logits
@@ -222,17 +211,7 @@ def test_the_real_model_makes_the_round_trip(smollm2, tmp_path) -> None:
     widths = [1080, 1536, *[1024] * 28]
     keep = random_keep(widths, d_ff=1536)
     narrow = narrowed(dense, keep)
-    story = Provenance.of(
-        dense,
-        narrow,
-        base_model="smollm2",
-        revision="0",
-        policy="random",
-        policy_sha256=None,
-        regime="weights",
-        ratio=0.3,
-        seed=0,
-    )
+    story = provenance(dense, narrow)
     out = save_pruned(narrow, tmp_path / "narrow", keep, story, tokenizer=tokenizer)
     text = "A model that was cut still reads."
     assert load_tokenizer(out)(text)["input_ids"] == tokenizer(text)["input_ids"]
