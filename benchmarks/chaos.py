@@ -16,6 +16,7 @@ import os
 # before torch is imported: threads that wait for each other cost more than they give
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
 
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -87,6 +88,8 @@ def main() -> None:
     options.add_argument("--minutes", type=float, help="begin no batch after so long")
     given = options.parse_args()
     torch.set_num_threads(1)
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     if given.part == "table":
         print(table(read_lines(given.out)))
         return
@@ -105,7 +108,7 @@ def main() -> None:
                 ):
                     if given.minutes and time.monotonic() - begun > 60 * given.minutes:
                         return
-                    line = batch(kind, first, count, given.seed)
+                    line = batch(kind, first, count, given.seed) | {"commit": commit}
                     append_line(given.out, line)
                     shown = {key: line[key] for key in ("kind", "first", "tried", "faults")}
                     print(

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -529,3 +530,22 @@ def test_a_temporary_folder_needs_no_file_that_tries_the_disk(tmp_path, monkeypa
         assert list(tmp_path.iterdir()) == [folder]
         assert folder.stat().st_mode & 0o777 == 0o700
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["os.truncate", "os.write", "pathlib.Path.unlink"])
+def test_a_signal_while_a_lock_is_taken_or_let_go_leaves_no_lock_file(tmp_path, monkeypatch, place):
+    real, came = attrgetter(place.partition(".")[2])(sys.modules[place.partition(".")[0]]), []
+
+    def once(*given, **how):
+        if not came:
+            came.append(place)
+            raise KeyboardInterrupt
+        return real(*given, **how)
+
+    monkeypatch.setattr(place, once)
+    with pytest.raises(KeyboardInterrupt), lock(tmp_path / "out"):
+        pass
+    assert came
+    assert names(tmp_path) == []
+    with lock(tmp_path / "out"):
+        assert names(tmp_path) == [".out.lock"]

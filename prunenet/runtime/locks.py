@@ -66,10 +66,7 @@ def hold(file: Path) -> Iterator[bool]:
             lock.uses -= 1
             if not lock.uses:
                 del _held[key]
-                if lock.works:
-                    with suppress(OSError):
-                        file.unlink()
-                os.close(lock.descriptor)
+                _let_go(file, lock.descriptor, lock.works)
 
 
 def lock_descriptor(descriptor: int) -> bool:
@@ -103,26 +100,39 @@ def remove_unlocked(path: Path) -> None:
 
 def _taken(file: Path) -> _Held:
     while True:
-        descriptor = _open(file)
+        descriptor, works = _open(file), False
         try:
             works = lock_descriptor(descriptor)
             if works and not _is_same(descriptor, file):  # its last holder has removed it meanwhile
                 os.close(descriptor)
                 continue
+            with suppress(OSError):  # a full disk, or of another user: a lock without a number
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"pid {os.getpid()}".encode())
+            if not works:
+                file.unlink(missing_ok=True)
         except BlockingIOError:
             holder = os.read(descriptor, 100).decode(errors="replace").strip()
             os.close(descriptor)
             raise Busy(holder) from None
-        except BaseException:
-            os.close(descriptor)
+        except BaseException:  # a signal to end
+            _let_go(file, descriptor, works)
             raise
-        break
-    with suppress(OSError):  # a full disk, or a file of another user: a lock without a number
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()}".encode())
-    if not works:
-        file.unlink(missing_ok=True)
-    return _Held(descriptor, works)
+        return _Held(descriptor, works)
+
+
+def _let_go(file: Path, descriptor: int, works: bool) -> None:
+    """Removes the file of a lock that is held, and unlocks it, though a signal comes meanwhile."""
+    try:
+        with suppress(OSError):
+            if works:
+                file.unlink()
+    except BaseException:  # raised once, see `prunenet.cli.signals`
+        with suppress(OSError):
+            file.unlink()
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _open(file: Path) -> int:
