@@ -8,7 +8,9 @@ matrices near it have w outputs, or one has 2 w. Three tests in float64 decide (
 3. Permuting the channels in all matrices changes nothing. Attention's value and output matrices
    pass the first two and fail here.
 
-The tests also find how two halves lie in one matrix, and the order of the axes of experts.
+The tests also find how two halves lie in one matrix, and the order of the axes of experts. Banks
+of experts with a matrix for each of gate, up and down pass in any order: which one takes the
+channels as its input is seen in a forward pass.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunenet.models.groups import Layout, Part, Pattern, Role, Slice, starred
+from prunenet.models.observed import observing
 from prunenet.models.twin import D_MODEL, in_float64, logits_of
 
 _SAME, _EFFECT = 1e-9, 1e-7
@@ -201,8 +204,25 @@ def _first_that_passes(tester: Tester, down: Matrix, all_of: Sequence[Matrix]) -
             results |= {n: tester.passes(s, width) for n, s in tried if n not in results}
             passed = tuple(sorted(n for n, good in results.items() if good))
             failed = tuple(sorted(n for n, good in results.items() if not good))
-            return Found(pattern, width, passed, failed)
+            return Found(_directed(tester, pattern, passed[0]), width, passed, failed)
     return None
+
+
+def _directed(tester: Tester, pattern: Pattern, numbers: Sequence[int]) -> Pattern:
+    """A bank's pattern whose `down` is the matrix that takes the channels as its input."""
+    if not pattern.experts or any(part.layout != "plain" for part in pattern.parts):
+        return pattern
+    slices, read = _resolved(tester.model, pattern, numbers), set[str]()
+    with observing(slices, lambda place, *_: read.add(starred(slices[place].name)[0])):
+        logits_of(tester.model, tester.ids)
+    if pattern.down.tensor in read or len(read) != 1:
+        return pattern
+    roles: list[Role] = ["up"] if len(pattern.matrices) == 2 else ["gate", "up"]
+    starts = [part for part in pattern.parts if part.tensor not in read]
+    ends = [replace(part, role="down") for part in pattern.parts if part.tensor in read]
+    starts.sort(key=lambda part: "gate" not in part.tensor.rpartition(".")[2])
+    made = [replace(part, role=role) for part, role in zip(starts, roles, strict=True)]
+    return replace(pattern, parts=(*made, *ends))
 
 
 def _proposals(
