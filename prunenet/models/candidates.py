@@ -8,7 +8,9 @@ matrices near it have w outputs, or one has 2 w. Three tests in float64 decide (
 3. Permuting the channels in all matrices changes nothing. Attention's value and output matrices
    pass the first two and fail here.
 
-The tests also find how two halves lie in one matrix, and the order of the axes of experts.
+The tests also find how two halves lie in one matrix, and the order of the axes of experts. Banks
+of experts with a matrix for each of gate, up and down pass in any order: which one takes the
+channels as its input is seen in a forward pass.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunenet.models.groups import Layout, Part, Pattern, Role, Slice, starred
+from prunenet.models.observed import observing
 from prunenet.models.twin import D_MODEL, computed, in_float64, logits_of
 
 _SAME, _EFFECT = 1e-9, 1e-7
 _SAME_32, _EFFECT_32 = 1e-5, 1e-3  # classes whose code does not run in float64
-_BEND = 1e-4  # some classes add experts up in float32
 _BIASES = ("_bias", ".bias")
 
 
@@ -125,41 +127,7 @@ class Tester:
         with _changed([(s, _dropping(s, dropped, width)) for s in starts]):
             # xIELU of 0 is not quite 0
             allowed = max(self._same, 1e-4 * self._distance(without, self.logits))
-            if self._distance(logits_of(self.model, self.ids), without) > allowed:
-                return False
-        return self._ends(starts, ends, dropped, width)
-
-    def _ends(
-        self, starts: Sequence[Slice], ends: Sequence[Slice], dropped: Tensor, width: int
-    ) -> bool:
-        """Whether the output matrix is one: experts have no order of calls that tells it from an
-        input matrix. What they give is linear in it, and the others hold channels on one axis.
-        """
-        if ends[0].expert is None or any(where.layout != "plain" for where in starts):
-            return True
-        if len({where.axis for where in starts}) > 1:
-            return False
-        outputs = []
-        for factor in (1.0, 0.0, -1.0):
-            with _changed([(s, _scaling(s, dropped, width, factor)) for s in ends]):
-                outputs.append(self._output(ends[0].module))
-        dense, without, negated = outputs
-        bend = float((dense + negated - 2 * without).abs().max())
-        return bend < _BEND * float(dense.abs().max())
-
-    def _output(self, module: nn.Module) -> Tensor:
-        """What a module gives in its first call."""
-        seen: list[Tensor] = []
-
-        def see(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            seen.append(output if isinstance(output, Tensor) else output[0])
-
-        hook = module.register_forward_hook(see)
-        try:
-            logits_of(self.model, self.ids)
-        finally:
-            hook.remove()
-        return seen[0]
+            return self._distance(logits_of(self.model, self.ids), without) < allowed
 
     def _distance(self, a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().max()) / self.scale
@@ -230,19 +198,35 @@ def _first_that_passes(tester: Tester, down: Matrix, all_of: Sequence[Matrix]) -
                 for numbers in instances
                 if all(_numbered(part.tensor, numbers) in names for part in pattern.parts)
             ]
-            results: dict[tuple[int, ...], bool] = {}
-            for some in (tried[:1], tried[-1:], tried):  # the first layer may be the odd one
-                results |= {
-                    numbers: tester.passes(slices, instances[numbers].size(in_axis))
-                    for numbers, slices in some
-                    if numbers not in results and (some is not tried or any(results.values()))
-                }
+            widths = {numbers: instances[numbers].size(in_axis) for numbers, _ in tried}
+            results = {n: tester.passes(s, widths[n]) for n, s in tried[:1]}
+            # the first layer may be the odd one
+            if not any(results.values()) and len(tried) > 1:
+                results |= {n: tester.passes(s, widths[n]) for n, s in tried[-1:]}
             if not any(results.values()):
                 continue
+            results |= {n: tester.passes(s, widths[n]) for n, s in tried if n not in results}
             passed = tuple(sorted(n for n, good in results.items() if good))
             failed = tuple(sorted(n for n, good in results.items() if not good))
-            return Found(pattern, width, passed, failed)
+            return Found(_directed(tester, pattern, passed[0]), width, passed, failed)
     return None
+
+
+def _directed(tester: Tester, pattern: Pattern, numbers: Sequence[int]) -> Pattern:
+    """A bank's pattern whose `down` is the matrix that takes the channels as its input."""
+    if not pattern.experts or any(part.layout != "plain" for part in pattern.parts):
+        return pattern
+    slices, read = _resolved(tester.model, pattern, numbers), set[str]()
+    with observing(slices, lambda place, *_: read.add(starred(slices[place].name)[0])):
+        logits_of(tester.model, tester.ids)
+    if pattern.down.tensor in read or len(read) != 1:
+        return pattern
+    roles: list[Role] = ["up"] if len(pattern.matrices) == 2 else ["gate", "up"]
+    starts = [part for part in pattern.parts if part.tensor not in read]
+    ends = [replace(part, role="down") for part in pattern.parts if part.tensor in read]
+    starts.sort(key=lambda part: "gate" not in part.tensor.rpartition(".")[2])
+    made = [replace(part, role=role) for part, role in zip(starts, roles, strict=True)]
+    return replace(pattern, parts=(*made, *ends))
 
 
 def _proposals(
@@ -357,12 +341,8 @@ def _halves(where: Slice) -> int:
 
 
 def _dropping(where: Slice, dropped: Tensor, width: int) -> Tensor:
-    return _scaling(where, dropped, width, 0.0)
-
-
-def _scaling(where: Slice, some: Tensor, width: int, factor: float) -> Tensor:
-    axis, entries = where.axis - (where.expert is not None), where.entries(some, width)
-    return where.tensor.index_copy(axis, entries, factor * where.tensor.index_select(axis, entries))
+    axis = where.axis - (where.expert is not None)
+    return where.tensor.index_fill(axis, where.entries(dropped, width), 0)
 
 
 def _ordering(where: Slice, order: Tensor, width: int) -> Tensor:

@@ -123,6 +123,10 @@ class Slice:
         halves = [torch.where(run < 0, run, run * step + half * shift) for half in (0, 1)]
         return torch.cat(halves) if self.layout == "concat" else torch.stack(halves, 1).flatten()
 
+    def laid(self, matrix: Float[Tensor, "d_model d_ff"]) -> Tensor:
+        """An output matrix as it lies in this slice, of one expert's: the inverse of `halves`."""
+        return matrix.T if self.axis - (self.expert is not None) == 0 else matrix
+
     def halves(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """A slice's tensor, channels first: (d_ff, d) or (d_ff,), of gate and up each one."""
         axis = self.axis - (self.expert is not None)

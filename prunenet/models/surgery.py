@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -366,6 +366,20 @@ def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
                 f"layer {index}: a mask of heads must keep at least one group, got one that keeps"
                 " none"
             )
+
+
+def set_downs(anatomy: Anatomy, downs: Sequence[Float[Tensor, "d_model _"]]) -> None:
+    """Replaces the output matrices of all groups of a model by others of the same shapes.
+
+    Biases stay. Of a placed model the given tensors are kept; see `derive`.
+    """
+    parts: dict[tuple[nn.Module, str], list[Tensor]] = {}
+    for group, down in zip(anatomy.groups, downs, strict=True):
+        where = group.down
+        parts.setdefault((where.module, where.attribute), []).append(where.laid(down))
+    banks = {(g.down.module, g.down.attribute) for g in anatomy.groups if g.expert is not None}
+    for place, found in parts.items():
+        derive(*place, torch.stack(found) if place in banks else found[0].contiguous())
 
 
 Choice = tuple[Sequence[Slice], Int[Tensor, " _"], int]
