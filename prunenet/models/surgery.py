@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from prunenet.models import modeling
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture, UnsupportedArchitecture
-from prunenet.models.groups import Group, Slice
+from prunenet.models.groups import Group, Slice, laid_out
 from prunenet.models.heads import GROUPS, group_counts, state_counts
 from prunenet.models.hooks import zeroing
 from prunenet.models.knobs import restate, tied
@@ -373,13 +373,9 @@ def set_downs(anatomy: Anatomy, downs: Sequence[Float[Tensor, "d_model _"]]) -> 
 
     Biases stay. Of a placed model the given tensors are kept; see `derive`.
     """
-    parts: dict[tuple[nn.Module, str], list[Tensor]] = {}
-    for group, down in zip(anatomy.groups, downs, strict=True):
-        where = group.down
-        parts.setdefault((where.module, where.attribute), []).append(where.laid(down))
-    banks = {(g.down.module, g.down.attribute) for g in anatomy.groups if g.expert is not None}
-    for place, found in parts.items():
-        derive(*place, torch.stack(found) if place in banks else found[0].contiguous())
+    for place, groups in anatomy.down_places().items():
+        matrices = [downs[group.number] for group in groups]
+        derive(*place, laid_out([group.down for group in groups], matrices))
 
 
 Choice = tuple[Sequence[Slice], Int[Tensor, " _"], int]

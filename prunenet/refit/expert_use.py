@@ -1,4 +1,5 @@
-"""Measures how much each expert writes on text: REAP's score (see docs/methods.md, section 7).
+"""Measures how each expert is used on text: REAP's score (see docs/methods.md, section 19), and
+router weights.
 
 The score of an expert is the mean, over the tokens that are routed to it, of router weight times
 the norm of its output, with the weights of a token's experts divided by their sum. What differs
@@ -10,6 +11,8 @@ with every token routed to one expert with weight 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from transformers import PreTrainedModel
 
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.groups import Group
 from prunenet.models.layers import check_tokens
 from prunenet.runtime.placement import home
 
@@ -39,48 +43,119 @@ def expert_use(
         UnsupportedArchitecture: the family's experts are not called with tokens, indices and
             weights.
     """
-    check_tokens(model, blocks)
-    banks: dict[nn.Module, tuple[int, int]] = {}
-    for group in Anatomy.of(model).groups:
-        if group.expert is not None:
-            banks[group.down.module] = (group.layer, group.expert + 1)
-    sums = {layer: torch.zeros(2, count) for layer, count in banks.values()}
-    hooks = [
-        module.register_forward_pre_hook(_adding(sums[layer]), with_kwargs=True)
-        for module, (layer, _) in banks.items()
-    ]
-    try:
-        for part in torch.split(blocks.to(home(model)), batch):
-            model(input_ids=part, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: total / tokens.clamp_min(1) for layer, (total, tokens) in sums.items()}
+    sums: dict[int, Tensor] = {}
 
-
-def _adding(sums: Float[Tensor, "2 experts"]) -> Any:
-    """A hook that adds what a bank of experts is called with."""
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        if len(tensors) != 3 or tensors[1].shape != tensors[2].shape or tensors[1].dim() != 2:
+    def see(group: Group, call: BankCall | None) -> None:
+        module = group.down.module
+        if call is None:
             raise UnsupportedArchitecture(
                 f"the experts of this family, {type(module).__name__}, are not called with tokens,"
                 " indices and weights; choose them by weights (`experts_by` aimer)"
             )
-        hidden, index, weights = tensors
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        weights = weights / weights.sum(-1, keepdim=True)
-        for expert in range(sums.shape[1]):
-            rows, places = (index == expert).nonzero(as_tuple=True)
+        weights = call.weights / call.weights.sum(-1, keepdim=True)
+        found = sums.setdefault(group.layer, torch.zeros(2, call.experts))
+        for expert in range(call.experts):
+            rows, places = (call.index == expert).nonzero(as_tuple=True)
             if len(rows) == 0:
                 continue
-            alone = torch.full_like(index[: len(rows), :1], expert)
-            one = torch.ones_like(weights[: len(rows), :1])
-            out = type(module).forward(module, hidden[rows], alone, one)
-            norms = out.reshape(len(rows), -1).float().norm(dim=-1)
-            sums[0, expert] += float((weights[rows, places].float() * norms).sum())
-            sums[1, expert] += len(rows)
+            norms = call.through(module, expert, rows).float().norm(dim=-1)
+            found[0, expert] += float((weights[rows, places].float() * norms).sum())
+            found[1, expert] += len(rows)
 
-    return see
+    _seen(model, blocks, batch, see)
+    return {layer: total / tokens.clamp_min(1) for layer, (total, tokens) in sums.items()}
+
+
+@torch.no_grad()
+def squared_weights(
+    model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4
+) -> dict[int, float]:
+    """The mean squared router weight over the tokens of each group, by its number.
+
+    1 in dense FFNs, and in banks that are not called with weights: there the router scales what
+    goes in. Arguments and errors as `expert_use`.
+    """
+    groups = Anatomy.of(model).groups
+    found = {group.number: 1.0 for group in groups}
+    if all(group.expert is None for group in groups):
+        return found
+    sums: dict[int, Tensor] = {}
+
+    def see(group: Group, call: BankCall | None) -> None:
+        if call is None:
+            return
+        index, squares = call.index.flatten().cpu(), call.weights.flatten().double().square().cpu()
+        total = sums.setdefault(
+            group.number, torch.zeros(2, call.experts + 1, dtype=torch.float64)
+        )  # the last one stands for no expert
+        total[0].index_add_(0, index, squares)
+        total[1].index_add_(0, index, torch.ones_like(squares))
+
+    _seen(model, blocks, batch, see)
+    for number, (total, tokens) in sums.items():
+        means = (total / tokens.clamp_min(1)).tolist()[:-1]
+        found |= {number + expert: mean for expert, mean in enumerate(means)}
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class BankCall:
+    """What a bank of experts is called with.
+
+    Attributes:
+        experts: number of the bank's experts.
+        hidden: (tokens, d_model).
+        index: (tokens, top-k) experts of each token.
+        weights: (tokens, top-k) of the router.
+    """
+
+    experts: int
+    hidden: Float[Tensor, "tokens d_model"]
+    index: Int[Tensor, "tokens k"]
+    weights: Float[Tensor, "tokens k"]
+
+    def through(
+        self, module: nn.Module, expert: int, rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows d_model"]:
+        """What an expert alone writes at some tokens, with weight 1."""
+        alone = torch.full_like(self.index[:1, :1], expert).expand(len(rows), 1)
+        one = torch.ones_like(self.weights[:1, :1]).expand(len(rows), 1)
+        out: Tensor = type(module).forward(module, self.hidden[rows], alone, one)
+        return out.reshape(len(rows), -1)
+
+
+def _seen(
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "n tokens"],
+    batch: int,
+    see: Callable[[Group, BankCall | None], None],
+) -> None:
+    """Calls `see` with the first group of each bank, at each of its calls, and what it is called
+    with: None where that is not tokens, indices and weights.
+    """
+    check_tokens(model, blocks)
+    hooks = []
+    for (module, _), groups in Anatomy.of(model).down_places().items():
+        if groups[0].expert is None:
+            continue
+
+        def hook(
+            _: nn.Module, args: Any, kwargs: Any, groups: Sequence[Group] = tuple(groups)
+        ) -> None:
+            see(groups[0], _call(len(groups), [*args, *kwargs.values()]))
+
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        for part in torch.split(blocks.to(home(model)), batch):
+            model(input_ids=part, use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _call(experts: int, given: Sequence[Any]) -> BankCall | None:
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    if len(tensors) != 3 or tensors[1].shape != tensors[2].shape or tensors[1].dim() != 2:
+        return None
+    hidden, index, weights = tensors
+    return BankCall(experts, hidden.reshape(-1, hidden.shape[-1]), index, weights)
