@@ -1,4 +1,4 @@
-"""Measures how much each expert writes on text: REAP's score (see docs/methods.md, section 7).
+"""Measures how much each expert writes on text: REAP's score (see docs/methods.md, section 19).
 
 The score of an expert is the mean, over the tokens that are routed to it, of router weight times
 the norm of its output, with the weights of a token's experts divided by their sum. What differs
@@ -6,10 +6,14 @@ from the paper: an expert that no token reaches scores 0, and goes first.
 
 An expert's output is computed by the model's own code: its bank of experts is called once more,
 with every token routed to one expert with weight 1.
+
+Where the router scales the input of an expert and not its output (Llama 4), the score is the mean
+norm of what the expert writes for the scaled input. Nothing is divided by a sum there.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -36,10 +40,10 @@ def expert_use(
 
     Raises:
         ValueError: blocks that the model cannot read.
-        UnsupportedArchitecture: the family's experts are not called with tokens, indices and
-            weights.
+        UnsupportedArchitecture: as `check_readable`.
     """
     check_tokens(model, blocks)
+    check_readable(model)
     banks: dict[nn.Module, tuple[int, int]] = {}
     for group in Anatomy.of(model).groups:
         if group.expert is not None:
@@ -58,29 +62,70 @@ def expert_use(
     return {layer: total / tokens.clamp_min(1) for layer, (total, tokens) in sums.items()}
 
 
+def check_readable(model: PreTrainedModel) -> None:
+    """Checks that the use of a model's experts can be measured; runs nothing.
+
+    Raises:
+        UnsupportedArchitecture: the family's experts are called neither with tokens, indices and
+            weights, nor with one scaled copy of all tokens for each expert.
+    """
+    for group in Anatomy.of(model).groups:
+        if group.expert is not None and len(_takes(group.down.module)) not in (1, 3):
+            raise UnsupportedArchitecture(
+                f"what the router of a {type(model).__name__} gives its experts is not known"
+                f" ({type(group.down.module).__name__} takes"
+                f" {', '.join(_takes(group.down.module))}); choose experts by weights (aimer)"
+            )
+
+
+def _takes(bank: nn.Module) -> list[str]:
+    """Names of what a bank of experts is called with."""
+    return list(inspect.signature(type(bank).forward).parameters)[1:]
+
+
 def _adding(sums: Float[Tensor, "2 experts"]) -> Any:
     """A hook that adds what a bank of experts is called with."""
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        if len(tensors) != 3 or tensors[1].shape != tensors[2].shape or tensors[1].dim() != 2:
-            raise UnsupportedArchitecture(
-                f"the experts of this family, {type(module).__name__}, are not called with tokens,"
-                " indices and weights; choose them by weights (`experts_by` aimer)"
-            )
-        hidden, index, weights = tensors
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        weights = weights / weights.sum(-1, keepdim=True)
-        for expert in range(sums.shape[1]):
-            rows, places = (index == expert).nonzero(as_tuple=True)
-            if len(rows) == 0:
-                continue
-            alone = torch.full_like(index[: len(rows), :1], expert)
-            one = torch.ones_like(weights[: len(rows), :1])
-            out = type(module).forward(module, hidden[rows], alone, one)
-            norms = out.reshape(len(rows), -1).float().norm(dim=-1)
-            sums[0, expert] += float((weights[rows, places].float() * norms).sum())
-            sums[1, expert] += len(rows)
+        call = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        _, *given = call.arguments.values()
+        if len(given) == 1:
+            _add_scaled(module, given[0], sums)
+        else:
+            hidden, index, weights = given
+            _add_routed(module, hidden, index, weights, sums)
 
     return see
+
+
+def _add_scaled(module: nn.Module, hidden: Tensor, sums: Float[Tensor, "2 experts"]) -> None:
+    """Adds what is written for all tokens, once for each expert; tokens that the router does not
+    send to it are zero there.
+    """
+    experts = sums.shape[1]
+    out = type(module).forward(module, hidden).reshape(experts, -1, hidden.shape[-1])
+    routed = hidden.reshape(out.shape).any(-1)
+    sums[0] += (out.float().norm(dim=-1) * routed).sum(-1).cpu()
+    sums[1] += routed.sum(-1).cpu()
+
+
+def _add_routed(
+    module: nn.Module,
+    hidden: Tensor,
+    index: Int[Tensor, "tokens k"],
+    weights: Float[Tensor, "tokens k"],
+    sums: Float[Tensor, "2 experts"],
+) -> None:
+    """Adds, of each expert, the weighted norm of what it writes for the tokens sent to it."""
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    weights = weights / weights.sum(-1, keepdim=True)
+    for expert in range(sums.shape[1]):
+        rows, places = (index == expert).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            continue
+        alone = torch.full_like(index[: len(rows), :1], expert)
+        one = torch.ones_like(weights[: len(rows), :1])
+        out = type(module).forward(module, hidden[rows], alone, one)
+        norms = out.reshape(len(rows), -1).float().norm(dim=-1)
+        sums[0, expert] += float((weights[rows, places].float() * norms).sum())
+        sums[1, expert] += len(rows)
