@@ -276,6 +276,11 @@ def _widths(
     allocation: Allocation | Sequence[int],
     scores: list[Float[Tensor, " _"]] | None,
 ) -> list[int]:
+    if budget.only is not None and allocation != "uniform":
+        raise ValueError(
+            f"a {type(evidence.model).__name__} has one configuration field for the widths of all"
+            f" layers; give allocation uniform, got {allocation!r}"
+        )
     if not isinstance(allocation, str):
         widths = list(allocation)
         if len(widths) != len(budget.d_ff) or budget.cost(widths) > budget.parameters:

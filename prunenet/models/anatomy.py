@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import nn
@@ -21,7 +20,9 @@ from prunenet.models.architectures import (
     check_heads,
 )
 from prunenet.models.groups import FFN, Group, Pattern, Slice, starred
-from prunenet.models.knobs import field_of, top_k, uniform_widths
+from prunenet.models.knobs import field_of, step_of, top_k, uniform_widths
+from prunenet.models.masks import width_at
+from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.runtime.placement import present
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,7 +107,7 @@ class Anatomy:
         """Channels of each group."""
         return [group.width for group in self.groups]
 
-    def uniform_widths(self, ratio: float, round_to: int | Literal["auto"] = 8) -> list[int]:
+    def uniform_widths(self, ratio: float, round_to: RoundTo = ROUND_TO) -> list[int]:
         """The width of each group when every one loses the same share of its channels.
 
         Args:
@@ -116,7 +117,23 @@ class Anatomy:
         Raises:
             ValueError: a group cannot be rounded to a multiple of `round_to`.
         """
-        return uniform_widths(self.groups, ratio, round_to, free=self.architecture.per_layer)
+        return uniform_widths(self.groups, ratio, round_to, free=self.free)
+
+    @property
+    def free(self) -> bool:
+        """Whether each group may have a width of its own."""
+        return self.architecture.per_layer
+
+    def even_widths(self, ratio: float, round_to: RoundTo = ROUND_TO) -> list[int]:
+        """As `uniform_widths`, but groups that are free and differ keep their differences.
+
+        Raises:
+            ValueError: see `prunenet.models.masks.width_at`.
+        """
+        if not self.free:
+            return self.uniform_widths(ratio, round_to)
+        step = step_of(self.groups, ratio, round_to)
+        return [width_at(width, ratio, step) for width in self.widths]
 
     def down_places(self) -> dict[tuple[nn.Module, str], list[Group]]:
         """The groups of each output matrix, by its module and name: of a bank, all experts."""

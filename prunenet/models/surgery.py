@@ -214,7 +214,7 @@ def set_widths(
     _state_parents(model, dense, widths)
     stock = getattr(type(model), "stock_class", type(model))
     varying: dict[str, Sequence[int]] = {}
-    if architecture.per_layer and len(set(widths)) > 1:
+    if anatomy.free and len(set(widths)) > 1:
         varying[architecture.width] = widths
         inputs, output = architecture.input_linears, architecture.down
         setattr(config, modeling.FFN, _structure(architecture, architecture.width, inputs, output))
@@ -319,7 +319,7 @@ def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | 
     widths = anatomy.widths
     if groups is not None:
         _check_groups(group_counts(anatomy.model), groups)
-    what = "layer" if anatomy.architecture.per_layer else "group"
+    what = "layer" if anatomy.free else "group"
     if len(keep) != len(widths):
         raise ValueError(
             f"the model has {len(widths)} {what}s and needs one keep mask for each, got {len(keep)}"
@@ -332,7 +332,7 @@ def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | 
             check_keep(mask, d_ff)
         except ValueError as error:
             raise ValueError(f"{what} {index}: {error}") from None
-    if not anatomy.architecture.per_layer:
+    if not anatomy.free:
         _check_tied(anatomy, [int(mask.sum()) for mask in keep])
 
 
