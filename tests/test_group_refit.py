@@ -54,7 +54,7 @@ def logits(model, ids):
 def test_a_refit_of_each_kind_lowers_the_error_on_other_text_and_at_ratio_0_is_the_identity(
     model_type,
 ):
-    model, fit, held = tiny(model_type), blocks(32), blocks(12, seed=1)
+    model, fit, held = tiny(model_type), blocks(40), blocks(12, seed=1)
     anatomy = Anatomy.of(model)
     cut, whole = cut_layers(model, fit, [anatomy.uniform_widths(0.4, 8), anatomy.widths])
     plain = Cut(cut.keep, None)
@@ -153,10 +153,20 @@ def test_few_tokens_are_fewer_than_the_degrees_of_freedom_of_the_strongest_dampi
     assert least_tokens(d_ff) == math.ceil(d_ff / 4)
 
 
-def test_a_dense_ffn_has_all_of_the_text_however_little_that_is():
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_dense_ffn_has_all_of_the_text_however_little_unless_text_does_not_pass_it(tokens):
     group = Anatomy.of(tiny("gpt2")).groups[0]
-    moments = Moments(torch.eye(group.width), torch.zeros(group.width), 1)
-    assert not few_tokens(group, [moments, moments])
+    moments = Moments(torch.eye(group.width), torch.zeros(group.width), tokens)
+    assert few_tokens(group, [moments, moments]) == (tokens == 0)
+
+
+def test_layers_that_text_does_not_pass_are_cut_from_weights():
+    model, ids = tiny("mllama"), blocks(4)  # some of its layers attend to images alone
+    anatomy = Anatomy.of(model)
+    (cut,) = cut_layers(model, ids, [anatomy.uniform_widths(0.4, 8)])
+    assert 0 < len(cut.few) < len(anatomy.groups)
+    for index in cut.few:
+        assert torch.equal(cut.downs[index], anatomy.ffn(index).down[:, cut.keep[index]])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "nemotron_h"])

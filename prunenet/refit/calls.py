@@ -36,11 +36,13 @@ class LayerCall(NamedTuple):
         hidden: the hidden states; None where they come from the layer in front.
         args: other positional arguments.
         kwargs: named arguments.
+        called: False of a layer that text does not pass, such as one for images.
     """
 
     hidden: Tensor | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    called: bool = True
 
     def filled(self, passed: Mapping[Passed, Any]) -> LayerCall:
         """This call with what layers in front have returned."""
@@ -68,7 +70,7 @@ def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[La
         ids: token ids without padding, on the model's device.
 
     Returns:
-        One call a layer, first to last; only the first one has hidden states.
+        One call a layer, first to last; only the first that text passes has hidden states.
     """
     layers = list(decoder_layers(model))
     try:
@@ -80,12 +82,13 @@ def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[La
 def _recorded(
     model: PreTrainedModel, layers: list[nn.Module], ids: Tensor, more: list[int]
 ) -> list[LayerCall]:
-    calls: list[LayerCall] = []
+    calls = [LayerCall(None, (), {}, called=False)] * len(layers)
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            calls.append(LayerCall(hidden if index == 0 else None, rest, kwargs))
+            first = not any(call.called for call in calls)
+            calls[index] = LayerCall(hidden if first else None, rest, kwargs)
             if index == len(layers) - 1:
                 raise _Captured
             passed = [Passed(index, place) for place in range(more[index])]

@@ -186,8 +186,8 @@ class LayerWalk:
         self._hidden: list[Tensor] = []
         for part in torch.split(blocks.to(home(model)), batch):
             calls = layer_calls(model, part)
-            assert calls[0].hidden is not None
-            self._hidden.append(self._put_by(calls[0].hidden))
+            (hidden,) = (call.hidden for call in calls if call.hidden is not None)
+            self._hidden.append(self._put_by(hidden))
             self._calls.append([call._replace(hidden=None) for call in calls])
         self._passed: list[dict[Passed, Any]] = [{} for _ in self._calls]
         self._outputs: list[Tensor] = []
@@ -282,6 +282,8 @@ class LayerWalk:
     @torch.no_grad()
     def _through(self, layer: int, part: int) -> Tensor:
         call = self._calls[part][layer].filled(self._passed[part])
+        if not call.called:
+            return self._hidden[part]
         hidden = self._hidden[part].to(device_of(self.layers[layer]))
         out = self.layers[layer](hidden, *call.args, **call.kwargs)
         result, *more = out if isinstance(out, tuple) else (out,)
