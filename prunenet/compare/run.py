@@ -80,10 +80,11 @@ def check_spec(spec: Spec, pruner: Pruner) -> None:
         attentions(model)
     if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
         pruner.policy.check_measured(spec.moments is not None)
-    if spec.allocation not in ("auto", "uniform") and not Anatomy.of(model).free:
+    if spec.allocation not in ("auto", "uniform") and (why := Anatomy.of(model).tied_by):
         raise ValueError(
-            f"{spec.name!r} gives each layer a width of its own, and a {type(model).__name__} has"
-            f" one for all; say {replace(spec, allocation='uniform').name}"
+            f"{spec.name!r} gives each layer a width of its own, and those of a"
+            f" {type(model).__name__} share one, for {why}; say"
+            f" {replace(spec, allocation='uniform').name}"
         )
     if row is None:
         return
