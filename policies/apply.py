@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,15 +33,17 @@ from prunenet.models.layers import (
     count_parameters,
     structure,
 )
-from prunenet.models.masks import ratio_for_parameters, top_channels, width_at, widths_for_budget
+from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
+from prunenet.models.modeling import is_per_layer
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
-from prunenet.policies.experts import keep_experts
+from prunenet.policies.experts import check_experts, keep_experts
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
 from prunenet.policies.refine import refined_sizes
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
+from prunenet.runtime.choices import RoundTo
 from prunenet.text.calibration import CalibrationSet
 
 Progress = Callable[[str, int, int], None]
@@ -241,6 +243,8 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     """
     check_channels(model, "prune the checkpoint that it was exported from, and export that")
     anatomy, ratio = Anatomy.of(structure(model)), options.ratio
+    if options.experts is not None:
+        check_experts(anatomy.model, options.experts_by, options.experts)
     if ratio is None:
         total, _ = count_parameters(anatomy.model)
         costs: list[float] = [group.channel_parameters for group in anatomy.groups]
@@ -251,29 +255,23 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
             costs = [cost * g.share for cost, g in zip(costs, anatomy.groups, strict=True)]
         assert share is not None
         ratio = ratio_for_parameters(share, total, costs, anatomy.widths)
-    if not anatomy.architecture.per_layer:
-        if options.widths == "per-layer":
-            raise ValueError(
-                f"a {type(anatomy.model).__name__} has one configuration field for the widths of"
-                " all layers; give uniform `widths`"
-            )
-        check_stock(anatomy, anatomy.uniform_widths(ratio, options.round_to))
-    elif options.widths == "uniform":
-        anatomy.uniform_widths(ratio, options.round_to)
-    else:
-        for width in set(anatomy.widths):
-            width_at(width, ratio, step_of(anatomy.groups, ratio, options.round_to))
+    if anatomy.tied_by and options.widths in ("per-layer", "refined"):
+        raise ValueError(
+            f"the layers of a {type(anatomy.model).__name__} share one width, for"
+            f" {anatomy.tied_by}; give uniform `widths`"
+        )
+    uniform = options.widths == "uniform"
+    even = anatomy.uniform_widths if uniform else anatomy.even_widths
+    widths = even(ratio, options.round_to)
+    if anatomy.architecture.found and not is_per_layer(anatomy.model):
+        check_stock(anatomy, widths)
     return ratio
 
 
-def bytes_left(model: Weights, ratio: float, round_to: int | Literal["auto"]) -> int:
+def bytes_left(model: Weights, ratio: float, round_to: RoundTo) -> int:
     """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
     anatomy = Anatomy.of(structure(model))
-    if anatomy.architecture.per_layer:
-        step = step_of(anatomy.groups, ratio, round_to)
-        widths = [width_at(width, ratio, step) for width in anatomy.widths]
-    else:
-        widths = anatomy.uniform_widths(ratio, round_to)
+    widths = anatomy.even_widths(ratio, round_to)
     gone = sum(
         (group.width - width) * group.channel_parameters
         for group, width in zip(anatomy.groups, widths, strict=True)
@@ -329,7 +327,7 @@ def allocations(
         offsets: the policy's log-odds of this model's layers, where they are known already.
     """
     anatomy, round_to = Anatomy.of(structure(model)), options.round_to
-    if policy is None or options.widths == "uniform" or not anatomy.architecture.per_layer:
+    if policy is None or options.widths == "uniform" or not anatomy.free:
         return {"uniform": anatomy.uniform_widths(ratio, round_to)}
     if offsets is None:
         offsets = policy.offsets(model)

@@ -31,9 +31,11 @@ from prunenet.features.from_weights import (
     observe,
 )
 from prunenet.models.anatomy import Anatomy
+from prunenet.models.knobs import step_of
 from prunenet.models.layers import Weights, ffn_widths
 from prunenet.models.masks import top_channels, widths_for_budget
 from prunenet.policies.scorer import ChannelScorer
+from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.runtime.files import expanded, make_folders, write_atomic
 from prunenet.runtime.json_files import JsonError, Within, convert, read_json
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
@@ -260,7 +262,12 @@ class Policy:
         return [float(offset) for offset in self.scorer.to(context.device).offsets(context)]
 
     def widths(
-        self, model: PreTrainedModel, ratio: float, *, per_layer: bool = False, round_to: int = 8
+        self,
+        model: PreTrainedModel,
+        ratio: float,
+        *,
+        per_layer: bool = False,
+        round_to: RoundTo = ROUND_TO,
     ) -> list[int]:
         """Width of each layer when `ratio` of all channels is removed: the same share everywhere,
         or as learned.
@@ -274,9 +281,11 @@ class Policy:
         Raises:
             ValueError: ratio out of range.
         """
-        if per_layer:
-            return widths_for_budget(ffn_widths(model), self.offsets(model), ratio, round_to)
-        return Anatomy.of(model).uniform_widths(ratio, round_to)
+        anatomy = Anatomy.of(model)
+        if not per_layer:
+            return anatomy.uniform_widths(ratio, round_to)
+        step = step_of(anatomy.groups, ratio, round_to)
+        return widths_for_budget(anatomy.widths, self.offsets(model), ratio, step)
 
     def masks(
         self,
@@ -285,7 +294,7 @@ class Policy:
         *,
         blocks: CalibrationSet | None = None,
         per_layer: bool = False,
-        round_to: int = 8,
+        round_to: RoundTo = ROUND_TO,
     ) -> list[Bool[Tensor, " _"]]:
         """Keep masks that remove `ratio` of all channels; masks at a higher ratio are subsets.
 

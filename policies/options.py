@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from prunenet.runtime.choices import check_ratio
+from prunenet.runtime.choices import ROUND_TO, RoundTo, check_ratio
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy
@@ -25,7 +25,7 @@ class PruneChoices(TypedDict, total=False):
     active: float | None
     experts: int | None
     experts_by: ExpertsBy
-    round_to: int | Literal["auto"]
+    round_to: RoundTo
     widths: Widths
     structures: Structures
     channels: Channels | None
@@ -72,7 +72,7 @@ class PruneOptions:
     active: float | None = None
     experts: int | None = None
     experts_by: ExpertsBy = "aimer"
-    round_to: int | Literal["auto"] = 8
+    round_to: RoundTo = ROUND_TO
     widths: Widths = "auto"
     structures: Structures = "channels"
     channels: Channels | None = None

@@ -49,6 +49,7 @@ from prunenet.refit.moments import ffn_moments
 from prunenet.text.calibration import PREFIX_SAMPLING, prefix_blocks
 from prunenet.text.corpora import CalibrationText, TestText
 
+ON_DENSE = [name for name in methods() if name not in METHODS or METHODS[name].shrinks == "both"]
 HEADED = [name for name, row in METHODS.items() if row.with_heads is not None]
 # LLM-Pruner leaves 6 layers whole: the other 3 pay for them, with widths that are multiples of 4.
 D_MODEL, D_FF, LAYERS, RATIO = 16, 32, 9, 0.125
@@ -309,7 +310,7 @@ def runs(specs, benches) -> None:
             ), spec.name
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", ON_DENSE)  # experts: test_whole_experts
 def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_refit(
     method, benches, monkeypatch
 ):
@@ -546,6 +547,7 @@ def test_a_cell_owes_what_it_finds_measured_and_what_that_is_made_of(monkeypatch
 
 ASKED = ("random", "flap@words", "elimination@random")
 FIELDS = {
+    "active_parameters",
     *(
         "cell",
         "error",
@@ -915,9 +917,9 @@ def test_all_leaves_out_what_needs_a_policy_where_there_is_none(folder, tmp_path
     monkeypatch.setattr(command, "_present", lambda *_: None)
     monkeypatch.setattr(command, "_report", lambda *_: None)
     compare(folder, "all", out=tmp_path / "a.jsonl")
-    assert len(seen) == len(methods())  # the dense one takes the place of prunenet-weights
+    assert len(seen) == len(ON_DENSE)  # the dense one takes the place of prunenet-weights
     compare(folder, "all", out=tmp_path / "b.jsonl", policy=folder / "policy")
-    assert seen[len(methods()) :] != seen[: len(methods())]
+    assert seen[len(ON_DENSE) :] != seen[: len(ON_DENSE)]
     assert any(name.startswith("prunenet-weights") for name in seen)
 
 

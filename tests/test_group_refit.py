@@ -6,14 +6,22 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from prunenet.envs.rewards import ReconstructionReward
+from prunenet.envs.sweep import groups_played
+from prunenet.evaluation.divergence import divergence
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.known import class_of
 from prunenet.models.twin import twin
+from prunenet.policies.apply import prune
+from prunenet.policies.training.recipe import Recipe
+from prunenet.policies.training.train import train
 from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
+from prunenet.refit.expert_use import squared_weights
 from prunenet.refit.few_tokens import few_tokens, from_weights, least_tokens
 from prunenet.refit.moments import LayerWalk, Moments, paired_moments
 from prunenet.refit.ridge import DAMPINGS, lost
+from prunenet.text.calibration import CalibrationSet
 
 KINDS = {
     "Conv1D": "gpt2",
@@ -46,7 +54,7 @@ def logits(model, ids):
 def test_a_refit_of_each_kind_lowers_the_error_on_other_text_and_at_ratio_0_is_the_identity(
     model_type,
 ):
-    model, fit, held = tiny(model_type), blocks(32), blocks(12, seed=1)
+    model, fit, held = tiny(model_type), blocks(40), blocks(12, seed=1)
     anatomy = Anatomy.of(model)
     cut, whole = cut_layers(model, fit, [anatomy.uniform_widths(0.4, 8), anatomy.widths])
     plain = Cut(cut.keep, None)
@@ -145,10 +153,20 @@ def test_few_tokens_are_fewer_than_the_degrees_of_freedom_of_the_strongest_dampi
     assert least_tokens(d_ff) == math.ceil(d_ff / 4)
 
 
-def test_a_dense_ffn_has_all_of_the_text_however_little_that_is():
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_dense_ffn_has_all_of_the_text_however_little_unless_text_does_not_pass_it(tokens):
     group = Anatomy.of(tiny("gpt2")).groups[0]
-    moments = Moments(torch.eye(group.width), torch.zeros(group.width), 1)
-    assert not few_tokens(group, [moments, moments])
+    moments = Moments(torch.eye(group.width), torch.zeros(group.width), tokens)
+    assert few_tokens(group, [moments, moments]) == (tokens == 0)
+
+
+def test_layers_that_text_does_not_pass_are_cut_from_weights():
+    model, ids = tiny("mllama"), blocks(4)  # some of its layers attend to images alone
+    anatomy = Anatomy.of(model)
+    (cut,) = cut_layers(model, ids, [anatomy.uniform_widths(0.4, 8)])
+    assert 0 < len(cut.few) < len(anatomy.groups)
+    for index in cut.few:
+        assert torch.equal(cut.downs[index], anatomy.ffn(index).down[:, cut.keep[index]])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "nemotron_h"])
@@ -180,3 +198,76 @@ def test_moments_from_weights_relate_no_channels():
     assert torch.equal(moments.second, torch.diag(moments.second.diagonal()))
     expected = ffn.gate[5].square().sum() * ffn.up[5].square().sum()
     torch.testing.assert_close(moments.second[5, 5], expected)
+
+
+@pytest.mark.parametrize("model_type", ["glm_moe_dsa", "bamba", "gemma4_text", "nemotron_h"])
+def test_hidden_states_pass_layer_by_layer_as_through_the_whole_model(model_type):
+    model, ids, seen = tiny(model_type), blocks(4), []
+    walk = LayerWalk(model, ids, batch=4)
+    for index in walk:
+        walk.energies(index)
+    hook = walk.layers[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    logits(model, ids)
+    hook.remove()
+    whole = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    torch.testing.assert_close(walk._hidden[0], whole)
+
+
+def test_an_expert_pays_for_its_share_of_what_its_layer_writes():
+    model, ids = tiny("qwen3_moe"), blocks(12)
+    anatomy, written = Anatomy.of(model), {}
+    squares = squared_weights(model, ids)
+    walk = LayerWalk(model, ids)
+    for index in walk:
+        moments, down = walk.moments(index), anatomy.ffn(index).down
+        energy = float(((down @ moments.second) * down).sum()) * moments.tokens * squares[index]
+        written.setdefault(anatomy.groups[index].layer, {})[index] = energy
+    reward = ReconstructionReward(model, ids)
+    for groups in written.values():
+        for index, energy in groups.items():
+            keep = torch.zeros(1, anatomy.widths[index], dtype=torch.bool)
+            paid = float(reward.layer(index, keep)["reconstruction"])
+            assert paid == pytest.approx(1 - energy / sum(groups.values()), abs=1e-4)
+
+
+def test_router_weights_are_those_of_the_tokens_of_each_expert():
+    model, ids, calls = tiny("qwen3_moe"), blocks(6), []
+    bank = Anatomy.of(model).groups[0].down.module
+    hook = bank.register_forward_pre_hook(lambda _, args: calls.append(args))
+    squares = squared_weights(model, ids, batch=6)
+    hook.remove()
+    _, index, weights = calls[0]
+    for expert in range(6):
+        mean = float(weights[index == expert].square().mean())
+        assert squares[expert] == pytest.approx(mean, rel=1e-5)
+    assert set(squared_weights(tiny("gpt2"), ids)) == {1.0}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen3_moe", "llama4_text"])
+def test_the_divergence_of_down_matrices_is_that_of_the_narrow_model(model_type):
+    model, ids = tiny(model_type), blocks(8)
+    (cut,) = cut_layers(model, ids, [Anatomy.of(model).uniform_widths(0.4, 8)])
+    dense, narrow = (logits(m, ids).log_softmax(-1) for m in (model, cut.model(model)))
+    direct = float((dense.exp() * (dense - narrow)).sum(-1).mean())
+    assert divergence(model, cut.down, ids) == pytest.approx(direct, rel=1e-3)
+    assert torch.equal(logits(model, ids).log_softmax(-1), dense)
+
+
+def test_a_policy_is_trained_on_experts_beside_dense_layers_and_prunes_them_to_one_width():
+    model, ids = tiny("deepseek_v3"), blocks(8)
+    anatomy = Anatomy.of(model)
+    played = groups_played(model)
+    assert {anatomy.widths[number] for number in played} == {56}
+    assert len(played) > 1
+    text = CalibrationSet(ids, "self", {"text": "self"})
+    recipe = Recipe(updates=1, masks=2, evaluate_every=1)
+    trained = train(model, recipe, blocks=text)
+    assert all(0 <= reward <= 1 for _, reward in trained.history)
+    pruned = prune(model, trained.policy, ratio=0.4, blocks=text)
+    assert pruned.provenance.how["channels"] == "blend"
+    for path in {group.path for group in anatomy.groups if group.expert is not None}:
+        masks = [pruned.keep[g.number] for g in anatomy.groups if g.path == path]
+        assert len({int(mask.sum()) for mask in masks}) == 1
+        assert any(not torch.equal(masks[0], mask) for mask in masks[1:])
+    with pytest.raises(ValueError, match="leave `allocation` out"):
+        train(model, Recipe(allocation=Recipe(subset="widths")), blocks=text)

@@ -29,10 +29,10 @@ from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import prune
 from prunenet.policies.methods import Evidence, cut, pruned_model, sliced
 from prunenet.policies.methods.papers.slicegpt import (
-    parameters_left,
     slice_stream,
     width_at_slicing,
 )
+from prunenet.policies.methods.widths.allocation import parameters_left
 from prunenet.runtime.files import CheckpointError
 from prunenet.text.calibration import CalibrationSet, token_blocks
 

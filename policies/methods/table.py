@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from prunenet.models.layers import FFN
 from prunenet.models.rotation import check_rotatable
+from prunenet.policies.experts import check_experts
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.evidence.structures import Scores
 from prunenet.policies.methods.papers import (
@@ -28,11 +29,13 @@ from prunenet.policies.methods.papers import (
     saap,
     slicegpt,
     wanda_sp,
+    whole_experts,
 )
 from prunenet.policies.methods.papers import (
     prunenet_published as published,
 )
 from prunenet.policies.methods.widths.evaluations import SearchedAllocation
+from prunenet.policies.options import ExpertsBy
 from prunenet.refit.moments import Energies
 
 Needs = Literal["weights", "text", "gradients"]
@@ -68,6 +71,8 @@ class Method:
         protects: layers at both ends (first, last) that allocation "protected" leaves whole;
             "global" too, where that is the published one.
         searches: whether `score` searches at one ratio, and takes it as `ratio`.
+        shrinks: which parameters it removes, all ("total"), those that one token uses ("active"),
+            or both, as whoever cuts channels.
     """
 
     name: str
@@ -84,6 +89,7 @@ class Method:
     allocation: Allocation = "uniform"
     protects: tuple[int, int] = (0, 0)
     searches: bool = False
+    shrinks: Literal["total", "active", "both"] = "both"
 
 
 _PRUNENET = "Sengupta et al., ICLR 2025, arXiv 2501.15296"
@@ -134,6 +140,17 @@ def _adapruner(name: str, differs: str, options: adapruner.AdaPrunerOptions) -> 
         allocation="protected",
         protects=adapruner.PROTECTS,
         searches=True,
+    )
+
+
+def _whole_experts(name: str, source: str, by: ExpertsBy) -> Method:
+    return Method(
+        name,
+        "text" if by == "reap" else "weights",
+        source,
+        rebuild=partial(whole_experts.fewer_experts, by=by),
+        able=partial(check_experts, by=by),
+        shrinks="total",
     )
 
 
@@ -214,5 +231,16 @@ _ROWS = (
         adapruner.AdaPrunerOptions(trials=_TRIALS, strategy="random", starts={}),
     ),
     Method("slicegpt", "text", _SLICEGPT, rebuild=slicegpt.sliced_at, able=check_rotatable),
+    _whole_experts("reap", "REAP, as in docs/methods.md, section 19", "reap"),
+    _whole_experts("aimer", "arXiv 2603.18492", "aimer"),
+    _whole_experts("random_experts", "uniform draws", "random"),
+    Method(
+        "fewer_per_token",
+        "weights",
+        "each token passes through fewer experts, all of which stay",
+        rebuild=whole_experts.routed_to_fewer,
+        able=whole_experts.check_routed,
+        shrinks="active",
+    ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

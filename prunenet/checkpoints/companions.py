@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     GenerationConfig,
@@ -180,6 +181,7 @@ def _needs_code(model: PreTrainedModel) -> dict[str, Any]:
     names = {"AutoModelForCausalLM": kind.__name__}
     mappings: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING,
+        "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     }
     for name, mapping in mappings.items():

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 from rich.markup import escape
@@ -14,9 +14,10 @@ from rich.markup import escape
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, path, show
-from prunenet.cli.options import Model, PolicyName, TextColumn
-from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
+from prunenet.cli.options import HELP, Model, PolicyName, TextColumn
+from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, ShareOf, Watch
 from prunenet.evaluation.options import EvaluationOptions
+from prunenet.runtime.choices import ROUND_TO, RoundTo
 
 if TYPE_CHECKING:
     from prunenet.compare.results import Line
@@ -53,17 +54,28 @@ class Varied:
     """What is varied besides the method."""
 
     ratios: Annotated[
-        str, typer.Option(metavar="SHARES", help="Shares of FFN channels to remove, as in 0.2,0.3.")
+        str, typer.Option(metavar="SHARES", help="Shares to remove, as in 0.2,0.3.")
     ] = "0.2,0.3"
+    share_of: Annotated[
+        ShareOf,
+        typer.Option(
+            help="What --ratios are shares of: FFN channels, all parameters, or the active ones,"
+            " which one token uses."
+        ),
+    ] = "channels"
     seeds: Annotated[str, typer.Option(metavar="NUMBERS", help="As in 0,1,2.")] = "0"
     policy: PolicyName = None
-    round_to: Annotated[int, typer.Option("--round", help="Widths are multiples of this.")] = 8
+    round_to: Annotated[str, HELP["round_to"]] = str(ROUND_TO)
 
     def options(self) -> CompareOptions:
         """Raises ValueError where ratios or seeds are no numbers between commas."""
         ratios, seeds = listed("ratios", self.ratios, float), listed("seeds", self.seeds, int)
         return CompareOptions(
-            ratios=ratios, seeds=seeds, round_to=self.round_to, policy=self.policy
+            ratios=ratios,
+            share_of=self.share_of,
+            seeds=seeds,
+            round_to=cast(RoundTo, self.round_to),  # what the option's parser makes
+            policy=self.policy,
         )
 
 

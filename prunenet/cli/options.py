@@ -171,14 +171,14 @@ HELP: dict[str, Any] = {
     "experts_by": typer.Option(
         help="Which experts stay: aimer (from weights), reap (measured on text) or random."
     ),
-    "PruneOptions.round_to": typer.Option(
+    "round_to": typer.Option(
         "--round",
         parser=_rounding,
         metavar="NUMBER|auto",
-        help="Widths are multiples of this; auto: of 64 where that costs less than 1 % of the"
-        " channels, else of 32 (engines' blocks have 32 or 64 entries), and of 8 in experts.",
+        help="Widths are multiples of this. auto: of 64 where that moves a width by less than 1 %"
+        " of its channels, else of 32, for engines quantise in blocks of 32 or 64 and leave other"
+        " widths whole; in experts of 8 at least, for their kernels want 16 bytes.",
     ),
-    "round_to": typer.Option("--round", help="Widths are multiples of this."),
     "widths": typer.Option(
         help="uniform, per-layer (the policy's allocation), auto: per-layer for a predicted gain"
         " over 5 %, or refined: per-layer, changed on calibration text in some minutes."

@@ -15,13 +15,11 @@ from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, W
 from prunenet.compare.plan import Evaluation, Plan
 from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Line, Results
-from prunenet.compare.run import check
+from prunenet.compare.run import check, check_spec
 from prunenet.compare.run import compare as run
 from prunenet.compare.spec import RESERVED, Spec, parse_all
 from prunenet.evaluation.task_files import task_files
-from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.policies.artifact import policy_for
-from prunenet.policies.methods import METHODS
 from prunenet.text.calibration import block_tokens
 from prunenet.text.corpora import CalibrationText, TestText, load_text
 from prunenet.text.windows import bos_token
@@ -75,11 +73,6 @@ def compare(
     policy, policy_name = policy_for(options.policy, dense.config.model_type)
     tokenizer, bos = load_tokenizer(str(model)), scored.options.bos
     amount = amount_of(calibration, dense, int(bos_token(tokenizer, bos) is not None))
-    # "all" means what can be done; what was asked for by name is refused by `check`.
-    specs = [s for s in specs if s.name in methods or _possible(s, dense, policy is not None)]
-    plan = Plan(
-        str(model), specs, options.ratios, options.seeds, evaluation, amount, options.round_to
-    )
     pruner = Pruner(
         dense,
         tokenizer,
@@ -88,7 +81,13 @@ def compare(
         texts=texts,
         amount=amount,
         round_to=options.round_to,
+        share_of=options.share_of,
         bos=bos,
+    )
+    # "all" means what can be done; what was asked for by name is refused by `check`.
+    specs = [spec for spec in specs if spec.name in methods or _possible(spec, pruner)]
+    plan = Plan(
+        str(model), specs, options.ratios, options.seeds, evaluation, amount, options.round_to
     )
     check(plan, pruner)
     if watch.progress is not None:
@@ -165,12 +164,10 @@ def _calibration_texts(
     return found
 
 
-def _possible(spec: Spec, model: PreTrainedModel, policy: bool) -> bool:
-    """Whether there is the policy that it needs, and it can take this family of models."""
-    able = METHODS[spec.method].able if spec.method in METHODS else None
+def _possible(spec: Spec, pruner: Pruner) -> bool:
+    """Whether a spec can be done to the pruner's model."""
     try:
-        if able is not None:
-            able(model)
-    except UnsupportedArchitecture:
+        check_spec(spec, pruner)
+    except ValueError:
         return False
-    return policy or not spec.needs_policy
+    return True

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
+from prunenet.runtime.choices import ROUND_TO, RoundTo
+
+ShareOf = Literal["channels", "parameters", "active"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,15 +18,18 @@ class CompareOptions:
     """What is varied besides the method.
 
     Attributes:
-        ratios: shares of FFN channels removed, in [0, 1).
+        ratios: shares removed, in [0, 1).
+        share_of: what ratios are shares of: FFN "channels", all "parameters", or the "active" ones,
+            which one token uses.
         seeds: of text, windows and draws, in [0, 2^32).
-        round_to: widths are multiples of this.
+        round_to: widths are multiples of this; "auto": see `prunenet.policies.PruneOptions`.
         policy: a policy that ships, the folder of a trained one, or "none"; None: the family's.
     """
 
     ratios: Sequence[float] = (0.2, 0.3)
+    share_of: ShareOf = "channels"
     seeds: Sequence[int] = (0,)
-    round_to: int = 8
+    round_to: RoundTo = ROUND_TO
     policy: str | None = None
 
 

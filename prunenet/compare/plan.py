@@ -15,6 +15,7 @@ from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
 from prunenet.evaluation.zeroshot import read_task
+from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.text.corpora import TestText, content_sha256
 from prunenet.text.windows import bos_token
 
@@ -51,7 +52,7 @@ class Plan:
     Attributes:
         source: folder or hub id of the model.
         specs: ways to prune.
-        ratios: shares of FFN channels removed, in [0, 1).
+        ratios: shares removed, in [0, 1), of what the pruner says.
         seeds: of text, windows and draws.
         evaluation: how every cell is scored.
         amount: of calibration text.
@@ -64,7 +65,7 @@ class Plan:
     seeds: Sequence[int]
     evaluation: Evaluation
     amount: Amount = field(default_factory=Amount)
-    round_to: int = 8
+    round_to: RoundTo = ROUND_TO
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ def asked(plan: Plan, cell: Cell, pruner: Pruner) -> Line:
         }
         # not a field of the others: their cells keep their keys
         fields |= {"heads": True} if spec.heads else {}
+        fields |= {} if pruner.share_of == "channels" else {"share_of": pruner.share_of}
         policy = pruner.policy if spec.asks_policy else None
     amount = (
         None

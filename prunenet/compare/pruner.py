@@ -19,14 +19,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.checkpoints.regimes import most
 from prunenet.compare.evidence import SharedEvidence
 from prunenet.compare.ledger import Ledger
+from prunenet.compare.options import ShareOf
 from prunenet.compare.spec import Spec
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.heads import group_counts, out_linears
+from prunenet.models.knobs import step_of
 from prunenet.models.layers import check_positions, down_linears, ffn_widths
-from prunenet.policies.apply import prune
+from prunenet.policies.apply import prune, ratio_of
 from prunenet.policies.artifact import Policy
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
+from prunenet.policies.options import PruneOptions
 from prunenet.refit.cut import Cut, refit_kept, refit_sequentially
 from prunenet.runtime import parallel
+from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.text.calibration import (
     PREFIX_SAMPLING,
     CalibrationSet,
@@ -89,7 +94,8 @@ class Pruner:
         policy, policy_name: what `prunenet` specs and learned allocations ask; None: there is none.
         texts: calibration texts by the names that specs have for them.
         amount: of calibration text.
-        round_to: widths are multiples of this.
+        round_to: widths are multiples of this; "auto": see `prunenet.models.knobs.rounding`.
+        share_of: what ratios are shares of, see `prunenet.compare.options`.
         bos: whether calibration text begins with the BOS token, see `prunenet.text.windows`.
 
     Attributes:
@@ -105,7 +111,8 @@ class Pruner:
         policy_name: str = "none",
         texts: Mapping[str, CalibrationText] | None = None,
         amount: Amount | None = None,
-        round_to: int = 8,
+        round_to: RoundTo = ROUND_TO,
+        share_of: ShareOf = "channels",
         bos: Bos = "auto",
     ) -> None:
         self.model, self.tokenizer, self.policy, self.policy_name = (
@@ -115,6 +122,7 @@ class Pruner:
             policy_name,
         )
         self.ledger, self.round_to, self.bos = Ledger(), round_to, bos
+        self.share_of: ShareOf = share_of
         self.progress: Callable[[int, int], None] | None = None
         self._texts, self._amount = texts or {}, amount or Amount()
         self._blocks: dict[tuple[str, int], tuple[CalibrationSet, float | None]] = {}
@@ -207,22 +215,38 @@ class Pruner:
         """Of the external text that a spec reads, if any."""
         return None if spec.text is None else content_sha256(self._texts[spec.text])
 
+    def channels(self, share: float) -> float:
+        """The share of FFN channels whose removal removes a share of `share_of`.
+
+        Raises:
+            ValueError: a layer cannot be rounded, or the channels hold less than that.
+        """
+        if self.share_of == "channels":
+            size = PruneOptions(ratio=share, round_to=self.round_to)
+        elif self.share_of == "parameters":
+            size = PruneOptions(params=share, round_to=self.round_to)
+        else:
+            size = PruneOptions(active=share, round_to=self.round_to)
+        return ratio_of(self.model, size)
+
     def make(self, spec: Spec, ratio: float, seed: int) -> Made:
-        """The narrow model of a spec.
+        """The narrow model of a spec, at a share of `share_of`.
 
         Raises:
             ValueError: the method, its allocation or its refit cannot do this; the sentence says
                 why.
         """
+        ratio = self.channels(ratio)
+        step = step_of(Anatomy.of(self.model).groups, ratio, self.round_to)
         blocks = None if spec.moments is None else self.blocks(spec.moments, seed)[0]
         evidence = self._evidence_of(spec.moments, blocks, seed)
         row = METHODS.get(spec.method)
         if row is not None and row.rebuild is not None:
-            narrow, biases = row.rebuild(evidence, ratio, self.round_to), 0
+            narrow, biases = row.rebuild(evidence, ratio, step), 0
         elif spec.product:
-            narrow, biases = self._product(spec, ratio, evidence), 0
+            narrow, biases = self._product(spec, ratio, step, evidence), 0
         else:
-            narrow, biases = self._assembled(spec, ratio, evidence)
+            narrow, biases = self._assembled(spec, ratio, step, evidence)
         asked = self.policy if spec.asks_policy else None
         seen = ["weights"] if blocks is None else [blocks.regime]
         regimes = [*seen, *([] if asked is None else [asked.config.regime])]
@@ -287,7 +311,9 @@ class Pruner:
             )
         return self._evidence[label, seed]
 
-    def _product(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> PreTrainedModel:
+    def _product(
+        self, spec: Spec, ratio: float, step: int, evidence: SharedEvidence
+    ) -> PreTrainedModel:
         widths = "per-layer" if spec.allocation == "learned" else spec.allocation
         scores = None if self.policy is None else self._policy_scores(evidence)
         options: dict[str, Any] = {
@@ -297,18 +323,16 @@ class Pruner:
             "scores": scores,
         }
         with torch.no_grad():
-            return prune(
-                self.model, self.policy, ratio=ratio, round_to=self.round_to, **options
-            ).model
+            return prune(self.model, self.policy, ratio=ratio, round_to=step, **options).model
 
     def _assembled(
-        self, spec: Spec, ratio: float, evidence: SharedEvidence
+        self, spec: Spec, ratio: float, step: int, evidence: SharedEvidence
     ) -> tuple[PreTrainedModel, int]:
         """Scores, then widths, then refit; and how many parameters a bias adds."""
         allocation: Any = spec.allocation
         if allocation == "learned":
             learned = cast(Policy, self.policy)
-            allocation = learned.widths(self.model, ratio, per_layer=True, round_to=self.round_to)
+            allocation = learned.widths(self.model, ratio, per_layer=True, round_to=step)
         refit: Any = "mean_bias" if spec.refit == "mean_bias" else "off"
         found = cut(
             evidence,
@@ -316,7 +340,7 @@ class Pruner:
             ratio,
             allocation=cast(Allocation, allocation),
             refit=refit,
-            round_to=self.round_to,
+            round_to=step,
             heads=spec.heads,
         )
         if spec.refit not in ("layerwise", "sequential"):

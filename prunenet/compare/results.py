@@ -79,6 +79,7 @@ class _Some(_Any, total=False):
     regime: Regime | None
     applied_regime: Regime | None
     parameters: Count | None
+    active_parameters: Count | None
     perplexity: list[_Scored] | None
     accuracy: float | None
     tasks: list[_Task] | None

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -17,11 +17,17 @@ from prunenet.compare.machine import commit, peak_memory, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.pruner import Made, Pruner
 from prunenet.compare.results import Line, Results
+from prunenet.compare.spec import Spec
 from prunenet.evaluation.perplexity import check_fits, perplexity, scored_windows
 from prunenet.evaluation.zeroshot import TaskResult, read_task, zero_shot
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.heads import attentions
-from prunenet.models.layers import count_parameters, ffn_widths
-from prunenet.models.masks import width_at
+from prunenet.models.layers import (
+    active_parameters,
+    count_parameters,
+    down_linears,
+    ffn_widths,
+)
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_ratio
@@ -31,7 +37,7 @@ from prunenet.text.calibration import check_seed
 # What every line has, besides what identifies its cell; None until it is known.
 _MEASURED = (
     *("regime", "applied_regime", "policy", "calibration", "widths", "residual_widths"),
-    *("parameters", "non_embedding_parameters", "bias_parameters"),
+    *("parameters", "active_parameters", "non_embedding_parameters", "bias_parameters"),
     *("perplexity", "tasks", "accuracy"),
     *("seconds_calibration", "seconds_pruning", "seconds_shared", "seconds_evaluation"),
     *("peak_memory_pruning", "peak_memory_evaluation"),
@@ -50,28 +56,52 @@ def check(plan: Plan, pruner: Pruner) -> None:
     for seed in plan.seeds:
         check_seed(seed)
     for ratio in plan.ratios:
-        for d_ff in set(ffn_widths(model)):
-            width_at(d_ff, check_ratio(ratio), plan.round_to)
+        pruner.channels(check_ratio(ratio))
     for spec in plan.specs:
-        if spec.needs_policy and pruner.policy is None:
-            raise ValueError(
-                f"{spec.name!r} asks a policy, and none ships for model type"
-                f" {model.config.model_type!r}; train one (prunenet train) and give its folder as"
-                " `policy`"
-            )
-        if spec.heads:
-            attentions(model)
-        if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
-            pruner.policy.check_measured(spec.moments is not None)
-        able = METHODS[spec.method].able if spec.method in METHODS else None
-        if able is not None:
-            able(model)
+        check_spec(spec, pruner)
     check_fits(model, pruner.tokenizer, scored.options)
     pruner.check_texts(plan.specs)
     for text in scored.texts:
         scored_windows(model, pruner.tokenizer, text, scored.options)
     for task, file in scored.tasks.items():
         read_task(task, file)
+
+
+def check_spec(spec: Spec, pruner: Pruner) -> None:
+    """Raises ValueError (or a kind of it) for what cannot be done to the pruner's model."""
+    model, row = pruner.model, METHODS.get(spec.method)
+    if spec.needs_policy and pruner.policy is None:
+        raise ValueError(
+            f"{spec.name!r} asks a policy, and none ships for model type"
+            f" {model.config.model_type!r}; train one (prunenet train) and give its folder as"
+            " `policy`"
+        )
+    if spec.heads:
+        attentions(model)
+    if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
+        pruner.policy.check_measured(spec.moments is not None)
+    if spec.allocation not in ("auto", "uniform") and (why := Anatomy.of(model).tied_by):
+        raise ValueError(
+            f"{spec.name!r} gives each layer a width of its own, and those of a"
+            f" {type(model).__name__} share one, for {why}; say"
+            f" {replace(spec, allocation='uniform').name}"
+        )
+    if row is None:
+        return
+    if row.able is not None:
+        row.able(model)
+    elif row.needs != "weights":
+        down_linears(model)
+    wanted = "active" if pruner.share_of == "active" else "total"
+    if row.shrinks not in ("both", wanted):
+        raise ValueError(f"{spec.name!r} {_SHRINKS[row.shrinks]}")
+
+
+_SHRINKS = {
+    "total": "leaves the active parameters as they are, but for a few of the router: take shares"
+    " (`share_of`) of all parameters",
+    "active": "leaves all parameters where they are: take shares (`share_of`) of the active ones",
+}
 
 
 def compare(
@@ -210,6 +240,7 @@ def _prune(cell: Cell, pruner: Pruner, line: Line) -> PreTrainedModel:
     line |= {} if made.groups is None else {"head_groups": made.groups}
     line |= {"calibration": None if made.calibration is None else dict(made.calibration)}
     line["residual_widths"] = getattr(made.model.config, "residual_widths", None)
+    line["active_parameters"] = active_parameters(Anatomy.of(made.model))
     line |= {"parameters": total, "non_embedding_parameters": inner, "bias_parameters": made.biases}
     return made.model
 

@@ -58,10 +58,11 @@ class Row:
 
     Attributes:
         method: its spec; "dense" for the model itself.
-        ratio: share of FFN channels removed.
+        ratio: share removed, of FFN channels or as was asked (`share_of`).
         regime, applied_regime: what the whole way, and what cutting alone, looked at; None where
             every seed failed.
         parameters: of the model, biases of a compensation included.
+        active: parameters that one token uses; None in lines of before.
         perplexity: of each text, in the order of the lines.
         accuracy: mean over the tasks.
         tasks: of each task.
@@ -81,6 +82,7 @@ class Row:
     seconds: Value | None
     seeds: int
     failed: tuple[str, ...]
+    active: float | None = None
 
     @property
     def looks_at(self) -> str:
@@ -106,7 +108,8 @@ def headings(rows: Sequence[Row], *, each_task: bool = False) -> list[str]:
     """Of the columns of `cells_of`."""
     tasks = list(_tasks(rows))
     accuracy = [*(tasks if each_task else []), f"mean of {len(tasks)} tasks"] if tasks else []
-    return ["ratio", "regime", "method", "params", *_texts(rows), *accuracy, "time"]
+    active = ["active"] if _mixtures(rows) else []
+    return ["ratio", "regime", "method", "params", *active, *_texts(rows), *accuracy, "time"]
 
 
 def cells_of(rows: Sequence[Row], *, each_task: bool = False) -> list[list[str]]:
@@ -125,6 +128,7 @@ def cells_of(rows: Sequence[Row], *, each_task: bool = False) -> list[list[str]]
                 row.looks_at,
                 row.method,
                 _size(row.parameters),
+                *([_size(row.active)] if _mixtures(rows) else []),
                 *(_shown(row.perplexity.get(text), _perplexity) for text in texts),
                 *(_shown(value, lambda share: f"{100 * share:.1f}") for value in accuracy),
                 (
@@ -184,6 +188,7 @@ def _row(method: str, ratio: float, lines: list[Line]) -> Row:
     tasks = list(lines[0]["evaluation"]["tasks"])
     at: dict[str, Any] = {
         "parameters": statistics.fmean(line["parameters"] for line in fine) if fine else None,
+        "active": _mean([line.get("active_parameters") for line in fine]),
         "perplexity": {
             text: Value.of(
                 [line["perplexity"][i]["value"] for line in fine],
@@ -209,6 +214,11 @@ def _row(method: str, ratio: float, lines: list[Line]) -> Row:
     regime, applied = (fine[0]["regime"], fine[0]["applied_regime"]) if fine else (None, None)
     failed = tuple(line["error"] for line in lines if line["error"] is not None)
     return Row(method, ratio, regime, applied, seeds=len(fine), failed=failed, **at)
+
+
+def _mean(values: Sequence[int | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _accuracy(task: dict[str, Any]) -> float:
@@ -243,6 +253,11 @@ def _place(row: Row) -> tuple[float, int, float, str]:
         float("inf") if first is None else first.mean,
         row.method,
     )
+
+
+def _mixtures(rows: Sequence[Row]) -> bool:
+    """Whether a token uses fewer parameters than there are."""
+    return any(row.active not in (None, row.parameters) for row in rows)
 
 
 def _texts(rows: Sequence[Row]) -> list[str]:

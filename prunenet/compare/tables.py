@@ -43,7 +43,8 @@ def comma_separated(rows: Sequence[Row]) -> str:
     """
     texts = list(dict.fromkeys(text for row in rows for text in row.perplexity))
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    titles = ["method", "ratio", "regime", "applied_regime", "n", "failed", "parameters"]
+    titles = ["method", "ratio", "regime", "applied_regime", "n", "failed"]
+    titles += ["parameters", "active"]
     for name in [*(f"perplexity {text}" for text in texts), "accuracy", *tasks, "seconds"]:
         titles += [name, *(f"{name} {part}" for part in ("sd", "low", "high"))]
     made = io.StringIO()
@@ -57,7 +58,8 @@ def comma_separated(rows: Sequence[Row]) -> str:
             row.seconds,
         ]
         facts = [row.method, row.ratio, row.regime, row.applied_regime, row.seeds, len(row.failed)]
-        writer.writerow([*facts, row.parameters, *(n for value in values for n in _numbers(value))])
+        sizes = [row.parameters, row.active]
+        writer.writerow([*facts, *sizes, *(n for value in values for n in _numbers(value))])
     return made.getvalue()
 
 

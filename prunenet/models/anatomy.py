@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prunenet.models import modeling
 from prunenet.models.architectures import (
     Architecture,
     UnsupportedArchitecture,
@@ -21,7 +21,10 @@ from prunenet.models.architectures import (
     check_heads,
 )
 from prunenet.models.groups import FFN, Group, Pattern, Slice, starred
-from prunenet.models.knobs import field_of, top_k, uniform_widths
+from prunenet.models.knobs import field_of, step_of, top_k, uniform_widths
+from prunenet.models.masks import width_at
+from prunenet.models.modeling import holder_of
+from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.runtime.placement import present
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,7 +109,7 @@ class Anatomy:
         """Channels of each group."""
         return [group.width for group in self.groups]
 
-    def uniform_widths(self, ratio: float, round_to: int | Literal["auto"] = 8) -> list[int]:
+    def uniform_widths(self, ratio: float, round_to: RoundTo = ROUND_TO) -> list[int]:
         """The width of each group when every one loses the same share of its channels.
 
         Args:
@@ -116,7 +119,54 @@ class Anatomy:
         Raises:
             ValueError: a group cannot be rounded to a multiple of `round_to`.
         """
-        return uniform_widths(self.groups, ratio, round_to, free=self.architecture.per_layer)
+        return uniform_widths(self.groups, ratio, round_to, free=self.free)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the family's own configuration holds a width for each layer, as a list."""
+        return all(group.listed for group in self.groups)
+
+    @property
+    def free(self) -> bool:
+        """Whether each group may have a width of its own."""
+        return not self.tied_by
+
+    @property
+    def tied_by(self) -> str:
+        """Why groups cannot have widths of their own; empty where they can."""
+        if not self.architecture.found or self.listed:
+            return ""
+        if any(group.expert is not None for group in self.groups):
+            return "all its experts have one width"
+        config, _ = holder_of(self.model.config, self.architecture.width)
+        differs = getattr(config, "is_heterogeneous", False)
+        if differs and not hasattr(self.model.config, modeling.FFN):
+            return "its layers differ in other fields already"
+        if [group.layer for group in self.groups] != list(range(len(self.layers))):
+            return "not every layer has one FFN"
+        widest = max(group.width for group in self.groups)
+        stated = field_of(self.model.config, self.architecture.width)
+        if not self.architecture.per_layer or stated not in (None, widest):
+            return f"{self.architecture.width} does not state the width of one layer alone"
+        return ""
+
+    def even_widths(self, ratio: float, round_to: RoundTo = ROUND_TO) -> list[int]:
+        """As `uniform_widths`, but groups that are free and differ keep their differences.
+
+        Raises:
+            ValueError: see `prunenet.models.masks.width_at`.
+        """
+        if not self.free:
+            return self.uniform_widths(ratio, round_to)
+        step = step_of(self.groups, ratio, round_to)
+        return [width_at(width, ratio, step) for width in self.widths]
+
+    def down_places(self) -> dict[tuple[nn.Module, str], list[Group]]:
+        """The groups of each output matrix, by its module and name: of a bank, all experts."""
+        places: dict[tuple[nn.Module, str], list[Group]] = {}
+        for group in self.groups:
+            places.setdefault((group.down.module, group.down.attribute), []).append(group)
+        return places
 
     @property
     def downs(self) -> list[nn.Linear]:

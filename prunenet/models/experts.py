@@ -66,7 +66,7 @@ class Experts:
         banks = {g.down.name: g for g in anatomy.groups if g.expert is not None}
         if not banks:
             raise UnsupportedArchitecture(
-                f"a {type(model).__name__} has no experts to remove; give a `ratio` of channels"
+                f"a {type(model).__name__} has no experts to remove; cut channels instead"
             )
         config, counts = model.config, {len(_tensor(g)) for g in banks.values()}
         found = [
@@ -90,14 +90,24 @@ class Experts:
             axes=found[0][1],
         )
 
+    @property
+    def fewest(self) -> int:
+        """Fewest experts that a layer can be left with."""
+        # a routing group is judged by its two best experts
+        return max(self.least, 2 * self.routing_groups if self.routing_groups > 1 else 1)
+
+    @property
+    def possible(self) -> list[int]:
+        """The numbers of experts that a layer can be left with, rising."""
+        numbers = range(self.fewest, self.count + 1)
+        return [left for left in numbers if left % self.routing_groups == 0]
+
     def check(self, left: int) -> None:
         """Raises ValueError for a number of experts that a layer cannot be left with."""
-        # a routing group is judged by its two best experts
-        low = max(self.least, 2 * self.routing_groups if self.routing_groups > 1 else 1)
-        if not low <= left <= self.count:
+        if not self.fewest <= left <= self.count:
             raise ValueError(
-                f"`experts` must be from {low} to {self.count} here, got {left}: a token passes"
-                f" through {self.least}"
+                f"`experts` must be from {self.fewest} to {self.count} here, got {left}: a token"
+                f" passes through {self.least}"
             )
         if left % self.routing_groups:
             raise ValueError(
@@ -162,7 +172,7 @@ def concentration(model: PreTrainedModel) -> dict[int, Tensor]:
     """AIMER's measure of each expert, negated so that the highest stay, by layer.
 
     l1 / (sqrt(N) l2) over the gate, up and down weights of an expert (arXiv 2603.18492; see
-    docs/methods.md, section 7). Experts with a *higher* measure go first. Reads weights alone.
+    docs/methods.md, section 19). Experts with a *higher* measure go first. Reads weights alone.
     """
     found: dict[int, list[Tensor]] = {}
     for group in Anatomy.of(model).groups:

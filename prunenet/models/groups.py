@@ -12,7 +12,7 @@ configuration field that holds their width.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -251,6 +251,12 @@ class Group:
             share=self.share,
             **found,
         )
+
+
+def laid_out(downs: Sequence[Slice], matrices: Sequence[Float[Tensor, "d_model _"]]) -> Tensor:
+    """The whole tensor of the output matrices of one module: of a bank, those of all experts."""
+    parts = [down.laid(matrix) for down, matrix in zip(downs, matrices, strict=True)]
+    return parts[0].contiguous() if downs[0].expert is None else torch.stack(parts)
 
 
 def starred(name: str) -> tuple[str, tuple[int, ...]]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prunenet.models.masks import width_at
+from prunenet.runtime.choices import RoundTo
 
 if TYPE_CHECKING:
     from prunenet.models.groups import Group
@@ -60,6 +61,15 @@ def top_k(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(text, name, None) for name in _TOP_K)
     return next((max(k) if isinstance(k, list) else k for k in found if k), None)
+
+
+def top_k_field(config: Any) -> str | None:
+    """Returns the dotted field of `top_k`; None where it is not one whole number."""
+    text = config.get_text_config()
+    name = next((name for name in _TOP_K if getattr(text, name, None)), None)
+    if name is None or type(getattr(text, name)) is not int:
+        return None
+    return name if text is config else f"text_config.{name}"
 
 
 def tied(groups: Sequence[Group]) -> list[list[Group]]:
@@ -140,7 +150,7 @@ def rounding(groups: Sequence[Group], ratio: float) -> int:
     return 32
 
 
-def step_of(groups: Sequence[Group], ratio: float, round_to: int | Literal["auto"]) -> int:
+def step_of(groups: Sequence[Group], ratio: float, round_to: RoundTo) -> int:
     """Returns the multiple that widths are rounded to; see `rounding`."""
     return rounding(groups, ratio) if round_to == "auto" else round_to
 
@@ -148,7 +158,7 @@ def step_of(groups: Sequence[Group], ratio: float, round_to: int | Literal["auto
 def uniform_widths(
     groups: Sequence[Group],
     ratio: float,
-    round_to: int | Literal["auto"],
+    round_to: RoundTo,
     *,
     free: bool = False,
 ) -> list[int]:

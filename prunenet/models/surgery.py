@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from prunenet.models import modeling
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture, UnsupportedArchitecture
-from prunenet.models.groups import Group, Slice
+from prunenet.models.groups import Group, Slice, laid_out
 from prunenet.models.heads import GROUPS, group_counts, state_counts
 from prunenet.models.hooks import zeroing
 from prunenet.models.knobs import restate, tied
@@ -198,9 +198,10 @@ def set_widths(
         ValueError: a configuration field cannot hold the number.
     """
     model, architecture = anatomy.model, anatomy.architecture
-    config = model.config
+    varies = anatomy.free and not anatomy.listed and len(set(widths)) > 1
+    config, (text, field) = model.config, modeling.holder_of(model.config, architecture.width)
     if any(hasattr(config, name) for name in (modeling.FFN, modeling.HEADS)):
-        config.per_layer_config = None  # ours: a family's own stays
+        text.per_layer_config = None  # ours: a family's own stays
     for name in (modeling.FFN, modeling.HEADS, "auto_map"):
         config.__dict__.pop(name, None)
     # How transformers renamed tensors when it read them for the dense class: per-layer classes are
@@ -214,24 +215,23 @@ def set_widths(
     _state_parents(model, dense, widths)
     stock = getattr(type(model), "stock_class", type(model))
     varying: dict[str, Sequence[int]] = {}
-    if architecture.per_layer and len(set(widths)) > 1:
-        varying[architecture.width] = widths
+    if varies:
+        varying[field] = widths
         inputs, output = architecture.input_linears, architecture.down
         setattr(config, modeling.FFN, _structure(architecture, architecture.width, inputs, output))
     if counts is not None and not state_counts(config, counts):
         varying[GROUPS] = counts
         inputs, output = architecture.attention_in, architecture.attention_out
         setattr(config, modeling.HEADS, _structure(architecture, GROUPS, inputs, output))
-    if not varying:
-        model.__class__ = stock
-        if architecture.found:
-            restate_modules(model, check_built(model))
-        return
-    layers = range(len(widths))
-    config.per_layer_config = {
-        index: {field: numbers[index] for field, numbers in varying.items()} for index in layers
-    }
-    model.__class__ = getattr(modeling, modeling.PREFIX + stock.__name__)
+    if varying:
+        text.per_layer_config = {
+            index: {name: numbers[index] for name, numbers in varying.items()}
+            for index in range(len(widths))
+        }
+        stock = getattr(modeling, modeling.PREFIX + stock.__name__)
+    model.__class__ = stock
+    if architecture.found:
+        restate_modules(model, check_built(model))
 
 
 def _state_parents(model: PreTrainedModel, groups: Sequence[Group], widths: Sequence[int]) -> None:
@@ -319,7 +319,7 @@ def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | 
     widths = anatomy.widths
     if groups is not None:
         _check_groups(group_counts(anatomy.model), groups)
-    what = "layer" if anatomy.architecture.per_layer else "group"
+    what = "layer" if anatomy.free else "group"
     if len(keep) != len(widths):
         raise ValueError(
             f"the model has {len(widths)} {what}s and needs one keep mask for each, got {len(keep)}"
@@ -332,7 +332,7 @@ def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | 
             check_keep(mask, d_ff)
         except ValueError as error:
             raise ValueError(f"{what} {index}: {error}") from None
-    if not anatomy.architecture.per_layer:
+    if not anatomy.free:
         _check_tied(anatomy, [int(mask.sum()) for mask in keep])
 
 
@@ -373,13 +373,9 @@ def set_downs(anatomy: Anatomy, downs: Sequence[Float[Tensor, "d_model _"]]) -> 
 
     Biases stay. Of a placed model the given tensors are kept; see `derive`.
     """
-    parts: dict[tuple[nn.Module, str], list[Tensor]] = {}
-    for group, down in zip(anatomy.groups, downs, strict=True):
-        where = group.down
-        parts.setdefault((where.module, where.attribute), []).append(where.laid(down))
-    banks = {(g.down.module, g.down.attribute) for g in anatomy.groups if g.expert is not None}
-    for place, found in parts.items():
-        derive(*place, torch.stack(found) if place in banks else found[0].contiguous())
+    for place, groups in anatomy.down_places().items():
+        matrices = [downs[group.number] for group in groups]
+        derive(*place, laid_out([group.down for group in groups], matrices))
 
 
 Choice = tuple[Sequence[Slice], Int[Tensor, " _"], int]

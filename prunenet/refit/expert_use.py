@@ -1,4 +1,5 @@
-"""Measures how much each expert writes on text: REAP's score (see docs/methods.md, section 7).
+"""Measures how each expert is used on text: REAP's score (see docs/methods.md, section 19), and
+router weights.
 
 The score of an expert is the mean, over the tokens that are routed to it, of router weight times
 the norm of its output, with the weights of a token's experts divided by their sum. What differs
@@ -6,10 +7,16 @@ from the paper: an expert that no token reaches scores 0, and goes first.
 
 An expert's output is computed by the model's own code: its bank of experts is called once more,
 with every token routed to one expert with weight 1.
+
+Where the router scales the input of an expert and not its output (Llama 4), the score is the mean
+norm of what the expert writes for the scaled input. Nothing is divided by a sum there.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +26,7 @@ from transformers import PreTrainedModel
 
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.groups import Group
 from prunenet.models.layers import check_tokens
 from prunenet.runtime.placement import home
 
@@ -36,51 +44,135 @@ def expert_use(
 
     Raises:
         ValueError: blocks that the model cannot read.
-        UnsupportedArchitecture: the family's experts are not called with tokens, indices and
-            weights.
+        UnsupportedArchitecture: as `check_readable`.
     """
     check_tokens(model, blocks)
-    banks: dict[nn.Module, tuple[int, int]] = {}
-    for group in Anatomy.of(model).groups:
-        if group.expert is not None:
-            banks[group.down.module] = (group.layer, group.expert + 1)
-    sums = {layer: torch.zeros(2, count) for layer, count in banks.values()}
+    check_readable(model)
+    sums = {bank[0].layer: torch.zeros(2, len(bank)) for bank in _banks(model)}
+
+    def see(bank: Sequence[Group], given: Sequence[Tensor]) -> None:
+        module, found = bank[0].down.module, sums[bank[0].layer]
+        if len(given) == 1:
+            _add_scaled(module, given[0], found)
+        else:
+            hidden, index, weights = given
+            _add_routed(module, hidden, index, weights, found)
+
+    _see_calls(model, blocks, batch, see)
+    return {layer: total / tokens.clamp_min(1) for layer, (total, tokens) in sums.items()}
+
+
+@torch.no_grad()
+def squared_weights(
+    model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4
+) -> list[float]:
+    """The mean squared router weight of each group over its tokens.
+
+    1 in dense FFNs, and in banks that are not called with tokens, indices and weights: the router
+    scales what goes in there. Other arguments and errors as `expert_use`.
+    """
+    found = [1.0] * len(Anatomy.of(model).groups)
+    if not (banks := _banks(model)):
+        return found
+    # the entry behind the last expert stands for none
+    sums = {bank[0].number: torch.zeros(2, len(bank) + 1, dtype=torch.float64) for bank in banks}
+
+    def see(bank: Sequence[Group], given: Sequence[Tensor]) -> None:
+        if len(given) == 3:
+            index, squares = given[1].flatten().cpu(), given[2].flatten().cpu().double().square()
+            sums[bank[0].number][0].index_add_(0, index, squares)
+            sums[bank[0].number][1].index_add_(0, index, torch.ones_like(squares))
+
+    check_tokens(model, blocks)
+    _see_calls(model, blocks, batch, see)
+    for bank in banks:
+        total, tokens = sums[bank[0].number]
+        for group in bank:
+            assert group.expert is not None
+            if tokens.any():
+                found[group.number] = float(total[group.expert] / tokens[group.expert].clamp_min(1))
+    return found
+
+
+def _banks(model: PreTrainedModel) -> list[list[Group]]:
+    """The groups of each bank of experts."""
+    places = Anatomy.of(model).down_places().values()
+    return [groups for groups in places if groups[0].expert is not None]
+
+
+def _see_calls(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    batch: int,
+    see: Callable[[Sequence[Group], Sequence[Tensor]], None],
+) -> None:
+    """Runs the model; `see` is called with a bank and what it is called with."""
+
+    def hook(bank: Sequence[Group], module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        see(bank, [*call.arguments.values()][1:])
+
     hooks = [
-        module.register_forward_pre_hook(_adding(sums[layer]), with_kwargs=True)
-        for module, (layer, _) in banks.items()
+        bank[0].down.module.register_forward_pre_hook(partial(hook, bank), with_kwargs=True)
+        for bank in _banks(model)
     ]
     try:
         for part in torch.split(blocks.to(home(model)), batch):
             model(input_ids=part, use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: total / tokens.clamp_min(1) for layer, (total, tokens) in sums.items()}
+        for handle in hooks:
+            handle.remove()
 
 
-def _adding(sums: Float[Tensor, "2 experts"]) -> Any:
-    """A hook that adds what a bank of experts is called with."""
+def check_readable(model: PreTrainedModel) -> None:
+    """Checks that the use of a model's experts can be measured; runs nothing.
 
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        if len(tensors) != 3 or tensors[1].shape != tensors[2].shape or tensors[1].dim() != 2:
+    Raises:
+        UnsupportedArchitecture: the family's experts are called neither with tokens, indices and
+            weights, nor with one scaled copy of all tokens for each expert.
+    """
+    for group in Anatomy.of(model).groups:
+        if group.expert is not None and len(_takes(group.down.module)) not in (1, 3):
             raise UnsupportedArchitecture(
-                f"the experts of this family, {type(module).__name__}, are not called with tokens,"
-                " indices and weights; choose them by weights (`experts_by` aimer)"
+                f"what the router of a {type(model).__name__} gives its experts is not known"
+                f" ({type(group.down.module).__name__} takes"
+                f" {', '.join(_takes(group.down.module))}); choose experts by weights (aimer)"
             )
-        hidden, index, weights = tensors
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        weights = weights / weights.sum(-1, keepdim=True)
-        for expert in range(sums.shape[1]):
-            rows, places = (index == expert).nonzero(as_tuple=True)
-            if len(rows) == 0:
-                continue
-            alone = torch.full_like(index[: len(rows), :1], expert)
-            one = torch.ones_like(weights[: len(rows), :1])
-            out = type(module).forward(module, hidden[rows], alone, one)
-            norms = out.reshape(len(rows), -1).float().norm(dim=-1)
-            sums[0, expert] += float((weights[rows, places].float() * norms).sum())
-            sums[1, expert] += len(rows)
 
-    return see
+
+def _takes(bank: nn.Module) -> list[str]:
+    """Names of what a bank of experts is called with."""
+    return list(inspect.signature(type(bank).forward).parameters)[1:]
+
+
+def _add_scaled(module: nn.Module, hidden: Tensor, sums: Float[Tensor, "2 experts"]) -> None:
+    """Adds what is written for all tokens, once for each expert; tokens that the router does not
+    send to it are zero there.
+    """
+    experts = sums.shape[1]
+    out = type(module).forward(module, hidden).reshape(experts, -1, hidden.shape[-1])
+    routed = hidden.reshape(out.shape).any(-1)
+    sums[0] += (out.float().norm(dim=-1) * routed).sum(-1).cpu()
+    sums[1] += routed.sum(-1).cpu()
+
+
+def _add_routed(
+    module: nn.Module,
+    hidden: Tensor,
+    index: Int[Tensor, "tokens k"],
+    weights: Float[Tensor, "tokens k"],
+    sums: Float[Tensor, "2 experts"],
+) -> None:
+    """Adds, of each expert, the weighted norm of what it writes for the tokens sent to it."""
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    weights = weights / weights.sum(-1, keepdim=True)
+    for expert in range(sums.shape[1]):
+        rows, places = (index == expert).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            continue
+        alone = torch.full_like(index[: len(rows), :1], expert)
+        one = torch.ones_like(weights[: len(rows), :1])
+        out = type(module).forward(module, hidden[rows], alone, one)
+        norms = out.reshape(len(rows), -1).float().norm(dim=-1)
+        sums[0, expert] += float((weights[rows, places].float() * norms).sum())
+        sums[1, expert] += len(rows)

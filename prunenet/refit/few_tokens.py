@@ -25,9 +25,11 @@ def least_tokens(d_ff: int) -> int:
 
 
 def few_tokens(group: Group, folds: Sequence[Moments]) -> bool:
-    """Whether too few tokens of a fold reach an expert; a dense FFN has all of the text."""
-    least = least_tokens(group.width)
-    return group.expert is not None and any(fold.tokens < least for fold in folds)
+    """Whether too few tokens of a fold reach an expert, or none a dense FFN: others have all of the
+    text, however little that is.
+    """
+    least = 1 if group.expert is None else least_tokens(group.width)
+    return any(fold.tokens < least for fold in folds)
 
 
 def from_weights(ffn: FFN) -> Moments:

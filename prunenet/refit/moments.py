@@ -14,9 +14,8 @@ the tokens that are routed to it. All groups of a layer are measured in one pass
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -26,9 +25,9 @@ from transformers import PreTrainedModel
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.groups import Group
-from prunenet.models.hooks import calling
-from prunenet.models.layers import check_tokens, decoder_layers
+from prunenet.models.layers import check_tokens
 from prunenet.models.observed import observing
+from prunenet.refit.calls import LayerCall, Passed, layer_calls
 from prunenet.runtime.floats import float64_device
 from prunenet.runtime.placement import device_of, home, is_placed, present
 
@@ -77,24 +76,6 @@ class Target:
     cross: Float[Tensor, "d_ff d_ff"]
     mean: Float[Tensor, " d_ff"]
     energy: float
-
-
-class LayerCall(NamedTuple):
-    """Holds the arguments of one call of a decoder layer.
-
-    Attributes:
-        hidden: the hidden states; None where they come from the layer in front.
-        args: other positional arguments.
-        kwargs: named arguments.
-    """
-
-    hidden: Tensor | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Captured(Exception):
-    """Ends the forward pass once the arguments of all layers are recorded."""
 
 
 class _Sums:
@@ -205,9 +186,10 @@ class LayerWalk:
         self._hidden: list[Tensor] = []
         for part in torch.split(blocks.to(home(model)), batch):
             calls = layer_calls(model, part)
-            assert calls[0].hidden is not None
-            self._hidden.append(self._put_by(calls[0].hidden))
+            (hidden,) = (call.hidden for call in calls if call.hidden is not None)
+            self._hidden.append(self._put_by(hidden))
             self._calls.append([call._replace(hidden=None) for call in calls])
+        self._passed: list[dict[Passed, Any]] = [{} for _ in self._calls]
         self._outputs: list[Tensor] = []
         self._found: dict[tuple[type[Any], int], Any] = {}
         self._changing = changing
@@ -293,15 +275,19 @@ class LayerWalk:
         """Joins the tokens of a batch, in float32, without the skipped ones."""
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if self._skip:
-            rows = rows.unflatten(0, (len(self._hidden[part]), -1))[:, self._skip :].flatten(0, 1)
+            blocks = len(self._hidden[part])
+            rows = rows.reshape(blocks, -1, *rows.shape[1:])[:, self._skip :].flatten(0, 1)
         return rows.float()
 
     @torch.no_grad()
     def _through(self, layer: int, part: int) -> Tensor:
-        call = self._calls[part][layer]
+        call = self._calls[part][layer].filled(self._passed[part])
+        if not call.called:
+            return self._hidden[part]
         hidden = self._hidden[part].to(device_of(self.layers[layer]))
         out = self.layers[layer](hidden, *call.args, **call.kwargs)
-        result = out[0] if isinstance(out, tuple) else out
+        result, *more = out if isinstance(out, tuple) else (out,)
+        self._passed[part] |= {Passed(layer, place): one for place, one in enumerate(more)}
         assert isinstance(result, Tensor)
         return self._put_by(result)
 
@@ -327,40 +313,6 @@ def _by_layer(anatomy: Anatomy, skip: int) -> list[list[Group]]:
             )
         found[places[group.module]].append(group)
     return found
-
-
-@torch.no_grad()
-def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[LayerCall]:
-    """Records the arguments with which each decoder layer is called.
-
-    The layers themselves are skipped meanwhile: each returns its input.
-
-    Args:
-        model: a causal LM in eval mode, left as it is.
-        ids: token ids without padding, on the model's device.
-
-    Returns:
-        One call a layer, first to last; only the first one has hidden states.
-    """
-    layers = list(decoder_layers(model))
-    calls: list[LayerCall] = []
-
-    def recorder(index: int) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            calls.append(LayerCall(hidden if index == 0 else None, rest, kwargs))
-            if index == len(layers) - 1:
-                raise _Captured
-            return hidden
-
-        return forward
-
-    with (
-        suppress(_Captured),
-        calling({layer: recorder(index) for index, layer in enumerate(layers)}),
-    ):
-        model(input_ids=ids, use_cache=False)
-    return calls
 
 
 def ffn_moments(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+
+RoundTo = int | Literal["auto"]
+"""A multiple that widths are rounded to, or the rule of `prunenet.models.knobs.rounding`."""
+ROUND_TO: RoundTo = 8
+"""What widths are rounded to where a user says nothing."""
 
 
 def check_choice(what: str, given: object, choices: Any) -> None:

@@ -25,6 +25,7 @@ from prunenet.policies.methods.evidence.gradients import (
     taylor_sums,
 )
 from prunenet.policies.methods.widths.influence import block_influence
+from prunenet.refit.expert_use import expert_use
 from prunenet.refit.moments import Energies, LayerWalk, check_activations
 from prunenet.runtime.placement import check_together, device_of, home, is_placed
 from prunenet.text.calibration import CalibrationSet
@@ -112,6 +113,11 @@ class Evidence:
         if is_placed(self.model):
             return _Read(self.model)
         return [_checked(ffn) for ffn in iter_ffns(self.model)]
+
+    @cached_property
+    def expert_use(self) -> dict[int, Float[Tensor, " experts"]]:
+        """REAP's score of each expert, by layer. Raises as `prunenet.refit.expert_use`."""
+        return expert_use(self.model, self.ids)
 
     @cached_property
     def attentions(self) -> list[Attention]:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.models.layers import check_tokens, count_parameters, decoder_layers, ffn_widths
+from prunenet.models.layers import check_tokens, decoder_layers, ffn_widths
 from prunenet.models.rotation import (
     blocks_of,
     check_rotatable,
@@ -41,8 +41,8 @@ from prunenet.models.rotation import (
 )
 from prunenet.policies.apply import Pruned
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.policies.methods.widths.allocation import Budget
-from prunenet.refit.moments import layer_calls
+from prunenet.policies.methods.widths.allocation import parameters_left
+from prunenet.refit.calls import layer_calls
 from prunenet.runtime.placement import check_together, home
 
 _BATCH = 4
@@ -125,16 +125,6 @@ def sliced(
 def sliced_at(evidence: Evidence, ratio: float, round_to: int = 8) -> PreTrainedModel:
     """Returns the model of `sliced` at a ratio, as published; the row of `METHODS`."""
     return sliced(evidence, ratio, round_to=round_to).model
-
-
-def parameters_left(model: PreTrainedModel, ratio: float, round_to: int = 8) -> int:
-    """Returns the parameters left when `ratio` of the FFN channels of every layer is removed.
-
-    Raises:
-        ValueError: as `Budget.of`.
-    """
-    budget = Budget.of(model, ratio, round_to=round_to)
-    return count_parameters(model)[0] - budget.cost(budget.d_ff) + budget.parameters
 
 
 def width_at_slicing(d_model: int, slicing: float, round_to: int = 8) -> int:

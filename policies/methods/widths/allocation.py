@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.models.layers import iter_ffns
-from prunenet.models.masks import width_at
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.layers import active_parameters, count_parameters, iter_ffns
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,8 @@ class Budget:
         parameters: most parameters of all channels that stay.
         round_to: widths are multiples of this, or d_ff.
         floor: channels that every layer keeps, at least 1; rounded up to a multiple.
+        only: the widths of all layers where the model can have no others at this size, since its
+            layers or experts share one number; None where each may have its own.
     """
 
     d_ff: tuple[int, ...]
@@ -38,6 +40,7 @@ class Budget:
     parameters: int
     round_to: int = 8
     floor: int = 1
+    only: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -55,10 +58,10 @@ class Budget:
         """
         ffns = list(iter_ffns(model))
         d_ff, costs = tuple(ffn.d_ff for ffn in ffns), tuple(ffn.channel_parameters for ffn in ffns)
-        kept = sum(
-            cost * width_at(width, ratio, round_to) for cost, width in zip(costs, d_ff, strict=True)
-        )
-        return cls(d_ff, costs, kept, round_to, floor)
+        anatomy = Anatomy.of(model)
+        widths = anatomy.even_widths(ratio, round_to)
+        kept = sum(cost * width for cost, width in zip(costs, widths, strict=True))
+        return cls(d_ff, costs, kept, round_to, floor, None if anatomy.free else tuple(widths))
 
     @property
     def share(self) -> float:
@@ -74,8 +77,33 @@ class Budget:
         return min(-(-max(self.floor, 1) // self.round_to) * self.round_to, self.d_ff[layer])
 
 
+def parameters_left(
+    model: PreTrainedModel, ratio: float, round_to: int = 8, *, active: bool = False
+) -> int:
+    """Returns the parameters left when `ratio` of the FFN channels of every layer is removed.
+
+    Args:
+        model: the dense one.
+        ratio, round_to: as for `Budget.of`.
+        active: counts those that one token uses, see `prunenet.models.layers.active_parameters`.
+
+    Raises:
+        ValueError: as `Budget.of`.
+    """
+    anatomy = Anatomy.of(model)
+    widths = anatomy.even_widths(ratio, round_to)
+    gone = sum(
+        (group.width - width) * group.channel_parameters * (group.share if active else 1)
+        for group, width in zip(anatomy.groups, widths, strict=True)
+    )
+    total = active_parameters(anatomy) if active else count_parameters(model)[0]
+    return round(total - gone)
+
+
 def uniform(budget: Budget) -> list[int]:
     """Keeps the same share of every layer."""
+    if budget.only is not None:
+        return list(budget.only)
     return fitted(budget, [budget.share * d_ff for d_ff in budget.d_ff])
 
 
