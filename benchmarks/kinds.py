@@ -22,13 +22,13 @@ from typing import Any
 from _common import Line, append_line, is_measured, parser, read_lines
 from trained_kinds import KINDS, has_experts, home, texts, trained
 
-RATIO = "0.3"
+_RATIO = "0.3"
 _WINDOW = ("--window", "256")
 _METHODS = ("prunenet", "random")
-# what ratios are shares of -> methods that remove or pass by whole experts
-_OF_EXPERTS = {
-    "channels": ("reap", "aimer", "random_experts"),
-    "active": ("fewer_per_token",),
+# what ratios are shares of -> ratios, and methods that remove or pass by whole experts
+_COMPARED = {
+    "channels": ("0.3,0.5,0.7", ("reap", "aimer", "random_experts")),
+    "active": ("0.3", ("fewer_per_token",)),
 }
 
 
@@ -45,7 +45,7 @@ def main() -> None:
             "prune": partial(_pruned, model, held_out),
             "train": partial(_trained, model, held_out),
         }
-        for share_of in _OF_EXPERTS:
+        for share_of in _COMPARED:
             steps[f"compare {share_of}"] = partial(
                 _compared, kind, model, held_out, share_of, given.seeds
             )
@@ -61,11 +61,11 @@ def _pruned(model: Path, held_out: Path) -> Iterator[Line]:
     """The dense model, and what the defaults leave of it."""
     out = _empty(model.with_name(f"{model.name}-pruned"))
     start = time.perf_counter()
-    _prunenet("prune", model, "--out", out, "--ratio", RATIO)
+    _prunenet("prune", model, "--out", out, "--ratio", _RATIO)
     seconds = time.perf_counter() - start
     dense, narrow = _scored(held_out, model, out)
     yield {"method": "dense", "ratio": 0.0} | dense
-    yield {"method": "prunenet", "ratio": float(RATIO), "seconds": seconds} | narrow
+    yield {"method": "prunenet", "ratio": float(_RATIO), "seconds": seconds} | narrow
 
 
 def _trained(model: Path, held_out: Path) -> Iterator[Line]:
@@ -75,16 +75,17 @@ def _trained(model: Path, held_out: Path) -> Iterator[Line]:
     _prunenet("train", model, "--out", policy, "--updates", 10, "--masks", 8)
     seconds = time.perf_counter() - start
     weights = ("--policy", policy, "--moments", "none")
-    _prunenet("prune", model, "--out", out, "--ratio", RATIO, *weights)
+    _prunenet("prune", model, "--out", out, "--ratio", _RATIO, *weights)
     (narrow,) = _scored(held_out, out)
-    yield {"method": "trained", "ratio": float(RATIO), "seconds": seconds} | narrow
+    yield {"method": "trained", "ratio": float(_RATIO), "seconds": seconds} | narrow
 
 
 def _compared(kind: str, model: Path, held_out: Path, share_of: str, seeds: str) -> Iterator[Line]:
-    """The lines of a comparison at one ratio."""
-    methods = _METHODS + (_OF_EXPERTS[share_of] if has_experts(kind) else ())
+    """The lines of a comparison."""
+    ratios, of_experts = _COMPARED[share_of]
+    methods = _METHODS + (of_experts if has_experts(kind) else ())
     out = home() / f"{model.name}-{share_of}.jsonl"
-    common = ("--text", held_out, *_WINDOW, "--ratios", RATIO, "--share-of", share_of)
+    common = ("--text", held_out, *_WINDOW, "--ratios", ratios, "--share-of", share_of)
     _prunenet("compare", model, *methods, *common, "--seeds", seeds, "--out", out)
     for line in read_lines(out):
         if line["error"] is not None:
@@ -121,17 +122,18 @@ def _empty(folder: Path) -> Path:
 
 def _table(lines: list[Line]) -> Iterator[str]:
     """Means over seeds, as Markdown."""
-    yield "| kind | by | method | parameters | active | perplexity |"
-    yield "|---|---|---|---|---|---|"
-    cells: dict[tuple[str, str, str], list[Line]] = {}
+    yield "| kind | by | ratio | method | parameters | active | perplexity |"
+    yield "|---|---|---|---|---|---|---|"
+    cells: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
-        cells.setdefault((line["kind"], line["by"], line["method"]), []).append(line)
-    for (kind, by, method), found in cells.items():
+        place = (line["kind"], line["by"], f"{line['ratio']:g}", line["method"])
+        cells.setdefault(place, []).append(line)
+    for place, found in cells.items():
         active = found[0].get("active_parameters")
         values = [line["perplexity"] for line in found]
         spread = f" ({min(values):.1f} to {max(values):.1f})" if len(set(values)) > 1 else ""
         yield (
-            f"| {kind} | {by} | {method} | {found[0]['parameters']:,} |"
+            f"| {' | '.join(place)} | {found[0]['parameters']:,} |"
             f" {f'{active:,}' if active else '-'} | {sum(values) / len(values):.1f}{spread} |"
         )
 
