@@ -1,14 +1,16 @@
-"""Loads pruned checkpoints by one client, and compares what it computes with the dense-to-cut
-reference that prunenet itself computes: one JSON line a folder.
+"""Loads four kinds of cut models by one client, and compares what it computes with what prunenet
+computes: one JSON line a model.
 
-    python benchmarks/clients.py reference FOLDER... --out reference.safetensors
-    python benchmarks/clients.py transformers FOLDER... --out reference.safetensors
-    python benchmarks/clients.py peft FOLDER... --out reference.safetensors
-    python benchmarks/clients.py llama_cpp FILE.gguf... --out speeds.jsonl
+    python benchmarks/clients.py models DENSE --out FOLDER
+    python benchmarks/clients.py CLIENT FOLDER --out lines.jsonl
+    python benchmarks/clients.py speed FOLDER --out lines.jsonl
+    python benchmarks/clients.py table --out lines.jsonl
 
-`reference` needs prunenet. `transformers` and `peft` need the client alone, so that they run in an
-environment of another version. `llama_cpp` measures speed, all files in turn, five times; that its
-numbers are right is compared by `prunenet export --gguf` itself.
+`models` cuts DENSE, a Llama, four ways, and keeps the logits of fixed tokens beside them. Each
+client reads them in an environment that may lack prunenet, and may hold other versions; llama.cpp
+(`llama_cpp_f32`, `llama_cpp_q8_0`) is compared by `prunenet export --gguf` itself. What a client
+refuses is kept with its message. `speed` measures tokens per second of llama.cpp, all files in
+turn, five times.
 """
 
 from __future__ import annotations
@@ -16,57 +18,251 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+FORMS = ("uniform", "per-layer", "heads", "layers")
+RATIO = 0.3
+REFERENCE = "reference.safetensors"
 IDS = [[(n * 7919 + 11) % 49152 for n in range(48)]]
+_CODE = {"trust_remote_code": True}
+_QUESTIONS = [
+    {"question": "Water freezes to", "choices": ["ice", "fire"], "answer": 0},
+    {"question": "The capital of France is", "choices": ["Rome", "Paris"], "answer": 1},
+]
 
 
-def reference(folder: str) -> torch.Tensor:
-    """Logits of 48 fixed tokens in float32, (48, vocabulary)."""
-    from prunenet.checkpoints.load import load_model
+def make_models(dense: Path, out: Path) -> None:
+    """Cuts FFN channels alike and per layer, then some heads too, and drops every eighth layer."""
+    from prunenet import load_model, prune
+    from prunenet.checkpoints.provenance import Provenance
+    from prunenet.checkpoints.save import save_pruned
+    from prunenet.models.heads import group_counts
+    from prunenet.models.surgery import narrowed
+    from prunenet.policies.artifact import policy_for
 
-    return load_model(folder, dtype="float32")(torch.tensor(IDS)).logits[0]
+    model = load_model(dense, dtype="float32")
+    policy, name = policy_for("llama", model.config.model_type)
+    made = [
+        prune(model, policy, ratio=RATIO, widths=widths, policy_name=name)
+        for widths in ("uniform", "per-layer")
+    ]
+    for name, cut in zip(FORMS, made, strict=False):
+        cut.save_pretrained(out / name)
+    counts = group_counts(model)
+    groups = [torch.arange(n) < (n - 1 if i % 3 == 1 else n) for i, n in enumerate(counts)]
+    fewer = narrowed(model, made[1].keep, groups)
+    how: dict[str, Any] = {"policy": "the last group of every third layer", "policy_sha256": None}
+    how |= {"base_model": dense.name, "revision": made[1].provenance.revision, "seed": None}
+    story = Provenance.of(model, fewer, regime="weights", ratio=RATIO, **how)
+    save_pruned(fewer, out / "heads", made[1].keep, story, groups=groups)
+    _drop_layers(dense, out / "layers")
+    save_file({name: _logits(load_model(out / name)) for name in FORMS}, out / REFERENCE)
 
 
-def by_transformers(folder: str) -> torch.Tensor:
-    """As a user of transformers loads it."""
+def _drop_layers(dense: Path, out: Path) -> None:
+    """By transformers alone: the result is a stock model with fewer layers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype="float32")
+    kept = [i for i in range(len(model.model.layers)) if i % 8 != 7]
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in kept)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(out)
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    """Of the fixed tokens in float32, (tokens, vocabulary)."""
+    return model(torch.tensor(IDS)).logits[0].contiguous()
+
+
+def _loaded(folder: Path) -> Any:
+    """As a user of transformers loads it, in float32."""
     from transformers import AutoModelForCausalLM
 
-    return (
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-        .float()(torch.tensor(IDS))
-        .logits[0]
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, **_CODE).float().eval()
 
 
-def by_peft(folder: str) -> torch.Tensor:
-    """Fresh LoRA on every linear, one backward pass, merged; the updates are still zero."""
+class _Logits(torch.nn.Module):
+    """Token ids in, logits out, without a cache: what is exported."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def by_transformers(folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+    return _compared(_logits(_loaded(folder)), expected)
+
+
+def by_peft(folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+    """One step of LoRA on every linear; then merged, and compared with the unmerged model."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float()
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    torch.manual_seed(0)
+    tuned = get_peft_model(_loaded(folder), LoraConfig(r=2, target_modules="all-linear"))
+    fresh = _compared(_logits(tuned), expected)
     ids = torch.tensor(IDS)
-    with torch.enable_grad():
-        tuned(input_ids=ids, labels=ids).loss.backward()
-    grads = [p.grad is not None for name, p in tuned.named_parameters() if "lora_" in name]
-    assert all(grads), f"{grads.count(False)} of {len(grads)} LoRA weights have no gradient"
-    return tuned.merge_and_unload()(ids).logits[0]
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained), "LoRA weights without a gradient"
+    torch.optim.SGD(trained, lr=0.1).step()
+    stepped = _logits(tuned)
+    moved = float((stepped - expected).abs().max())
+    merged = _compared(_logits(tuned.merge_and_unload()), stepped)
+    return fresh | {"step_moves_logits_by": moved, "merged": merged}
 
 
-def llama_cpp_speeds(paths: list[str], repeats: int = 5) -> list[dict[str, object]]:
+def by_lm_eval(folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+    """A task of two questions, from a local file; and the log-likelihood of the fixed tokens."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", **_CODE)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "questions.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in _QUESTIONS))
+        task = {
+            "task": "local",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"validation": str(data)}, "cache_dir": scratch},
+            "validation_split": "validation",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "answer",
+            "doc_to_choice": "choices",
+        }
+        scores = simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)["results"]["local"]
+    ((found, _),) = model._loglikelihood_tokens([(("", ""), IDS[0][:1], IDS[0][1:])])
+    known = expected.log_softmax(-1)[:-1].gather(1, torch.tensor(IDS[0][1:])[:, None]).sum()
+    return {"log_likelihood_differs_by": abs(found - float(known)), "accuracy": scores["acc,none"]}
+
+
+def by_onnxruntime(folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.onnx"
+        length = torch.export.Dim("length", min=2, max=2048)
+        torch.onnx.export(
+            _Logits(_loaded(folder)),
+            (torch.tensor(IDS)[:, :32],),
+            path,
+            input_names=["ids"],
+            dynamic_shapes={"ids": {1: length}},
+            external_data=True,
+            optimize=False,
+        )
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"ids": torch.tensor(IDS).numpy()})
+    return _compared(torch.from_numpy(found[0]), expected)
+
+
+def by_openvino(folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+    """Converted from PyTorch, compiled for the CPU in float32."""
+    import openvino
+
+    ids = torch.tensor(IDS)
+    with torch.no_grad():
+        exported = torch.export.export(_Logits(_loaded(folder)), (ids,))
+    model = openvino.Core().compile_model(
+        openvino.convert_model(exported), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    return _compared(torch.from_numpy(model([ids.numpy()])[0][0]), expected)
+
+
+def by_ctranslate2(folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+    import ctranslate2
+    import numpy
+    from ctranslate2.converters import TransformersConverter
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = str(Path(scratch) / "model")
+        TransformersConverter(str(folder), **_CODE).convert(place)
+        generator = ctranslate2.Generator(place, compute_type="float32")
+        found = torch.from_numpy(numpy.array(generator.forward_batch(IDS)))
+    return _compared(found[0], expected)
+
+
+def _by_llama_cpp(kind: str) -> Callable[[Path, torch.Tensor], dict[str, Any]]:
+    def measured(folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+        from prunenet.checkpoints.exports.gguf import export_gguf
+
+        with tempfile.TemporaryDirectory() as scratch:
+            made = export_gguf(folder, Path(scratch) / "file", kind)
+        assert made.proof is not None, "llama.cpp is not installed: pip install 'prunenet[gguf]'"
+        return {
+            "architecture": made.architecture,
+            "bytes": made.bytes,
+            "log_probabilities_differ_by": made.proof.difference,
+            "divergence_in_nats": made.proof.divergence,
+            "same_greedy_text": made.proof.same_text,
+        }
+
+    return measured
+
+
+CLIENTS: dict[str, tuple[str, Callable[[Path, torch.Tensor], dict[str, Any]]]] = {
+    "transformers": ("transformers", by_transformers),
+    "peft": ("peft", by_peft),
+    "lm_eval": ("lm-eval", by_lm_eval),
+    "llama_cpp_f32": ("xllamacpp", _by_llama_cpp("f32")),
+    "llama_cpp_q8_0": ("xllamacpp", _by_llama_cpp("q8_0")),
+    "onnxruntime": ("onnxruntime", by_onnxruntime),
+    "openvino": ("openvino", by_openvino),
+    "ctranslate2": ("ctranslate2", by_ctranslate2),
+}
+"""Client -> (its package, what loads one model and compares it)."""
+
+
+def _compared(found: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
+    return {
+        "logits_differ_by": float((found - expected).abs().max()),
+        "same_likeliest": bool((found.argmax(-1) == expected.argmax(-1)).all()),
+    }
+
+
+def measured(client: str, folder: Path, expected: torch.Tensor) -> dict[str, Any]:
+    """One line: what a client did with one model, or how it refused."""
+    package, load = CLIENTS[client]
+    line = {"client": client, "version": version(package), "form": folder.name}
+    line["transformers"] = version("transformers")
+    start = time.perf_counter()
+    try:
+        line |= load(folder, expected)
+    except Exception as error:  # every way in which a client refuses is a result
+        said = " ".join(str(error).split())
+        line["refused"] = f"{type(error).__name__}: {said[:300]}"
+    return line | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def speeds(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
     """Tokens per second that llama.cpp itself reports, one thread: 256 read, 64 written."""
     from prunenet.checkpoints.exports.llama_cpp import serving
 
     torch.set_num_threads(1)
-    found: dict[str, list[tuple[float, float]]] = {path: [] for path in paths}
+    paths = sorted(folder.rglob("*.gguf"))
+    found: dict[Path, list[tuple[float, float]]] = {path: [] for path in paths}
     with ExitStack() as stack:
-        servers = {p: stack.enter_context(serving(Path(p), context=512)) for p in paths}
+        servers = {p: stack.enter_context(serving(p, context=512)) for p in paths}
         for repeat in range(repeats + 1):
             for path, server in servers.items():
                 timings = server._completed([5] * 256, 64, ignore_eos=True)["timings"]
@@ -74,41 +270,69 @@ def llama_cpp_speeds(paths: list[str], repeats: int = 5) -> list[dict[str, objec
                 found[path] += [pair] if repeat else []  # the first is a warm-up
     lines = []
     for path, pairs in found.items():
-        line: dict[str, object] = {"file": Path(path).name, "bytes": Path(path).stat().st_size}
+        line: dict[str, Any] = {"client": "llama_cpp", "file": path.name}
+        line["bytes"] = path.stat().st_size
         for name, values in zip(("prefill", "decode"), zip(*pairs, strict=True), strict=True):
             line |= {f"{name}_tokens_per_second": median(values), f"{name}_range": sorted(values)}
         lines.append(line | {"load": os.getloadavg()[0]})
     return lines
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("client", choices=["reference", "transformers", "peft", "llama_cpp"])
-    parser.add_argument("folders", nargs="+")
-    parser.add_argument("--out", required=True)
-    asked = parser.parse_args()
-    if asked.client == "reference":
-        save_file({Path(f).name: reference(f).contiguous() for f in asked.folders}, asked.out)
-        return
-    if asked.client == "llama_cpp":
-        lines = llama_cpp_speeds(asked.folders)
-        Path(asked.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return
-    import transformers
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one row a client and version, one column a form; the latest line counts."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for line in lines:
+        if "form" in line:
+            own = line["client"] in ("transformers", "peft")
+            row = (line["client"], line["transformers"] if own else line["version"])
+            cells.setdefault(row, {})[line["form"]] = _cell(line)
+    rows = ["| client | " + " | ".join(FORMS) + " |", "|---" * (len(FORMS) + 1) + "|"]
+    for (client, which), found in cells.items():
+        shown = " | ".join(found.get(form, "not run") for form in FORMS)
+        rows.append(f"| `{client}` {which} | {shown} |")
+    return "\n".join(rows)
 
-    known = load_file(asked.out)
-    for folder in asked.folders:
-        line = {"client": asked.client, "folder": Path(folder).name}
-        line["transformers"] = transformers.__version__
-        try:
-            found = (by_peft if asked.client == "peft" else by_transformers)(folder)
-            expected = known[Path(folder).name]
-            line["largest_difference"] = float((found - expected).abs().max())
-            line["same_likeliest"] = bool((found.argmax(-1) == expected.argmax(-1)).all())
-        except Exception as error:
-            line["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-        print(json.dumps(line))
+
+def _cell(line: dict[str, Any]) -> str:
+    if "refused" in line:
+        return "refused"
+    if "divergence_in_nats" in line:
+        greedy = "same" if line["same_greedy_text"] else "another"
+        far = f"{line['log_probabilities_differ_by']:.1e}"
+        if line["client"].endswith("q8_0"):
+            far = f"{line['divergence_in_nats']:.4f} nats"
+        return f"{far}, {greedy} text ({line['architecture']})"
+    if "log_likelihood_differs_by" in line:
+        return f"{line['log_likelihood_differs_by']:.1e}"
+    return "equal" if line["logits_differ_by"] == 0 else f"{line['logits_differ_by']:.1e}"
+
+
+def main() -> None:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser.add_argument("what", choices=["models", *CLIENTS, "speed", "table"])
+    parser.add_argument("folder", nargs="?", type=Path, help="dense model, or what models made")
+    parser.add_argument("--form", choices=FORMS, help="one kind alone; default: all four")
+    parser.add_argument("--out", type=Path, required=True, help="folder, or JSON lines")
+    asked = parser.parse_args()
+    if asked.what == "table":
+        print(table([json.loads(line) for line in asked.out.read_text().splitlines()]))
+        return
+    if asked.folder is None:
+        parser.error(f"{asked.what} reads a folder: give it")
+    if asked.what == "models":
+        make_models(asked.folder, asked.out)
+        return
+    if asked.what == "speed":
+        lines = iter(speeds(asked.folder))
+    else:
+        known = load_file(asked.folder / REFERENCE)
+        forms = [asked.form] if asked.form else FORMS
+        lines = (measured(asked.what, asked.folder / form, known[form]) for form in forms)
+    for line in map(json.dumps, lines):
+        print(line, flush=True)
+        with asked.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Tries every decoder type of transformers: cut, built anew, saved, reloaded with equal logits, or
-the reason why not.
+the reason why not. `tests/test_every_type.py` (slow) compares what ships with the same discovery.
 
     python benchmarks/coverage.py --out lines.jsonl            # resumes; some seconds a type
     python benchmarks/coverage.py --out lines.jsonl --again    # tries those that failed once more
@@ -19,7 +19,7 @@ import transformers
 from _common import append_line, parser, read_lines
 
 from prunenet.models import known
-from prunenet.models.discovery import Discovery, discover
+from prunenet.models.discovery import Discovery
 from prunenet.runtime.json_files import convert
 
 
@@ -31,18 +31,16 @@ def main() -> None:
     given = arguments.parse_args()
     version = {"transformers": transformers.__version__}
     done = _lines(given.out)
-    for model_type in known.all_types():
-        for name in known.class_names(model_type):
-            before = done.get(f"{model_type} {name}")
-            cut = before is not None and before["architecture"] is not None
-            if before is not None and (cut or not given.again):
-                continue
-            start = time.perf_counter()
-            kind, config = getattr(transformers, name), known.CONFIG_MAPPING[model_type]
-            found = asdict(discover(model_type, kind, config))
-            seconds = round(time.perf_counter() - start, 1)
-            place = {"type": model_type, "class": name, "seconds": seconds}
-            append_line(given.out, place | version | {"found": found})
+    for model_type, name in known.all_entries():
+        before = done.get(f"{model_type} {name}")
+        cut = before is not None and before["architecture"] is not None
+        if before is not None and (cut or not given.again):
+            continue
+        start = time.perf_counter()
+        found = asdict(known.discovered_anew(model_type, name))
+        seconds = round(time.perf_counter() - start, 1)
+        place = {"type": model_type, "class": name, "seconds": seconds}
+        append_line(given.out, place | version | {"found": found})
     _report(_lines(given.out), given.ship)
 
 

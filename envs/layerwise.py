@@ -144,7 +144,8 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         self._sweep = Sweep(
             self._view, reward or SpectralReward(self.model), min_width=min_width, slack=slack
         )
-        self._channel_parameters = channel_parameters(self.model)
+        every = channel_parameters(self.model)
+        self._channel_parameters = [every[number] for number in self._view.groups]
         self.metadata = {**self.metadata, "n_stats": self._view.statistics[0].shape[1]}
         self.observation_space = observation_space(self._view)  # type: ignore[assignment]
         self.action_space = spaces.MultiBinary(self._view.d_ff)

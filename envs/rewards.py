@@ -26,7 +26,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.models.layers import FFN, Weights, down_linears, ffn_at, ffn_widths
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.layers import FFN, Weights, ffn_at, ffn_widths
+from prunenet.refit.expert_use import squared_weights
 from prunenet.refit.moments import LayerWalk, check_activations
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
@@ -197,6 +199,11 @@ class ReconstructionReward:
     W^T), by one (masks, d_ff) by (d_ff, d_ff) product. `prunenet.envs.divergence` measures how the
     cuts of different layers add up.
 
+    Of a mixture each expert is judged by what its whole layer loses, with the router as it is: its
+    loss is weighed by its share in the summed energy of the layer's groups, over the tokens that
+    are routed to it and by the mean square of the router's weights. What experts write together is
+    not counted.
+
     Memory holds d_ff^2 float32 a layer: 283 MB for SmolLM2-135M; on the CPU where the model is
     placed (`prunenet.runtime.placement`). Several processes (`prunenet.runtime.parallel`) share the
     layers; each passes the hidden states through all of them.
@@ -213,22 +220,30 @@ class ReconstructionReward:
     split: ClassVar[Mapping[str, str]] = {"layer": "layers"}  # see `prunenet.envs.split`
 
     def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"]) -> None:
-        downs, walk = down_linears(model), LayerWalk(model, blocks)
+        anatomy, walk = Anatomy.of(model), LayerWalk(model, blocks)
+        weights = squared_weights(model, blocks)
         self._output_grams: dict[int, Float[Tensor, "d_ff d_ff"]] = {}
+        energies: dict[int, list[Tensor]] = {}
         for index in walk:
             if not parallel.is_owner(index):
                 continue
-            down = downs[index].weight.detach().float()
-            output_gram = self._output_grams[index] = walk.moments(index).second.mul_(down.T @ down)
-            check_activations(output_gram, index, model.dtype)
+            down, moments = anatomy.ffn(index).down.float(), walk.moments(index)
+            output_gram = self._output_grams[index] = moments.second.mul_(down.T @ down)
+            check_activations(output_gram, anatomy.groups[index].layer, model.dtype)
+            energies[index] = [output_gram.sum().double().cpu() * moments.tokens * weights[index]]
             if is_placed(model):
                 self._output_grams[index] = output_gram.cpu()
+        count = len(anatomy.groups)
+        self._shares = _shares(
+            [float(one) for (one,) in parallel.gather_from_owners(energies, count)],
+            [group.layer for group in anatomy.groups],
+        )
 
     def layer(
         self, index: int, keep: Bool[Tensor, "masks d_ff"]
     ) -> dict[str, Float[Tensor, " masks"]]:
         """Returns the term `reconstruction`, (masks,), in [0, 1]."""
-        lost = energy_lost(self._output_grams[index], keep)
+        lost = energy_lost(self._output_grams[index], keep) * self._shares[index]
         return {"reconstruction": bounded(lost).to(keep.device)}
 
     def sweep(
@@ -236,6 +251,17 @@ class ReconstructionReward:
     ) -> dict[str, Float[Tensor, " masks"]]:
         """Returns no term: everything has been paid layer by layer."""
         return {}
+
+
+def _shares(energies: Sequence[float], layers: Sequence[int]) -> list[float]:
+    """Each group's share in the energy of its layer; 1 where the layer has one group."""
+    totals: dict[int, float] = {}
+    for energy, layer in zip(energies, layers, strict=True):
+        totals[layer] = totals.get(layer, 0.0) + energy
+    return [
+        energy / totals[layer] if totals[layer] > 0 else 1.0
+        for energy, layer in zip(energies, layers, strict=True)
+    ]
 
 
 def _side(model: Weights) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel
 from prunenet.envs.rewards import Reward
 from prunenet.features.from_activations import channel_features
 from prunenet.features.from_weights import layer_context, observe
-from prunenet.models.layers import Weights, ffn_widths
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.layers import Weights, ffn_widths, structure
 from prunenet.models.masks import check_keep
 from prunenet.runtime.choices import check_ratio
 
@@ -25,14 +27,29 @@ layers left. budget_left: share of the whole budget not yet spent.
 """
 
 
-def check_one_width(model: Weights) -> None:
-    """Raises ValueError where the layers have different widths: an action must have one length."""
-    widths = set(ffn_widths(model))
-    if len(widths) != 1:
+def groups_played(model: Weights) -> tuple[int, ...]:
+    """Returns the numbers of the groups that a sweep plays: those of one width, since an action
+    must have one length.
+
+    That is all of them in most models. Where several fields hold widths (of experts, and of dense
+    layers or shared experts beside them), it is the width that holds most channels; a policy
+    scores channels of any width.
+
+    Raises:
+        ValueError: the layers were cut to different widths.
+    """
+    anatomy = Anatomy.of(structure(model))
+    widths = set(anatomy.widths)
+    if len(widths) != 1 and anatomy.architecture.per_layer:
         raise ValueError(
             f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
             f" {max(widths)}); train on the dense model that it was cut from"
         )
+    channels: Counter[int] = Counter()
+    for width in anatomy.widths:
+        channels[width] += width
+    played = channels.most_common(1)[0][0]
+    return tuple(group.number for group in anatomy.groups if group.width == played)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +57,17 @@ class View:
     """Holds the statistics that observations show, computed once for a model.
 
     Attributes:
-        statistics: (d_ff, n_stats) for each layer, in [-4, 4].
+        statistics: (d_ff, n_stats) for each layer, in [-4, 4]. A layer is here a group of channels:
+            an FFN, or an expert of one.
         context: (layers, n_context), in [-4, 4].
+        groups: number of each in the model; see `groups_played`.
+        widths: of all groups of the model.
     """
 
     statistics: tuple[Float[Tensor, "d_ff n_stats"], ...]
     context: Float[Tensor, "layers n_context"]
+    groups: tuple[int, ...]
+    widths: tuple[int, ...]
 
     @classmethod
     def of(cls, model: Weights, blocks: Int[Tensor, "n tokens"] | None = None) -> View:
@@ -56,20 +78,43 @@ class View:
             blocks: token blocks; given, statistics of activations on them are computed as well.
 
         Raises:
-            ValueError: the layers have different widths (an action must have one length); or as
-                `channel_features`.
+            ValueError: as `groups_played` or `channel_features`.
             UnsupportedArchitecture: see `prunenet.models.architectures`.
         """
-        check_one_width(model)
+        groups, widths = groups_played(model), tuple(ffn_widths(model))
         if isinstance(model, PreTrainedModel) and blocks is not None:
-            return cls(_together(channel_features(model, blocks)), layer_context(model))
+            features, context = channel_features(model, blocks), layer_context(model)
+            played = _together([features[number] for number in groups])
+            return cls(played, context[list(groups)], groups, widths)
         if blocks is not None:
             raise ValueError(
                 "activations are measured on a model in memory, and this one is read layer by layer"
                 " from its files: load it, or leave the blocks out"
             )
-        statistics, rows = zip(*observe(model), strict=True)
-        return cls(_together(statistics), torch.stack(_together(rows)))
+        every = list(observe(model))
+        statistics, rows = zip(*(every[number] for number in groups), strict=True)
+        return cls(_together(statistics), torch.stack(_together(rows)), groups, widths)
+
+    def layer_terms(
+        self, reward: Reward, layer: int, keep: Bool[Tensor, "masks d_ff"]
+    ) -> dict[str, Float[Tensor, " masks"]]:
+        """Returns what a reward pays for masks of a layer."""
+        return reward.layer(self.groups[layer], keep)
+
+    def sweep_terms(
+        self, reward: Reward, keep: Sequence[Bool[Tensor, "masks d_ff"]]
+    ) -> dict[str, Float[Tensor, " masks"]]:
+        """Returns what a reward pays for masks of all layers; what is not played stays whole."""
+        masks = dict(zip(self.groups, keep, strict=True))
+        count, device = len(keep[0]), keep[0].device
+        return reward.sweep(
+            [
+                masks[number]
+                if number in masks
+                else torch.ones(count, width, dtype=torch.bool, device=device)
+                for number, width in enumerate(self.widths)
+            ]
+        )
 
     @property
     def layers(self) -> int:
@@ -188,12 +233,12 @@ class Sweep:
         check_keep(keep, self.view.d_ff)
         width = keep.sum(1)
         self._check_bounds(width, self.most())
-        terms = self.reward.layer(self.layer, keep)
+        terms = self.view.layer_terms(self.reward, self.layer, keep)
         self.left -= width
         self.kept.append(keep)
         self.layer += 1
         if self.done:
-            terms |= self.reward.sweep(self.kept)
+            terms |= self.view.sweep_terms(self.reward, self.kept)
             terms["overdraft"] = -(-self.left).clamp(min=0) / self.view.d_ff
         total = (
             torch.stack(list(terms.values())).sum(0)

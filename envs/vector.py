@@ -79,7 +79,8 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         self.ratio = ratio
         self.num_envs = num_envs
         self.view = view or View.of(self.model)
-        self._channel_parameters = channel_parameters(self.model)
+        every = channel_parameters(self.model)
+        self._channel_parameters = [every[number] for number in self.view.groups]
         self._number = 0
         self._seed = 0
         self._channels = channels

@@ -228,6 +228,8 @@ def decide(
         how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
         if blocks is not None:
             how["text"] = dict(blocks.source)
+        if cut.few:
+            how["few_tokens"] = len(cut.few)
         decisions.append(Decision(cut, ratio, _regime(policy, blocks), how))
     return decisions
 

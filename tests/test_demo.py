@@ -1,5 +1,6 @@
 """The demo, on a tiny model: what it makes, that a second run uses it, and what it refuses."""
 
+import io
 import os
 import shutil
 from dataclasses import replace
@@ -51,11 +52,12 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def test_a_second_run_uses_what_the_first_one_made(run, tmp_path, monkeypatch):
     first = run()
-    assert [row["ratio"] for row in first] == [0.0, 0.5]
+    assert [row["name"] for row in first] == ["dense", "ratio-0.5", "trained-0.5"]
+    assert [row["ratio"] for row in first] == [0.0, 0.5, 0.5]
     story = load_provenance(tmp_path / "out" / "ratio-0.5")
-    assert all(
-        story.how[name] == getattr(demo.HOW, name) for name in ("widths", "channels", "refit")
-    )
+    assert story.policy == "llama"  # that of the family, which ships
+    assert load_provenance(tmp_path / "out" / "trained-0.5").policy == "demo"
+    assert all(story.how[name] == getattr(demo.HOW, name) for name in ("channels", "refit"))
     assert (story.regime, story.how["text"]["text"]) == ("self", "self-generated")
     assert Policy.from_pretrained(tmp_path / "out" / "policy").config.recipe["where"] is None
     made = stamps(tmp_path / "out")
@@ -63,6 +65,34 @@ def test_a_second_run_uses_what_the_first_one_made(run, tmp_path, monkeypatch):
     second = run()
     assert stamps(tmp_path / "out") == made
     assert [row["perplexity"] for row in second] == [row["perplexity"] for row in first]
+
+
+def test_the_page_shows_the_slider_the_training_and_what_each_model_writes(run, tmp_path):
+    rows = run()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for shown in ("ratio 0.30 (uniform", "environment steps", *(row["name"] for row in rows)):
+        assert shown in page
+    assert all(row["sentence"][:8] in page for row in rows if row["sentence"][:8].isalnum())
+
+
+@pytest.mark.parametrize(
+    ("terminal", "display", "opened"), [(True, ":0", 1), (True, "", 0), (False, ":0", 0)]
+)
+def test_the_demo_ends_by_opening_the_report_where_somebody_can_see_it(
+    tmp_path, monkeypatch, terminal, display, opened
+):
+    seen = []
+    monkeypatch.setattr(demo, "run_demo", lambda *_: [{"name": "dense"}])
+    monkeypatch.setattr("prunenet.cli.demo.show", lambda *_: None)
+    monkeypatch.setattr(
+        "prunenet.cli.demo.errors", Console(file=io.StringIO(), force_terminal=terminal)
+    )
+    monkeypatch.setattr("prunenet.cli.demo.sys.platform", "linux")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.setattr("typer.launch", seen.append)
+    CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo")], catch_exceptions=False)
+    assert seen == [str(tmp_path / "demo" / "report.html")] * opened
 
 
 def test_results_of_another_recipe_or_model_are_not_passed_off_as_this_one(run, tmp_path):
@@ -76,7 +106,7 @@ def test_results_of_another_recipe_or_model_are_not_passed_off_as_this_one(run, 
 
 def test_a_checkpoint_pruned_in_another_way_is_not_passed_off_as_the_demo_s(run, tmp_path):
     run()
-    policy = Policy.from_pretrained(tmp_path / "out" / "policy")
+    policy = Policy.from_pretrained("llama")
     shutil.rmtree(tmp_path / "out" / "ratio-0.5")
     prune(load_model(tmp_path / "model"), policy, ratio=0.5).save_pretrained(
         tmp_path / "out" / "ratio-0.5"
@@ -89,7 +119,7 @@ def test_a_size_asked_for_later_is_added_to_those_that_are_there(run, tmp_path):
     run()
     made = stamps(tmp_path / "out")
     rows = run(ratios=(0.5, 0.25))
-    assert [row["ratio"] for row in rows] == [0.0, 0.5, 0.25]
+    assert [row["name"] for row in rows] == ["dense", "ratio-0.5", "ratio-0.25", "trained-0.5"]
     assert made.items() <= stamps(tmp_path / "out").items()
 
 

@@ -53,6 +53,16 @@ def test_an_untrained_head_says_uniform_and_offsets_are_centred():
     assert float(offsets.std()) > 0.01
 
 
+@pytest.mark.parametrize("multiple", [16, 32, 64])
+def test_coarse_multiples_spend_the_budget_of_fine_ones_to_within_half_a_multiple(multiple):
+    offsets, whole = [-1.0, 0.0, 0.3, 2.0, -0.2], [512] * 5
+    for ratio in (0.1, 0.2, 0.3, 0.45, 0.9):
+        widths = widths_for_budget(whole, offsets, ratio, multiple)
+        assert all(width % multiple == 0 and width > 0 for width in widths)
+        fine = sum(widths_for_budget(whole, offsets, ratio))
+        assert abs(sum(widths) - fine) <= multiple / 2 or set(widths) == {multiple}
+
+
 def test_mean_shares_meet_each_sweep_s_budget_over_the_layers_left():
     offsets = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
     layer, budget = torch.tensor([0, 1, 3]), torch.tensor([2.0, 1.7, 0.4], dtype=torch.float64)

@@ -258,10 +258,12 @@ def mode_reward(scorer: ChannelScorer, view: View, reward: Reward, recipe: Recip
         for layer, row in enumerate(scores)
     ]
     layers: list[Tensor] = [
-        term for layer, masks in enumerate(keep) for term in reward.layer(layer, masks).values()
+        term
+        for layer, masks in enumerate(keep)
+        for term in view.layer_terms(reward, layer, masks).values()
     ]
     layers = [term / view.layers for term in layers]
-    return float(torch.stack([*layers, *reward.sweep(keep).values()]).sum(0).mean())
+    return float(torch.stack([*layers, *view.sweep_terms(reward, keep).values()]).sum(0).mean())
 
 
 def _widths(view: View, offsets: Sequence[float], ratio: float, recipe: Recipe) -> list[int]:

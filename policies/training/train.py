@@ -32,8 +32,9 @@ from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
 from prunenet.envs.split import judged_by_all
-from prunenet.envs.sweep import View, check_one_width
+from prunenet.envs.sweep import View, groups_played
 from prunenet.features.from_activations import MOMENT_STATISTICS
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
@@ -168,7 +169,14 @@ def check_trainable(model: PreTrainedModel | StreamedCheckpoint) -> None:
         ValueError: its layers have different widths, or are filled up with zeros.
     """
     check_channels(model, "train on the checkpoint that it was exported from")
-    check_one_width(model)
+    groups_played(model)
+
+
+def learns_widths(model: PreTrainedModel | StreamedCheckpoint) -> bool:
+    """Whether layers of this family can have widths of their own, so that an allocation can be
+    learned.
+    """
+    return Anatomy.of(structure(model)).architecture.per_layer
 
 
 def _check_asked(
@@ -182,6 +190,11 @@ def _check_asked(
     or the model cannot be trained on.
     """
     check_trainable(model)
+    if recipe.allocation is not None and not learns_widths(model):
+        raise ValueError(
+            f"a {type(structure(model)).__name__} has one configuration field for the widths of all"
+            " layers, so no allocation is learned: leave `allocation` out (uniform `widths`)"
+        )
     if regime is not None:
         check_choice("regime", regime, Regime)
     if blocks is not None and not isinstance(model, PreTrainedModel):

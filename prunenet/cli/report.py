@@ -49,7 +49,7 @@ def report(
             from prunenet.evaluation.page import Extras, write_page
 
             extras = Extras(
-                sizes=() if policy is None or not rows else tuple(_sizes(policy, rows[0])),
+                sizes=() if policy is None or not rows else tuple(slider(policy, rows[0])),
                 curves=() if policy is None else tuple(reward_curves(policy)),
                 texts=tuple(_texts(rows, text) for text in prompt or ()),
             )
@@ -64,8 +64,13 @@ def report(
         show({"figure": str(out)}, as_json, lambda: f"drew {out}")
 
 
-def _sizes(policy: str, dense: dict[str, Any]) -> list[Size]:
-    """What a policy keeps of the dense model at every ratio, by its weights alone."""
+def slider(policy: str, dense: dict[str, Any]) -> list[Size]:
+    """Returns what a policy keeps of the dense model at every ratio, by its weights alone.
+
+    Args:
+        policy: a name in the zoo or a folder.
+        dense: row of the dense model; its `folder` is read.
+    """
     from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.evaluation.page import Size
     from prunenet.models.layers import ffn_widths

@@ -97,8 +97,8 @@ class Training:
     widths: Annotated[
         Literal["uniform", "per-layer"] | None,
         typer.Option(
-            help="per-layer (the default preset's): a second stage learns an allocation. uniform:"
-            " no such stage."
+            help="per-layer (the default preset's, where the family's layers may differ): a second"
+            " stage learns an allocation. uniform: no such stage."
         ),
     ] = None
     seed: Seed = 0
@@ -131,7 +131,7 @@ def train(
 ) -> None:
     """Train a policy on a model, to be applied at any ratio, by default from weights alone."""
     with one_job(reading.device, out) as place:
-        from prunenet.policies.training.train import check_run, check_trainable
+        from prunenet.policies.training.train import check_run, check_trainable, learns_widths
         from prunenet.policies.training.train import train as learn
         from prunenet.text.calibration import CalibrationOptions
 
@@ -143,6 +143,8 @@ def train(
         check_run(out, resume)
         dense = open_model(model, reading, place)
         check_trainable(dense)
+        if training.widths is None and not learns_widths(dense):
+            allocation = None
         blocks = None
         if reads:
             whose = training.moments or "self"

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.groups import Group, laid_out
 from prunenet.models.hooks import calling
-from prunenet.models.layers import check_tokens, down_linears
+from prunenet.models.layers import check_tokens
 from prunenet.models.surgery import masking
 from prunenet.runtime.placement import home, present
 
 Downs = Callable[[int, Tensor], Tensor]
-"""(layer, its dense down matrix (d_model, d_ff)) -> that of the cut layer, with zeros in the
-columns of dropped channels.
+"""(number of a group, its dense down matrix (d_model, d_ff)) -> that of the cut group, with zeros
+in the columns of dropped channels.
 """
 
 Masks = Sequence[Bool[Tensor, " _"]]
@@ -65,11 +67,11 @@ def divergences(
         ValueError: blocks that the model cannot read, no position left to score, or logits that are
             not finite.
     """
-    linears = down_linears(model)
+    places = Anatomy.of(model).down_places()
 
     def context(way: Downs) -> _Context:
         cut: dict[nn.Module, Callable[..., object]] = {
-            linear: _cut(linear, layer, way) for layer, linear in enumerate(linears)
+            place[0]: _cut(place, groups, way) for place, groups in places.items()
         }
         return lambda: calling(cut)
 
@@ -148,11 +150,22 @@ def _log_probabilities(
     return logits.float().log_softmax(-1)
 
 
-def _cut(linear: nn.Linear, layer: int, way: Downs) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a cut layer's down linear."""
+def _cut(
+    place: tuple[nn.Module, str], groups: Sequence[Group], way: Downs
+) -> Callable[..., object]:
+    """The forward pass of a module with the cut output matrices of its groups."""
+    module, name = place
 
-    def forward(h: Tensor) -> Tensor:
-        with present(linear):
-            return F.linear(h, way(layer, linear.weight.detach()), linear.bias)
+    def forward(*args: Any, **kwargs: Any) -> object:
+        with present(module):
+            own, downs = getattr(module, name), [group.down for group in groups]
+            cut = laid_out(downs, [way(group.number, group.read().down) for group in groups])
+            if isinstance(module, nn.Linear):
+                return F.linear(args[0], cut, module.bias)
+            setattr(module, name, nn.Parameter(cut, requires_grad=False))
+            try:
+                return type(module).forward(module, *args, **kwargs)
+            finally:
+                setattr(module, name, own)
 
     return forward

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.features.from_weights import channel_statistics, standardised
-from prunenet.models.layers import down_linears
+from prunenet.models.anatomy import Anatomy
 from prunenet.refit.cholesky import damped_cholesky
 from prunenet.refit.moments import LayerWalk, Moments
 from prunenet.runtime import parallel
@@ -97,16 +97,17 @@ def moment_statistics(
         ValueError: blocks that the model cannot read, or activations that are not finite.
         UnsupportedArchitecture: see `prunenet.models.layers.decoder_layers`.
     """
-    downs, found = down_linears(model), {}
+    anatomy, found = Anatomy.of(model), {}
+    count = len(anatomy.groups)
     walk = LayerWalk(model, blocks)
     for index in walk:
         if not parallel.is_owner(index):
             continue
-        weight = downs[index].weight.detach()
+        weight = anatomy.ffn(index).down
         found[index] = (layer_moment_statistics(weight, walk.moments(index)),)
         if progress is not None:
-            progress(index + 1, len(downs))
-    return [statistics for (statistics,) in parallel.gather_from_owners(found, len(downs))]
+            progress(index + 1, count)
+    return [statistics for (statistics,) in parallel.gather_from_owners(found, count)]
 
 
 def layer_moment_statistics(

@@ -155,6 +155,13 @@ class Anatomy:
         step = step_of(self.groups, ratio, round_to)
         return [width_at(width, ratio, step) for width in self.widths]
 
+    def down_places(self) -> dict[tuple[nn.Module, str], list[Group]]:
+        """The groups of each output matrix, by its module and name: of a bank, all experts."""
+        places: dict[tuple[nn.Module, str], list[Group]] = {}
+        for group in self.groups:
+            places.setdefault((group.down.module, group.down.attribute), []).append(group)
+        return places
+
     @property
     def downs(self) -> list[nn.Linear]:
         """The linear d_ff -> d_model of each group, whose input is the activations h.

@@ -8,7 +8,9 @@ matrices near it have w outputs, or one has 2 w. Three tests in float64 decide (
 3. Permuting the channels in all matrices changes nothing. Attention's value and output matrices
    pass the first two and fail here.
 
-The tests also find how two halves lie in one matrix, and the order of the axes of experts.
+The tests also find how two halves lie in one matrix, and the order of the axes of experts. Banks
+of experts with a matrix for each of gate, up and down pass in any order: which one takes the
+channels as its input is seen in a forward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunenet.models.groups import Layout, Part, Pattern, Role, Slice, starred
-from prunenet.models.twin import D_MODEL, in_float64, logits_of
+from prunenet.models.observed import observing
+from prunenet.models.twin import D_MODEL, computed, in_float64, logits_of
 
 _SAME, _EFFECT = 1e-9, 1e-7
 _SAME_32, _EFFECT_32 = 1e-5, 1e-3  # classes whose code does not run in float64
@@ -107,6 +110,8 @@ class Tester:
 
     def passes(self, slices: Sequence[Slice], width: int) -> bool:
         """Whether slices hold the channels of one FFN, or of one bank of experts."""
+        if any(_entries(where) != width * _halves(where) for where in slices):
+            return False
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(width, generator=generator)
         dropped = order[: width // 2]
@@ -138,9 +143,10 @@ def matrices(model: PreTrainedModel, ids: Tensor) -> list[Matrix]:
     hooks = [module.register_forward_pre_hook(see) for module in model.modules()]
     try:
         with torch.enable_grad(), in_float64(model.dtype):
-            model(input_ids=ids).logits.square().sum().backward()
+            computed(model, ids).square().sum().backward()  # type: ignore[no-untyped-call]
         graded = True
-    except RuntimeError:  # code that changes tensors in place: what is called is used
+    # code that changes tensors in place, or asks for training mode: what is called is used
+    except (RuntimeError, AssertionError):
         graded = False
     for hook in hooks:
         hook.remove()
@@ -180,7 +186,7 @@ def find(model: PreTrainedModel, ids: Tensor) -> list[Found]:
 
 
 def _first_that_passes(tester: Tester, down: Matrix, all_of: Sequence[Matrix]) -> Found | None:
-    instances = [matrix.numbers for matrix in all_of if matrix.star == down.star]
+    instances = {matrix.numbers: matrix for matrix in all_of if matrix.star == down.star}
     names = dict(tester.model.named_parameters(remove_duplicate=False))
     for out_axis, in_axis in down.axes:
         width = down.size(in_axis)
@@ -192,17 +198,35 @@ def _first_that_passes(tester: Tester, down: Matrix, all_of: Sequence[Matrix]) -
                 for numbers in instances
                 if all(_numbered(part.tensor, numbers) in names for part in pattern.parts)
             ]
-            results = {n: tester.passes(s, width) for n, s in tried[:1]}
+            widths = {numbers: instances[numbers].size(in_axis) for numbers, _ in tried}
+            results = {n: tester.passes(s, widths[n]) for n, s in tried[:1]}
             # the first layer may be the odd one
             if not any(results.values()) and len(tried) > 1:
-                results |= {n: tester.passes(s, width) for n, s in tried[-1:]}
+                results |= {n: tester.passes(s, widths[n]) for n, s in tried[-1:]}
             if not any(results.values()):
                 continue
-            results |= {n: tester.passes(s, width) for n, s in tried if n not in results}
+            results |= {n: tester.passes(s, widths[n]) for n, s in tried if n not in results}
             passed = tuple(sorted(n for n, good in results.items() if good))
             failed = tuple(sorted(n for n, good in results.items() if not good))
-            return Found(pattern, width, passed, failed)
+            return Found(_directed(tester, pattern, passed[0]), width, passed, failed)
     return None
+
+
+def _directed(tester: Tester, pattern: Pattern, numbers: Sequence[int]) -> Pattern:
+    """A bank's pattern whose `down` is the matrix that takes the channels as its input."""
+    if not pattern.experts or any(part.layout != "plain" for part in pattern.parts):
+        return pattern
+    slices, read = _resolved(tester.model, pattern, numbers), set[str]()
+    with observing(slices, lambda place, *_: read.add(starred(slices[place].name)[0])):
+        logits_of(tester.model, tester.ids)
+    if pattern.down.tensor in read or len(read) != 1:
+        return pattern
+    roles: list[Role] = ["up"] if len(pattern.matrices) == 2 else ["gate", "up"]
+    starts = [part for part in pattern.parts if part.tensor not in read]
+    ends = [replace(part, role="down") for part in pattern.parts if part.tensor in read]
+    starts.sort(key=lambda part: "gate" not in part.tensor.rpartition(".")[2])
+    made = [replace(part, role=role) for part, role in zip(starts, roles, strict=True)]
+    return replace(pattern, parts=(*made, *ends))
 
 
 def _proposals(
@@ -306,6 +330,14 @@ def _changed(changes: Sequence[tuple[Slice, Tensor]]) -> Iterator[None]:
     finally:
         for tensor, old in kept:
             tensor.copy_(old)
+
+
+def _entries(where: Slice) -> int:
+    return where.tensor.shape[where.axis - (where.expert is not None)]
+
+
+def _halves(where: Slice) -> int:
+    return 1 if where.layout == "plain" else 2
 
 
 def _dropping(where: Slice, dropped: Tensor, width: int) -> Tensor:

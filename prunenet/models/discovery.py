@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture
 from prunenet.models.around import described
-from prunenet.models.candidates import Found, find
+from prunenet.models.candidates import Found, find, matrices
 from prunenet.models.groups import Group, Pattern
 from prunenet.models.knob_search import list_that_separates, with_knobs
 from prunenet.models.knobs import uniform_widths
@@ -104,7 +104,7 @@ def _discovered(
     if not held:
         return Discovery(None, "; ".join(left))
     separated, unheld = _separated(model.config, held)
-    left = [*left, *unheld]
+    left = [*left, *unheld, *_other_experts(model, ids, found)]
     if not separated:
         return Discovery(None, "; ".join(left))
     try:
@@ -146,6 +146,7 @@ def check(model: PreTrainedModel, row: Architecture, ids: Tensor) -> None:
             local_files_only=True,
             trust_remote_code=False,
         ).eval()
+    reloaded.to(model.dtype)  # what a class makes again by itself
     if reloaded._can_set_experts_implementation():
         reloaded.set_experts_implementation("eager")
     _compare("reloaded", logits_of(reloaded, ids), expected)
@@ -184,6 +185,13 @@ def _separated(config: PretrainedConfig, held: Sequence[Found]) -> tuple[list[Pa
         else:
             left.append(f"{one.pattern.down.tensor} passes in some layers and not in others")
     return made, left
+
+
+def _other_experts(model: PreTrainedModel, ids: Tensor, found: Sequence[Found]) -> Iterator[str]:
+    """Which banks of experts pass no test, and so are left whole."""
+    known = {part.tensor for one in found for part in one.pattern.parts}
+    banks = {matrix.star for matrix in matrices(model, ids) if matrix.experts}
+    yield from (f"{name}: no test shows its channels" for name in sorted(banks - known))
 
 
 def _row(model_type: str, patterns: Sequence[Pattern]) -> Architecture:

@@ -12,7 +12,7 @@ configuration field that holds their width.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,6 +122,10 @@ class Slice:
         step, shift = (1, count * self.size) if self.layout == "concat" else (2, 1)
         halves = [torch.where(run < 0, run, run * step + half * shift) for half in (0, 1)]
         return torch.cat(halves) if self.layout == "concat" else torch.stack(halves, 1).flatten()
+
+    def laid(self, matrix: Float[Tensor, "d_model d_ff"]) -> Tensor:
+        """An output matrix as it lies in this slice, of one expert's: the inverse of `halves`."""
+        return matrix.T if self.axis - (self.expert is not None) == 0 else matrix
 
     def halves(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """A slice's tensor, channels first: (d_ff, d) or (d_ff,), of gate and up each one."""
@@ -247,6 +251,12 @@ class Group:
             share=self.share,
             **found,
         )
+
+
+def laid_out(downs: Sequence[Slice], matrices: Sequence[Float[Tensor, "d_model _"]]) -> Tensor:
+    """The whole tensor of the output matrices of one module: of a bank, those of all experts."""
+    parts = [down.laid(matrix) for down, matrix in zip(downs, matrices, strict=True)]
+    return parts[0].contiguous() if downs[0].expert is None else torch.stack(parts)
 
 
 def starred(name: str) -> tuple[str, tuple[int, ...]]:

@@ -26,7 +26,7 @@ from prunenet.runtime.json_files import read_json
 from prunenet.runtime.paths import cache_folder
 
 _MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-RULES = 1
+RULES = 2
 """Version of the rules of discovery; raise it when they change, so that nothing cached is used."""
 SHIPPED = Path(__file__).with_name("known_types.json")
 """Written by `benchmarks/coverage.py`."""
@@ -62,6 +62,20 @@ def all_types() -> list[str]:
     return sorted({name for mapping in _MAPPINGS for name in mapping})
 
 
+def all_entries() -> list[tuple[str, str]]:
+    """Returns (type, name of a class that reads its text) of all decoder types of transformers."""
+    return [(name, kind) for name in all_types() for kind in class_names(name)]
+
+
+def discovered_anew(model_type: str, name: str) -> Discovery:
+    """Returns what a discovery finds now, whatever ships or is cached.
+
+    Args:
+        model_type, name: an entry of `all_entries`.
+    """
+    return discover(model_type, getattr(transformers, name), CONFIG_MAPPING[model_type])
+
+
 @cache
 def discovered(model_type: str, kind: type[PreTrainedModel]) -> Discovery:
     """Returns what is known of a class without a row: what ships with the package for this version
@@ -71,8 +85,8 @@ def discovered(model_type: str, kind: type[PreTrainedModel]) -> Discovery:
         model_type: `config.model_type`.
         kind: class of the model.
     """
-    if (shipped := _shipped().get(f"{model_type} {kind.__name__}")) is not None:
-        return shipped
+    if (ready := shipped().get(f"{model_type} {kind.__name__}")) is not None:
+        return ready
     path = _folder() / f"{model_type} {kind.__name__}.json"
     try:
         found: Discovery = read_json(path, Discovery, remedy="remove it")
@@ -88,7 +102,7 @@ def discovered(model_type: str, kind: type[PreTrainedModel]) -> Discovery:
 
 def recorded() -> list[tuple[str, str, Discovery]]:
     """Returns (type, name of the class, what is known) of all discoveries that are at hand."""
-    found = dict(_shipped())
+    found = dict(shipped())
     for path in sorted(_folder().glob("* *.json")):
         with suppress(OSError, ValueError):
             found[path.stem] = read_json(path, Discovery, remedy="remove it")
@@ -96,8 +110,10 @@ def recorded() -> list[tuple[str, str, Discovery]]:
 
 
 @cache
-def _shipped() -> dict[str, Discovery]:
-    """What was discovered of all types in one version of transformers; nothing in another."""
+def shipped() -> dict[str, Discovery]:
+    """Returns what ships of all types, by "type class"; nothing where transformers has another
+    version.
+    """
     try:
         found: _Shipped = read_json(SHIPPED, _Shipped, remedy="install prunenet again")
     except FileNotFoundError:

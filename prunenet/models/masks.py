@@ -15,6 +15,9 @@ from torch import Tensor
 
 from prunenet.runtime.choices import check_ratio
 
+_FINE = 8
+"""Multiple to which a budget over all layers is rounded, a layer."""
+
 
 def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:
     """Channels left in a layer when `ratio` of them is removed.
@@ -40,9 +43,13 @@ def width_at(d_ff: int, ratio: float, round_to: int = 8) -> int:
             f"a layer of {d_ff} channels has no multiple of {round_to} to be rounded to; give a"
             " smaller `round_to`"
         )
-    # 1e-9: keeps 0.7 * 1536 from falling under its own decimal value in binary.
-    multiples = math.floor((1 - ratio) * d_ff / round_to + 0.5 + 1e-9)
+    multiples = _nearest((1 - ratio) * d_ff / round_to)
     return min(d_ff, max(multiples, 1) * round_to)
+
+
+def _nearest(value: float) -> int:
+    """The nearest whole number. 1e-9 keeps 0.7 * 1536 from falling under its own decimal value."""
+    return math.floor(value + 0.5 + 1e-9)
 
 
 def ratio_for_parameters(
@@ -103,13 +110,14 @@ def check_keep(keep: Bool[Tensor, "*batch d_ff"], d_ff: int) -> None:
 def widths_for_budget(
     d_ff: list[int], offsets: list[float], ratio: float, round_to: int = 8
 ) -> list[int]:
-    """Widths of all layers under one budget: as many channels in all as uniform widths at `ratio`
-    keep.
+    """Widths of all layers under one budget: as many channels in all as uniform widths of multiples
+    of 8 keep at `ratio`, however coarsely the layers themselves are rounded.
 
-    The number is met exactly where every d_ff is a multiple of `round_to`, and else from below by
-    less than one multiple. Layer l keeps the share sigmoid(theta + offset_l) of its channels,
-    rounded to multiples of `round_to`, with theta such that the budget is met. So equal offsets
-    give uniform widths, and no layer widens as the ratio rises: masks nest.
+    With multiples of 8 or less the number is met exactly where every d_ff is a multiple, and else
+    from below by less than one multiple; with coarser ones it is the nearest multiple. Layer l
+    keeps the share sigmoid(theta + offset_l) of its channels, rounded to multiples of `round_to`,
+    with theta such that the budget is met. So equal offsets give uniform widths up to that nearest
+    multiple, and no layer widens as the ratio rises: masks nest.
 
     Args:
         d_ff: width of each layer before.
@@ -122,6 +130,9 @@ def widths_for_budget(
         ValueError: see `width_at`; or an offset that is not finite.
     """
     budget = sum(width_at(width, ratio, round_to) for width in d_ff)
+    if round_to > _FINE:
+        fine = sum(width_at(width, ratio, _FINE) for width in d_ff)
+        budget = max(_nearest(fine / round_to), len(d_ff)) * round_to
     if not all(math.isfinite(offset) for offset in offsets):
         raise ValueError(
             "layer offsets must be finite numbers; the policy or the model's weights are damaged"

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from prunenet.models import modeling
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture, UnsupportedArchitecture
-from prunenet.models.groups import Group, Slice
+from prunenet.models.groups import Group, Slice, laid_out
 from prunenet.models.heads import GROUPS, group_counts, state_counts
 from prunenet.models.hooks import zeroing
 from prunenet.models.knobs import restate, tied
@@ -370,6 +370,16 @@ def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
                 f"layer {index}: a mask of heads must keep at least one group, got one that keeps"
                 " none"
             )
+
+
+def set_downs(anatomy: Anatomy, downs: Sequence[Float[Tensor, "d_model _"]]) -> None:
+    """Replaces the output matrices of all groups of a model by others of the same shapes.
+
+    Biases stay. Of a placed model the given tensors are kept; see `derive`.
+    """
+    for place, groups in anatomy.down_places().items():
+        matrices = [downs[group.number] for group in groups]
+        derive(*place, laid_out([group.down for group in groups], matrices))
 
 
 Choice = tuple[Sequence[Slice], Int[Tensor, " _"], int]

@@ -72,6 +72,7 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"rope.mrope_section": [2, 1, 1]},
     {"rope.mrope_section": [1, 1, 0]},
+    {"rope.mrope_section": [1, 1, 2]},
     {"rope.partial_rotary_factor": 1.0},
     {"num_key_value_heads": 4},
     {"sliding_window": 16},
@@ -97,11 +98,36 @@ _OWN: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 99}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local"] * 4},
+    "qwen4_exp_text": {"indexer_kv_heads": 1},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 3},
+    "radio": {"video_temporal_patch_size": 2},
+    "gemma3n_vision": {"architecture": "test_efficientnet"},  # of timm; the default has 300 M
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "1/2",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    },
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4},
+        }
+    },
 }
 _HIDDEN = re.compile(
     r"^(hidden_size|d_model|n_embd|dim|hidden_dim|embed_dim|model_dim|embedding_size|d_embed"
     r"|word_embed_proj_dim|.*_hidden_size|output_dim|out_hidden_size|projection_dim|.*embed_dim"
-    r"|hidden_size_per_layer_input|lru_width|attention_hidden_size|emb_dim|input_dim|.*_d_model)$"
+    r"|hidden_size_per_layer_input|lru_width|attention_hidden_size|emb_dim|input_dim|adapter_in(_dim|put_size)|.*_d_model)$"
 )
 _WIDTH = re.compile(
     r"intermediate|ffn_(hidden_)?(dim|size)|n_inner|d_ff|dim_ff|^dff$|mlp_(dim|hidden)|inner_dim"
@@ -197,6 +223,10 @@ def twin_model(
                 parameter.add_(0.1 * noise)
             else:
                 parameter.copy_(0.2 * noise)
+        for module in model.modules():
+            # some classes do so whenever they are loaded
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
     nn.Module.to(model, dtype).train(False)
     return model
 
@@ -213,6 +243,18 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     Raises:
         NoTwin: it does not, or not in finite numbers.
     """
+    logits = computed(model, ids)
+    if not bool(torch.isfinite(logits).all()):
+        raise NoTwin("its tiny model computes numbers that are not finite")
+    return logits
+
+
+def computed(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Returns the logits of text alone, with gradients where they are on.
+
+    Raises:
+        NoTwin: there are none.
+    """
     with in_float64(model.dtype):
         try:
             found = model(input_ids=ids, use_cache=False)
@@ -221,8 +263,6 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     logits = getattr(found, "logits", None)
     if not isinstance(logits, Tensor):
         raise NoTwin("it returns no logits for text alone")
-    if not bool(torch.isfinite(logits).all()):
-        raise NoTwin("its tiny model computes numbers that are not finite")
     return logits
 
 
@@ -256,12 +296,14 @@ def _tiny(
     if isinstance(fields.get("rope_parameters"), dict):
         added = {k[5:]: v for k, v in variant.items() if k.startswith("rope.")}
         made["rope_parameters"] = _rope(fields["rope_parameters"]) | added
-    if fields.get("num_key_value_heads") == fields.get("num_attention_heads"):
-        made["num_key_value_heads"] = made.get("num_attention_heads")
+    heads = made.get("num_attention_heads")
+    if heads and fields.get("num_key_value_heads") == fields.get("num_attention_heads"):
+        made["num_key_value_heads"] = heads
     made |= {name: value for name, value in variant.items() if name in fields}
     made |= _OWN.get(config.model_type, {})
     kept = set(getattr(type(config), "sub_configs", {}))
-    return type(config)(**{k: (v.to_dict() if k in kept else v) for k, v in made.items()})
+    inner = {k: v.to_dict() for k, v in made.items() if k in kept and not isinstance(v, dict)}
+    return type(config)(**made | inner)
 
 
 def _small(

@@ -1,10 +1,11 @@
-"""Cuts all layers of a model by its activations: chooses the channels that stay and refits them.
+"""Cuts all groups of a model by their activations: chooses the channels that stay and refits them.
 
-Measures each layer once (`prunenet.refit.moments`), chooses channels by greedy elimination
-(`eliminate`) or by given scores, and refits the down matrix (`ridge`) with a damping chosen across
-two folds of the text. Memory holds the moments of one layer.
+A group is an FFN or an expert. Measures each once (`prunenet.refit.moments`), chooses channels by
+greedy elimination (`eliminate`) or by given scores, and refits the down matrix (`ridge`) with a
+damping chosen across two folds of the text. Memory holds the moments of one layer. Experts that too
+few tokens reach are cut from weights (`few_tokens`).
 
-Several processes (`prunenet.runtime.parallel`) share the layers in `cut_layers`: each measures,
+Several processes (`prunenet.runtime.parallel`) share the groups in `cut_layers`: each measures,
 orders and refits its own, with the same result bit for bit. Every process passes the hidden states
 through all layers. `refit_sequentially` is not shared: there each layer is measured behind the
 refitted one in front of it.
@@ -20,45 +21,48 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunenet.models.layers import down_linears
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.groups import Group
 from prunenet.models.masks import top_channels
-from prunenet.models.surgery import narrowed
+from prunenet.models.surgery import narrowed, set_downs
 from prunenet.refit.eliminate import eliminate, score_order
+from prunenet.refit.few_tokens import few_tokens, from_weights
 from prunenet.refit.folds import folds_of, pooled
 from prunenet.refit.moments import LayerWalk, Moments, Target, paired_moments
 from prunenet.refit.ridge import choose_damping, ridge
 from prunenet.runtime import parallel
-from prunenet.runtime.placement import derive, is_placed, present, shared_copy
+from prunenet.runtime.placement import is_placed, shared_copy
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Holds the channels that stay in each layer, and the refitted down matrices.
+    """Holds the channels that stay in each group, and the refitted down matrices.
 
     Attributes:
-        keep: (d_ff,) mask of each layer.
-        downs: (d_model, kept) refitted matrix of each layer; None without a refit.
-        dampings: of each layer's refit; empty without one.
+        keep: (d_ff,) mask of each group.
+        downs: (d_model, kept) refitted matrix of each group; None without a refit.
+        dampings: of each group's refit; empty without one.
         groups: mask of each layer's groups of heads; None where heads stay whole.
+        few: numbers of the groups that too few tokens reached; they are cut from weights.
     """
 
     keep: list[Bool[Tensor, " _"]]
     downs: list[Float[Tensor, "_ __"]] | None
     dampings: tuple[float, ...] = ()
     groups: list[Bool[Tensor, " _"]] | None = None
+    few: tuple[int, ...] = ()
 
     def model(self, dense: PreTrainedModel) -> PreTrainedModel:
         """Makes the narrow model; the dense one stays as it is."""
         narrow = narrowed(dense, self.keep, self.groups)
         if self.downs is not None:
-            for linear, weight in zip(down_linears(narrow), self.downs, strict=True):
-                derive(linear, "weight", weight)
+            set_downs(Anatomy.of(narrow), self.downs)
         return narrow
 
     def down(
         self, layer: int, dense: Float[Tensor, "d_model d_ff"]
     ) -> Float[Tensor, "d_model d_ff"]:
-        """Returns a layer's down matrix with zeros in the columns of removed channels."""
+        """Returns a group's down matrix with zeros in the columns of removed channels."""
         keep = self.keep[layer].to(dense.device)
         if self.downs is None:
             return dense * keep.to(dense)
@@ -79,19 +83,19 @@ def cut_layers(
     refit: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Cut]:
-    """Cuts a model to several sizes, measuring each layer once.
+    """Cuts a model to several sizes, measuring each group once.
 
     Args:
         model: the dense model, in eval mode; not changed.
         blocks: token blocks. The refit is fitted on all of them, with a damping chosen across
             `folds_of` them, at the first size.
-        widths: for each size, the width of each layer.
+        widths: for each size, the width of each group.
         kinds: of the blocks, see `folds_of`.
-        scores: of each layer's channels, higher stays; default the order of greedy elimination on
+        scores: of each group's channels, higher stays; default the order of greedy elimination on
             these moments.
         measured: share of the measured output energies in the order, in [0, 1]; see `blended`.
         refit: whether the down matrices are refitted.
-        progress: called with (layers done, layers in all).
+        progress: called with (groups done, groups in all).
 
     Returns:
         One cut for each size.
@@ -100,41 +104,48 @@ def cut_layers(
         ValueError: blocks that the model cannot read, too few of them, or activations that are not
             finite.
     """
-    downs = down_linears(model)
+    anatomy = Anatomy.of(model)
+    count = len(anatomy.groups)
     walks = [LayerWalk(model, fold) for fold in folds_of(blocks, kinds)]
-    # of each layer, one tensor for each size
+    # of each group, one tensor for each size
     keeps: dict[int, list[Tensor]] = {}
     refitted: dict[int, list[Tensor]] = {}
-    dampings: dict[int, list[Tensor]] = {}
+    facts: dict[int, list[Tensor]] = {}
     for index, _ in zip(*walks, strict=True):
         if not parallel.is_owner(index):
             continue
         folds = [walk.moments(index) for walk in walks]
-        down, second = downs[index].weight.detach(), pooled(folds)
-        sizes = [size[index] for size in widths]
+        down, few = anatomy.ffn(index).down, few_tokens(anatomy.groups[index], folds)
+        if few:
+            folds = [from_weights(anatomy.ffn(index))] * 2
+        second, sizes = pooled(folds), [size[index] for size in widths]
         if scores is None:
             order = _order(down, second, min(sizes))
         else:
             order = blended(scores[index], output_energy(down, second), measured)
         keeps[index] = [top_channels(order, width) for width in sizes]
+        damping = choose_damping(down, folds, keeps[index][0]) if refit else 0.0
         if refit:
-            damping = choose_damping(down, folds, keeps[index][0])
             solved = (ridge(down, second, keep, damping=damping) for keep in keeps[index])
             refitted[index] = [_stored(model, matrix) for matrix in solved]
-            dampings[index] = [torch.tensor(damping, dtype=torch.float64)]
+        facts[index] = [torch.tensor([damping, few], dtype=torch.float64)]
         if progress is not None:
-            progress(index + 1, len(downs))
-    masks = _by_size(keeps, len(downs))
+            progress(index + 1, count)
+    masks = _by_size(keeps, count)
+    dampings, few_of = torch.stack(_by_size(facts, count)[0]).T.tolist()
+    starved = tuple(number for number, few in enumerate(few_of) if few)
     if not refit:
-        return [Cut(mask, None) for mask in masks]
-    matrices = _by_size(refitted, len(downs))
-    chosen = tuple(float(damping) for damping in _by_size(dampings, len(downs))[0])
-    return [Cut(mask, matrix, chosen) for mask, matrix in zip(masks, matrices, strict=True)]
+        return [Cut(mask, None, few=starved) for mask in masks]
+    matrices = _by_size(refitted, count)
+    return [
+        Cut(mask, matrix, tuple(dampings), few=starved)
+        for mask, matrix in zip(masks, matrices, strict=True)
+    ]
 
 
-def _by_size(found: dict[int, list[Tensor]], layers: int) -> list[list[Tensor]]:
-    """Gathers the layers of all processes: one list of layers for each size."""
-    gathered = parallel.gather_from_owners(found, layers)
+def _by_size(found: dict[int, list[Tensor]], count: int) -> list[list[Tensor]]:
+    """Gathers the groups of all processes: one list of groups for each size."""
+    gathered = parallel.gather_from_owners(found, count)
     return [list(size) for size in zip(*gathered, strict=True)]
 
 
@@ -148,13 +159,12 @@ def refit_kept(
 
     Args:
         model: the dense model, in eval mode; not changed.
-        keep: (d_ff,) mask of each layer.
-        folds: of each layer, its moments on both of `folds_of` the blocks.
+        keep: (d_ff,) mask of each group.
+        folds: of each group, its moments on both of `folds_of` the blocks.
     """
     downs, dampings = [], []
-    for linear, mask, parts in zip(down_linears(model), keep, folds, strict=True):
-        with present(linear):
-            weight = linear.weight.detach()
+    for ffn, mask, parts in zip(Anatomy.of(model).ffns(), keep, folds, strict=True):
+        weight = ffn.down
         dampings.append(choose_damping(weight, parts, mask))
         downs.append(_stored(model, ridge(weight, pooled(parts), mask, damping=dampings[-1])))
     return Cut(list(keep), downs, tuple(dampings))
@@ -235,8 +245,8 @@ class Refits:
         damping: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        downs = down_linears(model)
-        widths = {linear.in_features for linear in downs}
+        anatomy = Anatomy.of(model)
+        widths = set(anatomy.widths)
         if len(widths) > 1:
             raise ValueError(
                 f"layers of widths {sorted(widths)} have no levels in common; take the dense model"
@@ -247,7 +257,7 @@ class Refits:
         orders = []
         walk = LayerWalk(model, blocks)
         for index in walk:
-            second, down = walk.moments(index).second, downs[index].weight.detach()
+            second, down = walk.moments(index).second, anatomy.ffn(index).down
             orders.append(_order(down, second, self.step) if scores is None else scores[index])
             keeps = {
                 width: top_channels(orders[-1], width)
@@ -258,7 +268,7 @@ class Refits:
             }
             self._found.append({width: _stored(model, matrix) for width, matrix in solved.items()})
             if progress is not None:
-                progress(index + 1, len(downs))
+                progress(index + 1, len(anatomy.groups))
         self.scores = torch.stack(orders).float()
 
     def down(
@@ -305,31 +315,55 @@ def refit_sequentially(
     Raises:
         ValueError: as `cut_layers`.
     """
-    pruned = shared_copy(model)
-    linears, dense = down_linears(pruned), down_linears(model)
+    pruned, dense = Anatomy.of(shared_copy(model)), Anatomy.of(model)
     walks = [
-        (LayerWalk(model, fold), LayerWalk(pruned, fold, changing=True))
+        (LayerWalk(model, fold), LayerWalk(pruned.model, fold, changing=True))
         for fold in folds_of(blocks, kinds)
     ]
     downs: list[Tensor] = []
     dampings: list[float] = []
+    few: list[int] = []
+    written = _Written()
     for index, *_ in zip(*(walk for pair in walks for walk in pair), strict=True):
         measured = [_measured(*pair, index, dense_targets) for pair in walks]
         folds = [moments for moments, _ in measured]
         targets = [target for _, target in measured if target is not None]
-        keep, weight = cut.keep[index], dense[index].weight.detach()
-        damping = choose_damping(weight, folds, keep, targets=targets or None)
+        keep, ffn = cut.keep[index], dense.ffn(index)
+        if few_tokens(dense.groups[index], folds):
+            folds = [from_weights(ffn)] * 2
+            few.append(index)
+        damping = choose_damping(ffn.down, folds, keep, targets=targets or None)
         cross = pooled(folds, [target.cross for target in targets]) if targets else None
-        refitted = ridge(weight, pooled(folds), keep, damping=damping, cross=cross)
+        refitted = ridge(ffn.down, pooled(folds), keep, damping=damping, cross=cross)
         downs.append(_stored(model, refitted))
         dampings.append(damping)
-        if index > 0:  # every walk has passed that layer: its zeroed matrix is no longer needed
-            linears[index - 1].weight = dense[index - 1].weight
-        narrow = Cut(cut.keep, downs).down(index, weight)
-        linears[index].weight = nn.Parameter(narrow, requires_grad=False)
+        narrow = Cut(cut.keep, downs).down(index, ffn.down)
+        written.write(pruned.groups[index], dense.groups[index], narrow)
         if progress is not None:
-            progress(index + 1, len(dense))
-    return Cut(list(cut.keep), downs, tuple(dampings))
+            progress(index + 1, len(dense.groups))
+    return Cut(list(cut.keep), downs, tuple(dampings), few=tuple(few))
+
+
+class _Written:
+    """Gives the current layer of a copied model down matrices of its own; when the next layer gets
+    its own, every walk has passed that layer and it shares the dense ones again.
+    """
+
+    def __init__(self) -> None:
+        self._layer = -1
+        self._undo: dict[tuple[nn.Module, str], nn.Parameter] = {}
+
+    def write(self, group: Group, dense: Group, down: Float[Tensor, "d_model d_ff"]) -> None:
+        if group.layer != self._layer:
+            for place, parameter in self._undo.items():
+                setattr(*place, parameter)
+            self._layer, self._undo = group.layer, {}
+        where, own = group.down, getattr(dense.down.module, dense.down.attribute)
+        place = (where.module, where.attribute)
+        if place not in self._undo:
+            self._undo[place] = own
+            setattr(*place, nn.Parameter(own.detach().clone(), requires_grad=False))
+        where.tensor.copy_(where.laid(down))
 
 
 def _measured(

@@ -1,4 +1,5 @@
-"""Measures how much each expert writes on text: REAP's score (see docs/methods.md, section 19).
+"""Measures how each expert is used on text: REAP's score (see docs/methods.md, section 19), and
+router weights.
 
 The score of an expert is the mean, over the tokens that are routed to it, of router weight times
 the norm of its output, with the weights of a token's experts divided by their sum. What differs
@@ -14,6 +15,8 @@ norm of what the expert writes for the scaled input. Nothing is divided by a sum
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from transformers import PreTrainedModel
 
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.groups import Group
 from prunenet.models.layers import check_tokens
 from prunenet.runtime.placement import home
 
@@ -44,22 +48,80 @@ def expert_use(
     """
     check_tokens(model, blocks)
     check_readable(model)
-    banks: dict[nn.Module, tuple[int, int]] = {}
-    for group in Anatomy.of(model).groups:
-        if group.expert is not None:
-            banks[group.down.module] = (group.layer, group.expert + 1)
-    sums = {layer: torch.zeros(2, count) for layer, count in banks.values()}
+    sums = {bank[0].layer: torch.zeros(2, len(bank)) for bank in _banks(model)}
+
+    def see(bank: Sequence[Group], given: Sequence[Tensor]) -> None:
+        module, found = bank[0].down.module, sums[bank[0].layer]
+        if len(given) == 1:
+            _add_scaled(module, given[0], found)
+        else:
+            hidden, index, weights = given
+            _add_routed(module, hidden, index, weights, found)
+
+    _see_calls(model, blocks, batch, see)
+    return {layer: total / tokens.clamp_min(1) for layer, (total, tokens) in sums.items()}
+
+
+@torch.no_grad()
+def squared_weights(
+    model: PreTrainedModel, blocks: Int[Tensor, "n tokens"], *, batch: int = 4
+) -> list[float]:
+    """The mean squared router weight of each group over its tokens.
+
+    1 in dense FFNs, and in banks that are not called with tokens, indices and weights: the router
+    scales what goes in there. Other arguments and errors as `expert_use`.
+    """
+    found = [1.0] * len(Anatomy.of(model).groups)
+    if not (banks := _banks(model)):
+        return found
+    # the entry behind the last expert stands for none
+    sums = {bank[0].number: torch.zeros(2, len(bank) + 1, dtype=torch.float64) for bank in banks}
+
+    def see(bank: Sequence[Group], given: Sequence[Tensor]) -> None:
+        if len(given) == 3:
+            index, squares = given[1].flatten().cpu(), given[2].flatten().cpu().double().square()
+            sums[bank[0].number][0].index_add_(0, index, squares)
+            sums[bank[0].number][1].index_add_(0, index, torch.ones_like(squares))
+
+    check_tokens(model, blocks)
+    _see_calls(model, blocks, batch, see)
+    for bank in banks:
+        total, tokens = sums[bank[0].number]
+        for group in bank:
+            assert group.expert is not None
+            if tokens.any():
+                found[group.number] = float(total[group.expert] / tokens[group.expert].clamp_min(1))
+    return found
+
+
+def _banks(model: PreTrainedModel) -> list[list[Group]]:
+    """The groups of each bank of experts."""
+    places = Anatomy.of(model).down_places().values()
+    return [groups for groups in places if groups[0].expert is not None]
+
+
+def _see_calls(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    batch: int,
+    see: Callable[[Sequence[Group], Sequence[Tensor]], None],
+) -> None:
+    """Runs the model; `see` is called with a bank and what it is called with."""
+
+    def hook(bank: Sequence[Group], module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        see(bank, [*call.arguments.values()][1:])
+
     hooks = [
-        module.register_forward_pre_hook(_adding(sums[layer]), with_kwargs=True)
-        for module, (layer, _) in banks.items()
+        bank[0].down.module.register_forward_pre_hook(partial(hook, bank), with_kwargs=True)
+        for bank in _banks(model)
     ]
     try:
         for part in torch.split(blocks.to(home(model)), batch):
             model(input_ids=part, use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: total / tokens.clamp_min(1) for layer, (total, tokens) in sums.items()}
+        for handle in hooks:
+            handle.remove()
 
 
 def check_readable(model: PreTrainedModel) -> None:
@@ -81,21 +143,6 @@ def check_readable(model: PreTrainedModel) -> None:
 def _takes(bank: nn.Module) -> list[str]:
     """Names of what a bank of experts is called with."""
     return list(inspect.signature(type(bank).forward).parameters)[1:]
-
-
-def _adding(sums: Float[Tensor, "2 experts"]) -> Any:
-    """A hook that adds what a bank of experts is called with."""
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        _, *given = call.arguments.values()
-        if len(given) == 1:
-            _add_scaled(module, given[0], sums)
-        else:
-            hidden, index, weights = given
-            _add_routed(module, hidden, index, weights, sums)
-
-    return see
 
 
 def _add_scaled(module: nn.Module, hidden: Tensor, sums: Float[Tensor, "2 experts"]) -> None:

@@ -6,30 +6,35 @@ moments of one layer and the hidden states of all blocks, which may wait on the 
 change a layer between its measurement and its forward pass, so that the next layer is measured
 behind the changed one (sequential mode, section 5). `paired_moments` also relates the activations
 to those of the dense model's layer.
+
+Each channel group of a layer (`prunenet.models.groups`) has moments of its own, an expert's over
+the tokens that are routed to it. All groups of a layer are measured in one pass through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.models.architectures import architecture_for
-from prunenet.models.hooks import calling
-from prunenet.models.layers import check_tokens, decoder_layers, down_linears
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.groups import Group
+from prunenet.models.layers import check_tokens
+from prunenet.models.observed import observing
+from prunenet.refit.calls import LayerCall, Passed, layer_calls
 from prunenet.runtime.floats import float64_device
 from prunenet.runtime.placement import device_of, home, is_placed, present
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Moments of one layer's activations h, the inputs of its down linear, over all tokens.
+    """Moments of one group's activations h, the inputs of its down matrix, over its tokens.
 
     Attributes:
         second: E[h h^T], (d_ff, d_ff), float32.
@@ -73,24 +78,6 @@ class Target:
     energy: float
 
 
-class LayerCall(NamedTuple):
-    """Holds the arguments of one call of a decoder layer.
-
-    Attributes:
-        hidden: the hidden states; None where they come from the layer in front.
-        args: other positional arguments.
-        kwargs: named arguments.
-    """
-
-    hidden: Tensor | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Captured(Exception):
-    """Ends the forward pass once the arguments of all layers are recorded."""
-
-
 class _Sums:
     """Sums over tokens, in float32."""
 
@@ -104,9 +91,31 @@ class _Sums:
         self.second.addmm_(h.T, h)
         self.mean.add_(h.sum(0))
 
-    def moments(self, layer: int, dtype: torch.dtype) -> Moments:
+    def means(self, layer: int, dtype: torch.dtype) -> Moments:
         check_activations(self.second, layer, dtype)
-        return Moments(self.second.div_(self.tokens), self.mean.div_(self.tokens), self.tokens)
+        count = max(self.tokens, 1)
+        return Moments(self.second.div_(count), self.mean.div_(count), self.tokens)
+
+
+class _EnergySums:
+    """As `_Sums`, of each channel alone."""
+
+    def __init__(self, d_ff: int, device: torch.device) -> None:
+        self.energy, self.mean = torch.zeros(2, d_ff, device=device)
+        self.tokens = 0
+
+    def add(self, h: Float[Tensor, "tokens d_ff"]) -> None:
+        self.tokens += len(h)
+        self.energy += h.square().sum(0)
+        self.mean += h.sum(0)
+
+    def means(self, layer: int, dtype: torch.dtype) -> Energies:
+        check_activations(self.energy, layer, dtype)
+        count = max(self.tokens, 1)
+        return Energies(self.energy.div_(count), self.mean.div_(count), self.tokens)
+
+
+_Kind = TypeVar("_Kind", _Sums, _EnergySums)
 
 
 def check_activations(values: Tensor, layer: int, dtype: torch.dtype) -> None:
@@ -130,9 +139,10 @@ def check_activations(values: Tensor, layer: int, dtype: torch.dtype) -> None:
 class LayerWalk:
     """Carries token blocks through a model, one decoder layer at a time.
 
-    Iterating yields layer numbers, first to last. In the loop body the caller may measure that
-    layer (`moments`, `energies`) and, with `changing`, change it. Its weights are then on the
-    device where it computes.
+    Iterating yields the numbers of channel groups, first to last: one a layer in most models, one
+    an expert in a mixture. In the loop body the caller may measure that group (`moments`,
+    `energies`) and, with `changing`, change it. Its weights are then on the device where it
+    computes. All groups of a layer are measured as it is when the first of them is.
 
     Args:
         model: a causal LM in eval mode; the walk itself does not change it.
@@ -148,6 +158,8 @@ class LayerWalk:
 
     Raises:
         ValueError: blocks that the model cannot read, or `skip` out of range.
+        UnsupportedArchitecture: a group lies outside of the decoder layers; or `skip` with experts,
+            whose tokens are not in the order of the text.
     """
 
     def __init__(
@@ -166,105 +178,116 @@ class LayerWalk:
                 f"blocks of {blocks.shape[1]} tokens cannot skip their first {skip}; give 0 to"
                 f" {blocks.shape[1] - 1}"
             )
-        architecture = architecture_for(model.config)
-        self.layers = list(decoder_layers(model, architecture))
-        self._downs = down_linears(model)
+        self._anatomy = Anatomy.of(model)
+        self.layers = [layer.module for layer in self._anatomy.layers]
+        self._groups = _by_layer(self._anatomy, skip)
         self._offload = offload or is_placed(model)
         self._calls: list[list[LayerCall]] = []
         self._hidden: list[Tensor] = []
         for part in torch.split(blocks.to(home(model)), batch):
             calls = layer_calls(model, part)
-            assert calls[0].hidden is not None
-            self._hidden.append(self._put_by(calls[0].hidden))
+            (hidden,) = (call.hidden for call in calls if call.hidden is not None)
+            self._hidden.append(self._put_by(hidden))
             self._calls.append([call._replace(hidden=None) for call in calls])
+        self._passed: list[dict[Passed, Any]] = [{} for _ in self._calls]
         self._outputs: list[Tensor] = []
+        self._found: dict[tuple[type[Any], int], Any] = {}
         self._changing = changing
         self._skip, self._batch = skip, batch
         self.blocks = blocks
         self.tokens = blocks.numel()
 
     def __iter__(self) -> Iterator[int]:
-        for index in range(len(self.layers)):
-            self._outputs = []
-            with present(self.layers[index]):
-                yield index
+        for layer, groups in enumerate(self._groups):
+            self._outputs, self._found = [], {}
+            with present(self.layers[layer]):
+                for group in groups:
+                    yield group.number
                 if self._changing or not self._outputs:
-                    self._outputs = [self._through(index, part) for part in range(len(self._calls))]
+                    self._outputs = [self._through(layer, part) for part in range(len(self._calls))]
             self._hidden = self._outputs
 
     def device(self, index: int) -> torch.device:
-        """Returns the device on which a layer computes, and on which its moments are."""
-        return device_of(self._downs[index])
+        """Returns the device on which a group computes, and on which its moments are."""
+        return device_of(self._anatomy.groups[index].down.module)
 
     @torch.no_grad()
     def moments(self, index: int) -> Moments:
-        """Measures the second moments of the current layer's activations.
+        """Measures the second moments of a group of the current layer: zeros without a token.
 
         Raises:
             ValueError: the activations are not finite.
         """
-        sums = _Sums(self._downs[index].in_features, self.device(index))
-        for h in self._activations(index):
-            sums.add(h)
-        return sums.moments(index, self._downs[index].weight.dtype)
+        group = self._anatomy.groups[index]
+        return self._sums(group, _Sums).means(group.layer, group.down.tensor.dtype)
 
     @torch.no_grad()
     def energies(self, index: int) -> Energies:
-        """Measures the energies of the current layer's activations.
+        """Measures the energies of a group of the current layer: zeros without a token.
 
         Raises:
             ValueError: the activations are not finite.
         """
-        energy, mean = torch.zeros(2, self._downs[index].in_features, device=self.device(index))
-        tokens = 0
-        for h in self._activations(index):
-            tokens += len(h)
-            energy += h.square().sum(0)
-            mean += h.sum(0)
-        check_activations(energy, index, self._downs[index].weight.dtype)
-        return Energies(energy.div_(tokens), mean.div_(tokens), tokens)
+        group = self._anatomy.groups[index]
+        return self._sums(group, _EnergySums).means(group.layer, group.down.tensor.dtype)
 
-    def _activations(self, index: int) -> Iterator[Float[Tensor, "tokens d_ff"]]:
-        """Yields the down linear's inputs, batch by batch, and keeps the layer's outputs."""
-        outputs = []
-        for part in range(len(self._calls)):
-            output, h, _ = self._measured(index, part)
-            outputs.append(output)
-            yield h
-        self._outputs = outputs
+    def _sums(self, group: Group, kind: type[_Kind]) -> _Kind:
+        """Hands out what one pass through the layer has summed up for all of its groups."""
+        if (kind, group.number) not in self._found:
+            sums = {
+                other.number: kind(other.width, self.device(other.number))
+                for other in self._groups[group.layer]
+            }
+            outputs = []
+            for part in range(len(self._calls)):
+                output, seen = self._measured(group.layer, part)
+                outputs.append(output)
+                for number, (h, _) in seen.items():
+                    sums[number].add(h)
+            self._outputs = outputs
+            self._found |= {(kind, number): summed for number, summed in sums.items()}
+        return cast(_Kind, self._found.pop((kind, group.number)))
 
-    def _measured(self, index: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Passes one batch through the layer.
+    def _measured(self, layer: int, part: int) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """Passes one batch through a layer.
 
         Returns:
-            Hidden states behind the layer; then, in float32 and without the skipped tokens, h and
-            |W h|^2 of each token.
+            Hidden states behind the layer; then of each group that tokens pass through, in float32
+            and without the skipped tokens, h and |W h|^2 of each token.
         """
-        seen: list[Tensor] = []
+        seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        groups = self._groups[layer]
 
-        def see(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def see(place: int, h: Tensor, written: Tensor) -> None:
             # Summed up at once: Falcon adds its attention's output to this tensor in place.
-            written = (output if module.bias is None else output - module.bias).float()
-            seen.extend((inputs[0].flatten(0, -2), written.square().sum(-1).flatten()))
+            energies = written.float().square().sum(-1).flatten()
+            seen.setdefault(groups[place].number, []).append((h.flatten(0, -2), energies))
 
-        hook = self._downs[index].register_forward_hook(see)
-        try:
-            output = self._through(index, part)
-        finally:
-            hook.remove()
-        blocks = len(self._hidden[part])
-        h, energies = (
-            rows.reshape(blocks, -1, *rows.shape[1:])[:, self._skip :].flatten(0, 1).float()
-            for rows in seen
-        )
-        return output, h, energies
+        with observing([group.down for group in groups], see):
+            output = self._through(layer, part)
+        return output, {
+            number: (self._counted(part, [h for h, _ in found]), self._counted(part, energies))
+            for number, found in seen.items()
+            if (energies := [energies for _, energies in found])
+        }
+
+    def _counted(self, part: int, pieces: list[Tensor]) -> Tensor:
+        """Joins the tokens of a batch, in float32, without the skipped ones."""
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if self._skip:
+            blocks = len(self._hidden[part])
+            rows = rows.reshape(blocks, -1, *rows.shape[1:])[:, self._skip :].flatten(0, 1)
+        return rows.float()
 
     @torch.no_grad()
-    def _through(self, index: int, part: int) -> Tensor:
-        call = self._calls[part][index]
-        hidden = self._hidden[part].to(self.device(index))
-        out = self.layers[index](hidden, *call.args, **call.kwargs)
-        result = out[0] if isinstance(out, tuple) else out
+    def _through(self, layer: int, part: int) -> Tensor:
+        call = self._calls[part][layer].filled(self._passed[part])
+        if not call.called:
+            return self._hidden[part]
+        hidden = self._hidden[part].to(device_of(self.layers[layer]))
+        out = self.layers[layer](hidden, *call.args, **call.kwargs)
+        result, *more = out if isinstance(out, tuple) else (out,)
+        self._passed[part] |= {Passed(layer, place): one for place, one in enumerate(more)}
         assert isinstance(result, Tensor)
         return self._put_by(result)
 
@@ -272,38 +295,24 @@ class LayerWalk:
         return hidden.cpu() if self._offload else hidden
 
 
-@torch.no_grad()
-def layer_calls(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> list[LayerCall]:
-    """Records the arguments with which each decoder layer is called.
-
-    The layers themselves are skipped meanwhile: each returns its input.
-
-    Args:
-        model: a causal LM in eval mode, left as it is.
-        ids: token ids without padding, on the model's device.
-
-    Returns:
-        One call a layer, first to last; only the first one has hidden states.
-    """
-    layers = list(decoder_layers(model))
-    calls: list[LayerCall] = []
-
-    def recorder(index: int) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            calls.append(LayerCall(hidden if index == 0 else None, rest, kwargs))
-            if index == len(layers) - 1:
-                raise _Captured
-            return hidden
-
-        return forward
-
-    with (
-        suppress(_Captured),
-        calling({layer: recorder(index) for index, layer in enumerate(layers)}),
-    ):
-        model(input_ids=ids, use_cache=False)
-    return calls
+def _by_layer(anatomy: Anatomy, skip: int) -> list[list[Group]]:
+    """The groups of each decoder layer. Raises as `LayerWalk`."""
+    places = {layer.module: layer.index for layer in anatomy.layers}
+    found: list[list[Group]] = [[] for _ in places]
+    for group in anatomy.groups:
+        if group.module not in places:
+            raise UnsupportedArchitecture(
+                f"activations of a {type(anatomy.model).__name__} are not measured, for"
+                f" {group.path} lies outside of the decoder layers; choose channels from the"
+                " weights alone (`moments` none)"
+            )
+        if skip and group.expert is not None:
+            raise UnsupportedArchitecture(
+                "tokens reach experts in another order than the text's, so none can be skipped;"
+                " give `skip` 0"
+            )
+        found[places[group.module]].append(group)
+    return found
 
 
 def ffn_moments(
@@ -313,7 +322,7 @@ def ffn_moments(
     batch: int = 4,
     skip: int = 0,
 ) -> Iterator[Moments]:
-    """Yields the moments of each layer of an unchanged model, first to last.
+    """Yields the moments of each group of an unchanged model, first to last.
 
     Arguments and errors are those of `LayerWalk`.
     """
@@ -324,7 +333,7 @@ def ffn_moments(
 
 @torch.no_grad()
 def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Moments, Target]:
-    """Measures the current layer of two walks: the pruned model's moments, and the dense target.
+    """Measures a group of two walks' layer: the pruned model's moments, and the dense target.
 
     Serves the sequential refit (docs/methods.md, section 5): iterate over both walks at once, the
     pruned one with `changing=True`, and narrow the pruned model's layer after this call. Holds two
@@ -334,10 +343,11 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
         dense: over the dense model.
         pruned: over the model being pruned, with the same blocks, batch and `skip`; this layer
             still has all its channels.
-        index: number of the layer.
+        index: number of the group.
 
     Raises:
         ValueError: blocks, batch, skip or width differ, or activations are not finite.
+        UnsupportedArchitecture: the group is an expert's: the two models route other tokens to it.
     """
     if (dense._batch, dense._skip) != (pruned._batch, pruned._skip) or not torch.equal(
         dense.blocks.cpu(), pruned.blocks.cpu()
@@ -345,13 +355,18 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
         raise ValueError(
             "activations are paired token by token: give both walks the same blocks, batch and skip"
         )
-    d_ff = pruned._downs[index].in_features
-    if dense._downs[index].in_features != d_ff:
+    group, device = pruned._anatomy.groups[index], pruned.device(index)
+    d_ff, before = group.width, dense._anatomy.groups[index].width
+    if before != d_ff:
         raise ValueError(
-            f"layer {index} has {dense._downs[index].in_features} channels in the dense model and"
-            f" {d_ff} in the pruned one; measure it before it is cut"
+            f"layer {group.layer} has {before} channels in the dense model and {d_ff} in the pruned"
+            " one; measure it before it is cut"
         )
-    device = pruned.device(index)
+    if group.expert is not None:
+        raise UnsupportedArchitecture(
+            "a pruned model routes other tokens to an expert than the dense one, so they cannot be"
+            " paired; refit without dense targets (`dense_targets` False)"
+        )
     sums, cross, mean = (
         _Sums(d_ff, device),
         torch.zeros(d_ff, d_ff, device=device),
@@ -360,8 +375,9 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
     energy = torch.zeros((), dtype=torch.float64, device=float64_device(device))
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     for part in range(len(pruned._calls)):
-        dense_output, t, written = dense._measured(index, part)
-        pruned_output, h, _ = pruned._measured(index, part)
+        dense_output, dense_seen = dense._measured(group.layer, part)
+        pruned_output, pruned_seen = pruned._measured(group.layer, part)
+        (t, written), (h, _) = dense_seen[index], pruned_seen[index]
         t = t.to(device)
         sums.add(h)
         cross.addmm_(t.T, h)
@@ -370,6 +386,6 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
         outputs[0].append(dense_output)
         outputs[1].append(pruned_output)
     dense._outputs, pruned._outputs = outputs
-    return sums.moments(index, pruned._downs[index].weight.dtype), Target(
+    return sums.means(group.layer, group.down.tensor.dtype), Target(
         cross.div_(sums.tokens), mean.div_(sums.tokens), float(energy) / sums.tokens
     )

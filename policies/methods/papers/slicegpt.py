@@ -42,7 +42,7 @@ from prunenet.models.rotation import (
 from prunenet.policies.apply import Pruned
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.widths.allocation import parameters_left
-from prunenet.refit.moments import layer_calls
+from prunenet.refit.calls import layer_calls
 from prunenet.runtime.placement import check_together, home
 
 _BATCH = 4
