@@ -438,6 +438,22 @@ def test_a_gemma_that_llama_cpp_computes_otherwise_is_refused(
 
 
 @needs_runtime
+def test_eval_serves_a_model_by_llama_cpp(tmp_path) -> None:
+    folder, _ = saved(tmp_path)
+    asked = ["eval", str(folder), "--text", "builtin", "--window", "16", "--max-windows", "1"]
+    asked += ["--prompt", "8", "--new-tokens", "4", "--repeats", "2", "--serve", "f32"]
+    (row,) = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["models"]
+    assert row["served_type"] == "f32"
+    assert row["served_bytes"] > row["bytes"]
+    assert row["served_prefill_tokens_per_second"] > 0
+    assert row["served_decode_tokens_per_second"] > 0
+    shown = CliRunner(env={"COLUMNS": "140"}).invoke(app, asked).stdout
+    assert "llama.cpp decode" in shown
+    assert "KV cache/token" in shown
+    assert "memory: parameters, and the most" in shown
+
+
+@needs_runtime
 def test_a_file_that_computes_something_else_does_not_appear(tmp_path, monkeypatch) -> None:
     from prunenet.checkpoints.exports import gguf_form
 

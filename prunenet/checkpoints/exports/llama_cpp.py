@@ -189,6 +189,11 @@ class Served:
         """Up to `steps` tokens that follow, each the likeliest."""
         return list(self._completed(ids, steps, return_tokens=True)["tokens"])
 
+    def seconds(self, prompt: int, new_tokens: int) -> tuple[float, float]:
+        """Seconds that reading a prompt took, and writing behind it, as llama.cpp counts them."""
+        said = self._completed([5] * prompt, new_tokens, ignore_eos=True)["timings"]
+        return prompt / said["prompt_per_second"], new_tokens / said["predicted_per_second"]
+
     def _completed(self, ids: Sequence[int], steps: int, **more: Any) -> Any:
         exact = {"temperature": 0, "cache_prompt": False}
         return self._asked("completion", prompt=list(ids), n_predict=steps, **exact, **more)
