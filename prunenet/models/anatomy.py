@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunenet.models import modeling
 from prunenet.models.architectures import (
     Architecture,
     UnsupportedArchitecture,
@@ -23,7 +22,6 @@ from prunenet.models.architectures import (
 from prunenet.models.groups import FFN, Group, Pattern, Slice, starred
 from prunenet.models.knobs import field_of, step_of, top_k, uniform_widths
 from prunenet.models.masks import width_at
-from prunenet.models.modeling import holder_of
 from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.runtime.placement import present
 
@@ -138,10 +136,6 @@ class Anatomy:
             return ""
         if any(group.expert is not None for group in self.groups):
             return "all its experts have one width"
-        config, _ = holder_of(self.model.config, self.architecture.width)
-        differs = getattr(config, "is_heterogeneous", False)
-        if differs and not hasattr(self.model.config, modeling.FFN):
-            return "its layers differ in other fields already"
         if [group.layer for group in self.groups] != list(range(len(self.layers))):
             return "not every layer has one FFN"
         widest = max(group.width for group in self.groups)

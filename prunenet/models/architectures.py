@@ -81,11 +81,12 @@ class Architecture:
         """This row with `up`, `gate`, `down` and `fused` where its patterns are one of plain FFNs,
         in each layer one; else itself.
         """
-        names = [_path_in(self.layers, part.tensor) for part in self.found[0].matrices]
-        roles = {part.role: part for part in self.found[0].matrices}
-        one = len(self.found) == 1 and None not in names and len(roles) == len(names)
-        pattern = self.found[0]
-        if not one or pattern.experts or pattern.companions or pattern.unless:
+        first, *more = self.found
+        roles = {part.role: part for part in first.matrices}
+        names = [_path_in(self.layers, part.tensor) for part in first.matrices]
+        several = more or first.experts or None in names or len(roles) < len(names)
+        nested = "." in self.width.removeprefix("text_config.")
+        if several or nested or first.companions or first.unless:
             return self
         paths = dict(zip(roles, map(str, names), strict=True))
         if "gate_up" in roles and roles["gate_up"].layout == "concat":

@@ -43,17 +43,14 @@ class PerLayerWidths:
             )
         structures = [getattr(config, name) for name in (FFN, HEADS) if hasattr(config, name)]
         text = holder_of(config, structures[0]["width"])[0]
-        stated = text.per_layer_config
+        stated = overrides(text)
         widths = {s["width"]: layer_values(config, s["width"]) for s in structures}
-        if not isinstance(stated, dict):
-            names = [field.rpartition(".")[2] for field in widths]
-            stated = {
-                layer: dict(zip(names, values, strict=True))
-                for layer, values in enumerate(zip(*widths.values(), strict=True))
-            }
+        names = [field.rpartition(".")[2] for field in widths]
+        for layer, values in enumerate(zip(*widths.values(), strict=True)):
+            stated.setdefault(layer, {}).update(zip(names, values, strict=True))
         # Stock code cannot read a width that differs between layers. It sees this very object
         # without them, and not a copy: from_pretrained and every submodule go on using it.
-        text.per_layer_config = None
+        text.per_layer_config = without(stated, names)
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             for structure in structures:
@@ -76,15 +73,28 @@ def holder_of(config: Any, field: str) -> tuple[Any, str]:
     return config, name
 
 
+def overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """Returns the fields in which each layer differs from the configuration, by layer."""
+    stated = config.per_layer_config
+    if not isinstance(stated, dict):  # transformers 4 keeps what the file says
+        stated = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(fields) for layer, fields in stated.items()}
+
+
+def without(stated: dict[int, dict[str, Any]], names: Any) -> dict[int, dict[str, Any]] | None:
+    """Returns what a family itself states of its layers; None where that is nothing."""
+    own = {
+        layer: {name: value for name, value in fields.items() if name not in names}
+        for layer, fields in stated.items()
+    }
+    return {layer: fields for layer, fields in own.items() if fields} or None
+
+
 def layer_values(config: Any, field: str) -> list[int]:
     """Returns a dotted configuration field of each decoder layer, first to last."""
     config, name = holder_of(config, field)
-    stated = config.per_layer_config
-    if not isinstance(stated, dict):
-        return [getattr(layer, name) for layer in stated]
-    # transformers 4 keeps what the file says: only layers that differ from the global value
-    given = {int(layer): fields for layer, fields in stated.items()}
-    widest = getattr(config, name)
+    given = overrides(config)
+    widest = vars(config)[config.attribute_map.get(name, name)]  # they may not be asked for it
     return [given.get(layer, {}).get(name, widest) for layer in range(config.num_hidden_layers)]
 
 

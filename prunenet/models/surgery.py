@@ -199,9 +199,13 @@ def set_widths(
     """
     model, architecture = anatomy.model, anatomy.architecture
     varies = anatomy.free and not anatomy.listed and len(set(widths)) > 1
-    config, (text, field) = model.config, modeling.holder_of(model.config, architecture.width)
-    if any(hasattr(config, name) for name in (modeling.FFN, modeling.HEADS)):
-        text.per_layer_config = None  # ours: a family's own stays
+    config = model.config
+    own: dict[int, dict[str, Any]] = {}
+    if architecture.per_layer:
+        text, field = modeling.holder_of(config, architecture.width)
+        own = modeling.without(modeling.overrides(text), (field, GROUPS)) or {}
+        if any(hasattr(config, name) for name in (modeling.FFN, modeling.HEADS)):
+            text.per_layer_config = own or None  # ours goes, a family's own stays
     for name in (modeling.FFN, modeling.HEADS, "auto_map"):
         config.__dict__.pop(name, None)
     # How transformers renamed tensors when it read them for the dense class: per-layer classes are
@@ -225,7 +229,7 @@ def set_widths(
         setattr(config, modeling.HEADS, _structure(architecture, GROUPS, inputs, output))
     if varying:
         text.per_layer_config = {
-            index: {name: numbers[index] for name, numbers in varying.items()}
+            index: own.get(index, {}) | {name: numbers[index] for name, numbers in varying.items()}
             for index in range(len(widths))
         }
         stock = getattr(modeling, modeling.PREFIX + stock.__name__)

@@ -180,7 +180,9 @@ def _parameters(
         (False, [p for p in (linear.weight, linear.bias) if isinstance(p, nn.Parameter)])
         for linear in linears
     ]
-    return [*found, (True, [plain_linear(layer, output).weight])]
+    columns = plain_linear(layer, output).weight
+    assert isinstance(columns, nn.Parameter)
+    return [*found, (True, [columns])]
 
 
 def _slices(
