@@ -175,9 +175,9 @@ HELP: dict[str, Any] = {
         "--round",
         parser=_rounding,
         metavar="NUMBER|auto",
-        help="Widths are multiples of this. auto: of 64 where that moves a width by less than 1 %"
-        " of its channels, else of 32, for engines quantise in blocks of 32 or 64 and leave other"
-        " widths whole; in experts of 8 at least, for their kernels want 16 bytes.",
+        help="Widths are multiples of this. auto: of 64 where that moves a uniform width by less"
+        " than 1 % of its channels, else of 32, for engines quantise in blocks of 32 or 64 and"
+        " leave other widths whole; in experts and narrow FFNs of 8 at least.",
     ),
     "widths": typer.Option(
         help="uniform, per-layer (the policy's allocation), auto: per-layer for a predicted gain"
