@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -c constraints.txt -e '.[demo,dev,recover,search]'
 	@touch $@
 
-demo: $(READY) ## train a policy, prune a real model, compare: results in demo/
+demo: $(READY) ## prune a real model by the policy that ships, train a short one, compare: results in demo/
 	@$(BIN)/prunenet demo --out demo $(ARGS)
 
 test: $(READY) ## run the tests (a few minutes)

@@ -34,6 +34,7 @@ from prunenet.models.layers import (
     structure,
 )
 from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
+from prunenet.models.modeling import is_per_layer
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
 from prunenet.policies.experts import check_experts, keep_experts
@@ -254,17 +255,16 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
             costs = [cost * g.share for cost, g in zip(costs, anatomy.groups, strict=True)]
         assert share is not None
         ratio = ratio_for_parameters(share, total, costs, anatomy.widths)
-    if not anatomy.free:
-        if options.widths == "per-layer":
-            raise ValueError(
-                f"a {type(anatomy.model).__name__} has one configuration field for the widths of"
-                " all layers; give uniform `widths`"
-            )
-        check_stock(anatomy, anatomy.uniform_widths(ratio, options.round_to))
-    elif options.widths == "uniform":
-        anatomy.uniform_widths(ratio, options.round_to)
-    else:
-        anatomy.even_widths(ratio, options.round_to)
+    if anatomy.tied_by and options.widths in ("per-layer", "refined"):
+        raise ValueError(
+            f"the layers of a {type(anatomy.model).__name__} share one width, for"
+            f" {anatomy.tied_by}; give uniform `widths`"
+        )
+    uniform = options.widths == "uniform"
+    even = anatomy.uniform_widths if uniform else anatomy.even_widths
+    widths = even(ratio, options.round_to)
+    if anatomy.architecture.found and not is_per_layer(anatomy.model):
+        check_stock(anatomy, widths)
     return ratio
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import How, Provenance
 from prunenet.checkpoints.save import save_pruned
 from prunenet.models.anatomy import Anatomy
+from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import pick
 from prunenet.policies.artifact import Policy
@@ -80,7 +81,15 @@ def save_ordered(
 
     Raises:
         CheckpointError, ValueError: as `save_pruned` and `order_of`.
+        UnsupportedArchitecture: its layers are not one FFN of linear layers each.
     """
+    anatomy = Anatomy.of(model)
+    plain = all(isinstance(group.down.module, nn.Linear) for group in anatomy.groups)
+    if not anatomy.architecture.per_layer or not plain:
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} is not one FFN of linear layers in each layer, so no size"
+            " is sliced from it in few lines; cut each size by `prune`"
+        )
     order = order_of(model, policy)
     sorted_model = ordered(model, order)
     made = Provenance.of(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunenet.models.anatomy import Anatomy
 from prunenet.models.heads import out_linears
 from prunenet.models.hooks import zeroing
 from prunenet.models.layers import FFN, down_linears, iter_ffns
@@ -278,8 +279,8 @@ def _widths(
 ) -> list[int]:
     if budget.only is not None and allocation != "uniform":
         raise ValueError(
-            f"a {type(evidence.model).__name__} has one configuration field for the widths of all"
-            f" layers; give allocation uniform, got {allocation!r}"
+            f"the layers of a {type(evidence.model).__name__} share one width, for"
+            f" {Anatomy.of(evidence.model).tied_by}; give allocation uniform, got {allocation!r}"
         )
     if not isinstance(allocation, str):
         widths = list(allocation)

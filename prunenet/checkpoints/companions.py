@@ -11,7 +11,6 @@ transformers writes it, with the fields of version 4 beside those of 5.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     GenerationConfig,
@@ -30,7 +30,12 @@ from transformers import (
 
 from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields, tokenizer_files
 from prunenet.checkpoints.load import load_tokenizer
-from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
+from prunenet.checkpoints.older_loaders import (
+    ROPE_FIELDS,
+    config_from,
+    state_tokenizer_class,
+    with_v4_fields,
+)
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
@@ -127,7 +132,7 @@ def _stated(source: Path, config: PretrainedConfig) -> dict[str, Any] | None:
 
 def _merged(said: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """What the source said, with the fields in which a model's configuration differs from it."""
-    source = type(config).from_dict(copy.deepcopy(said))
+    source = config_from(type(config), said)
     fields, before, after = dict(said), _as_json(source), _as_json(config)
     names = (before.keys() | after.keys()) - _READ_ANEW
     changed = sorted(name for name in names if before.get(name) != after.get(name))
@@ -176,6 +181,7 @@ def _needs_code(model: PreTrainedModel) -> dict[str, Any]:
     names = {"AutoModelForCausalLM": kind.__name__}
     mappings: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING,
+        "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     }
     for name, mapping in mappings.items():

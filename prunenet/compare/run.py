@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import identify, tokenizer_sha256
-from prunenet.compare.machine import commit, peak_memory, synchronise, versions
+from prunenet.compare.machine import commit, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.pruner import Made, Pruner
 from prunenet.compare.results import Line, Results
@@ -31,6 +31,7 @@ from prunenet.models.layers import (
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_ratio
+from prunenet.runtime.memory import peak_memory
 from prunenet.runtime.placement import home, where
 from prunenet.text.calibration import check_seed
 
@@ -80,10 +81,11 @@ def check_spec(spec: Spec, pruner: Pruner) -> None:
         attentions(model)
     if pruner.policy is not None and spec.method in ("prunenet", "prunenet-weights"):
         pruner.policy.check_measured(spec.moments is not None)
-    if spec.allocation not in ("auto", "uniform") and not Anatomy.of(model).free:
+    if spec.allocation not in ("auto", "uniform") and (why := Anatomy.of(model).tied_by):
         raise ValueError(
-            f"{spec.name!r} gives each layer a width of its own, and a {type(model).__name__} has"
-            f" one for all; say {replace(spec, allocation='uniform').name}"
+            f"{spec.name!r} gives each layer a width of its own, and those of a"
+            f" {type(model).__name__} share one, for {why}; say"
+            f" {replace(spec, allocation='uniform').name}"
         )
     if row is None:
         return

@@ -120,9 +120,29 @@ class Anatomy:
         return uniform_widths(self.groups, ratio, round_to, free=self.free)
 
     @property
+    def listed(self) -> bool:
+        """Whether the family's own configuration holds a width for each layer, as a list."""
+        return all(group.listed for group in self.groups)
+
+    @property
     def free(self) -> bool:
         """Whether each group may have a width of its own."""
-        return self.architecture.per_layer
+        return not self.tied_by
+
+    @property
+    def tied_by(self) -> str:
+        """Why groups cannot have widths of their own; empty where they can."""
+        if not self.architecture.found or self.listed:
+            return ""
+        if any(group.expert is not None for group in self.groups):
+            return "all its experts have one width"
+        if [group.layer for group in self.groups] != list(range(len(self.layers))):
+            return "not every layer has one FFN"
+        widest = max(group.width for group in self.groups)
+        stated = field_of(self.model.config, self.architecture.width)
+        if not self.architecture.per_layer or stated not in (None, widest):
+            return f"{self.architecture.width} does not state the width of one layer alone"
+        return ""
 
     def even_widths(self, ratio: float, round_to: RoundTo = ROUND_TO) -> list[int]:
         """As `uniform_widths`, but groups that are free and differ keep their differences.

@@ -8,7 +8,7 @@ the name of a folder or of a hub repository never matters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from prunenet.models.groups import Part, Pattern, Role
@@ -75,7 +75,25 @@ class Architecture:
     @property
     def per_layer(self) -> bool:
         """Whether each layer may get a width of its own, by `prunenet.models.modeling`."""
-        return not self.found
+        return bool(self.up)
+
+    def spelled(self) -> Architecture:
+        """This row with `up`, `gate`, `down` and `fused` where its patterns are one of plain FFNs,
+        in each layer one; else itself.
+        """
+        first, *more = self.found
+        roles = {part.role: part for part in first.matrices}
+        names = [_path_in(self.layers, part.tensor) for part in first.matrices]
+        several = more or first.experts or None in names or len(roles) < len(names)
+        nested = "." in self.width.removeprefix("text_config.")
+        if several or nested or first.companions or first.unless:
+            return self
+        paths = dict(zip(roles, map(str, names), strict=True))
+        if "gate_up" in roles and roles["gate_up"].layout == "concat":
+            return replace(self, up=paths["gate_up"], down=paths["down"], fused=True)
+        if "up" not in roles:
+            return self
+        return replace(self, up=paths["up"], gate=paths.get("gate"), down=paths["down"])
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -93,6 +111,13 @@ class Architecture:
         ]
         down = Part(f"{self.layers}.*.{self.down}.weight", "down", 1)
         return (Pattern((*parts, down), self.width),)
+
+
+def _path_in(layers: str, tensor: str) -> str | None:
+    """Path in a layer of the linear that a weight is of; None where it is none of each layer."""
+    start = f"{layers}.*."
+    path = tensor.removeprefix(start).removesuffix(".weight")
+    return path if tensor == f"{start}{path}.weight" and "*" not in path else None
 
 
 _BEFORE_FFN = ("pre_feedforward_layernorm",)
@@ -182,7 +207,7 @@ def architecture_for(config: PretrainedConfig, kind: type | None = None) -> Arch
         raise UnsupportedArchitecture(
             f"model type {model_type!r} ({found.__name__}) is not supported: {known.reason}"
         )
-    return known.architecture
+    return known.architecture.spelled()
 
 
 def check_heads(architecture: Architecture) -> None:

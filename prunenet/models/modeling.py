@@ -7,7 +7,7 @@ A copy of this file lies beside every checkpoint with per-layer widths; it needs
 `config.per_layer_config`. Any other class name works alike, such as `PerLayerLlamaModel`.
 `config.per_layer_ffn` locates the FFN by dotted paths from the causal LM, and
 `config.per_layer_heads` the attention, whose width is its number of key-value heads. A model has
-either or both.
+either or both. Of a multimodal model the widths are in `config.text_config.per_layer_config`.
 
 Its `config.json` asks for an attention called `UNTRUSTED`, which does not exist. Stock code then
 refuses the model by that name; the classes of this file take the default attention.
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 PREFIX = "PerLayer"
 FFN, HEADS = "per_layer_ffn", "per_layer_heads"
@@ -41,23 +42,22 @@ class PerLayerWidths:
                 " tensors by other names; for that, make a stock checkpoint (prunenet export --pad)"
             )
         structures = [getattr(config, name) for name in (FFN, HEADS) if hasattr(config, name)]
-        stated = config.per_layer_config
+        text = holder_of(config, structures[0]["width"])[0]
+        stated = overrides(text)
         widths = {s["width"]: layer_values(config, s["width"]) for s in structures}
-        if not isinstance(stated, dict):
-            stated = {
-                layer: dict(zip(widths, values, strict=True))
-                for layer, values in enumerate(zip(*widths.values(), strict=True))
-            }
+        names = [field.rpartition(".")[2] for field in widths]
+        for layer, values in enumerate(zip(*widths.values(), strict=True)):
+            stated.setdefault(layer, {}).update(zip(names, values, strict=True))
         # Stock code cannot read a width that differs between layers. It sees this very object
         # without them, and not a copy: from_pretrained and every submodule go on using it.
-        config.per_layer_config = None
+        text.per_layer_config = without(stated, names)
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             for structure in structures:
                 field = structure["width"]
-                narrow(self, structure, widths[field], getattr(config, field))
+                narrow(self, structure, widths[field], getattr(*holder_of(config, field)))
         finally:
-            config.per_layer_config = stated
+            text.per_layer_config = stated
 
 
 def is_per_layer(model: Any) -> bool:
@@ -65,15 +65,37 @@ def is_per_layer(model: Any) -> bool:
     return isinstance(model, PerLayerWidths)
 
 
-def layer_values(config: Any, field: str) -> list[int]:
-    """Returns a configuration field of each decoder layer, first to last."""
+def holder_of(config: Any, field: str) -> tuple[Any, str]:
+    """Returns the configuration that has a dotted field, and the field's name in it."""
+    *parts, name = field.split(".")
+    for part in parts:
+        config = getattr(config, part)
+    return config, name
+
+
+def overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """Returns the fields in which each layer differs from the configuration, by layer."""
     stated = config.per_layer_config
-    if not isinstance(stated, dict):
-        return [getattr(layer, field) for layer in stated]
-    # transformers 4 keeps what the file says: only layers that differ from the global value
-    given = {int(layer): fields for layer, fields in stated.items()}
-    widest = getattr(config, field)
-    return [given.get(layer, {}).get(field, widest) for layer in range(config.num_hidden_layers)]
+    if not isinstance(stated, dict):  # transformers 4 keeps what the file says
+        stated = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(fields) for layer, fields in stated.items()}
+
+
+def without(stated: dict[int, dict[str, Any]], names: Any) -> dict[int, dict[str, Any]] | None:
+    """Returns what a family itself states of its layers; None where that is nothing."""
+    own = {
+        layer: {name: value for name, value in fields.items() if name not in names}
+        for layer, fields in stated.items()
+    }
+    return {layer: fields for layer, fields in own.items() if fields} or None
+
+
+def layer_values(config: Any, field: str) -> list[int]:
+    """Returns a dotted configuration field of each decoder layer, first to last."""
+    config, name = holder_of(config, field)
+    given = overrides(config)
+    widest = vars(config)[config.attribute_map.get(name, name)]  # they may not be asked for it
+    return [given.get(layer, {}).get(name, widest) for layer in range(config.num_hidden_layers)]
 
 
 def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int) -> None:
@@ -85,13 +107,17 @@ def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int
     for layer, width in zip(model.get_submodule(layers), widths, strict=True):
         for path, dim in paths:
             linear = layer.get_submodule(path)
+            turned = isinstance(linear, Conv1D)  # its weight is (in, out)
+            weight = linear.weight.detach()
             # A fused gate and up linear has two rows per channel, a key-value head has those of its
             # query heads.
-            kept = linear.weight.shape[dim] // widest * width
-            linear.weight = torch.nn.Parameter(linear.weight.detach().narrow(dim, 0, kept).clone())
+            kept = weight.shape[dim ^ turned] // widest * width
+            linear.weight = torch.nn.Parameter(weight.narrow(dim ^ turned, 0, kept).clone())
             if dim == 0 and linear.bias is not None:
                 linear.bias = torch.nn.Parameter(linear.bias.detach()[:kept].clone())
-            linear.out_features, linear.in_features = linear.weight.shape
+            sizes = ("nx", "nf") if turned else ("out_features", "in_features")
+            for size, number in zip(sizes, linear.weight.shape, strict=True):
+                setattr(linear, size, number)
             parent = layer.get_submodule(path.rpartition(".")[0])
             if hasattr(parent, "intermediate_size"):
                 parent.intermediate_size = width

@@ -198,9 +198,14 @@ def set_widths(
         ValueError: a configuration field cannot hold the number.
     """
     model, architecture = anatomy.model, anatomy.architecture
+    varies = anatomy.free and not anatomy.listed and len(set(widths)) > 1
     config = model.config
-    if any(hasattr(config, name) for name in (modeling.FFN, modeling.HEADS)):
-        config.per_layer_config = None  # ours: a family's own stays
+    own: dict[int, dict[str, Any]] = {}
+    if architecture.per_layer:
+        text, field = modeling.holder_of(config, architecture.width)
+        own = modeling.without(modeling.overrides(text), (field, GROUPS)) or {}
+        if any(hasattr(config, name) for name in (modeling.FFN, modeling.HEADS)):
+            text.per_layer_config = own or None  # ours goes, a family's own stays
     for name in (modeling.FFN, modeling.HEADS, "auto_map"):
         config.__dict__.pop(name, None)
     # How transformers renamed tensors when it read them for the dense class: per-layer classes are
@@ -214,24 +219,23 @@ def set_widths(
     _state_parents(model, dense, widths)
     stock = getattr(type(model), "stock_class", type(model))
     varying: dict[str, Sequence[int]] = {}
-    if anatomy.free and len(set(widths)) > 1:
-        varying[architecture.width] = widths
+    if varies:
+        varying[field] = widths
         inputs, output = architecture.input_linears, architecture.down
         setattr(config, modeling.FFN, _structure(architecture, architecture.width, inputs, output))
     if counts is not None and not state_counts(config, counts):
         varying[GROUPS] = counts
         inputs, output = architecture.attention_in, architecture.attention_out
         setattr(config, modeling.HEADS, _structure(architecture, GROUPS, inputs, output))
-    if not varying:
-        model.__class__ = stock
-        if architecture.found:
-            restate_modules(model, check_built(model))
-        return
-    layers = range(len(widths))
-    config.per_layer_config = {
-        index: {field: numbers[index] for field, numbers in varying.items()} for index in layers
-    }
-    model.__class__ = getattr(modeling, modeling.PREFIX + stock.__name__)
+    if varying:
+        text.per_layer_config = {
+            index: own.get(index, {}) | {name: numbers[index] for name, numbers in varying.items()}
+            for index in range(len(widths))
+        }
+        stock = getattr(modeling, modeling.PREFIX + stock.__name__)
+    model.__class__ = stock
+    if architecture.found:
+        restate_modules(model, check_built(model))
 
 
 def _state_parents(model: PreTrainedModel, groups: Sequence[Group], widths: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import group_counts
-from prunenet.models.layers import check_tokens, decoder_layers
+from prunenet.models.layers import check_tokens, decoder_layers, plain_linear
 from prunenet.runtime.placement import check_together, home
 
 
@@ -175,12 +175,12 @@ def _parameters(
         For each: whether its channels are columns; its weight, and its bias where that belongs to
         the channels.
     """
-    linears = [layer.get_submodule(path) for path in inputs]
+    linears = [plain_linear(layer, path) for path in inputs]
     found = [
         (False, [p for p in (linear.weight, linear.bias) if isinstance(p, nn.Parameter)])
         for linear in linears
     ]
-    columns = layer.get_submodule(output).weight
+    columns = plain_linear(layer, output).weight
     assert isinstance(columns, nn.Parameter)
     return [*found, (True, [columns])]
 
