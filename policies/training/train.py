@@ -173,10 +173,8 @@ def check_trainable(model: PreTrainedModel | StreamedCheckpoint) -> None:
 
 
 def learns_widths(model: PreTrainedModel | StreamedCheckpoint) -> bool:
-    """Whether layers of this family can have widths of their own, so that an allocation can be
-    learned.
-    """
-    return Anatomy.of(structure(model)).architecture.per_layer
+    """Whether layers can have widths of their own, so that an allocation can be learned."""
+    return Anatomy.of(structure(model)).free
 
 
 def _check_asked(
@@ -192,8 +190,8 @@ def _check_asked(
     check_trainable(model)
     if recipe.allocation is not None and not learns_widths(model):
         raise ValueError(
-            f"a {type(structure(model)).__name__} has one configuration field for the widths of all"
-            " layers, so no allocation is learned: leave `allocation` out (uniform `widths`)"
+            f"the layers of a {type(structure(model)).__name__} share one width, for"
+            f" {Anatomy.of(structure(model)).tied_by}; leave `allocation` out (uniform `widths`)"
         )
     if regime is not None:
         check_choice("regime", regime, Regime)
