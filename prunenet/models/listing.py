@@ -67,12 +67,16 @@ def form_of(pattern: Pattern) -> str:
     return f"experts, {form}" if pattern.experts else form
 
 
-def known_types() -> list[KnownType]:
-    """Returns rows by hand and what was discovered, in alphabetical order of types."""
+def known_types(*, cached: bool = True) -> list[KnownType]:
+    """Returns rows by hand and what was discovered, in alphabetical order of types.
+
+    Args:
+        cached: with what was discovered on this machine; else what ships.
+    """
     found = [
         _described(name, row, class_names(name)[0], True) for name, row in ARCHITECTURES.items()
     ]
-    for model_type, kind, known in recorded():
+    for model_type, kind, known in recorded(cached=cached):
         if known.architecture is None:
             found.append(KnownType(model_type, kind, f"refused: {known.reason}", ""))
         elif model_type not in ARCHITECTURES:
@@ -122,15 +126,15 @@ def summary_of(types: list[KnownType]) -> str:
     """
     named = {one.model_type for one in types if one.widths}
     lines = [f"{len(named)} of transformers' {len(all_types())} decoder types are cut:", ""]
-    lines += ["|FFNs|widths|types|such as|", "|---|---|---|---|"]
+    lines += ["| FFNs | widths | types | such as |", "|---|---|---|---|"]
     cut: dict[tuple[str, str], set[str]] = {}
     for one in types:
         if one.widths:
             what = "experts" if "experts" in one.forms else "dense"
             cut.setdefault((what, one.widths), set()).add(one.model_type)
     for (what, widths), names in sorted(cut.items()):
-        known = ",".join(name for name in _MUCH_USED if name in names)
-        lines.append(f"|{what}|{widths}|{len(names)}|{known}|")
+        known = ", ".join(name for name in _MUCH_USED if name in names)
+        lines.append(f"| {what} | {widths} | {len(names)} | {known} |")
     return "\n".join(lines) + "\n"
 
 
