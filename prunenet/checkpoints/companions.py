@@ -11,6 +11,7 @@ transformers writes it, with the fields of version 4 beside those of 5.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path

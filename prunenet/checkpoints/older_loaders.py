@@ -37,7 +37,7 @@ def config_from(kind: type[PretrainedConfig], fields: dict[str, Any]) -> Pretrai
         kind: its class.
         fields: left as they are; transformers writes infinity as an object there.
     """
-    plain: dict[str, Any] = kind._decode_special_floats(copy.deepcopy(fields))  # type: ignore[no-untyped-call]
+    plain: dict[str, Any] = kind._decode_special_floats(copy.deepcopy(fields))
     return kind.from_dict(plain)
 
 
