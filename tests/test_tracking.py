@@ -6,13 +6,16 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from families import tiny_model
+from families import tiny_model, token_ids
 
 from prunenet.policies.training.recipe import Recipe
 from prunenet.policies.training.train import train
+from prunenet.recover.options import Tuning
 from prunenet.recover.record import recover
+from prunenet.recover.training import tuned
 from prunenet.runtime import tracking as module
 from prunenet.runtime.tracking import NOTHING, tracking
+from prunenet.text.calibration import CalibrationSet
 
 RECIPE = Recipe(reward="spectral", updates=2, masks=4, evaluate_every=1, seed=0)
 
@@ -64,6 +67,17 @@ def test_one_run_holds_both_stages_their_terms_widths_settings_and_results(
     (results,) = [given[0] for name, given, _ in calls if name == "results"]
     assert results["channels/best_reward"] == pytest.approx(best)
     assert "widths/best_reward" in results
+
+
+def test_a_recovery_tells_the_losses_of_every_step_and_evaluation(monkeypatch) -> None:
+    calls = recorded(monkeypatch)
+    blocks = CalibrationSet(token_ids(8, 16), "self", {"text": "random"})
+    tuning = Tuning(steps=2, batch=2, micro_batch=2, rank=2)
+    with tracking(["wandb"], "r", {}) as track:
+        tuned(tiny_model("llama"), blocks, tuning, track=track)
+    logged = [(*given[0], named["step"]) for name, given, named in calls if name == "log"]
+    assert [step for name, step in logged if name == "loss"] == [1, 2]
+    assert [step for name, step in logged if name == "loss_held_back"] == [0, 1, 2]
 
 
 def vars_of(recipe):
