@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist workst
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check coverage docs bench chaos table wheel clean
+.PHONY: help setup demo test test-slow check coverage docs readme bench chaos table wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ check: $(READY) ## ruff, mypy --strict, import floors
 docs: $(READY) ## build the documentation site into site/, every warning an error
 	@$(PIP_INSTALL) -c constraints.txt -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+readme: $(READY) ## write the table of model types into README.md
+	PRUNENET_CACHE=$$(mktemp -d) $(BIN)/python docs/readme.py
 
 bench: $(READY) ## run the benchmarks on MODEL, about an hour; finished parts are skipped (make demo fetches the model)
 	$(BIN)/python benchmarks/training.py $(MODEL) --out $(RESULTS)/training.jsonl

@@ -79,10 +79,13 @@ def _drop_layers(dense: Path, out: Path) -> None:
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(dense).save_pretrained(out)
+    # transformers 5 writes rotary embeddings in words that version 4 does not know; prunenet adds
+    # those
+    stated = json.loads((out.parent / FORMS[0] / "config.json").read_text())
+    stated |= {"num_hidden_layers": len(kept), "intermediate_size": model.config.intermediate_size}
+    (out / "config.json").write_text(json.dumps(stated, indent=2) + "\n")
 
 
 @torch.no_grad()

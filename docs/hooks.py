@@ -20,6 +20,7 @@ APP = "prunenet.cli.app:app"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
 MARK = "<!-- commands -->"
+TYPES = "<!-- types -->"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -32,9 +33,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Points links into `benchmarks/results` at their copies; puts the commands at `MARK`."""
+    """Points links into `benchmarks/results` at their copies; puts commands and types in."""
     markdown = markdown.replace(f"../{RESULTS}/", "data/")
+    if TYPES in markdown:
+        markdown = markdown.replace(TYPES, _types().table_of(_types().known_types(cached=False)))
     return markdown.replace(MARK, commands()) if MARK in markdown else markdown
+
+
+def _types() -> Any:
+    sys.path.insert(0, str(ROOT))
+    return import_module("prunenet.models.listing")
 
 
 def commands() -> str:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from prunenet.cli.app import app
 from prunenet.models.architectures import ARCHITECTURES
+from prunenet.models.listing import known_types, summary_of
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -39,6 +40,12 @@ def test_the_readme_lists_the_supported_models_of_the_table():
     section = README.partition("## Supported models\n")[2].partition("\n## ")[0]
     listed = re.findall(r"[a-z0-9_]+", section.strip().partition("\n")[0])
     assert listed == sorted(ARCHITECTURES)
+
+
+def test_the_readme_s_table_of_types_is_the_one_that_the_code_makes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path))  # what ships, and nothing of this machine
+    table = README.partition("<!--types-->\n")[2].partition("<!--/types-->")[0]
+    assert table == summary_of(known_types(cached=False)), "run `make readme`"
 
 
 def test_every_file_that_the_readme_links_to_is_in_a_clone():

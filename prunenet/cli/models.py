@@ -17,11 +17,18 @@ def models(
         str | None,
         typer.Argument(help="Folder or hub id: say what would be cut of it, group by group."),
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the known types as a table in Markdown.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the model types that are known, or what can be cut of one model."""
     with one_process():
-        if model is None:
+        if model is None and markdown:
+            from prunenet.models.listing import known_types, table_of
+
+            typer.echo(table_of(known_types()), nl=False)
+        elif model is None:
             _show_types(as_json)
         else:
             _show_model(model, as_json)
@@ -35,8 +42,8 @@ def _show_types(as_json: bool) -> None:
         {"models": [asdict(one) for one in types]},
         as_json,
         lambda: tables.grid(
-            ["type", "class", "channels of", "fields"],
-            [[one.model_type, one.kind, one.forms, one.fields] for one in types],
+            ["type", "class", "channels of", "fields", "widths"],
+            [[one.model_type, one.kind, one.forms, one.fields, one.widths] for one in types],
             "other types are discovered when they are met, in some seconds",
         ),
         only_here=True,

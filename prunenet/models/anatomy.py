@@ -277,6 +277,7 @@ def _groups(model: PreTrainedModel, row: Architecture) -> Iterator[Group]:
             if tensor is not None:
                 star, numbers = starred(f"{name}.{own}")
                 names.setdefault(star, {})[numbers] = name
+    _check_unpacked(modules, row)
     places = []
     for place, pattern in enumerate(row.patterns):
         stack = pattern.down.tensor.partition(".*.")[0]
@@ -293,6 +294,22 @@ def _groups(model: PreTrainedModel, row: Architecture) -> Iterator[Group]:
         made = _of_pattern(model, modules, pattern, numbers, slices, around, number)
         yield from made
         last, number = here, number + len(made)
+
+
+def _check_unpacked(modules: dict[str, nn.Module], row: Architecture) -> None:
+    """Raises UnsupportedArchitecture for a module in whose place a matrix is expected and that has
+    other tensors, such as the packed ones of GPTQ and AWQ.
+    """
+    for pattern in row.patterns:
+        for part in pattern.matrices:
+            owner, _, own = part.tensor.rpartition(".")
+            end = owner.rpartition("*")[2]
+            for name, module in modules.items():
+                if not name.endswith(end) or own in module._parameters:
+                    continue
+                filled = module._parameters or module._buffers
+                if filled and starred(f"{name}.{own}")[0] == part.tensor:
+                    raise _not_plain(name, module)
 
 
 def _slices(

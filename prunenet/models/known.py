@@ -100,10 +100,14 @@ def discovered(model_type: str, kind: type[PreTrainedModel]) -> Discovery:
     return found
 
 
-def recorded() -> list[tuple[str, str, Discovery]]:
-    """Returns (type, name of the class, what is known) of all discoveries that are at hand."""
+def recorded(*, cached: bool = True) -> list[tuple[str, str, Discovery]]:
+    """Returns (type, name of the class, what is known) of all discoveries that are at hand.
+
+    Args:
+        cached: with those made on this machine; else those that ship.
+    """
     found = dict(shipped())
-    for path in sorted(_folder().glob("* *.json")):
+    for path in sorted(_folder().glob("* *.json")) if cached else ():
         with suppress(OSError, ValueError):
             found[path.stem] = read_json(path, Discovery, remedy="remove it")
     return [(*name.split(" ", 1), known) for name, known in found.items()]  # type: ignore[misc]
