@@ -29,7 +29,7 @@ RATIOS = (0.2, 0.3, 0.5)
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, dtype: torch.dtype) -> Tensor:
-    ids = [(n * 7919 + 11) % text_config(model.config).vocab_size for n in range(64)]
+    ids = [(n * 7919 + 11) % text_config(model).vocab_size for n in range(64)]
     own = model if dtype == model.dtype else deepcopy(model).to(dtype)
     return own(torch.tensor([ids])).logits[0]
 
@@ -45,7 +45,7 @@ def main() -> None:
     reading.add_argument("dense")
     asked = reading.parse_args()
     dense = load_model(asked.dense, dtype="float32")
-    policy, _ = policy_for("llama", text_config(dense.config).model_type)
+    policy, _ = policy_for("llama", text_config(dense).model_type)
     assert policy is not None
     sorted_model = ordered(dense, order_of(dense, policy))
     scores = policy.scores(dense)

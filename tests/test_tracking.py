@@ -73,11 +73,13 @@ def test_a_recovery_tells_the_losses_of_every_step_and_evaluation(monkeypatch) -
     calls = recorded(monkeypatch)
     blocks = CalibrationSet(token_ids(8, 16), "self", {"text": "random"})
     tuning = Tuning(steps=2, batch=2, micro_batch=2, rank=2)
-    with tracking(["wandb"], "r", {}) as track:
-        tuned(tiny_model("llama"), blocks, tuning, track=track)
+    tuned(tiny_model("llama"), blocks, tuning, report_to=["wandb"])
     logged = [(*given[0], named["step"]) for name, given, named in calls if name == "log"]
     assert [step for name, step in logged if name == "loss"] == [1, 2]
     assert [step for name, step in logged if name == "loss_held_back"] == [0, 1, 2]
+    (results,) = [given[0] for name, given, _ in calls if name == "results"]
+    assert results["loss_after"] <= results["loss_before"]
+    assert calls[0][2]["config"]["tuning/steps"] == 2
 
 
 def vars_of(recipe):

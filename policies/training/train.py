@@ -120,16 +120,7 @@ def train(
         blocks = None  # only weights are read, and the record must say so
     _check_asked(model, recipe, reward, blocks, regime)
     measured, paid = _halves(blocks) if read else (None, blocks)
-    config = PolicyConfig(
-        moments=MOMENT_STATISTICS if read else (),
-        hidden=recipe.hidden,
-        prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
-        regime=_regime(regime, recipe, blocks, read),
-        text=None if blocks is None else dict(blocks.source),
-        trained_on=_identity(model),
-        recipe=recorded(recipe)
-        | {"reward": recipe.reward if reward is None else type(reward).__name__},
-    )
+    config = _config(model, recipe, reward, blocks, regime)
     folder = None if out is None else check_run(expanded(out), resume)
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
@@ -159,6 +150,27 @@ def train(
         best = {f"{name}/best_reward": max(r for _, r in h) for name, h in histories.items() if h}
         track.results(best | {"predicted_gain": policy.config.gain})
     return Training(policy, histories["channels"], histories.get("widths", []))
+
+
+def _config(
+    model: PreTrainedModel | StreamedCheckpoint,
+    recipe: Recipe,
+    reward: Reward | None,
+    blocks: CalibrationSet | None,
+    regime: str | None,
+) -> PolicyConfig:
+    """What the policy will say of itself."""
+    read = recipe.features == "moments"
+    return PolicyConfig(
+        moments=MOMENT_STATISTICS if read else (),
+        hidden=recipe.hidden,
+        prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
+        regime=_regime(regime, recipe, blocks, read),
+        text=None if blocks is None else dict(blocks.source),
+        trained_on=_identity(model),
+        recipe=recorded(recipe)
+        | {"reward": recipe.reward if reward is None else type(reward).__name__},
+    )
 
 
 def _steps(view: View, recipe: Recipe) -> int:

@@ -126,15 +126,15 @@ def summary_of(types: list[KnownType]) -> str:
     """
     named = {one.model_type for one in types if one.widths}
     lines = [f"{len(named)} of transformers' {len(all_types())} decoder types are cut:", ""]
-    lines += ["| FFNs | widths | types | such as |", "|---|---|---|---|"]
+    lines += ["|FFNs|widths|types|such as|", "|---|---|---|---|"]
     cut: dict[tuple[str, str], set[str]] = {}
     for one in types:
         if one.widths:
             what = "experts" if "experts" in one.forms else "dense"
             cut.setdefault((what, one.widths), set()).add(one.model_type)
     for (what, widths), names in sorted(cut.items()):
-        known = ", ".join(name for name in _MUCH_USED if name in names)
-        lines.append(f"| {what} | {widths} | {len(names)} | {known} |")
+        known = ",".join(name for name in _MUCH_USED if name in names)
+        lines.append(f"|{what}|{widths}|{len(names)}|{known}|")
     return "\n".join(lines) + "\n"
 
 

@@ -29,7 +29,7 @@ from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
-from prunenet.runtime.tracking import Tracker, check_trackers, tracking
+from prunenet.runtime.tracking import Tracker, check_trackers
 from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
 
 Progress = Callable[[str, int, int], None]
@@ -95,37 +95,33 @@ def recover(
     elif dense is not None:
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
-    blocks = calibration_for(
-        writer,
-        load_tokenizer(str(tokens_of)),
-        text.moments,
-        text.text or "builtin",
-        CalibrationOptions(seed=tuning.seed, tokens=text.tokens, bos=text.bos, column=text.column),
-        progress=None if progress is None else partial(progress, "text"),
-    )
+    blocks = _blocks(writer, str(tokens_of), tuning.seed, text, progress)
 
     def advance(done: int, total: int, loss: float) -> None:
         if progress is not None:
             progress(f"recovering, loss {loss:.4f}", done, total)
 
-    settings = {"tuning": dataclasses.asdict(tuning), "text": dict(blocks.source)}
-    with tracking(report_to, out.name, settings | {"base_model": provenance.base_model}) as track:
-        found = tuned(
-            model,
-            blocks,
-            tuning,
-            teacher=dense,
-            folder=run,
-            resume=resume,
-            progress=advance,
-            track=track,
-        )
-        track.results({"loss_before": found.before, "loss_after": found.after})
+    learn = partial(tuned, teacher=dense, folder=run, resume=resume, report_to=report_to)
+    found = learn(model, blocks, tuning, progress=advance)
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
         save_pruned(found.model, out, masks, provenance, groups=groups)
         (run / STATE).unlink()
     return found
+
+
+def _blocks(
+    writer: PreTrainedModel, source: str, seed: int, text: RecoverText, progress: Progress | None
+) -> CalibrationSet:
+    """The text; `source` has the tokenizer."""
+    return calibration_for(
+        writer,
+        load_tokenizer(source),
+        text.moments,
+        text.text or "builtin",
+        CalibrationOptions(seed=seed, tokens=text.tokens, bos=text.bos, column=text.column),
+        progress=None if progress is None else partial(progress, "text"),
+    )
 
 
 def recorded(

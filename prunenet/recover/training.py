@@ -8,7 +8,7 @@ resumed ends with the same weights, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -32,7 +32,7 @@ from prunenet.recover.options import Tuning
 from prunenet.runtime import parallel
 from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
-from prunenet.runtime.tracking import NOTHING, Track
+from prunenet.runtime.tracking import Track, Tracker, tracking
 from prunenet.text.calibration import CalibrationSet
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def tuned(
     folder: Path | None = None,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
-    track: Track = NOTHING,
+    report_to: Sequence[Tracker] = (),
 ) -> Recovered:
     """Trains low-rank updates of all linears of the decoder layers and merges the best ones seen
     into the weights.
@@ -88,19 +88,23 @@ def tuned(
         folder: for the run's state and its TensorBoard log; None keeps all in memory.
         resume: go on with the run in `folder`.
         progress: called with (steps done, steps in all, loss on the blocks held back).
-        track: told what is logged.
+        report_to: trackers that are told what is logged, as one run.
 
     Raises:
         ValueError: too few blocks, blocks that the model cannot read, a teacher of another
             vocabulary, or a loss that is not finite.
         PolicyError: nothing to resume, or another run in `folder`.
-        ImportError: peft is not installed.
+        ImportError: peft, or a tracker, is not installed.
     """
     _check_asked(model, blocks, teacher)
-    run = _Run(model, teacher, blocks, tuning, folder, progress, track)
-    before, best_step = run.play(resume)
-    narrow = merged(run.student)
-    after = run.held_loss(narrow)
+    settings = {"tuning": asdict(tuning), "text": dict(blocks.source)}
+    called = "recovery" if folder is None else folder.name
+    with tracking(report_to, called, settings) as track:
+        run = _Run(model, teacher, blocks, tuning, folder, progress, track)
+        before, best_step = run.play(resume)
+        narrow = merged(run.student)
+        after = run.held_loss(narrow)
+        track.results({"loss_before": before, "loss_after": min(before, after)})
     if not after < before:
         return Recovered(model, before, before, 0, run.history)
     return Recovered(narrow, before, after, best_step, run.history)

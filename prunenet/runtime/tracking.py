@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -113,8 +113,9 @@ def tracking(names: Sequence[str], name: str, settings: Mapping[str, Any]) -> It
 
 @contextmanager
 def _run(tracker: str, name: str, settings: dict[str, Any]) -> Iterator[_Run]:
+    kinds: dict[str, Callable[[Any, str, dict[str, Any]], _Run]]
     kinds = {"wandb": _Wandb, "trackio": _Trackio, "mlflow": _Mlflow}
-    run: _Run = kinds[tracker](importlib.import_module(tracker), name, settings)
+    run = kinds[tracker](importlib.import_module(tracker), name, settings)
     try:
         yield run
     except BaseException:

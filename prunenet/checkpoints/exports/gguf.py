@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def export_gguf(source: str | Path, out: str | Path, type: GgufType = "f32") -> 
             model,
             tokenizer,
             close=form.close if type == "f32" else None,
-            context=int(facts["context_length"]),
+            context=cast(int, facts["context_length"]),
             plain_start=bool(limit),
         )
         size = path.stat().st_size

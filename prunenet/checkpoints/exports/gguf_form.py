@@ -321,8 +321,8 @@ def _heads(model: PreTrainedModel, head_dim: int) -> tuple[list[int], list[int]]
     """Query heads and key-value heads of each layer."""
     anatomy = Anatomy.of(model)
     if not anatomy.architecture.attention_in:  # heads of the family are never cut
-        layers = len(anatomy.layers)
-        return tuple([getattr(model.config, n)] * layers for n in (QUERY_HEADS, GROUPS))
+        config, layers = model.config, len(anatomy.layers)
+        return [getattr(config, QUERY_HEADS)] * layers, [getattr(config, GROUPS)] * layers
     found = attentions(model)
     return [layer.query.shape[0] // head_dim for layer in found], [layer.groups for layer in found]
 
@@ -330,7 +330,8 @@ def _heads(model: PreTrainedModel, head_dim: int) -> tuple[list[int], list[int]]
 def _rotation(config: Any) -> Mapping[str, Any]:
     """How layers that see the whole text rotate."""
     rope: Mapping[str, Any] = config.rope_parameters
-    return rope.get("full_attention", rope)
+    whole: Mapping[str, Any] = rope.get("full_attention", rope)
+    return whole
 
 
 def _context(config: Any, form: Form) -> int:
