@@ -306,7 +306,10 @@ def test_a_comparison_says_both_sizes_at_equal_parameters_and_at_equal_active_on
     [
         (["aimer", "--share-of", "active"], "'aimer' leaves the active parameters as they are"),
         (["fewer_per_token"], "take shares (--share-of) of the active ones"),
-        (["random:global", "flap:uniform"], "share one, for all its experts have one width; say random"),
+        (
+            ["random:global", "flap:uniform"],
+            "share one, for all its experts have one width; say random",
+        ),
         (["flap:uniform"], "activations of a Qwen3MoeForCausalLM are not measured"),
     ],
 )
