@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet import __version__
 from prunenet.checkpoints.load import load_model, load_tokenizer
-from prunenet.compare.machine import peak_memory, synchronise
+from prunenet.compare.machine import synchronise
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
+from prunenet.runtime.memory import peak_memory
 from prunenet.text.corpora import TestText, load_text
 
 Line = dict[str, Any]

@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 FORMS = ("uniform", "per-layer", "heads", "layers")
@@ -66,7 +67,8 @@ def make_models(dense: Path, out: Path) -> None:
     story = Provenance.of(model, fewer, regime="weights", ratio=RATIO, **how)
     save_pruned(fewer, out / "heads", made[1].keep, story, groups=groups)
     _drop_layers(dense, out / "layers")
-    save_file({name: _logits(load_model(out / name)) for name in FORMS}, out / REFERENCE)
+    logits = {name: _logits(load_model(out / name)) for name in FORMS}
+    save_file(logits, out / REFERENCE, {"model": dense.name})
 
 
 def _drop_layers(dense: Path, out: Path) -> None:
@@ -79,10 +81,13 @@ def _drop_layers(dense: Path, out: Path) -> None:
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(dense).save_pretrained(out)
+    # transformers 5 writes rotary embeddings in words that version 4 does not know; prunenet adds
+    # those
+    stated = json.loads((out.parent / FORMS[0] / "config.json").read_text())
+    stated |= {"num_hidden_layers": len(kept), "intermediate_size": model.config.intermediate_size}
+    (out / "config.json").write_text(json.dumps(stated, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -265,8 +270,8 @@ def speeds(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
         servers = {p: stack.enter_context(serving(p, context=512)) for p in paths}
         for repeat in range(repeats + 1):
             for path, server in servers.items():
-                timings = server._completed([5] * 256, 64, ignore_eos=True)["timings"]
-                pair = (timings["prompt_per_second"], timings["predicted_per_second"])
+                read, written = server.seconds(256, 64)
+                pair = (256 / read, 64 / written)
                 found[path] += [pair] if repeat else []  # the first is a warm-up
     lines = []
     for path, pairs in found.items():
@@ -279,17 +284,15 @@ def speeds(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one row a client and version, one column a form; the latest line counts."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    """Markdown: one row a client, version and model, one column a form; the latest line counts."""
+    cells: dict[str, dict[str, str]] = {}
     for line in lines:
         if "form" in line:
-            own = line["client"] in ("transformers", "peft")
-            row = (line["client"], line["transformers"] if own else line["version"])
+            row = f"`{line['client']}` {line['version']}, {line['model']}"
             cells.setdefault(row, {})[line["form"]] = _cell(line)
-    rows = ["| client | " + " | ".join(FORMS) + " |", "|---" * (len(FORMS) + 1) + "|"]
-    for (client, which), found in cells.items():
-        shown = " | ".join(found.get(form, "not run") for form in FORMS)
-        rows.append(f"| `{client}` {which} | {shown} |")
+    rows = ["| client, model | " + " | ".join(FORMS) + " |", "|---" * (len(FORMS) + 1) + "|"]
+    for row, found in cells.items():
+        rows.append(f"| {row} | {' | '.join(found.get(form, 'not run') for form in FORMS)} |")
     return "\n".join(rows)
 
 
@@ -298,13 +301,15 @@ def _cell(line: dict[str, Any]) -> str:
         return "refused"
     if "divergence_in_nats" in line:
         greedy = "same" if line["same_greedy_text"] else "another"
-        far = f"{line['log_probabilities_differ_by']:.1e}"
+        shown = f"{line['log_probabilities_differ_by']:.1e}"
         if line["client"].endswith("q8_0"):
-            far = f"{line['divergence_in_nats']:.4f} nats"
-        return f"{far}, {greedy} text ({line['architecture']})"
+            shown = f"{line['divergence_in_nats']:.4f} nats"
+        return f"{shown}, {greedy} text ({line['architecture']})"
     if "log_likelihood_differs_by" in line:
-        return f"{line['log_likelihood_differs_by']:.1e}"
-    return "equal" if line["logits_differ_by"] == 0 else f"{line['logits_differ_by']:.1e}"
+        far = line["log_likelihood_differs_by"]
+    else:
+        far = line["logits_differ_by"]
+    return "equal" if far == 0 else f"{far:.1e}"
 
 
 def main() -> None:
@@ -327,8 +332,10 @@ def main() -> None:
         lines = iter(speeds(asked.folder))
     else:
         known = load_file(asked.folder / REFERENCE)
+        with safe_open(asked.folder / REFERENCE, "pt") as file:
+            model = {"model": (file.metadata() or {}).get("model", "")}
         forms = [asked.form] if asked.form else FORMS
-        lines = (measured(asked.what, asked.folder / form, known[form]) for form in forms)
+        lines = (measured(asked.what, asked.folder / form, known[form]) | model for form in forms)
     for line in map(json.dumps, lines):
         print(line, flush=True)
         with asked.out.open("a", encoding="utf-8") as file:

@@ -3,6 +3,7 @@ the reason why not. `tests/test_every_type.py` (slow) compares what ships with t
 
     python benchmarks/coverage.py --out lines.jsonl            # resumes; some seconds a type
     python benchmarks/coverage.py --out lines.jsonl --again    # tries those that failed once more
+    python benchmarks/coverage.py --out lines.jsonl --types gpt2 llama  # these once more
     python benchmarks/coverage.py --out lines.jsonl --ship     # writes what the package ships
 
 The count stands at the end.
@@ -27,14 +28,15 @@ def main() -> None:
     """Runs what is left, and counts."""
     arguments = parser(__doc__)
     arguments.add_argument("--again", action="store_true", help="try again what failed")
+    arguments.add_argument("--types", nargs="+", default=(), help="try these once more, no others")
     arguments.add_argument("--ship", action="store_true", help=f"write {known.SHIPPED.name}")
     given = arguments.parse_args()
     version = {"transformers": transformers.__version__}
     done = _lines(given.out)
     for model_type, name in known.all_entries():
         before = done.get(f"{model_type} {name}")
-        cut = before is not None and before["architecture"] is not None
-        if before is not None and (cut or not given.again):
+        again = given.again and before is not None and before["architecture"] is None
+        if model_type not in given.types if given.types else before is not None and not again:
             continue
         start = time.perf_counter()
         found = asdict(known.discovered_anew(model_type, name))

@@ -28,7 +28,7 @@ from shapes import SHAPES, config_of
 from transformers import LlamaForCausalLM
 
 from prunenet.checkpoints.shards import SLAB, write_shard
-from prunenet.compare.machine import peak_memory
+from prunenet.runtime.memory import peak_memory
 
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None, seed: int) -> None:

@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Points links into `benchmarks/results` at their copies; puts commands and types in."""
     markdown = markdown.replace(f"../{RESULTS}/", "data/")
     if TYPES in markdown:
-        markdown = markdown.replace(TYPES, _types().table_of(_types().known_types()))
+        markdown = markdown.replace(TYPES, _types().table_of(_types().known_types(cached=False)))
     return markdown.replace(MARK, commands()) if MARK in markdown else markdown
 
 

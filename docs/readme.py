@@ -8,4 +8,6 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 head, start, rest = README.read_text(encoding="utf-8").partition("<!--types-->\n")
 _, end, tail = rest.partition("<!--/types-->")
-README.write_text(head + start + summary_of(known_types()) + end + tail, encoding="utf-8")
+README.write_text(
+    head + start + summary_of(known_types(cached=False)) + end + tail, encoding="utf-8"
+)

@@ -40,7 +40,7 @@ def groups_played(model: Weights) -> tuple[int, ...]:
     """
     anatomy = Anatomy.of(structure(model))
     widths = set(anatomy.widths)
-    if len(widths) != 1 and anatomy.architecture.per_layer:
+    if len(widths) != 1 and anatomy.free:
         raise ValueError(
             f"the layers of this model have {len(widths)} different widths ({min(widths)} to"
             f" {max(widths)}); train on the dense model that it was cut from"

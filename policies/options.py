@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from prunenet.runtime.choices import ROUND_TO, RoundTo, check_ratio
+from prunenet.runtime.choices import RoundTo, check_ratio
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy
@@ -45,8 +45,9 @@ class PruneOptions:
         experts: experts that stay in each layer of a mixture, chosen before channels; None: all.
         experts_by: "aimer" (from weights), "reap" (measured on text) or "random"; see
             `prunenet.policies.experts`.
-        round_to: widths are multiples of this; "auto": of 64 where that costs less than 1 % of a
-            layer's channels, else of 32, and of 8 in experts.
+        round_to: widths are multiples of this; "auto": 64 where that moves a uniform width by less
+            than 1 % of its channels, else 32, and less in experts and narrow FFNs; see
+            `prunenet.models.knobs.rounding`.
         widths: "uniform" (one width for all layers), "per-layer" (the policy's allocation, as many
             channels in all), "auto": per-layer where that is predicted to lower perplexity by more
             than 5 % (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on
@@ -72,7 +73,7 @@ class PruneOptions:
     active: float | None = None
     experts: int | None = None
     experts_by: ExpertsBy = "aimer"
-    round_to: RoundTo = ROUND_TO
+    round_to: RoundTo = "auto"
     widths: Widths = "auto"
     structures: Structures = "channels"
     channels: Channels | None = None

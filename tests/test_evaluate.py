@@ -2,7 +2,10 @@
 
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,10 +19,12 @@ from transformers import (
 )
 
 from prunenet.evaluation import perplexity as evaluate
+from prunenet.evaluation import serving
 from prunenet.evaluation import speed as latency
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.evaluation.result import bytes_on_disk, summarise
+from prunenet.evaluation.side_by_side import evaluate as measured
 from prunenet.evaluation.speed import (
     Speed,
     SpeedOptions,
@@ -214,7 +219,7 @@ def test_speed_is_the_median_and_repeats_go_round_all_models(
         {"a": model, "b": other}, SpeedOptions(prompt=16, new_tokens=4, batch=2, repeats=3)
     )
     assert order == ["a", "b"] * 4
-    assert found["a"] == Speed(
+    assert replace(found["a"], forward_bytes=None) == Speed(
         prefill=16.0,
         decode=4.0,
         prefill_spread=1.5,
@@ -225,6 +230,63 @@ def test_speed_is_the_median_and_repeats_go_round_all_models(
         repeats=3,
     )
     assert (found["b"].prefill, found["b"].decode, found["b"].prefill_spread) == (32.0, 4.0, 0.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts peaks anew")
+def test_memory_is_the_weights_and_the_most_that_a_forward_adds(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretend(*_: object) -> tuple[float, float]:
+        torch.ones(25_000_000).sum()  # 10^8 bytes, gone when the clock is read
+        return 1.0, 1.0
+
+    monkeypatch.setattr(latency, "_time_once", pretend)
+    found = speed(model, SpeedOptions(prompt=4, new_tokens=4, repeats=1))
+    assert found.forward_bytes is not None
+    assert 0.9e8 < found.forward_bytes < 1.5e8
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert summarise(model, speed=found).peak_bytes == weights + found.forward_bytes
+    assert summarise(model).peak_bytes is None
+
+
+def test_what_serves_is_missing_or_cannot_is_said_before_anything_is_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"llama.cpp, which is not installed: pip install 'prun"):
+        measured("nowhere", serve="f32")
+    monkeypatch.setattr(serving, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="one sequence at a time, uncompiled; got a `batch` of 2"):
+        measured("nowhere", serve="f32", speed=SpeedOptions(batch=2))
+
+
+class Made(NamedTuple):
+    path: Path
+    bytes: int
+
+
+def test_speeds_of_llama_cpp_are_medians_of_rounds_over_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    rounds: list[str] = []
+    clock = {"a": iter([9.0, 1.0, 2.0, 4.0]), "b": iter([9.0, 1.0, 1.0, 1.0])}
+
+    class Pretended:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def seconds(self, prompt: int, new_tokens: int) -> tuple[float, float]:
+            rounds.append(self.name)
+            return (found := next(clock[self.name])), 2 * found
+
+    monkeypatch.setattr(serving, "find_spec", lambda name: name)
+    monkeypatch.setattr(serving, "export_gguf", lambda source, out, kind: Made(Path(source), 7))
+    monkeypatch.setattr(serving, "serving", lambda path, context: nullcontext(Pretended(path.name)))
+    found = serving.serve_side_by_side(["a", "b"], "q8_0", SpeedOptions(prompt=16, new_tokens=4))
+    assert rounds == ["a", "b"] * 4
+    assert found["a"] == serving.Served("q8_0", 7, 8.0, 1.0, 1.5, 1.5)
+    assert (found["b"].prefill_tokens_per_second, found["b"].prefill_spread) == (16.0, 0.0)
 
 
 def test_the_cache_of_a_token_is_a_key_and_a_value_of_every_group_of_heads() -> None:
@@ -364,7 +426,8 @@ def test_a_result_is_flat_json_with_everything_measured(
         "float32",
         "cpu",
     )
-    assert None not in line.values()
+    served = {name for name in line if name.startswith("served_")}  # not asked for
+    assert {name for name, value in line.items() if value is None} == served
 
 
 def test_without_a_folder_bytes_are_those_in_memory_and_what_is_not_measured_is_none(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import D_FF, LAYERS, provenance, random_keep, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -47,10 +47,64 @@ def byte_level(front=DIGITS, use_regex: bool = True) -> PreTrainedTokenizerFast:
     return made
 
 
+PIECES = [
+    "▁t",
+    "he",
+    "▁a",
+    "in",
+    "▁the",
+    "er",
+    "nd",
+    "▁and",
+    "ing",
+    "▁▁",
+    "▁▁▁▁",
+    "re",
+    "▁o",
+    "▁on",
+]
+LLAMA_2 = ([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")], None)
+METASPACE = ([], pre_tokenizers.Metaspace("▁", "always", split=False))
+GEMMA = (
+    [normalizers.Replace(" ", "▁")],
+    pre_tokenizers.Split(" ", "merged_with_previous"),
+)
+
+
+def sentencepiece(rule=LLAMA_2, without=()) -> PreTrainedTokenizerFast:
+    """Bytes, letters and a few pieces, merged as SentencePiece merges; 320 tokens at most.
+
+    Args:
+        rule: (normalizers, pre-tokenizer).
+        without: merges that are left out.
+    """
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *PIECES]
+    tokens += "▁abcdefghijklmnopqrstuvwxyz.,\n"
+    known = {token: i for i, token in enumerate(tokens)}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in PIECES
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    merges = [pair for pair in merges if pair not in without]
+    bpe = Tokenizer(models.BPE(known, merges, unk_token="<unk>", byte_fallback=True))
+    steps, split = rule
+    if steps:
+        bpe.normalizer = normalizers.Sequence(steps)
+    if split is not None:
+        bpe.pre_tokenizer = split
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bpe.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def saved(tmp_path, model_type="llama", widths=PER_LAYER, heads=None, tokenizer=None, **options):
     """The folder of a cut tiny model with a vocabulary of 320."""
     dense = tiny_model(model_type, **options)
-    if getattr(dense.config, "sliding_window", None):
+    if model_type in ("mistral", "phi3"):  # llama.cpp has no window there
         dense.config.sliding_window = 64
     dense.resize_token_embeddings(SIZE, mean_resizing=False)
     keep = random_keep(widths)
@@ -142,6 +196,10 @@ def test_rows_of_queries_and_their_biases_lie_in_rotated_pairs(tmp_path) -> None
         ("qwen3", [32] * LAYERS, "qwen3"),
         ("granite", [32] * LAYERS, "granite"),
         ("smollm3", [32] * LAYERS, "smollm3"),
+        ("phi3", [32] * LAYERS, "phi3"),
+        ("gemma", [32] * LAYERS, "gemma"),
+        ("gemma2", [32] * LAYERS, "gemma2"),
+        ("gemma3_text", [32] * LAYERS, "gemma3"),
     ],
 )
 def test_alike_layers_keep_their_architecture_and_others_take_one_with_arrays(
@@ -258,6 +316,7 @@ def test_another_rule_and_a_token_outside_the_embedding_are_refused() -> None:
         ("qwen3", PER_LAYER, [[True, False], [True, True], [False, True]], {"tied": True}),
         ("granite", [32] * LAYERS, None, {}),
         ("smollm3", [32] * LAYERS, None, {}),
+        ("phi3", [32] * LAYERS, None, {}),
     ],
 )
 def test_llama_cpp_computes_what_transformers_computes(
@@ -268,6 +327,130 @@ def test_llama_cpp_computes_what_transformers_computes(
     assert made.proof is not None
     assert made.proof.difference < llama_cpp.CLOSE
     assert made.proof.same_text
+
+
+def rounded_gelu(x):
+    """As llama.cpp computes it: a table of float16."""
+    found = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return torch.where(x <= -10, torch.zeros(()), torch.where(x >= 10, x, found))
+
+
+@needs_runtime
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_llama_cpp_computes_a_gemma_but_for_its_table_of_gelu(
+    tmp_path, monkeypatch, model_type
+) -> None:
+    from transformers.activations import GELUTanh
+
+    folder, _ = saved(tmp_path, model_type, [32] * LAYERS)
+    made = export_gguf(folder, tmp_path / "out", "f32")
+    assert made.proof is not None
+    assert made.proof.difference < llama_cpp.ROUGH
+    monkeypatch.setattr(GELUTanh, "forward", lambda self, x: rounded_gelu(x))
+    rounded = export_gguf(folder, tmp_path / "rounded", "f32")
+    assert rounded.proof is not None
+    assert rounded.proof.difference < llama_cpp.CLOSE
+
+
+@needs_runtime
+@pytest.mark.parametrize("rule", [LLAMA_2, METASPACE, GEMMA], ids=["llama-2", "metaspace", "gemma"])
+def test_llama_cpp_reads_a_hundred_texts_as_the_sentencepiece_tokenizer_does(
+    tmp_path, rule
+) -> None:
+    folder, _ = saved(tmp_path, tokenizer=sentencepiece(rule))
+    made = export_gguf(folder, tmp_path / "out", "f32")
+    assert made.proof is not None
+    assert made.proof.texts >= 100
+    said = "puts a blank in front" in (made.path.parent / "README.md").read_text()
+    assert said == (rule is METASPACE)
+
+
+@needs_runtime
+def test_a_file_whose_tokens_are_others_does_not_appear(tmp_path, monkeypatch) -> None:
+    from prunenet.checkpoints.exports import gguf_sentencepiece
+
+    folder, _ = saved(tmp_path, tokenizer=sentencepiece())
+    monkeypatch.setattr(gguf_sentencepiece, "scores", lambda said, tokens: [0.0] * len(tokens))
+    with pytest.raises(CheckpointError, match=r"llama.cpp reads .* as tokens"):
+        export_gguf(folder, tmp_path / "out", "f32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pieces_have_the_scores_by_which_they_merge_and_bytes_a_kind_of_their_own() -> None:
+    stated = vocabulary(sentencepiece(), SIZE)
+    tokens, kinds = stated["ggml.tokens"], stated["ggml.token_type"]
+    by_score = sorted(PIECES, key=lambda piece: -stated["ggml.scores"][tokens.index(piece)])
+    assert by_score == PIECES
+    assert stated["ggml.model"] == "llama"
+    assert stated["ggml.add_space_prefix"] is True
+    assert [kinds[tokens.index(t)] for t in ("<unk>", "</s>", "<0x0A>", "▁the")] == [2, 3, 6, 1]
+    assert vocabulary(sentencepiece(GEMMA), SIZE)["ggml.add_space_prefix"] is False
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        (sentencepiece(without=[("▁t", "he")]), r"merges '▁t' and 'he' to the token '▁the', and"),
+        (sentencepiece(([normalizers.NFKC()], None)), "changes nothing else, and this one does"),
+        (sentencepiece(([], pre_tokenizers.Metaspace())), "changes nothing else, and this one"),
+    ],
+)
+def test_a_sentencepiece_tokenizer_that_llama_cpp_has_not_is_refused(tokenizer, reason) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        vocabulary(tokenizer, SIZE)
+
+
+def test_a_phi_3_is_named_so_where_its_tokens_are(tmp_path, unproved) -> None:
+    names = []
+    for more in ([], ["<unk>", "<|endoftext|>"]):
+        tokenizer = byte_level()
+        tokenizer.add_special_tokens({"additional_special_tokens": more})
+        place = tmp_path / str(len(more))
+        folder, _ = saved(place, "phi3", [32] * LAYERS, tokenizer=tokenizer)
+        fields, _ = read(export_gguf(folder, place / "out", "f32").path)
+        names.append(fields["general.name"])
+    assert names == ["cut", "cut (phi-3)"]
+
+
+def test_chat_templates_are_carried_by_name() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"default": "one", "tool_use": "two"}
+    stated = vocabulary(tokenizer, SIZE)
+    assert (stated["chat_template"], stated["chat_template.tool_use"]) == ("one", "two")
+    assert stated["chat_templates"] == ["tool_use"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "value", "reason"),
+    [
+        ("gemma2", "layer_types", ["full_attention"] * LAYERS, r"every 2th layer .* \[0, 1, 2\]"),
+        ("gemma3_text", "query_pre_attn_scalar", 9, "by the root of 8, and this model by that of"),
+        ("gemma", "attention_bias", True, "without biases"),
+    ],
+)
+def test_a_gemma_that_llama_cpp_computes_otherwise_is_refused(
+    model_type, field, value, reason
+) -> None:
+    model = narrowed(tiny_model(model_type), random_keep([32] * LAYERS))
+    setattr(model.config, field, value)
+    with pytest.raises(CheckpointError, match=reason):
+        form_of(model)
+
+
+@needs_runtime
+def test_eval_serves_a_model_by_llama_cpp(tmp_path) -> None:
+    folder, _ = saved(tmp_path)
+    asked = ["eval", str(folder), "--text", "builtin", "--window", "16", "--max-windows", "1"]
+    asked += ["--prompt", "8", "--new-tokens", "4", "--repeats", "2", "--serve", "f32"]
+    (row,) = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["models"]
+    assert row["served_type"] == "f32"
+    assert row["served_bytes"] > row["bytes"]
+    assert row["served_prefill_tokens_per_second"] > 0
+    assert row["served_decode_tokens_per_second"] > 0
+    shown = CliRunner(env={"COLUMNS": "140"}).invoke(app, asked).stdout
+    assert "llama.cpp decode" in shown
+    assert "KV cache/token" in shown
+    assert "memory: parameters, and the most" in shown
 
 
 @needs_runtime

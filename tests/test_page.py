@@ -97,6 +97,16 @@ def test_the_page_needs_no_network_and_data_cannot_leave_its_element(tmp_path) -
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_a_curve_is_said_in_words_and_what_serves_is_noted() -> None:
+    served = row("d", 0.0, served_type="q8_0", served_decode_spread=0.5, peak_bytes=10**8)
+    data = page_data([served], EXTRAS)
+    assert data["curves"][0]["said"] == (
+        "From 0.1 to 0.5 over 200 environment steps; the best of 3 evaluations is 0.5, at 200."
+    )
+    assert "as a q8_0 file, one sequence" in data["note"]
+    assert "the most that reading and writing adds" in data["note"]
+
+
 def test_a_busy_machine_is_said_and_rows_that_are_none_are_refused() -> None:
     assert "The machine was busy" in page_data([row("d", 0.0)], Extras())["note"]
     quiet = row("d", 0.0, prefill_spread=0.02)
@@ -154,6 +164,7 @@ def test_a_browser_shows_it_wide_narrow_and_dark_and_the_slider_moves(tmp_path) 
             assert page.locator("#said").inner_text() != before
             assert page.evaluate(heights) != tall
             assert page.locator("#charts circle").count() == 9
+            assert "From 0.1 to 0.5 over 200" in page.locator("#curves").inner_text()
             light, ink = (
                 sum(
                     map(

@@ -1,10 +1,12 @@
 """Where to cut: budgets, the width head, and the distribution over widths."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from prunenet.models.knobs import rounding, step_of
 from prunenet.models.masks import width_at, widths_for_budget
 from prunenet.policies.scorer import WidthHead
 from prunenet.policies.training.swept_widths import SweptWidths, mean_shares
@@ -61,6 +63,23 @@ def test_coarse_multiples_spend_the_budget_of_fine_ones_to_within_half_a_multipl
         assert all(width % multiple == 0 and width > 0 for width in widths)
         fine = sum(widths_for_budget(whole, offsets, ratio))
         assert abs(sum(widths) - fine) <= multiple / 2 or set(widths) == {multiple}
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "expert", "multiple"),
+    [
+        (1536, 0.3, None, 64),  # 1075 -> 1088
+        (1536, 0.15625, None, 32),  # 1296: 1280 is too far
+        (1536, 0.15625, 0, 8),  # 1280 moves an expert by more than 1 %
+        (768, 0.25, 0, 64),
+        (256, 0.3, None, 8),  # a narrow FFN would lose up to 6 % by chance
+    ],
+)
+def test_automatic_multiples_are_as_coarse_as_the_width_bears(width, ratio, expert, multiple):
+    groups = [SimpleNamespace(width=width, expert=expert)]
+    assert rounding(groups, ratio) == multiple
+    assert step_of(groups, ratio, "auto") == min(multiple, 32)
+    assert step_of(groups, ratio, 24) == 24
 
 
 def test_mean_shares_meet_each_sweep_s_budget_over_the_layers_left():

@@ -42,6 +42,7 @@ from prunenet.policies.training.run import Run, Saving
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import check_home, expanded, lock
+from prunenet.runtime.tracking import Track, Tracker, check_trackers, tracking
 from prunenet.text.calibration import CalibrationSet
 
 _History = list[tuple[int, float]]  # (updates, reward) at each evaluation
@@ -75,6 +76,7 @@ def train(
     regime: Regime | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     callbacks: Sequence[BaseCallback] = (),
+    report_to: Sequence[Tracker] = (),
 ) -> Training:
     """Trains a policy.
 
@@ -99,6 +101,8 @@ def train(
         progress: called with (updates done, updates in all, best reward so far).
         callbacks: of stable-baselines3, of both stages; whatever they log goes into the run's
             TensorBoard log. On the first process alone.
+        report_to: trackers that are told what that log is told, settings and results too, as one
+            run; see `prunenet.runtime.tracking`.
 
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and
@@ -106,15 +110,58 @@ def train(
         CheckpointError: another process is training in `out`, or it cannot be written.
         ValueError: the recipe's reward or its features need blocks, and none (or too few) are
             given; `reward` comes without its regime; weights or activations are not finite.
+        ImportError: a tracker is not installed.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
+    check_trackers(report_to)
     recipe = recipe or Recipe()
     read = recipe.features == "moments"
     if not read and reward is None and _spectral_alone(recipe):
         blocks = None  # only weights are read, and the record must say so
     _check_asked(model, recipe, reward, blocks, regime)
     measured, paid = _halves(blocks) if read else (None, blocks)
-    config = PolicyConfig(
+    config = _config(model, recipe, reward, blocks, regime)
+    folder = None if out is None else check_run(expanded(out), resume)
+    view = View.of(model, measured)
+    identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
+    histories: dict[str, list[tuple[int, float]]] = {}
+    called = config.trained_on["model"] if folder is None else folder.name
+    with (
+        _writing(folder, resume),
+        _random_state_kept(),
+        tracking(report_to, called, identity) as track,
+    ):
+        policy = Policy.untrained(config, seed=recipe.seed)
+        for name, stage, judge in _stages(model, recipe, reward, paid):
+            own = track.stage(name, _steps(view, recipe) if histories else 0)
+
+            def play(
+                judge: Reward, name: str = name, stage: Recipe = stage, own: Track = own
+            ) -> _History:
+                saving = Saving(folder and _state(folder, name), identity)
+                run = Run(view, policy.scorer, judge, stage, saving, progress, callbacks, own)
+                return run.learn(model, resume and unfinished(folder, name))
+
+            histories[name] = judged_by_all(judge, play) or []
+        histories = _broadcast(policy.scorer.cpu(), histories)
+        policy = Policy(policy.scorer, replace(config, gain=_gain(recipe, histories.get("widths"))))
+        if folder is not None and parallel.is_first():
+            policy.save_pretrained(folder)
+        best = {f"{name}/best_reward": max(r for _, r in h) for name, h in histories.items() if h}
+        track.results(best | {"predicted_gain": policy.config.gain})
+    return Training(policy, histories["channels"], histories.get("widths", []))
+
+
+def _config(
+    model: PreTrainedModel | StreamedCheckpoint,
+    recipe: Recipe,
+    reward: Reward | None,
+    blocks: CalibrationSet | None,
+    regime: str | None,
+) -> PolicyConfig:
+    """What the policy will say of itself."""
+    read = recipe.features == "moments"
+    return PolicyConfig(
         moments=MOMENT_STATISTICS if read else (),
         hidden=recipe.hidden,
         prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
@@ -124,25 +171,11 @@ def train(
         recipe=recorded(recipe)
         | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
-    folder = None if out is None else check_run(expanded(out), resume)
-    view = View.of(model, measured)
-    identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
-    histories: dict[str, list[tuple[int, float]]] = {}
-    with _writing(folder, resume), _random_state_kept():
-        policy = Policy.untrained(config, seed=recipe.seed)
-        for name, stage, judge in _stages(model, recipe, reward, paid):
 
-            def play(judge: Reward, name: str = name, stage: Recipe = stage) -> _History:
-                saving = Saving(folder and _state(folder, name), identity)
-                run = Run(view, policy.scorer, judge, stage, saving, progress, callbacks)
-                return run.learn(model, resume and unfinished(folder, name))
 
-            histories[name] = judged_by_all(judge, play) or []
-        histories = _broadcast(policy.scorer.cpu(), histories)
-        policy = Policy(policy.scorer, replace(config, gain=_gain(recipe, histories.get("widths"))))
-        if folder is not None and parallel.is_first():
-            policy.save_pretrained(folder)
-    return Training(policy, histories["channels"], histories.get("widths", []))
+def _steps(view: View, recipe: Recipe) -> int:
+    """Environment steps of a stage."""
+    return recipe.updates * view.layers * recipe.masks
 
 
 def _spectral_alone(recipe: Recipe) -> bool:
@@ -173,10 +206,8 @@ def check_trainable(model: PreTrainedModel | StreamedCheckpoint) -> None:
 
 
 def learns_widths(model: PreTrainedModel | StreamedCheckpoint) -> bool:
-    """Whether layers of this family can have widths of their own, so that an allocation can be
-    learned.
-    """
-    return Anatomy.of(structure(model)).architecture.per_layer
+    """Whether layers can have widths of their own, so that an allocation can be learned."""
+    return Anatomy.of(structure(model)).free
 
 
 def _check_asked(
@@ -192,8 +223,8 @@ def _check_asked(
     check_trainable(model)
     if recipe.allocation is not None and not learns_widths(model):
         raise ValueError(
-            f"a {type(structure(model)).__name__} has one configuration field for the widths of all"
-            " layers, so no allocation is learned: leave `allocation` out (uniform `widths`)"
+            f"the layers of a {type(structure(model)).__name__} share one width, for"
+            f" {Anatomy.of(structure(model)).tied_by}; leave `allocation` out (uniform `widths`)"
         )
     if regime is not None:
         check_choice("regime", regime, Regime)

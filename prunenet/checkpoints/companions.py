@@ -31,7 +31,12 @@ from transformers import (
 
 from prunenet.checkpoints.contents import CONFIG, GENERATION, config_fields, tokenizer_files
 from prunenet.checkpoints.load import load_tokenizer
-from prunenet.checkpoints.older_loaders import ROPE_FIELDS, state_tokenizer_class, with_v4_fields
+from prunenet.checkpoints.older_loaders import (
+    ROPE_FIELDS,
+    config_from,
+    state_tokenizer_class,
+    with_v4_fields,
+)
 from prunenet.checkpoints.sources import loading
 from prunenet.models import modeling, sliced_modeling
 from prunenet.runtime.files import CheckpointError
@@ -128,7 +133,7 @@ def _stated(source: Path, config: PretrainedConfig) -> dict[str, Any] | None:
 
 def _merged(said: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """What the source said, with the fields in which a model's configuration differs from it."""
-    source = type(config).from_dict(copy.deepcopy(said))
+    source = config_from(type(config), said)
     fields, before, after = dict(said), _as_json(source), _as_json(config)
     names = (before.keys() | after.keys()) - _READ_ANEW
     changed = sorted(name for name in names if before.get(name) != after.get(name))

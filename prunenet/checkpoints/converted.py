@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from prunenet.checkpoints.shards import StoredTensor
+from prunenet.runtime.files import CheckpointError
 
 _HELD: OrderedDict[object, Any] = OrderedDict()
 _MOST = 2
@@ -80,14 +81,23 @@ def origins(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, st
     Args:
         model: says how its tensors are stored.
         state: tensors by their names in the model, as on the meta device.
+
+    Raises:
+        CheckpointError: transformers stores several tensors of the model together.
     """
     whole = {id(tensor) for tensor in revert_weight_conversion(model, dict(state)).values()}
     split = {name: tensor for name, tensor in state.items() if id(tensor) not in whole}
-    return {
-        part: name
-        for name, tensor in split.items()
-        for part in revert_weight_conversion(model, {name: tensor})
-    }
+    try:
+        return {
+            part: name
+            for name, tensor in split.items()
+            for part in revert_weight_conversion(model, {name: tensor})
+        }
+    except ValueError:
+        raise CheckpointError(
+            f"a {type(model).__name__} cannot be written layer by layer, for transformers stores"
+            " several of its tensors together; cut it in memory"
+        ) from None
 
 
 def part_of(

@@ -7,11 +7,12 @@ are missing they compute with a default, without a word. transformers 5 reads bo
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 _IN_BOTH = ("rope_theta", "partial_rotary_factor")
 """Entries of `rope_parameters` that are fields of their own in transformers 4."""
@@ -27,6 +28,17 @@ ROPE_FIELDS = (
     "rotary_emb_base",
 )
 """All fields in which transformers 4 states rotary embeddings."""
+
+
+def config_from(kind: type[PretrainedConfig], fields: dict[str, Any]) -> PretrainedConfig:
+    """Returns the configuration that the fields of a config.json state.
+
+    Args:
+        kind: its class.
+        fields: left as they are; transformers writes infinity as an object there.
+    """
+    plain: dict[str, Any] = kind._decode_special_floats(copy.deepcopy(fields))
+    return kind.from_dict(plain)
 
 
 def with_v4_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +102,7 @@ def _rope(fields: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_read(fields: dict[str, Any]) -> Any:
     """What transformers 5 makes of the rotary fields; the older name of `rope_type` left out."""
-    config = CONFIG_MAPPING[fields["model_type"]].from_dict(json.loads(json.dumps(fields)))
+    config = config_from(CONFIG_MAPPING[fields["model_type"]], fields)
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return None

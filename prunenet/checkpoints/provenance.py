@@ -36,8 +36,8 @@ class How(TypedDict, total=False):
         residual_width, slicing, head: of a sliced residual stream: its width, the share of d_model
             that is gone, and "sliced" or "whole" for the LM head.
         text: what activations were measured on, see `prunenet.text.calibration.CalibrationSet`.
-        few_tokens: experts that too few tokens of that text reached, so that they were cut from
-            weights and not refitted; absent where there are none.
+        few_tokens: number of the experts that too few tokens of that text reached, see
+            `prunenet.refit.few_tokens`; absent where there are none.
         experts: numbers of the experts that stayed, by layer; absent where all did.
         experts_by: "aimer", "reap" or "random".
     """

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from prunenet.checkpoints.exports.choices import GgufType
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_process, show
@@ -36,6 +37,13 @@ def evaluate(
     speed: Annotated[
         bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")
     ] = True,
+    serve: Annotated[
+        GgufType | None,
+        typer.Option(
+            help="Write each model as a GGUF file of this type too, and measure tokens per second"
+            " in llama.cpp (extra 'gguf')."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, size and speed of models, side by side."""
@@ -50,6 +58,7 @@ def evaluate(
                 text,
                 options,
                 speed=pace if speed else None,
+                serve=serve,
                 loading=loading,
                 progress=advance,
             )

@@ -12,7 +12,16 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prunenet.cli.inputs import Checkpoint
+    from prunenet.runtime.tracking import Tracker
     from prunenet.text.calibration import CalibrationSet
 
 
@@ -42,12 +52,33 @@ def _rounding(text: str | int) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def trackers(text: str | None) -> list[Tracker]:
+    """The trackers that `--report-to` names.
+
+    Raises:
+        ValueError, ImportError: as `check_trackers`.
+    """
+    from prunenet.runtime.tracking import check_trackers
+
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    check_trackers(names)
+    return cast("list[Tracker]", names)
+
+
 Model = Annotated[
     str, typer.Argument(help="Folder of a checkpoint, or its id on the Hugging Face hub.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", parser=path, help="Folder to create.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run.")]
+ReportTo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TRACKER,...",
+        help="Also log to wandb, trackio or mlflow (an extra each); TensorBoard's log is always"
+        " written.",
+    ),
+]
 PolicyName = Annotated[
     str | None,
     typer.Option(
@@ -175,9 +206,9 @@ HELP: dict[str, Any] = {
         "--round",
         parser=_rounding,
         metavar="NUMBER|auto",
-        help="Widths are multiples of this. auto: of 64 where that moves a width by less than 1 %"
-        " of its channels, else of 32, for engines quantise in blocks of 32 or 64 and leave other"
-        " widths whole; in experts of 8 at least, for their kernels want 16 bytes.",
+        help="Widths are multiples of this. auto: of 64 where that moves a uniform width by less"
+        " than 1 % of its channels, else of 32, for engines quantise in blocks of 32 or 64 and"
+        " leave other widths whole; in experts and narrow FFNs of 8 at least.",
     ),
     "widths": typer.Option(
         help="uniform, per-layer (the policy's allocation), auto: per-layer for a predicted gain"

@@ -8,7 +8,7 @@ import typer
 
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
-from prunenet.cli.options import Json, OneDevice, Out, Resume
+from prunenet.cli.options import Json, OneDevice, Out, ReportTo, Resume, trackers
 from prunenet.recover.options import RecoverText, Tuning
 
 Pruned = Annotated[
@@ -28,6 +28,7 @@ def recover(
     loading: OneDevice,
     teacher: Teacher = None,
     resume: Resume = False,
+    report_to: ReportTo = None,
     as_json: Json = False,
 ) -> None:
     """Train a pruned model to predict what the dense one does (LoRA, merged), by default without
@@ -49,6 +50,7 @@ def recover(
                 resume=resume,
                 loading=LoadOptions(device=place, dtype=loading.dtype),
                 progress=advance,
+                report_to=trackers(report_to),
             )
         if not parallel.is_first():
             return

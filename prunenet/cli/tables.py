@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -101,12 +101,36 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 _NOISY = 0.2
 """Spread of a speed, of its median, above which the table says so."""
-_COMPARED = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second")
+_SERVING: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    _COLUMNS[0],
+    ("peak_bytes", "memory", lambda v: f"{v / 1e6:,.0f} MB"),
+    ("kv_bytes_per_token", "KV cache/token", lambda v: f"{v / 1e3:,.1f} kB"),
+    ("served_bytes", "GGUF", lambda v: f"{v / 1e6:,.0f} MB"),
+    ("served_prefill_tokens_per_second", "llama.cpp prefill", lambda v: f"{v:,.0f}"),
+    ("served_decode_tokens_per_second", "llama.cpp decode", lambda v: f"{v:,.1f}"),
+)
+_COMPARED = (
+    "parameters",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    *(key for key, _, _ in _SERVING if key != "name"),
+)
+_SPREADS = tuple(
+    f"{place}{phase}_spread" for place in ("", "served_") for phase in ("prefill", "decode")
+)
 
 
-def comparison(rows: Sequence[dict[str, Any]]) -> Table:
-    """Models side by side; the first is what the others are compared with."""
-    shown = [column for column in _COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+def comparison(rows: Sequence[dict[str, Any]]) -> Group:
+    """Models side by side; the first is what the others are compared with. Below them what they
+    need to run, where that is known.
+    """
+    tables = [_side_by_side(rows, _COLUMNS, _doubt(rows, _scored(rows)))]
+    if any(row.get(key) is not None for key, _, _ in _SERVING[1:] for row in rows):
+        tables.append(_side_by_side(rows, _SERVING, _served(rows)))
+    return Group(*tables)
+
+
+def _scored(rows: Sequence[dict[str, Any]]) -> str:
     note = ""
     if rows[0].get("perplexity") is not None:
         first = rows[0]
@@ -114,7 +138,26 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
             f"perplexity: {first['text']}, windows of {first['window']}"
             f"{' behind BOS' if first.get('bos') else ''}, {first['tokens']:,} tokens"
         )
-    table = Table(caption=escape(_doubt(rows, note)), caption_justify="left", box=box.SIMPLE_HEAD)
+    return note
+
+
+def _served(rows: Sequence[dict[str, Any]]) -> str:
+    said = []
+    if (prompt := rows[0].get("prompt")) is not None:
+        tokens = f"{prompt} tokens are read and {rows[0].get('new_tokens')} written"
+        said.append(f"memory: parameters, and the most that is added while {tokens}")
+    if (kind := rows[0].get("served_type")) is not None:
+        said.append(f"llama.cpp: tokens per second of the {kind} file, one sequence")
+    return "\n".join(said)
+
+
+def _side_by_side(
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[tuple[str, str, Callable[[Any], str]]],
+    note: str,
+) -> Table:
+    shown = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
+    table = Table(caption=escape(note), caption_justify="left", box=box.SIMPLE_HEAD)
     for key, title, _ in shown:
         table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)
     for row in rows:
@@ -124,7 +167,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _doubt(rows: Sequence[dict[str, Any]], note: str) -> str:
     """The note, with a warning where repeats of a speed lie far apart."""
-    spreads = [row.get(name) or 0.0 for row in rows for name in ("prefill_spread", "decode_spread")]
+    spreads = [row.get(name) or 0.0 for row in rows for name in _SPREADS]
     if max(spreads) <= _NOISY:
         return note
     said = (

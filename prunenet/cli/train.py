@@ -23,9 +23,11 @@ from prunenet.cli.options import (
     Model,
     Out,
     Reading,
+    ReportTo,
     Resume,
     Seed,
     TextColumn,
+    trackers,
 )
 from prunenet.policies.training.choices import Algorithm, Features, LayerReward
 from prunenet.spectra.choices import Distance, Spectrum
@@ -127,6 +129,7 @@ def train(
     training: Training,
     reading: Reading,
     resume: Resume = False,
+    report_to: ReportTo = None,
     as_json: Json = False,
 ) -> None:
     """Train a policy on a model, to be applied at any ratio, by default from weights alone."""
@@ -136,6 +139,7 @@ def train(
         from prunenet.text.calibration import CalibrationOptions
 
         recipe, allocation = training.recipes()
+        reported = trackers(report_to)
         rewards = {recipe.reward, "spectral" if allocation is None else allocation.reward}
         reads = rewards != {"spectral"} or recipe.features == "moments"
         remedy = "say --preset spectral, without --features moments or --widths per-layer"
@@ -158,6 +162,7 @@ def train(
                 resume=resume,
                 blocks=blocks,
                 progress=advance,
+                report_to=reported,
             )
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
         config = trained.policy.config

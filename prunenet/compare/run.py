@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import identify, tokenizer_sha256
-from prunenet.compare.machine import commit, peak_memory, synchronise, versions
+from prunenet.compare.machine import commit, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.pruner import Made, Pruner
 from prunenet.compare.results import Line, Results
@@ -31,6 +31,7 @@ from prunenet.models.layers import (
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_ratio
+from prunenet.runtime.memory import peak_memory
 from prunenet.runtime.placement import home, where
 from prunenet.text.calibration import check_seed
 

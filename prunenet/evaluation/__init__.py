@@ -10,6 +10,7 @@ shares.py        allocations as the share of every slot that stays
 zeroshot.py      multiple-choice tasks by lm-eval's definitions
 task_files.py    their questions, from local files
 speed.py         tokens per second, side by side
+serving.py       the same of llama.cpp, on exported files
 result.py        all that was measured on one model, as one record
 side_by_side.py  all of it for several checkpoints
 intervals.py     how sure a mean is: the bootstrap

@@ -49,6 +49,16 @@ class Curve:
     xlabel: str
     points: tuple[tuple[int, float], ...]
 
+    @property
+    def sentence(self) -> str:
+        """What the curve shows, for those who do not see it."""
+        (_, first), (last, end) = self.points[0], self.points[-1]
+        place, best = max(self.points, key=lambda point: point[1])
+        return (
+            f"From {first:.4g} to {end:.4g} over {last:,} {self.xlabel}; the best of"
+            f" {len(self.points)} evaluations is {best:.4g}, at {place:,}."
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Extras:
@@ -111,7 +121,7 @@ def page_data(rows: Sequence[Mapping[str, Any]], extras: Extras) -> dict[str, An
         "models": models,
         "sizes": [asdict(size) for size in sizes],
         "start": min(range(len(sizes)), key=lambda i: abs(sizes[i].ratio - _START), default=0),
-        "curves": [asdict(curve) for curve in extras.curves],
+        "curves": [asdict(c) | {"said": c.sentence} for c in extras.curves if c.points],
         "texts": [*texts, *([said] if said else [])],
     }
 
@@ -204,7 +214,10 @@ def _note(rows: Sequence[Mapping[str, Any]]) -> str:
     spreads = [
         row[name]
         for row in rows
-        for name in ("prefill_spread", "decode_spread")
+        for name in (
+            *("prefill_spread", "decode_spread"),
+            *("served_prefill_spread", "served_decode_spread"),
+        )
         if row.get(name) is not None
     ]
     if spreads:
@@ -214,4 +227,8 @@ def _note(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         if max(spreads) > 0.2:
             said.append("The machine was busy: differences in speed below that are noise.")
+    if kind := row.get("served_type"):
+        said.append(f"llama.cpp reads each model as a {kind} file, one sequence.")
+    if row.get("peak_bytes"):
+        said.append("Memory: parameters, and the most that reading and writing adds to them.")
     return " ".join(said)

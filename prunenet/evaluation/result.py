@@ -38,7 +38,11 @@ class Result:
         perplexity: value of `Perplexity`; perplexity_low, perplexity_high: its interval; loss,
             tokens, windows, window, stride, text, text_sha256, bos: its fields.
         prefill_tokens_per_second, decode_tokens_per_second: prefill and decode of `Speed`;
-            prefill_spread, decode_spread, prompt, new_tokens, batch, repeats, compiled: its fields.
+            prefill_spread, decode_spread, prompt, new_tokens, batch, repeats, compiled,
+            forward_bytes: its fields.
+        peak_bytes: parameters in memory and `forward_bytes`.
+        served_...: of llama.cpp with the model as a GGUF file; the fields of
+            `prunenet.evaluation.serving.Served`.
     """
 
     parameters: int
@@ -68,6 +72,14 @@ class Result:
     repeats: int | None = None
     compiled: bool | None = None
     kv_bytes_per_token: int | None = None
+    forward_bytes: int | None = None
+    peak_bytes: int | None = None
+    served_type: str | None = None
+    served_bytes: int | None = None
+    served_prefill_tokens_per_second: float | None = None
+    served_decode_tokens_per_second: float | None = None
+    served_prefill_spread: float | None = None
+    served_decode_spread: float | None = None
 
     def as_dict(self) -> dict[str, JsonValue]:
         """Gives all fields for one JSON line; a value that JSON cannot hold (an infinite
@@ -129,14 +141,17 @@ def summarise(
     ):
         if fields:
             fields[new] = fields.pop(old)
+    own = _bytes_in_memory(model)
+    forward = None if speed is None else speed.forward_bytes
     return Result(
         parameters=parameters,
         non_embedding_parameters=non_embedding,
-        bytes=_bytes_in_memory(model) if folder is None else bytes_on_disk(folder),
+        bytes=own if folder is None else bytes_on_disk(folder),
         dtype=str(model.dtype).removeprefix("torch."),
         device=where(model),
         threads=torch.get_num_threads(),
         kv_bytes_per_token=_kv_bytes(model),
+        peak_bytes=None if forward is None else own + forward,
         **quality,
         **pace,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.contents import CONFIG, RECORD
+from prunenet.checkpoints.exports.choices import GgufType
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.options import AUTO, LoadOptions
 from prunenet.checkpoints.records import recorded_ratio
@@ -18,6 +19,7 @@ from prunenet.checkpoints.sources import find_folder
 from prunenet.evaluation.options import EVALUATION, SPEED, EvaluationOptions, SpeedOptions
 from prunenet.evaluation.perplexity import check_fits, perplexity
 from prunenet.evaluation.result import ModelResult, summarise
+from prunenet.evaluation.serving import check_servable, serve_side_by_side
 from prunenet.evaluation.speed import speed_side_by_side
 from prunenet.models.layers import check_positions
 from prunenet.text.corpora import TestText, load_text
@@ -29,6 +31,7 @@ def evaluate(
     options: EvaluationOptions = EVALUATION,
     *,
     speed: SpeedOptions | None = SPEED,
+    serve: GgufType | None = None,
     loading: LoadOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ModelResult]:
@@ -41,6 +44,8 @@ def evaluate(
         options: how to score it.
         speed: how to measure tokens per second, repeat by repeat over all models, so that noise
             hits them alike; None leaves speed out.
+        serve: writes each model as a GGUF file of this type too, and measures llama.cpp with it
+            (extra `gguf`); None: does not.
         loading: device and dtype.
         progress: called with (windows scored, windows in all), over all models.
 
@@ -51,6 +56,8 @@ def evaluate(
     sources = [str(source) for source in ([models] if isinstance(models, str | Path) else models)]
     if len(set(sources)) < len(sources):
         raise ValueError(f"each model is measured once, got one twice among {', '.join(sources)}")
+    if serve is not None:
+        check_servable(speed or SPEED)
     scored = load_text(text, TestText) if isinstance(text, str) else text
     loading = loading or LoadOptions()
     load = partial(
@@ -68,7 +75,13 @@ def evaluate(
         # accelerate's hooks and the modules know each other: the weights would wait for the next
         # one's
         gc.collect()
-    return rows
+    if serve is None:
+        return rows
+    served = serve_side_by_side(sources, serve, speed or SPEED)
+    return [
+        replace(row, **{f"served_{name}": v for name, v in asdict(served[row.folder]).items()})
+        for row in rows
+    ]
 
 
 def _together(

@@ -8,7 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from prunenet.evaluation.options import SPEED, SpeedOptions
 from prunenet.models.layers import check_positions
+from prunenet.runtime.memory import added_memory
 from prunenet.runtime.placement import home
 
 _NARROW = 0.1
@@ -35,6 +36,8 @@ class Speed:
         prefill_spread, decode_spread: (fastest - slowest) / median of the repeats.
         prompt, new_tokens, batch, compiled: see `SpeedOptions`.
         repeats: measurements that were made.
+        forward_bytes: memory that reading the prompt and writing adds to the weights, KV cache
+            included, the most of all repeats; None where the system does not count it.
     """
 
     prefill: float
@@ -46,6 +49,7 @@ class Speed:
     batch: int
     repeats: int
     compiled: bool = False
+    forward_bytes: int | None = None
 
 
 def speed(model: PreTrainedModel, options: SpeedOptions = SPEED) -> Speed:
@@ -74,21 +78,26 @@ def speed_side_by_side(
     for model in models.values():
         check_positions(model, options.prompt + options.new_tokens, "prompt + new_tokens")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    held: dict[str, list[int]] = {name: [] for name in models}
     with _callables(models, options.compiled) as callables:
         for repeat in range((options.most or options.repeats) + 1):
-            if repeat > options.repeats and all(map(_is_narrow, times.values())):
+            if repeat > options.repeats and all(map(is_narrow, times.values())):
                 break
             for name, model in models.items():
-                with evaluating(model):
+                with evaluating(model), added_memory(home(model)) as added:
                     measured = _time_once(
                         model, options.prompt, options.new_tokens, options.batch, callables[name]
                     )
                 if repeat > 0:
                     times[name].append(measured)
-    return {name: _medians(pairs, options) for name, pairs in times.items()}
+                    held[name] += [] if added["bytes"] is None else [added["bytes"]]
+    return {
+        name: replace(medians(pairs, options), forward_bytes=max(held[name], default=None))
+        for name, pairs in times.items()
+    }
 
 
-def _medians(pairs: Sequence[tuple[float, float]], options: SpeedOptions) -> Speed:
+def medians(pairs: Sequence[tuple[float, float]], options: SpeedOptions) -> Speed:
     """Speed from the seconds of each (prefill, decoding)."""
     prefill = [options.batch * options.prompt / seconds for seconds, _ in pairs]
     decode = [options.batch * options.new_tokens / seconds for _, seconds in pairs]
@@ -102,7 +111,7 @@ def _medians(pairs: Sequence[tuple[float, float]], options: SpeedOptions) -> Spe
     )
 
 
-def _is_narrow(pairs: Sequence[tuple[float, float]]) -> bool:
+def is_narrow(pairs: Sequence[tuple[float, float]]) -> bool:
     """Whether the middle half of the measurements lies within a tenth of their median."""
     if len(pairs) < 2:
         return False

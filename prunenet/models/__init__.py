@@ -5,6 +5,7 @@ architectures.py    one frozen row per model type: where the FFN and the attenti
 layers.py           reads a model in memory or on disk: FFNs layer by layer, embeddings, sizes
 heads.py            groups of attention heads: key-value heads with their query heads
 masks.py            ratio -> widths (rounding, budgets) -> keep masks; pure
+observed.py         activations of groups, seen where output matrices are multiplied
 hooks.py            changes what a module computes for a while, and no weight
 surgery.py          keep masks + model -> narrow model
 modeling.py         model classes with a width per layer; travels beside checkpoints

@@ -18,6 +18,8 @@ from prunenet.runtime.choices import RoundTo
 if TYPE_CHECKING:
     from prunenet.models.groups import Group
 
+_NARROW = 512
+"""Channels below which a multiple of 32 is more than 6 % of an FFN."""
 _TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
     *("top_k_experts", "experts_per_token", "num_selected_experts", "num_experts_per_topk"),
@@ -126,7 +128,8 @@ def _scaled(path: str, value: int | float, old: int, new: int) -> int | float:
 
 def rounding(groups: Sequence[Group], ratio: float) -> int:
     """Returns the multiple for "auto": 64 where that changes every width by less than 1 % of the
-    group's channels, else 32; of experts 8 where 32 changes more.
+    group's channels; else 32, but 8 in experts where 32 changes more than that. 8 in FFNs narrower
+    than 512, of which 32 would be too much.
 
     Blocks of quantised formats have 32 or 64 entries, and a width that is no multiple of them stays
     unquantised; kernels for experts want multiples of 16 bytes.
@@ -135,24 +138,24 @@ def rounding(groups: Sequence[Group], ratio: float) -> int:
         groups: of a model, one or more.
         ratio: share of channels removed, in [0, 1).
     """
+    widths = {group.width for group in groups}
+    if min(widths) < _NARROW:
+        return 8
 
     def costs(step: int) -> float:
-        narrow = {group.width for group in groups}
-        if step > min(narrow):
-            return 1.0
-        return max(abs(width_at(w, ratio, step) - (1 - ratio) * w) / w for w in narrow)
+        return max(abs(width_at(w, ratio, step) - (1 - ratio) * w) / w for w in widths)
 
     if costs(64) < 0.01:
         return 64
     experts = any(group.expert is not None for group in groups)
-    if min(group.width for group in groups) < 32 or (experts and costs(32) >= 0.01):
-        return 8
-    return 32
+    return 8 if experts and costs(32) >= 0.01 else 32
 
 
 def step_of(groups: Sequence[Group], ratio: float, round_to: RoundTo) -> int:
-    """Returns the multiple that widths are rounded to; see `rounding`."""
-    return rounding(groups, ratio) if round_to == "auto" else round_to
+    """Returns the multiple of widths that differ from layer to layer; "auto": see `rounding`, but
+    32 at most, for 64 costs perplexity there and 32 does not (docs/results.md, "Rounding").
+    """
+    return min(rounding(groups, ratio), 32) if round_to == "auto" else round_to
 
 
 def uniform_widths(
@@ -178,7 +181,7 @@ def uniform_widths(
         ValueError: see `prunenet.models.masks.width_at`; or a free group has fewer channels.
     """
     if free:
-        step = step_of(groups, ratio, round_to)
+        step = rounding(groups, ratio) if round_to == "auto" else round_to
         return _one_width([group.width for group in groups], ratio, step)
     widths = [0] * len(groups)
     for same in tied(groups):

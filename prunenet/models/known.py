@@ -26,7 +26,7 @@ from prunenet.runtime.json_files import read_json
 from prunenet.runtime.paths import cache_folder
 
 _MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-RULES = 2
+RULES = 3
 """Version of the rules of discovery; raise it when they change, so that nothing cached is used."""
 SHIPPED = Path(__file__).with_name("known_types.json")
 """Written by `benchmarks/coverage.py`."""
@@ -100,10 +100,14 @@ def discovered(model_type: str, kind: type[PreTrainedModel]) -> Discovery:
     return found
 
 
-def recorded() -> list[tuple[str, str, Discovery]]:
-    """Returns (type, name of the class, what is known) of all discoveries that are at hand."""
+def recorded(*, cached: bool = True) -> list[tuple[str, str, Discovery]]:
+    """Returns (type, name of the class, what is known) of all discoveries that are at hand.
+
+    Args:
+        cached: with those made on this machine; else those that ship.
+    """
     found = dict(shipped())
-    for path in sorted(_folder().glob("* *.json")):
+    for path in sorted(_folder().glob("* *.json")) if cached else ():
         with suppress(OSError, ValueError):
             found[path.stem] = read_json(path, Discovery, remedy="remove it")
     return [(*name.split(" ", 1), known) for name, known in found.items()]  # type: ignore[misc]

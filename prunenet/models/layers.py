@@ -202,9 +202,14 @@ def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
 
 def check_tokens(model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
     """Raises ValueError where the model has no embedding for a token id, or no position for a
-    token.
+    token; UnsupportedArchitecture where it has several tables of embeddings.
     """
     table: Any = model.get_input_embeddings()
+    if not isinstance(getattr(table, "weight", None), Tensor):
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} has several tables of embeddings, so nothing is measured on"
+            " text; choose channels from the weights alone (`moments` none)"
+        )
     rows = table.weight.shape[0]
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= rows:

@@ -67,12 +67,16 @@ def form_of(pattern: Pattern) -> str:
     return f"experts, {form}" if pattern.experts else form
 
 
-def known_types() -> list[KnownType]:
-    """Returns rows by hand and what was discovered, in alphabetical order of types."""
+def known_types(*, cached: bool = True) -> list[KnownType]:
+    """Returns rows by hand and what was discovered, in alphabetical order of types.
+
+    Args:
+        cached: with what was discovered on this machine; else what ships.
+    """
     found = [
         _described(name, row, class_names(name)[0], True) for name, row in ARCHITECTURES.items()
     ]
-    for model_type, kind, known in recorded():
+    for model_type, kind, known in recorded(cached=cached):
         if known.architecture is None:
             found.append(KnownType(model_type, kind, f"refused: {known.reason}", ""))
         elif model_type not in ARCHITECTURES:

@@ -127,7 +127,8 @@ _OWN: dict[str, dict[str, Any]] = {
 _HIDDEN = re.compile(
     r"^(hidden_size|d_model|n_embd|dim|hidden_dim|embed_dim|model_dim|embedding_size|d_embed"
     r"|word_embed_proj_dim|.*_hidden_size|output_dim|out_hidden_size|projection_dim|.*embed_dim"
-    r"|hidden_size_per_layer_input|lru_width|attention_hidden_size|emb_dim|input_dim|adapter_in(_dim|put_size)|.*_d_model)$"
+    r"|hidden_size_per_layer_input|lru_width|attention_hidden_size|emb_dim|input_dim|.*_d_model"
+    r"|adapter_(in_dim|out_dim|input_size))$"
 )
 _WIDTH = re.compile(
     r"intermediate|ffn_(hidden_)?(dim|size)|n_inner|d_ff|dim_ff|^dff$|mlp_(dim|hidden)|inner_dim"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from prunenet.recover.training import STATE, Recovered, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
+from prunenet.runtime.tracking import Tracker, check_trackers
 from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +49,7 @@ def recover(
     resume: bool = False,
     loading: LoadOptions | None = None,
     progress: Progress | None = None,
+    report_to: Sequence[Tracker] = (),
 ) -> Recovered:
     """Trains a pruned checkpoint to predict what the dense model predicts (LoRA, merged).
 
@@ -61,6 +63,8 @@ def recover(
         resume: continue the unfinished run beside `out`.
         loading: device and dtype; one device.
         progress: called with (stage, done, in all).
+        report_to: trackers that are told what the log is told, settings and results too; see
+            `prunenet.runtime.tracking`.
 
     Returns:
         The recovered model and its losses; the checkpoint in `out` holds its weights.
@@ -69,8 +73,9 @@ def recover(
         ValueError: options that contradict each other, a teacher that is not the base model, or a
             checkpoint that training would spoil.
         CheckpointError: a folder cannot be read or written.
-        ImportError: peft is not installed.
+        ImportError: peft, or a tracker, is not installed.
     """
+    check_trackers(report_to)
     tuning, text, loading = tuning or Tuning(), text or RecoverText(), loading or LoadOptions()
     source, out = str(pruned), expanded(out)
     _check_asked(teacher, text, loading)
@@ -90,25 +95,33 @@ def recover(
     elif dense is not None:
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
-    blocks = calibration_for(
-        writer,
-        load_tokenizer(str(tokens_of)),
-        text.moments,
-        text.text or "builtin",
-        CalibrationOptions(seed=tuning.seed, tokens=text.tokens, bos=text.bos, column=text.column),
-        progress=None if progress is None else partial(progress, "text"),
-    )
+    blocks = _blocks(writer, str(tokens_of), tuning.seed, text, progress)
 
     def advance(done: int, total: int, loss: float) -> None:
         if progress is not None:
             progress(f"recovering, loss {loss:.4f}", done, total)
 
-    found = tuned(model, blocks, tuning, teacher=dense, folder=run, resume=resume, progress=advance)
+    learn = partial(tuned, teacher=dense, folder=run, resume=resume, report_to=report_to)
+    found = learn(model, blocks, tuning, progress=advance)
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
         save_pruned(found.model, out, masks, provenance, groups=groups)
         (run / STATE).unlink()
     return found
+
+
+def _blocks(
+    writer: PreTrainedModel, source: str, seed: int, text: RecoverText, progress: Progress | None
+) -> CalibrationSet:
+    """The text; `source` has the tokenizer."""
+    return calibration_for(
+        writer,
+        load_tokenizer(source),
+        text.moments,
+        text.text or "builtin",
+        CalibrationOptions(seed=seed, tokens=text.tokens, bos=text.bos, column=text.column),
+        progress=None if progress is None else partial(progress, "text"),
+    )
 
 
 def recorded(

@@ -8,7 +8,7 @@ resumed ends with the same weights, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -32,6 +32,7 @@ from prunenet.recover.options import Tuning
 from prunenet.runtime import parallel
 from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
+from prunenet.runtime.tracking import Track, Tracker, tracking
 from prunenet.text.calibration import CalibrationSet
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def tuned(
     folder: Path | None = None,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
+    report_to: Sequence[Tracker] = (),
 ) -> Recovered:
     """Trains low-rank updates of all linears of the decoder layers and merges the best ones seen
     into the weights.
@@ -86,18 +88,23 @@ def tuned(
         folder: for the run's state and its TensorBoard log; None keeps all in memory.
         resume: go on with the run in `folder`.
         progress: called with (steps done, steps in all, loss on the blocks held back).
+        report_to: trackers that are told what is logged, as one run.
 
     Raises:
         ValueError: too few blocks, blocks that the model cannot read, a teacher of another
             vocabulary, or a loss that is not finite.
         PolicyError: nothing to resume, or another run in `folder`.
-        ImportError: peft is not installed.
+        ImportError: peft, or a tracker, is not installed.
     """
     _check_asked(model, blocks, teacher)
-    run = _Run(model, teacher, blocks, tuning, folder, progress)
-    before, best_step = run.play(resume)
-    narrow = merged(run.student)
-    after = run.held_loss(narrow)
+    settings = {"tuning": asdict(tuning), "text": dict(blocks.source)}
+    called = "recovery" if folder is None else folder.name
+    with tracking(report_to, called, settings) as track:
+        run = _Run(model, teacher, blocks, tuning, folder, progress, track)
+        before, best_step = run.play(resume)
+        narrow = merged(run.student)
+        after = run.held_loss(narrow)
+        track.results({"loss_before": before, "loss_after": min(before, after)})
     if not after < before:
         return Recovered(model, before, before, 0, run.history)
     return Recovered(narrow, before, after, best_step, run.history)
@@ -132,7 +139,9 @@ class _Run:
         tuning: Tuning,
         folder: Path | None,
         progress: Callable[[int, int, float], None] | None,
+        track: Track,
     ) -> None:
+        self.track = track
         self.teacher, self.tuning, self.progress = teacher, tuning, progress
         self.front = int(blocks.bos is not None)
         held = min(_HELD, max(1, round(0.2 * len(blocks.ids))))
@@ -168,8 +177,7 @@ class _Run:
         while self.state.updates < self.tuning.steps:
             loss = self._step(self.state.updates)
             self.state.updates += 1
-            if log is not None:
-                log.add_scalar("loss", loss, self.state.updates)
+            self._log(log, "loss", loss)
             if self.state.updates % every == 0 or self.state.updates == self.tuning.steps:
                 self._judge(log)
             if self.progress is not None:
@@ -178,6 +186,11 @@ class _Run:
             log.close()
         self.updates.load_state_dict(self.state.best)
         return self.history[0][1], min(self.history, key=lambda entry: entry[1])[0]
+
+    def _log(self, log: SummaryWriter | None, name: str, value: float) -> None:
+        if log is not None:
+            log.add_scalar(name, value, self.state.updates)
+        self.track.log({name: value}, self.state.updates)
 
     def held_loss(self, model: PreTrainedModel) -> float:
         """On the blocks held back, nats per token."""
@@ -265,8 +278,7 @@ class _Run:
                 name: tensor.detach().cpu().clone()
                 for name, tensor in self.updates.state_dict().items()
             }
-        if log is not None:
-            log.add_scalar("loss_held_back", loss, self.state.updates)
+        self._log(log, "loss_held_back", loss)
         if self.file is not None and parallel.is_first():
             save_state(self.file, self.state, self.updates, self.optimizer, self.identity)
 

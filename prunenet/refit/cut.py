@@ -2,8 +2,8 @@
 
 A group is an FFN or an expert. Measures each once (`prunenet.refit.moments`), chooses channels by
 greedy elimination (`eliminate`) or by given scores, and refits the down matrix (`ridge`) with a
-damping chosen across two folds of the text. Memory holds the moments of one layer. Experts that too
-few tokens reach are cut from weights (`few_tokens`).
+damping chosen across two folds of the text. Memory holds the moments of one layer. For experts that
+too few tokens reach others stand in (`few_tokens`).
 
 Several processes (`prunenet.runtime.parallel`) share the groups in `cut_layers`: each measures,
 orders and refits its own, with the same result bit for bit. Every process passes the hidden states
@@ -26,7 +26,7 @@ from prunenet.models.groups import Group
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import narrowed, set_downs
 from prunenet.refit.eliminate import eliminate, score_order
-from prunenet.refit.few_tokens import few_tokens, from_weights
+from prunenet.refit.few_tokens import StandIns, few_tokens
 from prunenet.refit.folds import folds_of, pooled
 from prunenet.refit.moments import LayerWalk, Moments, Target, paired_moments
 from prunenet.refit.ridge import choose_damping, ridge
@@ -43,7 +43,7 @@ class Cut:
         downs: (d_model, kept) refitted matrix of each group; None without a refit.
         dampings: of each group's refit; empty without one.
         groups: mask of each layer's groups of heads; None where heads stay whole.
-        few: numbers of the groups that too few tokens reached; they are cut from weights.
+        few: numbers of the groups that too few tokens reached; see `prunenet.refit.few_tokens`.
     """
 
     keep: list[Bool[Tensor, " _"]]
@@ -107,6 +107,7 @@ def cut_layers(
     anatomy = Anatomy.of(model)
     count = len(anatomy.groups)
     walks = [LayerWalk(model, fold) for fold in folds_of(blocks, kinds)]
+    stand_ins = StandIns(walks)
     # of each group, one tensor for each size
     keeps: dict[int, list[Tensor]] = {}
     refitted: dict[int, list[Tensor]] = {}
@@ -115,9 +116,10 @@ def cut_layers(
         if not parallel.is_owner(index):
             continue
         folds = [walk.moments(index) for walk in walks]
-        down, few = anatomy.ffn(index).down, few_tokens(anatomy.groups[index], folds)
+        group, down = anatomy.groups[index], anatomy.ffn(index).down
+        few = few_tokens(group, [fold.tokens for fold in folds])
         if few:
-            folds = [from_weights(anatomy.ffn(index))] * 2
+            folds = stand_ins.of(group, anatomy.ffn(index))
         second, sizes = pooled(folds), [size[index] for size in widths]
         if scores is None:
             order = _order(down, second, min(sizes))
@@ -323,14 +325,14 @@ def refit_sequentially(
     downs: list[Tensor] = []
     dampings: list[float] = []
     few: list[int] = []
-    written = _Written()
+    written, stand_ins = _Written(), StandIns([walk for _, walk in walks])
     for index, *_ in zip(*(walk for pair in walks for walk in pair), strict=True):
         measured = [_measured(*pair, index, dense_targets) for pair in walks]
         folds = [moments for moments, _ in measured]
         targets = [target for _, target in measured if target is not None]
         keep, ffn = cut.keep[index], dense.ffn(index)
-        if few_tokens(dense.groups[index], folds):
-            folds = [from_weights(ffn)] * 2
+        if few_tokens(dense.groups[index], [fold.tokens for fold in folds]):
+            folds = stand_ins.of(pruned.groups[index], ffn)
             few.append(index)
         damping = choose_damping(ffn.down, folds, keep, targets=targets or None)
         cross = pooled(folds, [target.cross for target in targets]) if targets else None

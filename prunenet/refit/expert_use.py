@@ -140,6 +140,27 @@ def check_readable(model: PreTrainedModel) -> None:
             )
 
 
+def written_alone(
+    bank: nn.Module,
+    hidden: Float[Tensor, "rows d_model"],
+    index: Int[Tensor, "tokens k"],
+    weights: Float[Tensor, "tokens k"],
+    expert: int,
+) -> Tensor:
+    """What one expert writes for some tokens, with weight 1; `index` and `weights`: of the bank's
+    own call, for their dtypes and devices.
+    """
+    alone = torch.full_like(index[:1, :1], expert).expand(len(hidden), 1)
+    one = torch.ones_like(weights[:1, :1]).expand(len(hidden), 1)
+    out: Tensor = type(bank).forward(bank, hidden, alone, one)
+    return out
+
+
+def routes(bank: nn.Module) -> bool:
+    """Whether a bank of experts is called with tokens, indices and weights."""
+    return len(_takes(bank)) == 3
+
+
 def _takes(bank: nn.Module) -> list[str]:
     """Names of what a bank of experts is called with."""
     return list(inspect.signature(type(bank).forward).parameters)[1:]
@@ -170,9 +191,7 @@ def _add_routed(
         rows, places = (index == expert).nonzero(as_tuple=True)
         if len(rows) == 0:
             continue
-        alone = torch.full_like(index[: len(rows), :1], expert)
-        one = torch.ones_like(weights[: len(rows), :1])
-        out = type(module).forward(module, hidden[rows], alone, one)
+        out = written_alone(module, hidden[rows], index, weights, expert)
         norms = out.reshape(len(rows), -1).float().norm(dim=-1)
         sums[0, expert] += float((weights[rows, places].float() * norms).sum())
         sums[1, expert] += len(rows)

@@ -13,7 +13,7 @@ the tokens that are routed to it. All groups of a layer are measured in one pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -160,6 +160,9 @@ class LayerWalk:
         ValueError: blocks that the model cannot read, or `skip` out of range.
         UnsupportedArchitecture: a group lies outside of the decoder layers; or `skip` with experts,
             whose tokens are not in the order of the text.
+
+    Attributes:
+        reached: tokens that reach each group of the layer measured last, by number.
     """
 
     def __init__(
@@ -192,6 +195,7 @@ class LayerWalk:
         self._passed: list[dict[Passed, Any]] = [{} for _ in self._calls]
         self._outputs: list[Tensor] = []
         self._found: dict[tuple[type[Any], int], Any] = {}
+        self.reached: dict[int, int] = {}
         self._changing = changing
         self._skip, self._batch = skip, batch
         self.blocks = blocks
@@ -231,22 +235,46 @@ class LayerWalk:
         group = self._anatomy.groups[index]
         return self._sums(group, _EnergySums).means(group.layer, group.down.tensor.dtype)
 
+    @torch.no_grad()
+    def all_moments(self, groups: Sequence[Group]) -> dict[int, Moments]:
+        """Measures groups of the current layer anew, by number, in one pass of their own.
+
+        For callers that change for a while what passes through them.
+
+        Raises:
+            ValueError: the activations are not finite.
+        """
+        sums, _ = self._summed(groups, _Sums)
+        return {
+            group.number: sums[group.number].means(group.layer, group.down.tensor.dtype)
+            for group in groups
+        }
+
+    def groups(self, layer: int) -> Sequence[Group]:
+        """Returns the groups of a decoder layer."""
+        return self._groups[layer]
+
     def _sums(self, group: Group, kind: type[_Kind]) -> _Kind:
         """Hands out what one pass through the layer has summed up for all of its groups."""
         if (kind, group.number) not in self._found:
-            sums = {
-                other.number: kind(other.width, self.device(other.number))
-                for other in self._groups[group.layer]
-            }
-            outputs = []
-            for part in range(len(self._calls)):
-                output, seen = self._measured(group.layer, part)
-                outputs.append(output)
-                for number, (h, _) in seen.items():
-                    sums[number].add(h)
-            self._outputs = outputs
+            sums, self._outputs = self._summed(self._groups[group.layer], kind)
+            self.reached = {number: summed.tokens for number, summed in sums.items()}
             self._found |= {(kind, number): summed for number, summed in sums.items()}
         return cast(_Kind, self._found.pop((kind, group.number)))
+
+    def _summed(
+        self, groups: Sequence[Group], kind: type[_Kind]
+    ) -> tuple[dict[int, _Kind], list[Tensor]]:
+        """Passes all batches through a layer: sums of some of its groups, and its outputs."""
+        sums = {group.number: kind(group.width, self.device(group.number)) for group in groups}
+        outputs = []
+        for part in range(len(self._calls)):
+            output, seen = self._measured(groups[0].layer, part)
+            outputs.append(output)
+            for number, (h, _) in seen.items():
+                if number in sums:
+                    sums[number].add(h)
+        return sums, outputs
 
     def _measured(self, layer: int, part: int) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Passes one batch through a layer.
@@ -347,7 +375,8 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
 
     Raises:
         ValueError: blocks, batch, skip or width differ, or activations are not finite.
-        UnsupportedArchitecture: the group is an expert's: the two models route other tokens to it.
+        UnsupportedArchitecture: the group is an expert's, to which the two models route other
+            tokens, or no text passes it.
     """
     if (dense._batch, dense._skip) != (pruned._batch, pruned._skip) or not torch.equal(
         dense.blocks.cpu(), pruned.blocks.cpu()
@@ -362,9 +391,9 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
             f"layer {group.layer} has {before} channels in the dense model and {d_ff} in the pruned"
             " one; measure it before it is cut"
         )
-    if group.expert is not None:
+    if group.expert is not None or not pruned._calls[0][group.layer].called:
         raise UnsupportedArchitecture(
-            "a pruned model routes other tokens to an expert than the dense one, so they cannot be"
+            f"the tokens that reach {group.path} in the dense and in the pruned model cannot be"
             " paired; refit without dense targets (`dense_targets` False)"
         )
     sums, cross, mean = (

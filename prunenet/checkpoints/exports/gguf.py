@@ -7,16 +7,24 @@ import math
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prunenet.checkpoints.contents import CONFIG
+from prunenet.checkpoints.exports import gguf_sentencepiece
 from prunenet.checkpoints.exports.choices import GgufType
-from prunenet.checkpoints.exports.gguf_form import Part, Value, form_of, hyperparameters, parts
-from prunenet.checkpoints.exports.gguf_tokenizer import vocabulary
+from prunenet.checkpoints.exports.gguf_form import (
+    Form,
+    Part,
+    Value,
+    form_of,
+    hyperparameters,
+    parts,
+)
+from prunenet.checkpoints.exports.gguf_tokenizer import content, vocabulary
 from prunenet.checkpoints.exports.llama_cpp import Proof, prove, sentence
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.model_card import CARD, gguf_card, inherited_fields
@@ -27,6 +35,7 @@ from prunenet.runtime.files import CheckpointError, new_folder
 _ROOM = 64_000_000
 """Bytes for tokens, merges and names, at most."""
 _LARGEST = 65504
+_OF_PHI_3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}
 
 
@@ -76,24 +85,41 @@ def export_gguf(source: str | Path, out: str | Path, type: GgufType = "f32") -> 
     form = form_of(model)
     made = parts(model, form)
     name = Path(source).expanduser().resolve().name  # of a hub id, too
-    stated: dict[str, Value] = {"general.name": name, "general.type": "model"}
-    stated |= {f"{form.name}.{k}": v for k, v in hyperparameters(model, form).items()}
     words = vocabulary(tokenizer, model.config.vocab_size)
+    called = _called(name, form, words["ggml.tokens"])
+    stated: dict[str, Value] = {"general.name": called, "general.type": "model"}
+    facts = hyperparameters(model, form)
+    stated |= {f"{form.name}.{key}": value for key, value in facts.items()}
+    limit = gguf_sentencepiece.limits(content(tokenizer))
     stated |= {f"tokenizer.{key}": value for key, value in words.items()}
     numbers = sum(math.prod(part.shape) for part in made)
     with new_folder(Path(out), int(numbers * _BITS[type] / 8) + _ROOM) as folder:
         path = folder / f"{name}-{type.upper()}.gguf"
         plain = write_gguf(path, form.name, stated, made, type)
-        proof = prove(path, model, tokenizer, exact=type == "f32")
+        proof = prove(
+            path,
+            model,
+            tokenizer,
+            close=form.close if type == "f32" else None,
+            context=cast(int, facts["context_length"]),
+            plain_start=bool(limit),
+        )
         size = path.stat().st_size
         said = gguf_card(
             path.name,
-            sentence(proof),
+            f"{sentence(proof)} {limit}".strip(),
             find_provenance(source),
             inherited_fields(find_folder(source, CONFIG)),
         )
         (folder / CARD).write_text(said, encoding="utf-8")
     return Exported(Path(out) / path.name, form.name, type, size, len(made), plain, proof)
+
+
+def _called(name: str, form: Form, tokens: Value) -> str:
+    """The model's name. By that of Phi-3 llama.cpp knows that blanks behind special tokens go."""
+    assert isinstance(tokens, list)
+    phi_3 = form.name == "phi3" and _OF_PHI_3.issubset(tokens)
+    return f"{name} (phi-3)" if phi_3 and "phi-3" not in name.lower() else name
 
 
 def write_gguf(
@@ -166,7 +192,7 @@ def _add(writer: Any, key: str, value: Value) -> None:
     """Adds a key; counts are unsigned, as llama.cpp asks for them."""
     kinds = _library().GGUFValueType
     if isinstance(value, list):
-        own = kinds.STRING if isinstance(value[0], str) else kinds.INT32
+        own = {int: kinds.INT32, float: kinds.FLOAT32, str: kinds.STRING}[value[0].__class__]
         writer.add_key_value(key, value, kinds.ARRAY, sub_type=own)
     else:
         own = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.checkpoints.exports import gguf_gemma
+from prunenet.checkpoints.exports.llama_cpp import CLOSE, ROUGH
 from prunenet.models import modeling
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.heads import HEAD_DIM, QUERY_HEADS, attentions
+from prunenet.models.heads import GROUPS, HEAD_DIM, QUERY_HEADS, attentions
 from prunenet.runtime.files import CheckpointError
 
-Value = bool | int | float | str | list[int] | list[str]
+Value = bool | int | float | str | list[int] | list[float] | list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,10 @@ class Form:
         scaled: whether it reads frequencies scaled by `rope_freqs.weight`.
         fused: whether queries, keys and values are one tensor, which has no bias.
         tied: whether the LM head can only be the embedding.
+        raised: whether its norms multiply by what the file says, and the model's by 1 more.
+        local: of how many layers all but the last see a window of tokens; 0 where there is none.
+        activations: names of what its FFN computes.
+        close: how far log-probabilities in float32 may be from the model's.
     """
 
     name: str
@@ -45,6 +51,10 @@ class Form:
     scaled: bool = False
     fused: bool = False
     tied: bool = False
+    raised: bool = False
+    local: int = 0
+    activations: tuple[str, ...] = ("silu", "swish")
+    close: float = CLOSE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +65,13 @@ class Part:
         name: in the words of llama.cpp.
         sources: tensors whose rows follow one another.
         heads: of each source, how many heads' rows change places; 0 where they stay.
+        plus: added to every entry.
     """
 
     name: str
     sources: tuple[Tensor, ...]
     heads: tuple[int, ...]
+    plus: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,9 +84,10 @@ class Part:
             _interleaved(source, heads) if heads else source
             for source, heads in zip(self.sources, self.heads, strict=True)
         ]
-        return torch.cat(turned)
+        return torch.cat(turned) + self.plus
 
 
+_GELU = ("gelu_pytorch_tanh",)
 _LLAMA = Form("llama", interleaved=True, scaled=True)
 _OWN = {
     "llama": _LLAMA,
@@ -83,6 +96,10 @@ _OWN = {
     "qwen3": Form("qwen3"),
     "granite": Form("granite", interleaved=True, scaled=True),
     "smollm3": Form("smollm3", interleaved=True, scaled=True),
+    "phi3": Form("phi3"),
+    "gemma": Form("gemma", tied=True, raised=True, activations=_GELU, close=ROUGH),
+    "gemma2": Form("gemma2", tied=True, raised=True, local=2, activations=_GELU, close=ROUGH),
+    "gemma3_text": Form("gemma3", raised=True, local=6, activations=_GELU, close=ROUGH),
 }
 _DECI = Form("deci", interleaved=True, scaled=True)
 _UNEVEN = {
@@ -101,14 +118,22 @@ _LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_AROUND = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+"""Norms of layers that have one behind attention and one behind the FFN."""
 _GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -136,11 +161,14 @@ def form_of(model: PreTrainedModel) -> Form:
     if config.model_type not in table:
         raise CheckpointError(_no_form(config.model_type, uneven))
     form = table[config.model_type]
-    if config.hidden_act not in ("silu", "swish"):
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in form.activations:
         raise CheckpointError(
-            f"{form.name} of llama.cpp computes SwiGLU, and this model's activation is"
-            f" {config.hidden_act!r}; GGUF cannot state it"
+            f"{form.name} of llama.cpp computes {form.activations[0]}, and this model's activation"
+            f" is {activation!r}; GGUF cannot state it"
         )
+    if form.raised:
+        gguf_gemma.check(config, form.local)
     if form.tied and not config.tie_word_embeddings:
         raise CheckpointError(
             f"{form.name}, the one architecture of llama.cpp for a {config.model_type} whose layers"
@@ -163,13 +191,11 @@ def form_of(model: PreTrainedModel) -> Form:
 def hyperparameters(model: PreTrainedModel, form: Form) -> dict[str, Value]:
     """Returns what the file says of a model, by keys without the architecture's name."""
     config: Any = model.config
-    found = attentions(model)
-    widths, groups = Anatomy.of(model).widths, [layer.groups for layer in found]
-    head_dim = _head_dim(config)
-    queries = [layer.query.shape[0] // head_dim for layer in found]
+    widths, head_dim = Anatomy.of(model).widths, _head_dim(config)
+    queries, groups = _heads(model, head_dim)
     stated: dict[str, Value] = {
         "vocab_size": config.vocab_size,
-        "context_length": _context(config),
+        "context_length": _context(config, form),
         "embedding_length": config.hidden_size,
         "block_count": len(widths),
         "feed_forward_length": _count(widths),
@@ -179,8 +205,10 @@ def hyperparameters(model: PreTrainedModel, form: Form) -> dict[str, Value]:
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": head_dim,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(_rotation(config)["rope_theta"]),
     }
+    if form.local:
+        stated |= gguf_gemma.hyperparameters(config)
     if form.name == "granite":
         stated |= {key: float(getattr(config, field)) for field, key in _GRANITE.items()}
     return stated
@@ -194,7 +222,11 @@ def parts(model: PreTrainedModel, form: Form) -> list[Part]:
     """
     config: Any = model.config
     left = {name: p.detach() for name, p in model.named_parameters()}
-    made = [Part(name, (left.pop(own),), (0,)) for own, name in _WHOLE.items() if own in left]
+    made = [
+        Part(name, (left.pop(own),), (0,), _plus(name, form))
+        for own, name in _WHOLE.items()
+        if own in left
+    ]
     head_dim = _head_dim(config)
     for layer in Anatomy.of(model).layers:
         own = {
@@ -219,13 +251,18 @@ def _layer_parts(index: int, own: dict[str, Tensor], form: Form, head_dim: int) 
     if form.fused:
         three = [own.pop(f"self_attn.{name}_proj.weight") for name in "qkv"]
         made.append(Part(f"blk.{index}.attn_qkv.weight", tuple(three), (0, 0, 0)))
-    for name, theirs in _LAYER.items():
+    for name, theirs in (_LAYER | _AROUND if form.local else _LAYER).items():
         turned = form.interleaved and theirs in ("attn_q", "attn_k")
         for kind in ("weight", "bias"):
             if (tensor := own.pop(f"{name}.{kind}", None)) is not None:
                 heads = tensor.shape[0] // head_dim if turned else 0
-                made.append(Part(f"blk.{index}.{theirs}.{kind}", (tensor,), (heads,)))
+                full = f"blk.{index}.{theirs}.{kind}"
+                made.append(Part(full, (tensor,), (heads,), _plus(full, form)))
     return made
+
+
+def _plus(name: str, form: Form) -> float:
+    return 1.0 if form.raised and name.endswith("norm.weight") else 0.0
 
 
 def _interleaved(rows: Tensor, heads: int) -> Tensor:
@@ -248,9 +285,9 @@ def _frequency_factors(model: Any, head_dim: int) -> Tensor | None:
 
 
 def _check_rotation(config: Any, form: Form) -> None:
-    rope: Mapping[str, Any] = config.rope_parameters
+    rope = _rotation(config)
     kind = rope.get("rope_type", "default")
-    allowed = _STATIC if form.scaled else _STATIC[:1]
+    allowed = _STATIC if form.scaled else _STATIC[:2] if form.name == "gemma3" else _STATIC[:1]
     if kind not in allowed:
         raise CheckpointError(
             f"rotary embeddings of kind {kind!r} are not written to GGUF, only"
@@ -280,9 +317,26 @@ def _head_dim(config: Any) -> int:
     )
 
 
-def _context(config: Any) -> int:
-    """Tokens for which attention sees all of the text; llama.cpp has no window here."""
-    window = getattr(config, "sliding_window", None)
+def _heads(model: PreTrainedModel, head_dim: int) -> tuple[list[int], list[int]]:
+    """Query heads and key-value heads of each layer."""
+    anatomy = Anatomy.of(model)
+    if not anatomy.architecture.attention_in:  # heads of the family are never cut
+        config, layers = model.config, len(anatomy.layers)
+        return [getattr(config, QUERY_HEADS)] * layers, [getattr(config, GROUPS)] * layers
+    found = attentions(model)
+    return [layer.query.shape[0] // head_dim for layer in found], [layer.groups for layer in found]
+
+
+def _rotation(config: Any) -> Mapping[str, Any]:
+    """How layers that see the whole text rotate."""
+    rope: Mapping[str, Any] = config.rope_parameters
+    whole: Mapping[str, Any] = rope.get("full_attention", rope)
+    return whole
+
+
+def _context(config: Any, form: Form) -> int:
+    """Tokens for which attention is right: where llama.cpp has no window, those that one holds."""
+    window = None if form.local else getattr(config, "sliding_window", None)
     length = int(config.max_position_embeddings)
     return length if window is None else min(length, int(window))
 

@@ -1,5 +1,5 @@
-"""States a byte-level BPE tokenizer in the words of llama.cpp: tokens, merges, special tokens, and
-which of llama.cpp's expressions splits a text into words.
+"""States a tokenizer in the words of llama.cpp: tokens, merges or scores, special tokens, chat
+templates, and of a byte-level BPE which of llama.cpp's expressions splits a text into words.
 
 llama.cpp names these expressions after models, and converters recognise a tokenizer by the hash of
 a text in its token ids. Here the rule itself is recognised, as `tokenizer.json` states it, so that
@@ -9,15 +9,17 @@ a tokenizer with another vocabulary is read too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from prunenet.checkpoints.exports import gguf_sentencepiece
 from prunenet.checkpoints.exports.gguf_form import Value
 from prunenet.runtime.files import CheckpointError
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 """llama.cpp's kinds of tokens."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
 _BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,6 +30,7 @@ _SPLITS = {
     (_WORDS % r"\p{N}" + _BLANKS,): "qwen2",
 }
 """Rules in front of the byte level -> llama.cpp's name; "digits" stands for one digit a word."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SPECIAL = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
@@ -51,48 +54,67 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Value
             f"a {type(tokenizer).__name__} is not written to GGUF: it has no tokenizer.json; save"
             " it as a fast tokenizer"
         )
-    said: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = _splitting(said)
+    said = content(tokenizer)
+    pieces = gguf_sentencepiece.is_sentencepiece(said)
+    pre = "default" if pieces else _splitting(said)
     tokens = [f"[PAD{index}]" for index in range(size)]
     kinds = [UNUSED] * size
     for token, index in said["model"]["vocab"].items():
         tokens[_inside(index, size)], kinds[index] = token, NORMAL
+        if pieces and _BYTE.fullmatch(token):
+            kinds[index] = gguf_sentencepiece.BYTE
     for added in said["added_tokens"]:
         index = _inside(added["id"], size)
         tokens[index] = added["content"]
         kinds[index] = CONTROL if added["special"] else USER_DEFINED
-    merges = said["model"]["merges"]
     stated: dict[str, Value] = {
-        "ggml.model": "gpt2",
+        "ggml.model": "llama" if pieces else "gpt2",
         "ggml.pre": pre,
         "ggml.tokens": tokens,
         "ggml.token_type": kinds,
-        "ggml.merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
+        "ggml.add_space_prefix": pieces and gguf_sentencepiece.adds_blank(said),
     }
     for name, field in _SPECIAL.items():
         if (number := getattr(tokenizer, field)) is not None:
             stated[f"ggml.{name}_token_id"] = _inside(number, size)
+    if pieces:
+        stated["ggml.scores"] = gguf_sentencepiece.scores(said, tokens)
+        if tokenizer.unk_token_id is not None:
+            kinds[tokenizer.unk_token_id] = UNKNOWN
+    else:
+        merges = said["model"]["merges"]
+        stated["ggml.merges"] = [p if isinstance(p, str) else " ".join(p) for p in merges]
     framed = tokenizer("a")["input_ids"]
     stated["ggml.add_bos_token"] = framed[0] == tokenizer.bos_token_id
     stated["ggml.add_eos_token"] = framed[-1] == tokenizer.eos_token_id
-    stated["ggml.add_space_prefix"] = False
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template:
-        stated["chat_template"] = template
+    return stated | _templates(tokenizer)
+
+
+def content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `tokenizer.json` says of a tokenizer of the fast kind."""
+    said: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return said
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Value]:
+    """The chat template, and others by name."""
+    given = tokenizer.chat_template
+    templates = given if isinstance(given, dict) else {"default": given} if given else {}
+    others = {name: text for name, text in templates.items() if name != "default"}
+    stated: dict[str, Value] = {f"chat_template.{name}": text for name, text in others.items()}
+    if others:
+        stated["chat_templates"] = sorted(others)
+    if "default" in templates:
+        stated["chat_template"] = templates["default"]
     return stated
 
 
 def _splitting(said: Mapping[str, Any]) -> str:
     """llama.cpp's name of the rule by which a text is split."""
-    model = said["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
+    if (kind := said["model"]["type"]) != "BPE":
         raise CheckpointError(
-            "only byte-level BPE tokenizers are written to GGUF, and this one is"
-            f" {'SentencePiece-like BPE' if model['type'] == 'BPE' else model['type']}; take"
-            " llama.cpp's own converter (convert_hf_to_gguf.py) for a checkpoint cut with --widths"
-            " uniform"
+            f"only BPE tokenizers are written to GGUF, and this one is {kind}; take llama.cpp's own"
+            " converter (convert_hf_to_gguf.py) for a checkpoint cut with --widths uniform"
         )
     rules = said["pre_tokenizer"] or {}
     rules = rules["pretokenizers"] if rules.get("type") == "Sequence" else [rules]
