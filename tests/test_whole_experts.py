@@ -247,6 +247,19 @@ def test_experts_of_one_number_have_one_allocation(models) -> None:
         cut(evidence, "magnitude", 0.25, allocation="global")
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4"])
+def test_channels_of_experts_are_scored_on_text_layer_behind_cut_layer(model_type, models) -> None:
+    model = models[model_type]
+    groups, before = Anatomy.of(model).groups, {n: p.clone() for n, p in model.named_parameters()}
+    found = cut(Evidence(model, BLOCKS), "wanda_sp", 0.25, round_to=4)
+    dense = cut(Evidence(model, BLOCKS), "wanda_sp", 0.25, round_to=4, sequential=False)
+    for group, one, other in zip(groups, found.keep, dense.keep, strict=True):
+        assert int(one.sum()) == found.widths[group.number] == 12 * group.width // 16
+        assert group.layer or one.equal(other)  # nothing is cut in front of the first
+    assert not all(map(torch.equal, found.keep, dense.keep))
+    assert all(parameter.equal(before[name]) for name, parameter in model.named_parameters())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, models):
     """A mixture with a tokenizer, a text to score and one to measure on."""
@@ -310,7 +323,12 @@ def test_a_comparison_says_both_sizes_at_equal_parameters_and_at_equal_active_on
             ["random:global", "flap:uniform"],
             "share one, for all its experts have one width; say random",
         ),
+<<<<<<< HEAD
         (["flap:uniform"], "activations of a Qwen3MoeForCausalLM are not measured"),
+=======
+        (["flap:uniform"], "mlp.experts.down_proj of a Qwen3MoeForCausalLM is none; take another"),
+        (["llm_pruner_vector:uniform"], "gradients are read of linear layers"),
+>>>>>>> budget
     ],
 )
 def test_what_a_mixture_cannot_do_is_said_before_the_work(folder, tmp_path, asked, words) -> None:

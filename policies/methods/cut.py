@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.heads import out_linears
-from prunenet.models.hooks import zeroing
 from prunenet.models.layers import FFN, down_linears, iter_ffns
 from prunenet.models.masks import top_channels
-from prunenet.models.surgery import narrowed
+from prunenet.models.surgery import narrowed, zeroed
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.evidence.structures import Scores, StructurePool, ranked, shared
 from prunenet.policies.methods.papers.flap import group_mean_bias, mean_bias, zscore
@@ -322,14 +321,18 @@ def _sequential(
 ) -> list[Bool[Tensor, " _"]]:
     """Scores each layer behind the cut layers in front of it, and chooses its channels."""
     assert method.layer_score is not None
-    downs, keep = down_linears(evidence.model), []
+    groups = Anatomy.of(evidence.model).groups
+    keep: list[Bool[Tensor, " _"]] = []
     with ExitStack() as hooks:
         walk = LayerWalk(evidence.model, evidence.ids, changing=True)
         for index in walk:
             scores = method.layer_score(evidence.ffns[index], walk.energies(index))
             _check_finite(method, [scores], index)
             keep.append(top_channels(scores, widths[index]))
-            hooks.enter_context(downs[index].register_forward_pre_hook(zeroing(~keep[-1])))
+            layer = [group for group in groups if group.layer == groups[index].layer]
+            if layer[-1].number == index:  # all experts of a layer read what enters it
+                masks = [keep[group.number] for group in layer]
+                hooks.enter_context(zeroed(layer, masks))
     return keep
 
 

@@ -91,7 +91,7 @@ def check_spec(spec: Spec, pruner: Pruner) -> None:
         return
     if row.able is not None:
         row.able(model)
-    elif row.needs != "weights":
+    elif row.needs == "gradients" or spec.refit == "mean_bias":
         down_linears(model)
     wanted = "active" if pruner.share_of == "active" else "total"
     if row.shrinks not in ("both", wanted):

@@ -174,9 +174,9 @@ class Anatomy:
             module = group.down.module
             if not isinstance(module, nn.Linear) or group.expert is not None:
                 raise UnsupportedArchitecture(
-                    f"activations of a {type(self.model).__name__} are not measured, for"
-                    f" {group.path} is no linear layer; choose channels from the weights alone"
-                    " (`moments` none)"
+                    f"gradients are read of linear layers, and biases are added to them, and"
+                    f" {group.path} of a {type(self.model).__name__} is none; take another method,"
+                    " or no bias"
                 )
             found.append(module)
         return found

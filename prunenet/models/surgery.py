@@ -105,23 +105,28 @@ def masking(
     """
     anatomy = anatomy or Anatomy.of(model)
     _check(anatomy, keep, groups)
-    masked = []
     with ExitStack() as hooks:
-        for group, mask in zip(anatomy.groups, keep, strict=True):
-            if group.expert is None:
-                masked.append((group.down.module, mask))
-        if groups is not None:
-            outs = zip(anatomy.outs, groups, strict=True)
-            masked += [
-                (linear, mask.repeat_interleave(linear.in_features // len(mask)))
-                for linear, mask in outs
-            ]
-        for module, mask in masked:
-            hooks.enter_context(
-                module.register_forward_pre_hook(zeroing(~mask.to(device_of(module))))
-            )
-        hooks.enter_context(_zeroed_experts(anatomy.groups, keep))
+        hooks.enter_context(zeroed(anatomy.groups, keep))
+        for linear, mask in () if groups is None else zip(anatomy.outs, groups, strict=True):
+            whole = mask.repeat_interleave(linear.in_features // len(mask))
+            hooks.enter_context(_zeroed_inputs(linear, whole))
         yield model
+
+
+@contextmanager
+def zeroed(groups: Sequence[Group], keep: Sequence[Bool[Tensor, " _"]]) -> Iterator[None]:
+    """Inside, some groups of a model compute as if the channels that `keep` drops were cut."""
+    with ExitStack() as hooks:
+        for group, mask in zip(groups, keep, strict=True):
+            if group.expert is None:
+                hooks.enter_context(_zeroed_inputs(group.down.module, mask))
+        hooks.enter_context(_zeroed_experts(groups, keep))
+        yield
+
+
+def _zeroed_inputs(module: nn.Module, keep: Bool[Tensor, " _"]) -> Any:
+    """A hook, which is a context, that zeroes what enters a module where `keep` is False."""
+    return module.register_forward_pre_hook(zeroing(~keep.to(device_of(module))))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import group_counts
-from prunenet.models.layers import check_tokens, decoder_layers, plain_linear
+from prunenet.models.layers import check_tokens, decoder_layers, down_linears, plain_linear
 from prunenet.runtime.placement import check_together, home
 
 
@@ -137,6 +137,7 @@ def channel_gradients(
         ValueError: windows too short, or tokens that the model does not have.
     """
     architecture = architecture_for(model.config)
+    down_linears(model)  # refuses what is none
     layers = decoder_layers(model, architecture)
     parameters = [
         _parameters(layer, architecture.input_linears, architecture.down) for layer in layers
