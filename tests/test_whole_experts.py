@@ -323,12 +323,8 @@ def test_a_comparison_says_both_sizes_at_equal_parameters_and_at_equal_active_on
             ["random:global", "flap:uniform"],
             "share one, for all its experts have one width; say random",
         ),
-<<<<<<< HEAD
-        (["flap:uniform"], "activations of a Qwen3MoeForCausalLM are not measured"),
-=======
         (["flap:uniform"], "mlp.experts.down_proj of a Qwen3MoeForCausalLM is none; take another"),
         (["llm_pruner_vector:uniform"], "gradients are read of linear layers"),
->>>>>>> budget
     ],
 )
 def test_what_a_mixture_cannot_do_is_said_before_the_work(folder, tmp_path, asked, words) -> None:
