@@ -257,7 +257,9 @@ def by_peft(pruned: Path, out: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
-@pytest.mark.parametrize("tuned_by", [by_transformers, by_peft])
+@pytest.mark.parametrize(
+    "tuned_by", [pytest.param(by_transformers, marks=pytest.mark.slow), by_peft]
+)
 def test_a_pruned_model_that_another_tool_has_tuned_is_padded_recovered_scored_and_cut_again(
     dense, pruned, tmp_path, tuned_by
 ) -> None:

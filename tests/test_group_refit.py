@@ -36,6 +36,8 @@ KINDS = {
     "a text tower": "gemma3",
 }
 
+LATER = ("experts, concat", "dense beside experts", "a text tower")  # as others are
+
 
 def blocks(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 60, (count, 16), generator=torch.Generator().manual_seed(seed))
@@ -60,7 +62,13 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("model_type", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, id=kind, marks=[pytest.mark.slow] if kind in LATER else [])
+        for kind, name in KINDS.items()
+    ],
+)
 def test_a_refit_of_each_kind_lowers_the_error_on_other_text_and_at_ratio_0_is_the_identity(
     model_type,
 ):

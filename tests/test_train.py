@@ -133,7 +133,7 @@ def test_the_model_is_as_it_was_after_training():
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
+@pytest.mark.parametrize("algorithm", ["a2c", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_run_killed_in_each_stage_in_turn_resumes_to_the_same_policy_bit_for_bit(
     tmp_path, algorithm
 ):
