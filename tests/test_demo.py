@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from families import tiny_model
 from rich.console import Console
 from test_cli import save_tiny
@@ -20,6 +21,7 @@ from prunenet.cli.app import app
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy
 from prunenet.policies.training.recipe import Recipe
+from prunenet.text.calibration import CalibrationSet
 
 RECIPE = Recipe(updates=2, masks=4, hidden=(4,), evaluate_every=1)
 
@@ -58,7 +60,8 @@ def test_a_second_run_uses_what_the_first_one_made(run, tmp_path, monkeypatch):
     assert story.policy == "llama"  # that of the family, which ships
     assert load_provenance(tmp_path / "out" / "trained-0.5").policy == "demo"
     assert all(story.how[name] == getattr(demo.HOW, name) for name in ("channels", "refit"))
-    assert (story.regime, story.how["text"]["text"]) == ("self", "self-generated")
+    assert story.regime == "self"  # that of the policy's training
+    assert "text" not in story.how
     assert Policy.from_pretrained(tmp_path / "out" / "policy").config.recipe["where"] is None
     made = stamps(tmp_path / "out")
     monkeypatch.setattr(demo, "self_blocks", None)  # nothing is written, trained or pruned again
@@ -108,7 +111,8 @@ def test_a_checkpoint_pruned_in_another_way_is_not_passed_off_as_the_demo_s(run,
     run()
     policy = Policy.from_pretrained("llama")
     shutil.rmtree(tmp_path / "out" / "ratio-0.5")
-    prune(load_model(tmp_path / "model"), policy, ratio=0.5).save_pretrained(
+    blocks = CalibrationSet(torch.randint(3, 60, (4, 16)), "data", {"text": "x"})
+    prune(load_model(tmp_path / "model"), policy, ratio=0.5, blocks=blocks).save_pretrained(
         tmp_path / "out" / "ratio-0.5"
     )
     with pytest.raises(ValueError, match="holds another pruned model"):
