@@ -138,9 +138,7 @@ class Anatomy:
             return "all its experts have one width"
         if [group.layer for group in self.groups] != list(range(len(self.layers))):
             return "not every layer has one FFN"
-        widest = max(group.width for group in self.groups)
-        stated = field_of(self.model.config, self.architecture.width)
-        if not self.architecture.per_layer or stated not in (None, widest):
+        if not self.architecture.per_layer:
             return f"{self.architecture.width} does not state the width of one layer alone"
         return ""
 

@@ -50,6 +50,7 @@ class Architecture:
             layers without an FFN, several FFNs in a layer; `prunenet.models.discovery` finds them.
         activation: name of the FFN's activation function in transformers; None: see
             `prunenet.models.layers.activation`.
+        multiple: `width` holds a multiple of d_ff, so that it cannot state one layer's alone.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class Architecture:
     attention_in: tuple[str, ...] = ()
     found: tuple[Pattern, ...] = ()
     activation: str | None = None
+    multiple: bool = False
 
     @property
     def input_linears(self) -> tuple[str, ...]:
@@ -86,7 +88,7 @@ class Architecture:
         names = [_path_in(self.layers, part.tensor) for part in first.matrices]
         several = more or first.experts or None in names or len(roles) < len(names)
         nested = "." in self.width.removeprefix("text_config.")
-        if several or nested or first.companions or first.unless:
+        if several or nested or self.multiple or first.companions or first.unless:
             return self
         paths = dict(zip(roles, map(str, names), strict=True))
         if "gate_up" in roles and roles["gate_up"].layout == "concat":

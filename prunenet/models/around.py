@@ -1,5 +1,6 @@
 """Describes what stands around discovered channels, for the statistics: the norm in front, the
-matrix by which attention writes, and the activation function. A row without them still cuts.
+matrix by which attention writes, and the activation function. A row without them still cuts. Also
+whether the configuration states a multiple of the width.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.activations import ACT2FN
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture
 from prunenet.models.groups import Group
+from prunenet.models.knobs import field_of
 from prunenet.models.twin import D_MODEL, logits_of
 
 _OUT = re.compile(r"att[a-z_]*\.(o_proj|out_proj|dense|c_proj|wo|o|to_out|output\.dense|proj)$")
@@ -38,12 +40,14 @@ def described(row: Architecture, model: PreTrainedModel, ids: Tensor) -> Archite
     path, offset = _norm(group, anatomy, seen)
     named = [name for name, m in group.module.named_modules() if isinstance(m, nn.Linear)]
     outs = [name for name in named if _OUT.search(name)]
+    stated = field_of(model.config, row.width)
     return replace(
         row,
         norms=() if path is None else (path,),
         norm_offset=offset,
         attention_out=outs[0] if outs else "",
         activation=_activation(group, seen),
+        multiple=row.spelled().per_layer and stated not in (None, max(anatomy.widths)),
     )
 
 

@@ -26,7 +26,7 @@ from prunenet.runtime.json_files import read_json
 from prunenet.runtime.paths import cache_folder
 
 _MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-RULES = 3
+RULES = 4
 """Version of the rules of discovery; raise it when they change, so that nothing cached is used."""
 SHIPPED = Path(__file__).with_name("known_types.json")
 """Written by `benchmarks/coverage.py`."""
