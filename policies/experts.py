@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunenet.models.experts import Experts, concentration, without_experts
+from prunenet.models.experts import Experts, concentration
 from prunenet.policies.options import ExpertsBy
 from prunenet.refit.expert_use import check_readable, expert_use
 
@@ -85,15 +85,3 @@ def scores_without_text(
         return concentration(model)
     generator = torch.Generator().manual_seed(seed)
     return {layer: torch.rand(experts.count, generator=generator) for layer in experts.layers}
-
-
-def prune_experts(
-    model: PreTrainedModel,
-    left: int,
-    by: ExpertsBy = "aimer",
-    *,
-    blocks: Tensor | None = None,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """A model with `left` experts in each layer; arguments and errors as `keep_experts`."""
-    return without_experts(model, keep_experts(model, left, by, blocks=blocks, seed=seed))

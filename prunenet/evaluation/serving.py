@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 from prunenet.checkpoints.exports.choices import GgufType
 from prunenet.checkpoints.exports.gguf import export_gguf
 from prunenet.checkpoints.exports.llama_cpp import serving
 from prunenet.evaluation.options import SPEED, SpeedOptions
 from prunenet.evaluation.speed import is_narrow, medians
+from prunenet.runtime.passing import passing_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +67,10 @@ def serve_side_by_side(
     check_servable(options)
     sizes: dict[str, int] = {}
     times: dict[str, list[tuple[float, float]]] = {source: [] for source in sources}
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+    with passing_folder() as scratch, ExitStack() as stack:
         servers = {}
         for index, source in enumerate(sources):
-            made = export_gguf(source, Path(scratch) / str(index), type)
+            made = export_gguf(source, scratch / str(index), type)
             sizes[source] = made.bytes
             room = options.prompt + options.new_tokens
             servers[source] = stack.enter_context(serving(made.path, context=room + 1))
