@@ -54,6 +54,7 @@ from prunenet.models.layers import iter_ffns
 from prunenet.policies.apply import prune
 from prunenet.policies.artifact import policy_for
 from prunenet.policies.training.recipe import PRESETS
+from prunenet.policies.training.reports import Reports
 from prunenet.spectra.exact import SpectralReference
 
 
@@ -171,7 +172,9 @@ def recipe(shape: str, layers: int, arguments: argparse.Namespace) -> Line:
         timing(training, "SpectralReward", "dense spectra", parts, ticks),
         timing(View, "of", "statistics", parts, ticks),
     ):
-        trained = training.train(model, chosen, progress=lambda *_: marks.append(ticks()))
+        trained = training.train(
+            model, chosen, reports=Reports(progress=lambda *_: marks.append(ticks()))
+        )
     parts["episodes"] = marks[-1] - marks[0]
     saved, rates = pruned_and_saved(clock, model, trained.policy, ticks, arguments.scratch)
     route = "stochastic" if next(iter_ffns(model)).d_model > EXACT_UP_TO else "exact"

@@ -43,6 +43,7 @@ from prunenet.envs.sweep import View
 from prunenet.models.layers import iter_ffns
 from prunenet.policies.training import train as training
 from prunenet.policies.training.recipe import PRESETS
+from prunenet.policies.training.reports import Reports
 from prunenet.spectra.estimated import SpectralSketch
 from prunenet.spectra.exact import SpectralReference
 
@@ -92,7 +93,7 @@ def ours(route: str, folder: Path) -> Line:
             stack.enter_context(timing(where, name, part, used, time.process_time))
         recipe = replace(PUBLISHED, spectrum=route)
         mark = lambda *_: marks.append((time.perf_counter(), time.process_time()))  # noqa: E731
-        trained = training.train(model, recipe, progress=mark)
+        trained = training.train(model, recipe, reports=Reports(progress=mark))
     # The first mark is after the untrained policy's evaluation, which is outside.
     seconds["episodes"], used["episodes"] = (
         float(b - a) for a, b in zip(marks[0], marks[-1], strict=True)

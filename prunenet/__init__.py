@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prunenet.policies.options import PruneOptions
     from prunenet.policies.stream import prune_streamed
     from prunenet.policies.training.recipe import PRESETS, Recipe
+    from prunenet.policies.training.reports import Reports
     from prunenet.policies.training.train import train
     from prunenet.policies.training.vec_env import SB3VecEnv
     from prunenet.recover.options import RecoverText, Tuning
@@ -56,6 +57,7 @@ _HOMES = {
     "prune_streamed": "prunenet.policies.stream",
     "PRESETS": "prunenet.policies.training.recipe",
     "Recipe": "prunenet.policies.training.recipe",
+    "Reports": "prunenet.policies.training.reports",
     "train": "prunenet.policies.training.train",
     "SB3VecEnv": "prunenet.policies.training.vec_env",
     "RecoverText": "prunenet.recover.options",
@@ -76,6 +78,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "RecoverText",
+    "Reports",
     "SB3VecEnv",
     "Scored",
     "SpeedOptions",

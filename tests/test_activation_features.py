@@ -30,6 +30,7 @@ from prunenet.policies import artifact
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, zoo
 from prunenet.policies.training import train as training
 from prunenet.policies.training.recipe import MOMENT_PRIOR, PRESETS, Recipe
+from prunenet.policies.training.reports import Reports
 from prunenet.policies.training.train import train
 from prunenet.refit.moments import LayerWalk, Moments, ffn_moments
 from prunenet.text.calibration import CalibrationSet
@@ -306,7 +307,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_policy_bit_for_bit(tmp_path)
         )
 
     with pytest.raises(Stopped):
-        run("stopped", progress=stop)
+        run("stopped", reports=Reports(progress=stop))
     with pytest.raises(PolicyError, match="was started with recipe"):
         run("stopped", replace(SHORT, features="weights"), resume=True)
     run("stopped", resume=True)

@@ -9,6 +9,7 @@ import pytest
 from families import tiny_model, token_ids
 
 from prunenet.policies.training.recipe import Recipe
+from prunenet.policies.training.reports import Reports
 from prunenet.policies.training.train import train
 from prunenet.recover.options import Tuning
 from prunenet.recover.record import recover
@@ -46,7 +47,12 @@ def test_one_run_holds_both_stages_their_terms_widths_settings_and_results(
     calls = recorded(monkeypatch)
     widths = Recipe(reward="spectral", updates=2, masks=4, subset="widths", evaluate_every=1)
     recipe = Recipe(**{**vars_of(RECIPE), "allocation": widths})
-    found = train(tiny_model("llama"), recipe, out=tmp_path / "policy", report_to=["wandb"])
+    found = train(
+        tiny_model("llama"),
+        recipe,
+        out=tmp_path / "policy",
+        reports=Reports(report_to=["wandb"]),
+    )
     names = [name for name, _, _ in calls]
     assert names[0] == "init"
     assert names[-2:] == ["results", "finish"]
@@ -113,7 +119,7 @@ def test_a_tracker_that_is_not_there_is_said_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(kind, match=said):
-        train(None, report_to=names)
+        train(None, reports=Reports(report_to=names))
     with pytest.raises(kind, match=said):
         recover(tmp_path / "nothing", tmp_path / "out", report_to=names)
 

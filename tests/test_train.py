@@ -15,6 +15,7 @@ from families import tiny_model, token_ids
 from prunenet.models.layers import down_linears
 from prunenet.policies.artifact import Policy, PolicyError
 from prunenet.policies.training.recipe import PRESETS, Recipe, recipe_for
+from prunenet.policies.training.reports import Reports
 from prunenet.policies.training.train import train
 from prunenet.text.calibration import CalibrationSet
 
@@ -203,7 +204,7 @@ def test_tensorboard_shows_terms_widths_and_the_recipe_and_no_critic_where_there
             return True
 
     counting = Counting()
-    train(tiny_model("llama"), SHORT, out=tmp_path, callbacks=[counting])
+    train(tiny_model("llama"), SHORT, out=tmp_path, reports=Reports(callbacks=[counting]))
     assert counting.steps == 3 * SHORT.updates
     (log,) = state(tmp_path).parent.glob("run_*")
     events = EventAccumulator(str(log)).Reload()

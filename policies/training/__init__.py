@@ -4,6 +4,7 @@ this.
 choices.py       the choices of a recipe
 recipe.py        recipes and presets
 train.py         a training from model to saved policy
+reports.py       who is told of a training: progress, callbacks, trackers
 run.py           one stage: its updates, its evaluations, the best policy seen
 state.py         the state file of an unfinished stage
 actor_critic.py  the stable-baselines3 policy around scorer and distribution

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import HParam, KVWriter
+from stable_baselines3.common.logger import HParam
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
@@ -37,7 +37,6 @@ from prunenet.policies.training.recipe import Recipe, as_json
 from prunenet.policies.training.state import Progress, load_state, save_state
 from prunenet.policies.training.vec_env import SB3VecEnv
 from prunenet.runtime.files import make_folders
-from prunenet.runtime.tracking import NOTHING, Track
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,6 @@ class Run(BaseCallback):
         saving: where the state is saved.
         progress: called with (updates done, updates in all, best reward so far).
         callbacks: of stable-baselines3, called behind this one.
-        track: told what is logged.
     """
 
     model: OnPolicyAlgorithm
@@ -109,10 +107,8 @@ class Run(BaseCallback):
         saving: Saving,
         progress: Callable[[int, int, float], None] | None,
         callbacks: Sequence[BaseCallback] = (),
-        track: Track = NOTHING,
     ) -> None:
         super().__init__()
-        self._track = track
         self._callbacks = callbacks
         self.view = view
         self.scorer = scorer.to(view.context.device)
@@ -173,8 +169,6 @@ class Run(BaseCallback):
         algorithm.num_timesteps = self.state.updates * self.view.layers * self.recipe.masks
 
     def _on_training_start(self) -> None:
-        if self._track.runs:
-            self.logger.output_formats.append(_Tracked(self._track))
         shown = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in as_json(self.recipe).items()
@@ -248,24 +242,6 @@ class Run(BaseCallback):
             self.state.best = {
                 name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()
             }
-
-
-class _Tracked(KVWriter):
-    """A place to which stable-baselines3's logger writes."""
-
-    def __init__(self, track: Track) -> None:
-        self.track = track
-
-    def write(
-        self,
-        key_values: dict[str, Any],
-        key_excluded: dict[str, tuple[str, ...]],
-        step: int = 0,
-    ) -> None:
-        self.track.log(key_values, step)
-
-    def close(self) -> None:
-        """Leaves the run open: another stage may follow."""
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ result is never worse than its start on its own reward.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,11 +37,12 @@ from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
+from prunenet.policies.training.reports import Reports, Tracked
 from prunenet.policies.training.run import Run, Saving
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import check_home, expanded, lock
-from prunenet.runtime.tracking import Track, Tracker, check_trackers, tracking
+from prunenet.runtime.tracking import check_trackers, tracking
 from prunenet.text.calibration import CalibrationSet
 
 _History = list[tuple[int, float]]  # (updates, reward) at each evaluation
@@ -74,9 +74,7 @@ def train(
     blocks: CalibrationSet | None = None,
     reward: Reward | None = None,
     regime: Regime | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-    callbacks: Sequence[BaseCallback] = (),
-    report_to: Sequence[Tracker] = (),
+    reports: Reports | None = None,
 ) -> Training:
     """Trains a policy.
 
@@ -98,11 +96,7 @@ def train(
         reward: replaces the recipe's reward.
         regime: "weights", "self" or "data": what `reward` looks at; needed with it unless `blocks`
             say so.
-        progress: called with (updates done, updates in all, best reward so far).
-        callbacks: of stable-baselines3, of both stages; whatever they log goes into the run's
-            TensorBoard log. On the first process alone.
-        report_to: trackers that are told what that log is told, settings and results too, as one
-            run; see `prunenet.runtime.tracking`.
+        reports: who is told meanwhile.
 
     Raises:
         PolicyError: nothing to resume, the run in `out` had other settings, or `out` is in use and
@@ -113,8 +107,8 @@ def train(
         ImportError: a tracker is not installed.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
-    check_trackers(report_to)
-    recipe = recipe or Recipe()
+    recipe, reports = recipe or Recipe(), reports or Reports()
+    check_trackers(reports.report_to)
     read = recipe.features == "moments"
     if not read and reward is None and _spectral_alone(recipe):
         blocks = None  # only weights are read, and the record must say so
@@ -129,17 +123,18 @@ def train(
     with (
         _writing(folder, resume),
         _random_state_kept(),
-        tracking(report_to, called, identity) as track,
+        tracking(reports.report_to, called, identity) as track,
     ):
         policy = Policy.untrained(config, seed=recipe.seed)
         for name, stage, judge in _stages(model, recipe, reward, paid):
-            own = track.stage(name, _steps(view, recipe) if histories else 0)
+            own = Tracked(track.stage(name, _steps(view, recipe) if histories else 0))
 
             def play(
-                judge: Reward, name: str = name, stage: Recipe = stage, own: Track = own
+                judge: Reward, name: str = name, stage: Recipe = stage, own: Tracked = own
             ) -> _History:
                 saving = Saving(folder and _state(folder, name), identity)
-                run = Run(view, policy.scorer, judge, stage, saving, progress, callbacks, own)
+                told = [*reports.callbacks, own]
+                run = Run(view, policy.scorer, judge, stage, saving, reports.progress, told)
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = judged_by_all(judge, play) or []

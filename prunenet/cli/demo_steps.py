@@ -28,6 +28,7 @@ from prunenet.policies.apply import decide, pruned_by
 from prunenet.policies.artifact import Policy, PolicyError, policy_for
 from prunenet.policies.options import PruneOptions
 from prunenet.policies.training.recipe import PRESETS, Recipe
+from prunenet.policies.training.reports import Reports
 from prunenet.policies.training.train import recorded, train, unfinished
 from prunenet.runtime.choices import check_ratio
 from prunenet.runtime.files import CheckpointError, check_home, write_atomic
@@ -157,7 +158,12 @@ def _policy(dense: PreTrainedModel, folder: Path, recipe: Recipe, console: Conso
     blocks = _own_text(dense, console)
     with tables.progress(console, "training", "reward") as advance:
         return train(
-            dense, recipe, out=folder, resume=unfinished(folder), blocks=blocks, progress=advance
+            dense,
+            recipe,
+            out=folder,
+            resume=unfinished(folder),
+            blocks=blocks,
+            reports=Reports(progress=advance),
         ).policy
 
 

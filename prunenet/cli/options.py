@@ -115,6 +115,14 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """Whether an unfinished training goes on, and who is told of it."""
+
+    resume: Resume = False
+    report_to: ReportTo = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading(LoadOptions):
     """How weights are loaded, or read layer by layer."""
 

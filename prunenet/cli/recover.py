@@ -8,7 +8,7 @@ import typer
 
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
-from prunenet.cli.options import Json, OneDevice, Out, ReportTo, Resume, trackers
+from prunenet.cli.options import Json, OneDevice, Out, Running, trackers
 from prunenet.recover.options import RecoverText, Tuning
 
 Pruned = Annotated[
@@ -26,9 +26,8 @@ def recover(
     tuning: Tuning,
     text: RecoverText,
     loading: OneDevice,
+    running: Running,
     teacher: Teacher = None,
-    resume: Resume = False,
-    report_to: ReportTo = None,
     as_json: Json = False,
 ) -> None:
     """Train a pruned model to predict what the dense one does (LoRA, merged), by default without
@@ -47,10 +46,10 @@ def recover(
                 tuning,
                 teacher=teacher,
                 text=text,
-                resume=resume,
+                resume=running.resume,
                 loading=LoadOptions(device=place, dtype=loading.dtype),
                 progress=advance,
-                report_to=trackers(report_to),
+                report_to=trackers(running.report_to),
             )
         if not parallel.is_first():
             return

@@ -23,8 +23,7 @@ from prunenet.cli.options import (
     Model,
     Out,
     Reading,
-    ReportTo,
-    Resume,
+    Running,
     Seed,
     TextColumn,
     trackers,
@@ -128,23 +127,23 @@ def train(
     out: Out,
     training: Training,
     reading: Reading,
-    resume: Resume = False,
-    report_to: ReportTo = None,
+    running: Running,
     as_json: Json = False,
 ) -> None:
     """Train a policy on a model, to be applied at any ratio, by default from weights alone."""
     with one_job(reading.device, out) as place:
+        from prunenet.policies.training.reports import Reports
         from prunenet.policies.training.train import check_run, check_trainable, learns_widths
         from prunenet.policies.training.train import train as learn
         from prunenet.text.calibration import CalibrationOptions
 
         recipe, allocation = training.recipes()
-        reported = trackers(report_to)
+        reported = trackers(running.report_to)
         rewards = {recipe.reward, "spectral" if allocation is None else allocation.reward}
         reads = rewards != {"spectral"} or recipe.features == "moments"
         remedy = "say --preset spectral, without --features moments or --widths per-layer"
         check_streamable(reading, reads, remedy)
-        check_run(out, resume)
+        check_run(out, running.resume)
         dense = open_model(model, reading, place)
         check_trainable(dense)
         if training.widths is None and not learns_widths(dense):
@@ -159,10 +158,9 @@ def train(
                 dense,
                 replace(recipe, allocation=allocation),
                 out=out,
-                resume=resume,
+                resume=running.resume,
                 blocks=blocks,
-                progress=advance,
-                report_to=reported,
+                reports=Reports(progress=advance, report_to=reported),
             )
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)
         config = trained.policy.config
