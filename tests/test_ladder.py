@@ -4,16 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from families import LAYERS, random_keep, tiny_model, token_ids
 from test_cli import contents, facts, refused, run, save_tiny
+from test_kinds import masks, tiny
 
 from prunenet.checkpoints.save import load_provenance
 from prunenet.cli import recovering
+from prunenet.evaluation.options import EvaluationOptions
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import Pruned
 from prunenet.recover import training
 from prunenet.recover.options import Tuning
-from prunenet.recover.training import estimated
+from prunenet.recover.training import estimated, tuned
 from prunenet.text.calibration import CalibrationSet
 
 QUICK = Tuning(batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
@@ -28,7 +31,7 @@ def dense(tmp_path_factory) -> Path:
 def _small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNENET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(recovering, "PRESETS", {"fast": (QUICK, 1280)})
+        patch.setattr(recovering, "preset", lambda _: (QUICK, 1280))
         yield
 
 
@@ -120,3 +123,66 @@ def test_an_estimate_grows_with_steps_and_with_what_is_trained():
     assert full.bytes - few.bytes > 3 * held
     weights = 4 * sum(p.numel() for p in model.parameters())
     assert averaged.bytes > full.bytes - weights
+
+
+def test_repeated_text_is_told_from_text_that_does_not_repeat(dense, tmp_path):
+    from prunenet.evaluation.repetition import counted
+    from prunenet.evaluation.side_by_side import evaluate
+
+    fresh = torch.arange(256).view(2, 128)
+    assert counted(fresh).distinct_4 == 1
+    assert counted(fresh).repetition_rate == 0
+    twice = counted(torch.cat((fresh[:1], fresh[:1])))
+    assert (twice.distinct_4, twice.repetition_rate) == (0.5, 0), "another text is no repetition"
+    stuck = counted(torch.full((2, 128), 7))
+    assert stuck.distinct_4 == 1 / 250
+    assert stuck.repetition_rate == pytest.approx(124 / 125)
+    (row,) = evaluate(
+        dense, speed=None, options=EvaluationOptions(window=16, max_windows=2), repetition=True
+    )
+    shown = row.as_dict()
+    assert 0 < shown["distinct_4"] <= 1 - shown["repetition_rate"] <= 1
+
+
+@pytest.mark.slow
+def test_each_rung_is_a_checkpoint_and_those_that_are_there_are_not_done_again(
+    dense, tmp_path, monkeypatch
+):
+    facts("prune", dense, "--policy", "none", "--ratio", 0.5, "--out", tmp_path / "cut")
+    ask = ("recover", tmp_path / "cut", "--teacher", dense, "--out", tmp_path / "out")
+    small = ("--batch", 4, "--rank", 2, "--learning-rate", 0.005)
+    assert "leave --steps and --tokens out" in refused(*ask, "--rungs", 1280, "--tokens", 1280)
+    assert "a thousand apart or more, got" in refused(*ask, "--rungs", "1280,1300")
+    (first,) = facts(*ask, *small, "--rungs", 1280)["rungs"]
+    assert "exists already" in refused(*ask, *small, "--rungs", "1280,2560")
+    before = contents(tmp_path / "out-1k")
+    found = facts(*ask, *small, "--rungs", "2560,1280", "--resume")["rungs"]
+    assert [Path(rung["folder"]).name for rung in found] == ["out-1k", "out-2k"]
+    assert found[0] == first
+    assert contents(tmp_path / "out-1k") == before
+    assert [load_provenance(rung["folder"]).recovered[0]["tokens"] for rung in found] == [
+        1280,
+        2560,
+    ]
+
+
+@pytest.mark.parametrize("kind", ["experts, concat", "wrapper"])
+@pytest.mark.parametrize("updates", ["lora", "full"])
+def test_mixtures_and_wrappers_are_recovered_by_either_kind_of_update(kind, updates):
+    model, ids = tiny(kind)
+    narrow = narrowed(model, masks(kind, 0.5))
+    before = {name: tensor.clone() for name, tensor in narrow.state_dict().items()}
+    known, generator = ids.flatten(), torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(known), (12, 8), generator=generator)
+    blocks = CalibrationSet(known[drawn], "self", {"text": "random"})
+    rate = 5e-3 if updates == "lora" else 3e-4
+    tuning = replace(QUICK, updates=updates, steps=6, learning_rate=rate)
+    found = tuned(narrow, blocks, tuning, teacher=model)
+    assert found.after < found.before
+    after = found.model.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert not [name for name in changed if "embed" in name or "vision" in name]
+    # experts that are one tensor have no linears: only full training reaches them
+    inside = [name for name in changed if "experts" in name or "mlp.down" in name]
+    assert bool(inside) == (updates == "full" or kind == "wrapper")

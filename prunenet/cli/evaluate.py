@@ -44,6 +44,12 @@ def evaluate(
             " in llama.cpp (extra 'gguf')."
         ),
     ] = None,
+    repetition: Annotated[
+        bool,
+        typer.Option(
+            "--repetition", help="Count the 4-grams that greedy texts of 128 tokens repeat."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, size and speed of models, side by side."""
@@ -59,6 +65,7 @@ def evaluate(
                 options,
                 speed=pace if speed else None,
                 serve=serve,
+                repetition=repetition,
                 loading=loading,
                 progress=advance,
             )

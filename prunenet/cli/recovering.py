@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from prunenet.cli.console import errors
 from prunenet.cli.inputs import Checkpoint
 from prunenet.cli.options import Calibration, Reading, Resume
 from prunenet.policies.options import PruneOptions
-from prunenet.recover.options import PRESETS, RecoverText
+from prunenet.recover.options import RecoverText, preset
 
 if TYPE_CHECKING:
     from prunenet.recover.estimate import Estimate
@@ -154,7 +154,8 @@ class Unfinished:
         from prunenet.recover.state import STATE
         from prunenet.runtime import parallel
 
-        tuning, tokens = PRESETS[self.preset]
+        tuning, tokens = preset(self.preset)
+        tuning = replace(tuning, seed=calibration.seed)  # the text that the cut was measured on
         external = calibration.moments == "data"
         text = RecoverText(
             moments="data" if external else "self",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from prunenet.checkpoints.provenance import Provenance
+    from prunenet.recover.ladder import Rung
 
 
 @contextmanager
@@ -88,12 +90,29 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
     }
 
 
+def rungs_of(ladder: Sequence[Rung]) -> list[dict[str, Any]]:
+    """The rungs of a recovery as JSON has them."""
+    return [asdict(rung) | {"folder": str(rung.folder)} for rung in ladder]
+
+
+def rungs(ladder: Sequence[Rung]) -> Table:
+    """One line a rung."""
+    rows = [
+        [r.folder.name, f"{r.tokens:,}", f"{r.loss_before:.4f}", f"{r.loss_after:.4f}"]
+        for r in ladder
+    ]
+    note = "loss: nats per token on text held back, before the training and after it"
+    return grid(["folder", "tokens", "before", "after"], rows, note)
+
+
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("name", "model", lambda v: v if len(v) <= 24 else f"{v[:23]}…"),
     ("parameters", "params", lambda v: f"{v / 1e6:.1f} M"),
     ("non_embedding_parameters", "no embed.", lambda v: f"{v / 1e6:.1f} M"),
     ("bytes", "disk", lambda v: f"{v / 1e6:.0f} MB"),
     ("perplexity", "perplexity", lambda v: f"{v:,.1f}"),
+    ("distinct_4", "distinct-4", lambda v: f"{v:.2f}"),
+    ("repetition_rate", "repeats", lambda v: f"{v:.0%}"),
     ("prefill_tokens_per_second", "prefill tok/s", lambda v: f"{v:,.0f}"),
     ("decode_tokens_per_second", "decode tok/s", lambda v: f"{v:,.1f}"),
 )

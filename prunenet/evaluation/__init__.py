@@ -12,6 +12,7 @@ task_files.py    their questions, from local files
 speed.py         tokens per second, side by side
 serving.py       the same of llama.cpp, on exported files
 result.py        all that was measured on one model, as one record
+repetition.py    4-grams that greedy texts repeat
 side_by_side.py  all of it for several checkpoints
 intervals.py     how sure a mean is: the bootstrap
 report.py        the figure

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.contents import weight_names
 from prunenet.evaluation.perplexity import Perplexity
+from prunenet.evaluation.repetition import Repetition
 from prunenet.evaluation.speed import Speed
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import attentions
@@ -41,6 +42,7 @@ class Result:
             prefill_spread, decode_spread, prompt, new_tokens, batch, repeats, compiled,
             forward_bytes: its fields.
         peak_bytes: parameters in memory and `forward_bytes`.
+        distinct_4, repetition_rate: of greedy texts, see `prunenet.evaluation.repetition`.
         served_...: of llama.cpp with the model as a GGUF file; the fields of
             `prunenet.evaluation.serving.Served`.
     """
@@ -74,6 +76,8 @@ class Result:
     kv_bytes_per_token: int | None = None
     forward_bytes: int | None = None
     peak_bytes: int | None = None
+    distinct_4: float | None = None
+    repetition_rate: float | None = None
     served_type: str | None = None
     served_bytes: int | None = None
     served_prefill_tokens_per_second: float | None = None
@@ -117,13 +121,14 @@ def summarise(
     *,
     perplexity: Perplexity | None = None,
     speed: Speed | None = None,
+    repetition: Repetition | None = None,
     folder: str | Path | None = None,
 ) -> Result:
     """Puts measurements, parameter counts and size together.
 
     Args:
         model: the model measured.
-        perplexity, speed: of this model, where measured.
+        perplexity, speed, repetition: of this model, where measured.
         folder: the checkpoint's folder, to count bytes on disk.
 
     Raises:
@@ -154,6 +159,7 @@ def summarise(
         peak_bytes=None if forward is None else own + forward,
         **quality,
         **pace,
+        **({} if repetition is None else asdict(repetition)),
     )
 
 

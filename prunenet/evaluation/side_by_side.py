@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.contents import CONFIG, RECORD
@@ -18,6 +19,8 @@ from prunenet.checkpoints.records import recorded_ratio
 from prunenet.checkpoints.sources import find_folder
 from prunenet.evaluation.options import EVALUATION, SPEED, EvaluationOptions, SpeedOptions
 from prunenet.evaluation.perplexity import check_fits, perplexity
+from prunenet.evaluation.repetition import Repetition, sampled_openings
+from prunenet.evaluation.repetition import repetition as repetition_of
 from prunenet.evaluation.result import ModelResult, summarise
 from prunenet.evaluation.serving import check_servable, serve_side_by_side
 from prunenet.evaluation.speed import speed_side_by_side
@@ -32,6 +35,7 @@ def evaluate(
     *,
     speed: SpeedOptions | None = SPEED,
     serve: GgufType | None = None,
+    repetition: bool = False,
     loading: LoadOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ModelResult]:
@@ -46,6 +50,8 @@ def evaluate(
             hits them alike; None leaves speed out.
         serve: writes each model as a GGUF file of this type too, and measures llama.cpp with it
             (extra `gguf`); None: does not.
+        repetition: whether to count repeated 4-grams in greedy texts, from openings that the first
+            model of a tokenizer samples (`prunenet.evaluation.repetition`).
         loading: device and dtype.
         progress: called with (windows scored, windows in all), over all models.
 
@@ -67,10 +73,11 @@ def evaluate(
         dtype=loading.dtype,
     )
     rows: list[ModelResult] = []
+    openings: dict[str, Tensor] | None = {} if repetition else None
     for group in [[source] for source in sources] if loading.device == AUTO else [sources]:
         report = None if progress is None else partial(_report, progress, len(sources), len(rows))
         loaded = {source: load(source) for source in group}
-        rows += _together(loaded, scored, options, speed, report)
+        rows += _together(loaded, scored, options, speed, report, openings)
         del loaded
         # accelerate's hooks and the modules know each other: the weights would wait for the next
         # one's
@@ -90,8 +97,11 @@ def _together(
     options: EvaluationOptions,
     speed: SpeedOptions | None,
     report: Callable[[int, int, int], None] | None,
+    openings: dict[str, Tensor] | None,
 ) -> list[ModelResult]:
-    """The rows of models that are in memory at the same time."""
+    """The rows of models that are in memory at the same time. `openings`: of greedy texts, by
+    tokenizer; None where none are written.
+    """
     tokenizers = _tokenizers(list(models))
     for source, model in models.items():
         check_fits(model, tokenizers[source], options)
@@ -109,11 +119,26 @@ def _together(
             model,
             perplexity=qualities[source],
             speed=speeds.get(source),
+            repetition=_repeated(model, tokenizers[source], options, openings),
             folder=find_folder(source, CONFIG, RECORD),  # of a hub id, where its files are
         )
         name, ratio = Path(source).expanduser().name, recorded_ratio(source)
         rows.append(ModelResult(**asdict(result), name=name, folder=source, ratio=ratio))
     return rows
+
+
+def _repeated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: EvaluationOptions,
+    openings: dict[str, Tensor] | None,
+) -> Repetition | None:
+    if openings is None:
+        return None
+    known = _content(tokenizer)
+    if known not in openings:
+        openings[known] = sampled_openings(model, tokenizer, options.bos)
+    return repetition_of(model, openings[known])
 
 
 def _tokenizers(sources: Sequence[str]) -> dict[str, PreTrainedTokenizerBase]:

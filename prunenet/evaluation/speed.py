@@ -145,6 +145,19 @@ def _callables(
 
 
 @torch.inference_mode()
+def continued(
+    model: PreTrainedModel, ids: Int[Tensor, "n prompt"], new_tokens: int
+) -> Int[Tensor, "n new_tokens"]:
+    """What a model writes greedily behind each prompt, past any end of sequence."""
+    written, cache, token = [], None, ids
+    with evaluating(model):
+        for _ in range(new_tokens):
+            cache, token = _step(model, token, cache, model)
+            written.append(token)
+    return torch.cat(written, 1)
+
+
+@torch.inference_mode()
 def generate_sentence(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32
 ) -> str:

@@ -95,7 +95,7 @@ def memory(
     widest = max(max(p.shape) for p in layers.parameters())
     activations = ids.numel() * item * len(layers) * (_KEPT * config.hidden_size + 4 * widest)
     logits = ids.numel() * item * config.vocab_size * _COPIES
-    return sum(sizes.values()) + states + activations + logits
+    return int(sum(sizes.values()) + states + activations + logits)
 
 
 def writing(

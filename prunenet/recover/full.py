@@ -39,4 +39,5 @@ def closed(student: PreTrainedModel, given: PreTrainedModel) -> PreTrainedModel:
     """The model of `opened`, its weights rounded to the dtypes of the given one; in place."""
     for own, before in zip(student.parameters(), given.parameters(), strict=True):
         own.data = own.to(before.dtype) if own.requires_grad else before.data
+        own.grad = None
     return student.requires_grad_(True)

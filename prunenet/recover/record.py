@@ -108,7 +108,6 @@ def recover(
         estimate(expected(model, dense, tokenizer, text, tuning))
     told = None if progress is None else partial(progress, "text")
     blocks = learning_text(writer, tokenizer, text, tuning, told)
-    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
 
     def advance(done: int, total: int, loss: float) -> None:
         if progress is not None:
@@ -132,7 +131,7 @@ def expected(
 ) -> Estimate:
     """What a recovery is going to take, before there is any text."""
     block = block_tokens(model)
-    count = blocks_wanted(text, tuning, block)
+    count = sum(blocks_wanted(text, tuning, block))
     stand_in = token_blocks(model, count=count, window=block)
     found = estimated(model, stand_in, tuning, teacher=teacher)
     if teacher is None or text.moments == "data":
@@ -149,9 +148,8 @@ def recorded(
     *,
     taught: bool,
 ) -> Provenance:
-    """The provenance of a recovered model; its regime is the most that any step looked at. `tuning`
-    is a settled one.
-    """
+    """The provenance of a recovered model; its regime is the most that any step looked at."""
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
     assert tuning.steps is not None, "Tuning.settled"
     step = dataclasses.asdict(tuning) | {
         "betas": list(tuning.betas),

@@ -2,7 +2,8 @@
 
 Self-written text is sampled and cached in parts of as many sequences as a calibration set has: the
 first is the text that the cut was measured on, longer texts begin with shorter ones, and memory and
-what a kill loses are bounded by a part.
+what a kill loses are bounded by a part. What is held back is a part of its own, which no cut was
+measured on, and the same for all longer texts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ MOST_HELD = 32
 """Blocks held back, at most: a fifth of all."""
 _PART = round(KEEP * SEQUENCES)  # sequences that the filter leaves of a part
 _EXTERNAL = "builtin"
+_HELD = 2**31  # number of the part that is held back
 
 
 def learning_text(
@@ -56,7 +58,8 @@ def learning_text(
     external = text.moments == "data"
     begins = external and bos_token(tokenizer, text.bos) is not None
     block = block_tokens(writer, front=int(begins))
-    count = blocks_wanted(text, tuning, block)
+    learned, held = blocks_wanted(text, tuning, block)
+    count = learned + held
     if external and text.tokens is None:
         read = load_text(text.text or _EXTERNAL, CalibrationText, text.column)
         count = max(2, min(count, len(tokenise(tokenizer, read)) // block))
@@ -64,21 +67,23 @@ def learning_text(
     def part(number: int, blocks: int) -> CalibrationSet:
         # so many that the filter leaves as many of each kind
         many = blocks if external else 2 * math.ceil((blocks + blocks % 2) / (2 * KEEP))
-        seed = tuning.seed if number == 0 else _seed(tuning.seed, number)
+        seed = _seed(tuning.seed, number) if number else tuning.seed
         options = CalibrationOptions(
             seed=seed, tokens=max(2, many) * block, bos=text.bos, column=text.column
         )
-        told = None if progress is None else partial(_whole, progress, number * _PART, count, block)
+        before = learned if number == _HELD else number * _PART
+        told = None if progress is None else partial(_whole, progress, before, count, block)
         source = text.text or _EXTERNAL
         return calibration_for(writer, tokenizer, text.moments, source, options, progress=told)
 
     if external:
         return part(0, count)
-    sizes = [min(_PART, count - first) for first in range(0, count, _PART)]
-    return _joined([part(number, size) for number, size in enumerate(sizes)], count)
+    sizes = [min(_PART, learned - first) for first in range(0, learned, _PART)]
+    parts = [part(number, size).rows(slice(size)) for number, size in enumerate(sizes)]
+    return _joined([*parts, part(_HELD, held).rows(slice(held))])
 
 
-def blocks_wanted(text: RecoverText, tuning: Tuning, block: int) -> int:
+def blocks_wanted(text: RecoverText, tuning: Tuning, block: int) -> tuple[int, int]:
     """Blocks of so many tokens to learn from, and those held back.
 
     Raises:
@@ -90,7 +95,7 @@ def blocks_wanted(text: RecoverText, tuning: Tuning, block: int) -> int:
         )
     read = TOKENS // block if tuning.steps is None else tuning.steps * tuning.batch
     learned = read if text.tokens is None else text.tokens // block
-    return learned + held_back(learned + max(1, round(learned / 4)))
+    return learned, held_back(learned + max(1, round(learned / 4)))
 
 
 def held_back(blocks: int) -> int:
@@ -98,19 +103,16 @@ def held_back(blocks: int) -> int:
     return min(MOST_HELD, max(1, round(0.2 * blocks)))
 
 
-def _joined(parts: list[CalibrationSet], count: int) -> CalibrationSet:
-    """The first blocks of all parts as one set."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first.rows(slice(count))
+def _joined(parts: list[CalibrationSet]) -> CalibrationSet:
+    """The blocks of all parts as one set."""
+    first, ids = parts[0], torch.cat([part.ids for part in parts])
     kinds = [part.kinds for part in parts if part.kinds is not None]
-    whole = replace(
+    return replace(
         first,
-        ids=torch.cat([part.ids for part in parts]),
+        ids=ids,
         kinds=torch.cat(kinds) if len(kinds) == len(parts) else None,
-        source=dict(first.source) | {"parts": len(parts), "blocks": count},
+        source=dict(first.source) | {"parts": len(parts), "blocks": len(ids)},
     )
-    return whole.rows(slice(count))
 
 
 def _seed(seed: int, part: int) -> int:
@@ -121,5 +123,5 @@ def _whole(
     progress: Callable[[int, int], None], before: int, count: int, block: int, done: int, of: int
 ) -> None:
     """Tells how much of the whole text is there, from what is of one part."""
-    size = min(_PART, count - before)
+    size = min(_PART, max(count - before, 1))
     progress(round((before + size * done / max(of, 1)) * block), count * block)
