@@ -25,7 +25,8 @@ from prunenet.policies.artifact import PolicyError
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
-from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
+from prunenet.recover.losses import teaching_loss
+from prunenet.recover.training import STATE, Tuning, tuned
 from prunenet.text.calibration import CalibrationSet
 
 PER_LAYER = [16, 40, 8]

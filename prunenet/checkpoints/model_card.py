@@ -290,12 +290,19 @@ def _counts(made: Provenance) -> str:
     return said
 
 
+_TRAININGS = {
+    "lora": "low-rank training of its linears",
+    "full": "training of all weights of its layers",
+}
+
+
 def _recovery(recovered: Sequence[RecoveryStep]) -> str:
     """What the card says of it, one line for each training."""
     lines = ""
     for step in recovered:
         how = (
-            f"low-rank training of its linears, {step['steps']} steps of {step['batch']} blocks,"
+            f"{_TRAININGS[step.get('updates', 'lora')]}, {step['steps']} steps of {step['batch']}"
+            f" blocks,"
             f" text: {step['text']['text']}"
         )
         change = (

@@ -55,12 +55,28 @@ class How(TypedDict, total=False):
     experts_by: str
 
 
-class RecoveryStep(TypedDict):
+class _Since(TypedDict, total=False):
+    """What records of versions before do not say: they were LoRA's, with a linear schedule."""
+
+    updates: str
+    embeddings: bool
+    warmup: float
+    schedule: str
+    betas: list[float]
+    hidden: float
+    average: float
+    tokens: Count
+
+
+class RecoveryStep(_Since):
     """One training after a cut, see `prunenet.recover`; losses in nats per token on text held back.
 
     Attributes:
+        updates, embeddings, warmup, schedule, betas, hidden, average: as in
+            `prunenet.recover.Tuning`.
+        tokens: that were read, in all steps.
         steps, batch, micro_batch, rank, learning_rate, seed: as in `prunenet.recover.Tuning`.
-        loss: "KL(dense || pruned)" or "next token".
+        loss: "KL(dense || pruned)", the same over the "top 256 and rest", or "next token".
         loss_before, loss_after: of the model before the training, and as saved.
         best_step: after which the best state was seen; 0: no state was better.
         regime: of the text.

@@ -30,8 +30,8 @@ def recover(
     teacher: Teacher = None,
     as_json: Json = False,
 ) -> None:
-    """Train a pruned model to predict what the dense one does (LoRA, merged), by default without
-    external data.
+    """Train a pruned model to predict what the dense one does (LoRA, merged, or full), by default
+    without external data.
     """
     with one_job(loading.device, out) as place:
         from prunenet.checkpoints.options import LoadOptions

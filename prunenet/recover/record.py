@@ -25,14 +25,17 @@ from prunenet.checkpoints.save import bytes_to_write, save_pruned
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
-from prunenet.recover.training import STATE, Recovered, tuned
+from prunenet.recover.state import STATE, remove_state
+from prunenet.recover.text import held_back, learning_text
+from prunenet.recover.training import Recovered, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.tracking import Tracker, check_trackers
-from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
+from prunenet.text.calibration import CalibrationSet
 
 Progress = Callable[[str, int, int], None]
+_LOSSES = {"kl": "KL(dense || pruned)", "top256": "KL(dense || pruned), top 256 and rest"}
 _PADDED = (
     "which training would not keep; recover the checkpoint that it was exported from, and export"
     " that"
@@ -51,7 +54,8 @@ def recover(
     progress: Progress | None = None,
     report_to: Sequence[Tracker] = (),
 ) -> Recovered:
-    """Trains a pruned checkpoint to predict what the dense model predicts (LoRA, merged).
+    """Trains a pruned checkpoint to predict what the dense model predicts (LoRA,
+    merged, or full).
 
     Args:
         pruned: folder or hub id of the pruned checkpoint.
@@ -95,7 +99,9 @@ def recover(
     elif dense is not None:
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
-    blocks = _blocks(writer, str(tokens_of), tuning.seed, text, progress)
+    told = None if progress is None else partial(progress, "text")
+    blocks = learning_text(writer, load_tokenizer(str(tokens_of)), text, tuning, told)
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
 
     def advance(done: int, total: int, loss: float) -> None:
         if progress is not None:
@@ -106,22 +112,8 @@ def recover(
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
         save_pruned(found.model, out, masks, provenance, groups=groups)
-        (run / STATE).unlink()
+        remove_state(run)
     return found
-
-
-def _blocks(
-    writer: PreTrainedModel, source: str, seed: int, text: RecoverText, progress: Progress | None
-) -> CalibrationSet:
-    """The text; `source` has the tokenizer."""
-    return calibration_for(
-        writer,
-        load_tokenizer(source),
-        text.moments,
-        text.text or "builtin",
-        CalibrationOptions(seed=seed, tokens=text.tokens, bos=text.bos, column=text.column),
-        progress=None if progress is None else partial(progress, "text"),
-    )
 
 
 def recorded(
@@ -132,15 +124,16 @@ def recorded(
     *,
     taught: bool,
 ) -> Provenance:
-    """The provenance of a recovered model; its regime is the most that any step looked at."""
+    """The provenance of a recovered model; its regime is the most that any step looked at. `tuning`
+    is a settled one.
+    """
+    how: Any = dataclasses.asdict(tuning) | {
+        "betas": list(tuning.betas),
+        "loss": _LOSSES[tuning.loss] if taught else "next token",
+    }
     step = RecoveryStep(
-        steps=tuning.steps,
-        batch=tuning.batch,
-        micro_batch=tuning.micro_batch,
-        rank=tuning.rank,
-        learning_rate=tuning.learning_rate,
-        seed=tuning.seed,
-        loss="KL(dense || pruned)" if taught else "next token",
+        **how,
+        tokens=blocks.ids[0].numel() * tuning.batch * how["steps"],
         loss_before=found.before,
         loss_after=found.after,
         best_step=found.best_step,
@@ -175,7 +168,7 @@ def _places(out: Path, resume: bool) -> Path:
     """
     run = out.absolute().with_name(f"{out.absolute().name}.recovery")
     if parallel.is_first() and _ended(run / STATE, out):
-        (run / STATE).unlink()
+        remove_state(run)
     check_absent(out)
     unfinished = (run / STATE).exists()
     if unfinished and not resume:
@@ -194,8 +187,9 @@ def _ended(state: Path, out: Path) -> bool:
     try:
         made, (_, facts) = find_provenance(out), unpacked(state, hashed=True)
         last, run = () if made is None else made.recovered[-1:], facts["run"]
-        tuning = run["tuning"].items()
-        return any(run["text"] == step["text"] and tuning <= step.items() for step in last)
+        # the record names the loss in words
+        tuning = {name: value for name, value in run["tuning"].items() if name != "loss"}
+        return any(run["text"] == step["text"] and tuning.items() <= step.items() for step in last)
     except (CheckpointError, ContentError, OSError, KeyError):
         return False
 
