@@ -30,7 +30,7 @@ WIDEST, NARROWEST = 0.5, 0.05
 """First and last `mu` of the schedule."""
 
 
-def soft_keep(z: Float[Tensor, " channels"], mu: float) -> Float[Tensor, " channels"]:
+def soft_keep(z: Float[Tensor, "*channels"], mu: float) -> Float[Tensor, "*channels"]:
     """Returns clamp(1.2 sigmoid(2.4 (z - mu) / mu) - 0.1, 0, 1): 0 from z = 0 down, 1/2 at mu, 1
     from about 2 mu up.
 
@@ -78,6 +78,7 @@ class RelaxedModel:
         unscored: positions at the start of each block that are not judged, such as BOS.
 
     Attributes:
+        count: blocks.
         sizes: channels of each group.
         costs: (channels,) share of all channels' parameters that each one has; they sum to 1.
 
@@ -98,7 +99,7 @@ class RelaxedModel:
         check_tokens(model, blocks)
         self._model, self._anatomy = model, Anatomy.of(model)
         self._divergence, self._unscored = divergence, unscored
-        self._blocks = blocks.to(home(model))
+        self._blocks, self.count = blocks.to(home(model)), len(blocks)
         groups = self._anatomy.groups
         self.sizes = [group.width for group in groups]
         costs = torch.tensor([float(group.channel_parameters) for group in groups])

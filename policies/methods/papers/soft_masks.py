@@ -172,14 +172,13 @@ class _Run:
 
     def __init__(self, evidence: Evidence, share: float, options: SoftMaskOptions) -> None:
         self.options, self.share, self.seed = options, share, evidence.seed
-        ids = evidence.ids
         self.judge = RelaxedModel(
             evidence.model,
-            ids,
+            evidence.ids,
             divergence=options.divergence,
             unscored=int(evidence.bos is not None),
         )
-        self.count, self.step, self.price = len(ids), 0, Price(options.stiffness)
+        self.step, self.price = 0, Price(options.stiffness)
         self.z = torch.full_like(self.judge.costs, options.start).requires_grad_()
         self.whole = float(soft_keep(self.z.detach()[:1], WIDEST))
         self.adam = torch.optim.Adam([self.z], lr=options.learning_rate, betas=_BETAS)
@@ -196,7 +195,7 @@ class _Run:
         """Takes one step; returns the divergence before it."""
         options, mu = self.options, sharpened(self.step, self.options.steps)
         fallen = min(1.0, (self.step + 1) / max(options.ramp * options.steps, 1))
-        rows = batch_of(self.step, options.batch, self.count, self.seed)
+        rows = batch_of(self.step, options.batch, self.judge.count, self.seed)
         with torch.enable_grad():
             masks = soft_keep(self.z, mu)
             target = self.share + (self.whole - self.share) * (1 - fallen)
