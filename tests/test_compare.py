@@ -43,6 +43,7 @@ from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.policies.methods.papers.adapruner import AdaPrunerOptions
+from prunenet.policies.methods.papers.soft_masks import SoftMaskOptions
 from prunenet.refit.cut import cut_layers, refit_kept
 from prunenet.refit.folds import folds_of
 from prunenet.refit.moments import ffn_moments
@@ -315,14 +316,9 @@ def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_re
     method, benches, monkeypatch
 ):
     if method in METHODS and METHODS[method].searches:
-        monkeypatch.setitem(
-            METHODS,
-            method,
-            replace(
-                METHODS[method],
-                score=partial(METHODS[method].score, options=AdaPrunerOptions(trials=6)),
-            ),
-        )
+        quick = SoftMaskOptions(steps=3) if method == "soft_masks" else AdaPrunerOptions(trials=6)
+        row = METHODS[method]
+        monkeypatch.setitem(METHODS, method, replace(row, score=partial(row.score, options=quick)))
     own = parse(method).allocation
     specs = [
         spec

@@ -392,7 +392,8 @@ class Pruner:
         given: Callable[..., list[_Scores]] = row.score
         score = partial(given, ratio=ratio) if row.searches else given
         name = f"scores of {row.name}" + (f" at {ratio:g}" if row.searches else "")
-        return replace(row, score=self._shared_scores(name, score, row, evidence))
+        shared = self._shared_scores(name, score, row, evidence)
+        return replace(row, score=shared, searches=False)
 
     def _shared_scores(
         self, name: str, score: Any, row: Method, evidence: SharedEvidence
