@@ -22,9 +22,9 @@ from typing import get_args
 
 from prunenet.policies.methods import METHODS, WITH_HEADS, Allocation
 
-REFITS = ("off", "mean_bias", "layerwise", "sequential")
+REFITS = ("off", "mean_bias", "layerwise", "sequential", "blocks")
 """What is done about the channels removed: nothing, a bias (FLAP), least squares of each layer
-alone, or behind cut layers.
+alone, or behind cut layers, or each FFN trained.
 """
 WITHOUT_TEXT = ("uniform", "global", "protected", "learned")
 """Allocations that need no text of their own; every other one reads some."""

@@ -208,7 +208,7 @@ class LayerWalk:
                 for group in groups:
                     yield group.number
                 if self._changing or not self._outputs:
-                    self._outputs = [self._through(layer, part) for part in range(len(self._calls))]
+                    self.pass_through(layer)
             self._hidden = self._outputs
 
     def device(self, index: int) -> torch.device:
@@ -249,6 +249,10 @@ class LayerWalk:
             group.number: sums[group.number].means(group.layer, group.down.tensor.dtype)
             for group in groups
         }
+
+    def pass_through(self, layer: int) -> None:
+        """Passes all batches through the current layer, for callers that hook into its modules."""
+        self._outputs = [self._through(layer, part) for part in range(len(self._calls))]
 
     def groups(self, layer: int) -> Sequence[Group]:
         """Returns the groups of a decoder layer."""
