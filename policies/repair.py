@@ -1,4 +1,6 @@
-"""Repairs a cut behind the layerwise refit, where `refit` asks for more."""
+"""Repairs a cut behind the refit of its down matrices: attention that lost heads, and what `refit`
+asks for beside.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prunenet.refit.blocks import train_blocks
 from prunenet.refit.cut import Cut, refit_sequentially
+from prunenet.refit.heads import refit_heads
 
 
 def repaired(
@@ -27,14 +30,14 @@ def repaired(
 
     Args:
         model: the dense model; not changed.
-        cut: refitted layer by layer, or without a refit.
+        cut: down matrices refitted layer by layer, or without a refit.
         refit: see `prunenet.policies.options.PruneOptions`.
         blocks, kinds: the text, as for `prunenet.refit.cut.cut_layers`.
         folder: see `prunenet.refit.blocks.train_blocks`.
         progress: called with (groups done, groups in all).
 
     Returns:
-        The cut itself for "off" and "layerwise".
+        The cut itself for "off"; for "layerwise" where no heads are cut.
 
     Raises:
         ValueError, UnsupportedArchitecture: as `refit_sequentially` and `train_blocks`.
@@ -43,6 +46,8 @@ def repaired(
         return refit_sequentially(
             model, cut, blocks, kinds=kinds, dense_targets=False, progress=progress
         )
+    if refit != "off":
+        cut = refit_heads(model, cut, blocks, kinds=kinds, progress=progress)
     if refit == "blocks":
         return train_blocks(model, cut, blocks, kinds=kinds, folder=folder, progress=progress)
     return cut

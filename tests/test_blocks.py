@@ -1,11 +1,13 @@
 """FFNs trained as a whole behind the refit."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from families import tiny_model
 from test_group_refit import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
@@ -16,6 +18,7 @@ from prunenet.refit.cut import cut_layers
 from prunenet.refit.moments import ffn_moments
 from prunenet.refit.ridge import ridge
 from prunenet.text.calibration import CalibrationSet
+from prunenet.text.corpora import CalibrationText, load_text
 
 QUICK = BlockTraining(passes=4, learning_rate=0.01)
 WILD = BlockTraining(passes=4, learning_rate=1.0)
@@ -188,3 +191,36 @@ def test_prune_records_what_each_ffn_loses_and_repeats_itself():
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BlockTraining(**wrong)
+
+
+@pytest.mark.slow
+def test_ffns_of_the_real_model_trained_on_prose_and_code_lose_less_on_a_third_text(smollm2):
+    config = AutoConfig.from_pretrained(smollm2)
+    config.num_hidden_layers = 4  # what is in front of a layer is the real model's
+    model = AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype=torch.float32).eval()
+    tokenizer, root = AutoTokenizer.from_pretrained(smollm2), Path(__file__).parents[1]
+    code = "".join(path.read_text() for path in sorted((root / "prunenet" / "models").glob("*.py")))
+    prose = load_text("builtin", CalibrationText).content
+    third = "".join((root / "docs" / name).read_text() for name in ("concepts.md", "api.md"))
+
+    def rows(words: str, count: int) -> torch.Tensor:
+        return torch.tensor(tokenizer(words)["input_ids"][: count * 256]).view(count, 256)
+
+    ids, kinds = torch.cat((rows(prose, 24), rows(code, 24))), torch.arange(48) // 24
+    keep = [1536, 1072, 1536, 1072]
+    (cut,) = cut_layers(model, ids, [keep], kinds=kinds)
+    trained = train_blocks(model, cut, ids, kinds=kinds)
+    lost = torch.zeros(2, 4)
+    for layer in (1, 3):
+        inputs = []
+        with model.model.layers[layer].mlp.register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0])
+        ):
+            logits(model, rows(third, 8))
+        for place, made in enumerate((cut, trained)):
+            ffns = [m.model.layers[layer].mlp for m in (model, made.model(model))]
+            with torch.no_grad():
+                dense, narrow = (ffn(inputs[0]) for ffn in ffns)
+            lost[place, layer] = (narrow - dense).square().sum() / dense.square().sum()
+    print(trained.losses, lost)
+    assert bool((lost[1, 1::2] < lost[0, 1::2]).all())

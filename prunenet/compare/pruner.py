@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -350,15 +350,14 @@ class Pruner:
                 _new_biases(linears(self.model)) for added, linears in pairs if added is not None
             )
             return found.applied(self.model), biases
-        return self._refitted(spec, found.keep, evidence).model(self.model), 0
+        chosen = Cut(found.keep, None, groups=found.groups)
+        return self._refitted(spec, chosen, evidence).model(self.model), 0
 
-    def _refitted(
-        self, spec: Spec, keep: list[Bool[Tensor, " _"]], evidence: SharedEvidence
-    ) -> Cut:
-        start = Cut(keep, None)
+    def _refitted(self, spec: Spec, chosen: Cut, evidence: SharedEvidence) -> Cut:
         if spec.refit != "sequential":
-            start = refit_kept(self.model, keep, evidence.folds)
-        return repaired(self.model, start, spec.refit, evidence.ids, evidence.kinds)
+            refitted = refit_kept(self.model, chosen.keep, evidence.folds)
+            chosen = replace(refitted, groups=chosen.groups)
+        return repaired(self.model, chosen, spec.refit, evidence.ids, evidence.kinds)
 
     def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
         """The method's row, its scores shared between cells."""

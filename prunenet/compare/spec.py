@@ -225,10 +225,10 @@ def _check_heads(text: str, method: str, allocation: str, refit: str) -> None:
         raise ValueError(
             f"{text!r}: +heads goes with the allocations {', '.join(WITH_HEADS)}, got {allocation}"
         )
-    if refit not in ("off", "mean_bias"):
+    if refit == "sequential":
         raise ValueError(
-            f"{text!r}: +heads goes with +off or +mean_bias; a {refit} refit is for FFN channels"
-            " alone"
+            f"{text!r}: a sequential refit is for FFN channels alone; +heads goes with +off,"
+            " +mean_bias, +layerwise or +blocks"
         )
 
 

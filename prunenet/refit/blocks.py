@@ -146,7 +146,7 @@ def train_blocks(
         if parts:
             losses[group.number] = BlockLoss(*parts[0].tolist())
             tensors |= dict(zip(_names(group), parts[1:], strict=True))
-    return replace(cut, trained=tensors, losses=losses)
+    return replace(cut, tensors={**cut.tensors, **tensors}, losses=losses)
 
 
 def forget_blocks(folder: Path) -> None:

@@ -59,7 +59,7 @@ class Cut:
         dampings: of each group's refit; empty without one.
         groups: mask of each layer's groups of heads; None where heads stay whole.
         few: numbers of the groups that too few tokens reached; see `prunenet.refit.few_tokens`.
-        trained: tensors of the narrow model that were trained behind the refit, by name.
+        tensors: others of the narrow model that repairs have changed, by name.
         losses: of each group that was trained.
     """
 
@@ -68,7 +68,7 @@ class Cut:
     dampings: tuple[float, ...] = ()
     groups: list[Bool[Tensor, " _"]] | None = None
     few: tuple[int, ...] = ()
-    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     losses: Mapping[int, BlockLoss] = field(default_factory=dict)
 
     def model(self, dense: PreTrainedModel) -> PreTrainedModel:
@@ -76,7 +76,7 @@ class Cut:
         narrow = narrowed(dense, self.keep, self.groups)
         if self.downs is not None:
             set_downs(Anatomy.of(narrow), self.downs)
-        for name, tensor in self.trained.items():
+        for name, tensor in self.tensors.items():
             path, _, own = name.rpartition(".")
             derive(narrow.get_submodule(path), own, tensor)
         return narrow
@@ -188,12 +188,32 @@ def refit_kept(
         keep: (d_ff,) mask of each group.
         folds: of each group, its moments on both of `folds_of` the blocks.
     """
-    downs, dampings = [], []
-    for ffn, mask, parts in zip(Anatomy.of(model).ffns(), keep, folds, strict=True):
-        weight = ffn.down
-        dampings.append(choose_damping(weight, parts, mask))
-        downs.append(_stored(model, ridge(weight, pooled(parts), mask, damping=dampings[-1])))
-    return Cut(list(keep), downs, tuple(dampings))
+    found = [
+        refit_matrix(model, ffn.down, mask, parts)
+        for ffn, mask, parts in zip(Anatomy.of(model).ffns(), keep, folds, strict=True)
+    ]
+    return Cut(list(keep), [down for down, _ in found], tuple(damping for _, damping in found))
+
+
+def refit_matrix(
+    model: PreTrainedModel,
+    weight: Float[Tensor, "d_model d_in"],
+    keep: Bool[Tensor, " d_in"],
+    folds: Sequence[Moments],
+) -> tuple[Float[Tensor, "d_model kept"], float]:
+    """Refits an output matrix for the inputs that stay.
+
+    Args:
+        model: whose matrix it is.
+        weight: of the dense model.
+        keep: mask of its inputs.
+        folds: moments of its inputs on both of `folds_of` the text.
+
+    Returns:
+        The matrix, and the damping that was chosen for it.
+    """
+    damping = choose_damping(weight, folds, keep)
+    return _stored(model, ridge(weight, pooled(folds), keep, damping=damping)), damping
 
 
 def _stored(model: PreTrainedModel, down: Tensor) -> Tensor:
