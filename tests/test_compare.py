@@ -265,7 +265,7 @@ def test_names_come_from_the_tables():
         ("wanda_sp+heads", ["scores no attention heads", "llm_pruner_mix"]),
         ("prunenet+heads", ["scores no attention heads", "flap"]),
         ("flap:owl+heads", ["uniform, protected, global", "owl"]),
-        ("flap+heads+layerwise", ["+mean_bias", "layerwise"]),
+        ("flap+heads+sequential", ["+mean_bias", "+layerwise", "sequential"]),
         ("flap+headss", ["unknown refit 'headss'", "[+heads]"]),
     ],
 )
@@ -280,7 +280,14 @@ def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["random+heads", "flap:uniform+heads", "flap:uniform+heads+off", "saap:uniform+heads"]
+    "name",
+    [
+        "random+heads",
+        "flap:uniform+heads",
+        "flap:uniform+heads+off",
+        "saap:uniform+heads",
+        "flap:uniform+heads+layerwise",
+    ],
 )
 def test_a_cut_of_heads_is_of_the_size_of_a_cut_without(name, benches) -> None:
     made = benches.make(parse(name), 0.5, 0)

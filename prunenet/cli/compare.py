@@ -215,8 +215,8 @@ def compare(
     seed:TEXT (the model continues the first tokens of its documents), with TEXT builtin, a file, a
     dataset, or a name given with --calibration. Heads: cut attention heads too, at the same size,
     where the method does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias,
-    layerwise or sequential. Methods and allocations: --list shows them. Ours: prunenet (what
-    'prunenet prune' does), prunenet-weights, elimination.
+    layerwise, sequential or blocks. Methods and allocations: --list shows them. Ours: prunenet
+    (what 'prunenet prune' does), prunenet-weights, elimination.
     """
     with one_job(loading.device, written.out) as place:
         from prunenet.compare.comparison import compare as run

@@ -230,8 +230,8 @@ HELP: dict[str, Any] = {
         " blend (policy and measured energies). Default: blend where there is text."
     ),
     "refit": typer.Option(
-        help="Least squares of the down matrices: off, layerwise or sequential. Default: layerwise"
-        " where there is text."
+        help="Least squares of the down matrices: off, layerwise or sequential; blocks: layerwise,"
+        " then each FFN trained in some minutes. Default: layerwise where there is text."
     ),
     # EvaluationOptions
     "window": typer.Option(help="Tokens the model sees at once."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.inputs import Checkpoint, check_streamable, check_text, note_overflow, open_model
@@ -24,6 +26,7 @@ def prune(
         from prunenet.policies import apply
         from prunenet.policies.artifact import policy_for
         from prunenet.policies.stream import prune_streamed
+        from prunenet.refit.blocks import forget_blocks
         from prunenet.runtime import parallel
         from prunenet.runtime.files import check_absent, check_room
 
@@ -46,12 +49,13 @@ def prune(
             note_overflow(dense)
         else:
             blocks = calibration.blocks(dense, source)
+            folder = out.with_name(f"{out.name}.blocks")
+            cut = partial(apply.prune, dense, trained, options, blocks=blocks, policy_name=name)
             with tables.stages(errors) as advance:
-                pruned = apply.prune(
-                    dense, trained, options, blocks=blocks, policy_name=name, progress=advance
-                )
+                pruned = cut(folder=folder, progress=advance)
             if parallel.is_first():
                 pruned.save_pretrained(out)
+                forget_blocks(folder)
             provenance = pruned.provenance
         if not parallel.is_first():
             return
