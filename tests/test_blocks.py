@@ -194,9 +194,9 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 @pytest.mark.slow
-def test_ffns_of_the_real_model_trained_on_prose_and_code_lose_less_on_a_third_text(smollm2):
+def test_an_ffn_of_the_real_model_trained_on_prose_and_code_loses_less_on_a_third_text(smollm2):
     config = AutoConfig.from_pretrained(smollm2)
-    config.num_hidden_layers = 4  # what is in front of a layer is the real model's
+    config.num_hidden_layers = 3  # what is in front of a layer is the real model's
     model = AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype=torch.float32).eval()
     tokenizer, root = AutoTokenizer.from_pretrained(smollm2), Path(__file__).parents[1]
     code = "".join(path.read_text() for path in sorted((root / "prunenet" / "models").glob("*.py")))
@@ -204,23 +204,19 @@ def test_ffns_of_the_real_model_trained_on_prose_and_code_lose_less_on_a_third_t
     third = "".join((root / "docs" / name).read_text() for name in ("concepts.md", "api.md"))
 
     def rows(words: str, count: int) -> torch.Tensor:
-        return torch.tensor(tokenizer(words)["input_ids"][: count * 256]).view(count, 256)
+        return torch.tensor(tokenizer(words[:60_000])["input_ids"][: count * 256]).view(count, 256)
 
-    ids, kinds = torch.cat((rows(prose, 24), rows(code, 24))), torch.arange(48) // 24
-    keep = [1536, 1072, 1536, 1072]
-    (cut,) = cut_layers(model, ids, [keep], kinds=kinds)
-    trained = train_blocks(model, cut, ids, kinds=kinds)
-    lost = torch.zeros(2, 4)
-    for layer in (1, 3):
-        inputs = []
-        with model.model.layers[layer].mlp.register_forward_pre_hook(
-            lambda _, args, inputs=inputs: inputs.append(args[0])
-        ):
-            logits(model, rows(third, 8))
-        for place, made in enumerate((cut, trained)):
-            ffns = [m.model.layers[layer].mlp for m in (model, made.model(model))]
-            with torch.no_grad():
-                dense, narrow = (ffn(inputs[0]) for ffn in ffns)
-            lost[place, layer] = (narrow - dense).square().sum() / dense.square().sum()
-    print(trained.losses, lost)
-    assert bool((lost[1, 1::2] < lost[0, 1::2]).all())
+    ids, kinds = torch.cat((rows(prose, 16), rows(code, 16))), torch.arange(32) // 16
+    (cut,) = cut_layers(model, ids, [[1536, 1536, 1072]], kinds=kinds)
+    trained, inputs = train_blocks(model, cut, ids, kinds=kinds), []
+    with model.model.layers[2].mlp.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    ):
+        logits(model, rows(third, 8))
+    made = [m.model.layers[2].mlp for m in (model, cut.model(model), trained.model(model))]
+    with torch.no_grad():
+        dense, refitted, fitted = (ffn(inputs[0]) for ffn in made)
+    before, after = (
+        (out - dense).square().sum() / dense.square().sum() for out in (refitted, fitted)
+    )
+    assert after < before

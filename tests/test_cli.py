@@ -248,6 +248,7 @@ def test_prune_trains_blocks_and_goes_on_after_a_kill_from_a_folder_that_it_remo
     assert not (tmp_path / "out.blocks").exists()
     how = json.loads((out / "prunenet.json").read_text())["how"]
     assert list(how["blocks"]) == ["0", "1", "2"]
+    assert "Each FFN was trained by itself after the cut" in (out / "README.md").read_text()
 
 
 def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
