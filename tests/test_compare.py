@@ -489,9 +489,9 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         walks.append(evidence.label)
         return real(evidence)
 
-    def watched(cell, scored, bench, line):
-        step(cell, scored, bench, line)
-        held.append(sorted(label for label, _ in bench._evidence if label))
+    def watched(cell, scored, recovery, line):
+        step(cell, scored, recovery, line)
+        held.append(sorted(label for label, _ in recovery.pruner._evidence if label))
 
     monkeypatch.setattr(Evidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
@@ -1140,3 +1140,23 @@ def test_dense_weights_are_not_touched(model, benches):
     assert all(
         torch.equal(a, linear.weight) for a, linear in zip(before, down_linears(model), strict=True)
     )
+
+
+def test_every_method_can_be_recovered_on_the_same_text_and_its_line_says_so(folder, tmp_path):
+    options = {"ratios": 0.25, "recover_tokens": 256, "out": tmp_path / "a.jsonl"}
+    names = ("magnitude", "magnitude+recovered", "wanda_sp+recovered")
+    found = {line["method"]: line for line in compare(folder, *names, **options)[0]}
+    assert set(found) == {"dense", *names}
+    plain, recovered, other = (found[name] for name in names)
+    assert "recovered" not in plain
+    assert "recovery" not in plain
+    assert (plain["regime"], recovered["regime"], recovered["applied_regime"]) == (
+        *("weights", "self"),
+        "self",
+    )
+    assert recovered["parameters"] == plain["parameters"]
+    assert recovered["perplexity"] != plain["perplexity"]
+    assert recovered["recovery"]["loss_after"] < recovered["recovery"]["loss_before"]
+    assert recovered["recovery"]["text"] == other["recovery"]["text"]
+    longer, _ = compare(folder, names[1], **options | {"recover_tokens": 320})
+    assert longer[-1]["cell"] != recovered["cell"], "another training is another cell"

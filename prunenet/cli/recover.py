@@ -9,6 +9,7 @@ import typer
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.options import Json, OneDevice, Out, Running, trackers
+from prunenet.cli.recovering import say_estimate
 from prunenet.recover.options import RecoverText, Tuning
 
 Pruned = Annotated[
@@ -50,6 +51,7 @@ def recover(
                 loading=LoadOptions(device=place, dtype=loading.dtype),
                 progress=advance,
                 report_to=trackers(running.report_to),
+                estimate=say_estimate,
             )
         if not parallel.is_first():
             return

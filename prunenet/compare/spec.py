@@ -1,4 +1,5 @@
-"""How a way to prune is named: `method[:allocation][@moments][+heads][+refit]`.
+"""How a way to prune is named:
+`method[:allocation][@moments][+heads][+refit][+recovered]`.
 
     wanda_sp                              as published, on text that the model samples
     flap:uniform                          another allocation
@@ -32,8 +33,9 @@ RESERVED = ("self", "random", "seed", "builtin", "none")
 """Words that cannot name a calibration text."""
 WITHOUT_SCORES = ("uniform", "protected", "owl", "influence", "learned")
 """Allocations that look at no method's scores, so that a merge can have them."""
-_FORM = "method[:allocation][@moments][+heads][+refit]"
+_FORM = "method[:allocation][@moments][+heads][+refit][+recovered]"
 _HEADS = "heads"
+_RECOVERED = "+recovered"
 # (allocation, refit) of the methods that are ours.
 _OWN = {
     "prunenet": ("auto", "layerwise"),
@@ -55,6 +57,7 @@ class Spec:
             TEXT, with TEXT a name, "builtin", a file or a dataset; None where nothing reads text.
         refit: one of `REFITS`.
         heads: whether attention heads are cut as well as FFN channels.
+        recovered: whether the cut is trained behind it, see `prunenet.compare.recovered`.
     """
 
     method: str
@@ -62,6 +65,7 @@ class Spec:
     moments: str | None
     refit: str
     heads: bool = False
+    recovered: bool = False
 
     @property
     def name(self) -> str:
@@ -73,6 +77,7 @@ class Spec:
             + ("" if self.moments in (None, "self") else f"@{self.moments}")
             + ("+heads" if self.heads else "")
             + ("" if self.refit == refit else f"+{self.refit}")
+            + (_RECOVERED if self.recovered else "")
         )
 
     @property
@@ -121,13 +126,15 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
     """Reads a spec.
 
     Args:
-        text: `method[:allocation][@moments][+heads][+refit]`.
+        text: `method[:allocation][@moments][+heads][+refit][+recovered]`.
         calibration: names given to calibration texts.
 
     Raises:
         ValueError: a part that is unknown (the choices are listed), or parts that make no sense
             together.
     """
+    if text.endswith(_RECOVERED):
+        return replace(parse(text.removesuffix(_RECOVERED), calibration), recovered=True)
     head, at, tail = text.partition("@")
     rest = tail if at else head
     before, plus, refit = rest.rpartition("+")

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model, load_tokenizer
@@ -23,16 +23,17 @@ from prunenet.checkpoints.records import (
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import bytes_to_write, save_pruned
 from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.recover.estimate import Estimate, writing
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.state import STATE, remove_state
-from prunenet.recover.text import held_back, learning_text
-from prunenet.recover.training import Recovered, tuned
+from prunenet.recover.text import blocks_wanted, held_back, learning_text
+from prunenet.recover.training import Recovered, estimated, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.tracking import Tracker, check_trackers
-from prunenet.text.calibration import CalibrationSet
+from prunenet.text.calibration import CalibrationSet, block_tokens, token_blocks
 
 Progress = Callable[[str, int, int], None]
 _LOSSES = {"kl": "KL(dense || pruned)", "top256": "KL(dense || pruned), top 256 and rest"}
@@ -53,6 +54,7 @@ def recover(
     loading: LoadOptions | None = None,
     progress: Progress | None = None,
     report_to: Sequence[Tracker] = (),
+    estimate: Callable[[Estimate], None] | None = None,
 ) -> Recovered:
     """Trains a pruned checkpoint to predict what the dense model predicts (LoRA,
     merged, or full).
@@ -69,6 +71,8 @@ def recover(
         progress: called with (stage, done, in all).
         report_to: trackers that are told what the log is told, settings and results too; see
             `prunenet.runtime.tracking`.
+        estimate: called with what the run is going to take, before text is written; a micro-batch
+            is timed for it.
 
     Returns:
         The recovered model and its losses; the checkpoint in `out` holds its weights.
@@ -99,8 +103,11 @@ def recover(
     elif dense is not None:
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
+    tokenizer = load_tokenizer(str(tokens_of))
+    if estimate is not None:
+        estimate(expected(model, dense, tokenizer, text, tuning))
     told = None if progress is None else partial(progress, "text")
-    blocks = learning_text(writer, load_tokenizer(str(tokens_of)), text, tuning, told)
+    blocks = learning_text(writer, tokenizer, text, tuning, told)
     tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
 
     def advance(done: int, total: int, loss: float) -> None:
@@ -116,6 +123,24 @@ def recover(
     return found
 
 
+def expected(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    text: RecoverText,
+    tuning: Tuning,
+) -> Estimate:
+    """What a recovery is going to take, before there is any text."""
+    block = block_tokens(model)
+    count = blocks_wanted(text, tuning, block)
+    stand_in = token_blocks(model, count=count, window=block)
+    found = estimated(model, stand_in, tuning, teacher=teacher)
+    if teacher is None or text.moments == "data":
+        return found
+    seconds = writing(teacher, tokenizer, count, block, text.bos)
+    return dataclasses.replace(found, text_seconds=seconds)
+
+
 def recorded(
     provenance: Provenance,
     found: Recovered,
@@ -127,21 +152,21 @@ def recorded(
     """The provenance of a recovered model; its regime is the most that any step looked at. `tuning`
     is a settled one.
     """
-    how: Any = dataclasses.asdict(tuning) | {
+    assert tuning.steps is not None, "Tuning.settled"
+    step = dataclasses.asdict(tuning) | {
         "betas": list(tuning.betas),
+        "tokens": blocks.ids[0].numel() * tuning.batch * tuning.steps,
         "loss": _LOSSES[tuning.loss] if taught else "next token",
+        "loss_before": found.before,
+        "loss_after": found.after,
+        "best_step": found.best_step,
+        "regime": blocks.regime,
+        "text": dict(blocks.source),
     }
-    step = RecoveryStep(
-        **how,
-        tokens=blocks.ids[0].numel() * tuning.batch * how["steps"],
-        loss_before=found.before,
-        loss_after=found.after,
-        best_step=found.best_step,
-        regime=blocks.regime,
-        text=dict(blocks.source),
-    )
     regime = most([provenance.regime, blocks.regime])
-    return dataclasses.replace(provenance, regime=regime, recovered=(*provenance.recovered, step))
+    return dataclasses.replace(
+        provenance, regime=regime, recovered=(*provenance.recovered, cast(RecoveryStep, step))
+    )
 
 
 def _check_asked(teacher: str | Path | None, text: RecoverText, loading: LoadOptions) -> None:
@@ -159,6 +184,11 @@ def _check_asked(teacher: str | Path | None, text: RecoverText, loading: LoadOpt
         )
 
 
+def run_folder(out: Path) -> Path:
+    """The folder beside a result for what its training leaves: state, log."""
+    return out.absolute().with_name(f"{out.absolute().name}.recovery")
+
+
 def _places(out: Path, resume: bool) -> Path:
     """The folder beside `out` for the run's state and its log.
 
@@ -166,7 +196,7 @@ def _places(out: Path, resume: bool) -> Path:
         CheckpointError: `out` or the folder cannot be made, or `out` exists.
         ValueError: an unfinished run is there and `resume` is not set, or none and it is.
     """
-    run = out.absolute().with_name(f"{out.absolute().name}.recovery")
+    run = run_folder(out)
     if parallel.is_first() and _ended(run / STATE, out):
         remove_state(run)
     check_absent(out)

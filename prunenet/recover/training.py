@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens
+from prunenet.recover.estimate import JUDGED, Estimate, memory, timed
 from prunenet.recover.full import closed, opened
 from prunenet.recover.lora import adapted, merged, updates_of
 from prunenet.recover.losses import teaching_loss
@@ -34,7 +35,7 @@ from prunenet.recover.text import held_back
 from prunenet.runtime import parallel
 from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
-from prunenet.runtime.tracking import Track, Tracker, tracking
+from prunenet.runtime.tracking import NOTHING, Track, Tracker, tracking
 from prunenet.text.calibration import CalibrationSet
 
 if TYPE_CHECKING:
@@ -112,6 +113,32 @@ def tuned(
     return Recovered(narrow, before, after, best.step, run.state.history)
 
 
+def estimated(
+    model: PreTrainedModel,
+    blocks: CalibrationSet,
+    tuning: Tuning,
+    *,
+    teacher: PreTrainedModel | None = None,
+) -> Estimate:
+    """What `tuned` with the same arguments takes on this machine; one micro-batch is timed. The
+    blocks may be of random tokens: only their number and length count.
+    """
+    _check_asked(model, blocks, teacher, tuning)
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
+    run = _Run(model, teacher, blocks, tuning, None, None, NOTHING)
+    learned, ids = list(run.state.learned), run.fit[: tuning.micro_batch]
+    seconds = timed(lambda: run._part(run.student, ids, learned), home(model))
+    each = seconds / ids.numel() / parallel.size()
+    tokens = run.steps * tuning.batch * ids.shape[1]
+    judged = (1 + math.ceil(run.steps / run.every)) * (1 + bool(tuning.average)) * run.held.numel()
+    return Estimate(
+        tokens=tokens,
+        tokens_per_second=1 / each,
+        seconds=each * (tokens + JUDGED * judged),
+        bytes=memory(model, teacher, list(learned), ids, tuning),
+    )
+
+
 class _Run:
     """One training: its student, its optimiser, and the best state seen."""
 
@@ -148,7 +175,7 @@ class _Run:
         self.whole = True  # whether the state is one between two steps
         self.files: Files | None = None
         if folder is not None:
-            identity = {"tuning": asdict(tuning), "text": dict(blocks.source)}
+            identity: dict[str, Any] = {"tuning": asdict(tuning), "text": dict(blocks.source)}
             identity |= {
                 "model": weights_sha256(model),
                 "teacher": teacher and weights_sha256(teacher),
@@ -279,7 +306,9 @@ class _Run:
         """What is trained on; or what states are judged by, which is the same of all settings."""
         if self.teacher is None:
             return next_token_loss(model, ids, unscored=self.front)
-        asked = {"kind": self.tuning.loss, "hidden": self.tuning.hidden} if training else {}
+        asked: dict[str, Any] = {}
+        if training:
+            asked = {"kind": self.tuning.loss, "hidden": self.tuning.hidden}
         return teaching_loss(model, self.teacher, ids, unscored=self.front, **asked)
 
     def _judge(self, log: SummaryWriter | None) -> None:
