@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.rewards import Reward
 from prunenet.envs.sweep import View, draw_ratio
 from prunenet.models.masks import width_at
@@ -30,6 +32,7 @@ from prunenet.policies.training.run import Saving, mode_reward
 from prunenet.policies.training.state import Progress, event_log, load_state, save_state
 from prunenet.policies.training.swept_widths import mean_shares
 from prunenet.runtime.tracking import Track
+from prunenet.text.calibration import CalibrationSet
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -77,6 +80,7 @@ class PathwiseRun:
         saving: where the state is saved.
         progress: called with (updates done, updates in all, best reward so far).
         track: what trackers are told.
+        blocks: of text. Gradients are taken on none that masks are judged on, if there are more.
     """
 
     def __init__(
@@ -88,22 +92,25 @@ class PathwiseRun:
         saving: Saving,
         progress: Callable[[int, int, float], None] | None,
         track: Track,
+        blocks: CalibrationSet,
     ) -> None:
         self.view, self.reward, self.recipe = view, reward, recipe
         self.scorer = scorer.to(view.context.device)
         self.kept = nn.ModuleDict({"scorer": self.scorer})
         self.statistics = torch.stack(list(view.statistics))
         self.file, self.identity = saving.file, saving.identity
-        self.progress, self.track = progress, track
+        self.progress, self.track, self.blocks = progress, track, blocks
         self.state = Progress(0, -math.inf, {}, [])
         rate = recipe.learning_rate
         self.optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=rate)
 
-    def learn(self, judge: RelaxedModel, resume: bool) -> list[tuple[int, float]]:
+    def learn(
+        self, model: PreTrainedModel | StreamedCheckpoint, resume: bool
+    ) -> list[tuple[int, float]]:
         """Runs the whole stage, or what is left of it.
 
         Args:
-            judge: the model in training, on the text that gradients are taken on.
+            model: in training; in memory.
             resume: whether to continue from the saved state.
 
         Returns:
@@ -113,7 +120,8 @@ class PathwiseRun:
             PolicyError: as `load_state`.
             ValueError: a divergence or a reward is not finite.
         """
-        updates = self.recipe.updates
+        assert isinstance(model, PreTrainedModel), "checked before"
+        updates, judge = self.recipe.updates, self._relaxed(model)
         if resume and self.file is not None:
             self.state = load_state(self.file, self.kept, self.optimizer, self.identity, updates)
         log = event_log(self.file, self.state.updates)
@@ -127,6 +135,12 @@ class PathwiseRun:
             log.close()
         self.scorer.load_state_dict(self.state.best)
         return self.state.history
+
+    def _relaxed(self, model: PreTrainedModel) -> RelaxedModel:
+        judged, front = self.recipe.blocks, int(self.blocks.bos is not None)
+        start = judged if len(self.blocks.ids) >= 2 * judged else 0
+        ids = self.blocks.ids[start:, : self.recipe.tokens]
+        return RelaxedModel(model, ids, unscored=front)
 
     def _step(self, judge: RelaxedModel, update: int) -> float:
         """Takes the gradient of the recipe's masks, each of a ratio and blocks of its own."""

@@ -193,10 +193,6 @@ PRESETS: dict[str, Recipe] = {
         evaluate_every=2,
         evaluate_at=(0.3,),
     ),
-    # The scores by the gradient of the divergence through relaxed masks, on the same text.
-    "pathwise": Recipe(
-        reward="divergence", gradient="pathwise", updates=160, masks=1, evaluate_every=20
-    ),
     # Weights only, in training too. Its reward does not track quality (docs/log.md): for
     # comparison.
     "spectral": Recipe(reward="spectral", updates=20, masks=8),
@@ -218,6 +214,10 @@ PRESETS: dict[str, Recipe] = {
         hidden=(),
         evaluate_every=5,
         evaluate_at=(0.3,),
+    ),
+    # The scores by the gradient of the divergence through relaxed masks, on the same text.
+    "pathwise": Recipe(
+        reward="divergence", gradient="pathwise", updates=160, masks=1, evaluate_every=20
     ),
 }
 

@@ -36,7 +36,7 @@ from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
-from prunenet.policies.relaxed import RelaxedModel
+from prunenet.policies.scorer import ChannelScorer
 from prunenet.policies.training.pathwise import PathwiseRun
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.reports import Reports, Tracked
@@ -136,13 +136,8 @@ def train(
                 judge: Reward, name: str = name, stage: Recipe = stage, own: Track = own
             ) -> _History:
                 saving = Saving(folder and _state(folder, name), identity)
-                going_on = resume and unfinished(folder, name)
-                if stage.gradient == "pathwise":
-                    args = (view, policy.scorer, judge, stage, saving, reports.progress)
-                    return PathwiseRun(*args, own).learn(_relaxed(model, stage, paid), going_on)
-                told = [*reports.callbacks, Tracked(own)]
-                run = Run(view, policy.scorer, judge, stage, saving, reports.progress, told)
-                return run.learn(model, going_on)
+                run = _run(view, policy.scorer, judge, stage, saving, reports, own, paid)
+                return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = judged_by_all(judge, play) or []
         histories = _broadcast(policy.scorer.cpu(), histories)
@@ -264,17 +259,22 @@ def _check_pathwise(recipe: Recipe, reward: Reward | None, reports: Reports) -> 
         )
 
 
-def _relaxed(
-    model: PreTrainedModel | StreamedCheckpoint, recipe: Recipe, blocks: CalibrationSet | None
-) -> RelaxedModel:
-    """The model on the text that gradients are taken on: none that masks are judged on, if there is
-    more.
-    """
+def _run(
+    view: View,
+    scorer: ChannelScorer,
+    judge: Reward,
+    stage: Recipe,
+    saving: Saving,
+    reports: Reports,
+    track: Track,
+    blocks: CalibrationSet | None,
+) -> Run | PathwiseRun:
+    """The run of a stage by its gradient."""
+    if stage.gradient == "reinforce":
+        told = [*reports.callbacks, Tracked(track)]
+        return Run(view, scorer, judge, stage, saving, reports.progress, told)
     assert blocks is not None, "checked before"
-    assert isinstance(model, PreTrainedModel), "checked before"
-    start = recipe.blocks if len(blocks.ids) >= 2 * recipe.blocks else 0
-    ids = blocks.ids[start:, : recipe.tokens]
-    return RelaxedModel(model, ids, unscored=int(blocks.bos is not None))
+    return PathwiseRun(view, scorer, judge, stage, saving, reports.progress, track, blocks)
 
 
 def _halves(blocks: CalibrationSet | None) -> tuple[Int[Tensor, "n tokens"], CalibrationSet]:
