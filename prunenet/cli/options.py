@@ -289,7 +289,7 @@ HELP: dict[str, Any] = {
     ),
     "tokens": typer.Option(
         help="Tokens to learn from, in blocks of 256, once each unless --steps says otherwise; a"
-        " quarter as many, at most 32 blocks, are held back to choose by. Default: as many as the"
+        " quarter as many, at most 16 blocks, are held back to choose by. Default: as many as the"
         " steps read, 204800 without them."
     ),
 }
