@@ -43,6 +43,7 @@ from prunenet.policies.apply import prune
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.policies.methods.papers.adapruner import AdaPrunerOptions
+from prunenet.policies.methods.papers.soft_masks import SoftMaskOptions
 from prunenet.refit.cut import cut_layers, refit_kept
 from prunenet.refit.folds import folds_of
 from prunenet.refit.moments import ffn_moments
@@ -264,7 +265,7 @@ def test_names_come_from_the_tables():
         ("wanda_sp+heads", ["scores no attention heads", "llm_pruner_mix"]),
         ("prunenet+heads", ["scores no attention heads", "flap"]),
         ("flap:owl+heads", ["uniform, protected, global", "owl"]),
-        ("flap+heads+layerwise", ["+mean_bias", "layerwise"]),
+        ("flap+heads+sequential", ["+mean_bias", "+layerwise", "sequential"]),
         ("flap+headss", ["unknown refit 'headss'", "[+heads]"]),
     ],
 )
@@ -279,7 +280,14 @@ def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["random+heads", "flap:uniform+heads", "flap:uniform+heads+off", "saap:uniform+heads"]
+    "name",
+    [
+        "random+heads",
+        "flap:uniform+heads",
+        "flap:uniform+heads+off",
+        "saap:uniform+heads",
+        "flap:uniform+heads+layerwise",
+    ],
 )
 def test_a_cut_of_heads_is_of_the_size_of_a_cut_without(name, benches) -> None:
     made = benches.make(parse(name), 0.5, 0)
@@ -315,14 +323,9 @@ def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_re
     method, benches, monkeypatch
 ):
     if method in METHODS and METHODS[method].searches:
-        monkeypatch.setitem(
-            METHODS,
-            method,
-            replace(
-                METHODS[method],
-                score=partial(METHODS[method].score, options=AdaPrunerOptions(trials=6)),
-            ),
-        )
+        quick = SoftMaskOptions(steps=3) if method == "soft_masks" else AdaPrunerOptions(trials=6)
+        row = METHODS[method]
+        monkeypatch.setitem(METHODS, method, replace(row, score=partial(row.score, options=quick)))
     own = parse(method).allocation
     specs = [
         spec

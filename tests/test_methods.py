@@ -15,12 +15,8 @@ from prunenet.text.calibration import CalibrationSet
 BLOCKS = CalibrationSet(token_ids(6, 20), "data", {})
 DRAWS = ["random", "folding", "prunenet_published", "prunenet_published_trained", "llm_pruner_mix"]
 
-# A search is no quick call: test_adapruner. What cuts no channels: test_slicegpt.
-NAMES = [
-    name
-    for name, row in METHODS.items()
-    if not name.startswith("adapruner") and row.rebuild is None
-]
+# A search is no quick call: test_adapruner, test_soft_masks. What cuts no channels: test_slicegpt.
+NAMES = [name for name, row in METHODS.items() if not row.searches and row.rebuild is None]
 
 each_family = pytest.mark.parametrize("model_type", ["llama", "opt", "phi3"])
 

@@ -155,7 +155,7 @@ def cut(
     if heads:
         groups, scores, budget = _groups(evidence, method, budget, allocation)
     elif method.score is not None and not (one_by_one and allocation not in _BY_SCORES):
-        scores = method.score(evidence)
+        scores = method.score(evidence, **({"ratio": ratio} if method.searches else {}))
         _check_finite(method, scores)
     widths = _widths(evidence, method, budget, allocation, scores)
     if method.merge is not None:

@@ -28,6 +28,7 @@ from prunenet.policies.methods.papers import (
     random_channels,
     saap,
     slicegpt,
+    soft_masks,
     wanda_sp,
     whole_experts,
 )
@@ -56,12 +57,12 @@ class Method:
         name: as in `METHODS`.
         needs: what the method reads besides the architecture.
         source: where it was published.
-        score: computes one score per channel of each layer; higher stays longer.
+        score: computes one score per channel of each layer from the evidence; higher stays longer.
         merge: makes the FFN of each layer, narrowed to the given widths.
         with_heads: scores channels and groups of attention heads, where the method cuts both.
         rebuild: makes the model at a ratio with widths a multiple of `round_to`, for a method that
             does not cut FFN channels. The model has no more parameters than a cut at the ratio.
-        able: raises UnsupportedArchitecture for a model that `rebuild` cannot take.
+        able: raises UnsupportedArchitecture or ValueError for a model that the method cannot take.
         layer_score: scores one layer, for a method published as sequential (each layer measured
             behind the already cut ones); None otherwise.
         comparable: whether scores of different layers, and those of channels and groups, may be
@@ -78,7 +79,7 @@ class Method:
     name: str
     needs: Needs
     source: str
-    score: Callable[[Evidence], list[Float[Tensor, " _"]]] | None = None
+    score: Callable[..., list[Float[Tensor, " _"]]] | None = None
     merge: Callable[[Evidence, Sequence[int]], list[FFN]] | None = None
     with_heads: Callable[[Evidence], Scores] | None = None
     rebuild: Callable[[Evidence, float, int], PreTrainedModel] | None = None
@@ -229,6 +230,16 @@ _ROWS = (
         "adapruner_random",
         "; the best of as many random draws, its control",
         adapruner.AdaPrunerOptions(trials=_TRIALS, strategy="random", starts={}),
+    ),
+    Method(
+        "soft_masks",
+        "gradients",
+        "DDP, Huang et al., 2026, arXiv 2603.08065, for FFN channels and a short training",
+        soft_masks.scores,
+        able=soft_masks.check_maskable,
+        comparable=True,
+        allocation="global",
+        searches=True,
     ),
     Method("slicegpt", "text", _SLICEGPT, rebuild=slicegpt.sliced_at, able=check_rotatable),
     _whole_experts("reap", "REAP, as in docs/methods.md, section 19", "reap"),

@@ -12,6 +12,8 @@ Algorithm = Literal["a2c", "ppo"]
 """Algorithm of stable-baselines3."""
 Baseline = Literal["group", "value", "none"]
 """Baseline that returns are compared with."""
+GradientName = Literal["reinforce", "pathwise"]
+"""Gradient of a policy: from rewards of drawn masks, or of the divergence through relaxed ones."""
 Subset = Literal["fixed", "bernoulli", "widths"]
 """Distribution over keep masks: exact width, expected width, or a drawn width."""
 Features = Literal["weights", "moments"]

@@ -12,6 +12,7 @@ from prunenet.policies.training.choices import (
     Algorithm,
     Baseline,
     Features,
+    GradientName,
     RewardName,
     Subset,
 )
@@ -37,6 +38,11 @@ class Recipe:
         reward: "spectral" (`prunenet.envs.rewards.SpectralReward`, weights only), "reconstruction"
             (`ReconstructionReward`) or "divergence" (`prunenet.envs.divergence.DivergenceReward`),
             both on token blocks.
+        gradient: "reinforce" plays masks by `algorithm`; "pathwise"
+            (`prunenet.policies.training.pathwise`) differentiates the divergence through relaxed
+            masks, and its reward is "divergence". It reads `ratio`, `updates`, `learning_rate`,
+            `subset` ("widths", or else the scores), `round_to`, `blocks` and `tokens`, and `masks`,
+            which are here forward and backward passes of an update.
         features: what the scorer reads. "weights": statistics of the weights; the policy is applied
             from weights alone, whatever its reward read. "moments": besides those, statistics of
             activations (`prunenet.features.from_activations`), which applying the policy needs too.
@@ -71,6 +77,7 @@ class Recipe:
     """
 
     reward: RewardName = "reconstruction"
+    gradient: GradientName = "reinforce"
     features: Features = "weights"
     distance: Distance = "ks"
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
@@ -124,7 +131,12 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.baseline == "group" and self.masks < 2:
+        if self.gradient == "pathwise" and self.reward != "divergence":
+            raise ValueError(
+                "the pathwise gradient is that of the divergence, got reward"
+                f" {self.reward!r}; take reward 'divergence', or gradient 'reinforce'"
+            )
+        if self.gradient == "reinforce" and self.baseline == "group" and self.masks < 2:
             raise ValueError(
                 "the group baseline compares masks of one layer: take 2 masks or more, or baseline"
                 " 'none'"
@@ -137,6 +149,7 @@ class Recipe:
 
 _CHOICES = {
     "reward": RewardName,
+    "gradient": GradientName,
     "features": Features,
     "distance": Distance,
     "form": Form,
@@ -150,13 +163,15 @@ _CHOICES = {
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """Converts one stage of a recipe to JSON values, as a saved policy's configuration holds it.
 
-    `spectrum` is left out where it is "auto", as in records from before it existed: their runs can
-    be resumed.
+    `spectrum` is left out where it is "auto" and `gradient` where it is "reinforce", as in records
+    from before they existed: their runs can be resumed.
     """
     fields: dict[str, Any] = json.loads(json.dumps(asdict(replace(recipe, allocation=None))))
     del fields["allocation"]
     if recipe.spectrum == "auto":
         del fields["spectrum"]
+    if recipe.gradient == "reinforce":
+        del fields["gradient"]
     return fields
 
 
@@ -199,6 +214,10 @@ PRESETS: dict[str, Recipe] = {
         hidden=(),
         evaluate_every=5,
         evaluate_at=(0.3,),
+    ),
+    # The scores by the gradient of the divergence through relaxed masks, on the same text.
+    "pathwise": Recipe(
+        reward="divergence", gradient="pathwise", updates=160, masks=1, evaluate_every=20
     ),
 }
 

@@ -235,13 +235,8 @@ class Run(BaseCallback):
                 f"the reward is {value} after {self.state.updates} updates: the model's weights are"
                 " damaged, or the reward is"
             )
-        self.state.history.append((self.state.updates, value))
+        self.state.judged(value, scorer.state_dict())
         self.logger.record("prunenet/reward_of_mode", value)
-        if value > self.state.best_reward:
-            self.state.best_reward = value
-            self.state.best = {
-                name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()
-            }
 
 
 @torch.no_grad()

@@ -11,14 +11,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from prunenet.policies.artifact import PolicyError
-from prunenet.runtime.files import write_atomic
+from prunenet.runtime import parallel
+from prunenet.runtime.files import make_folders, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,6 +42,28 @@ class Progress:
     best_reward: float
     best: dict[str, Tensor]
     history: list[tuple[int, float]]
+
+    def judged(self, value: float, weights: Mapping[str, Tensor]) -> None:
+        """Enters an evaluation, and copies the weights where it is the best so far."""
+        self.history.append((self.updates, value))
+        if value > self.best_reward:
+            self.best_reward = value
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+
+
+def event_log(file: Path | None, done: int) -> SummaryWriter | None:
+    """Opens the TensorBoard log of the first process, in the folder of a run's state.
+
+    Args:
+        file: of the state; None: there is no log.
+        done: steps taken before; what was logged behind them is struck out.
+    """
+    if file is None or not parallel.is_first():
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    make_folders(file.parent)
+    return SummaryWriter(str(file.parent), purge_step=done + 1)
 
 
 def save_state(

@@ -36,13 +36,15 @@ from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
+from prunenet.policies.scorer import ChannelScorer
+from prunenet.policies.training.pathwise import PathwiseRun
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.reports import Reports, Tracked
 from prunenet.policies.training.run import Run, Saving
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import check_home, expanded, lock
-from prunenet.runtime.tracking import check_trackers, tracking
+from prunenet.runtime.tracking import Track, check_trackers, tracking
 from prunenet.text.calibration import CalibrationSet
 
 _History = list[tuple[int, float]]  # (updates, reward) at each evaluation
@@ -113,6 +115,7 @@ def train(
     if not read and reward is None and _spectral_alone(recipe):
         blocks = None  # only weights are read, and the record must say so
     _check_asked(model, recipe, reward, blocks, regime)
+    _check_pathwise(recipe, reward, reports)
     measured, paid = _halves(blocks) if read else (None, blocks)
     config = _config(model, recipe, reward, blocks, regime)
     folder = None if out is None else check_run(expanded(out), resume)
@@ -127,14 +130,13 @@ def train(
     ):
         policy = Policy.untrained(config, seed=recipe.seed)
         for name, stage, judge in _stages(model, recipe, reward, paid):
-            own = Tracked(track.stage(name, _steps(view, recipe) if histories else 0))
+            own = track.stage(name, _steps(view, recipe) if histories else 0)
 
             def play(
-                judge: Reward, name: str = name, stage: Recipe = stage, own: Tracked = own
+                judge: Reward, name: str = name, stage: Recipe = stage, own: Track = own
             ) -> _History:
                 saving = Saving(folder and _state(folder, name), identity)
-                told = [*reports.callbacks, own]
-                run = Run(view, policy.scorer, judge, stage, saving, reports.progress, told)
+                run = _run(view, policy.scorer, judge, stage, saving, reports, own, paid)
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = judged_by_all(judge, play) or []
@@ -169,7 +171,9 @@ def _config(
 
 
 def _steps(view: View, recipe: Recipe) -> int:
-    """Environment steps of a stage."""
+    """Environment steps of a stage; updates of one by the pathwise gradient."""
+    if recipe.gradient == "pathwise":
+        return recipe.updates
     return recipe.updates * view.layers * recipe.masks
 
 
@@ -238,6 +242,39 @@ def _check_asked(
                 f"the {wanted.reward} reward is measured on text: give token blocks (see"
                 " prunenet.text.calibration)"
             )
+
+
+def _check_pathwise(recipe: Recipe, reward: Reward | None, reports: Reports) -> None:
+    """Raises ValueError for what a stage by the pathwise gradient cannot do."""
+    if recipe.gradient == "pathwise" and reward is not None:
+        raise ValueError(
+            f"the pathwise gradient is that of the divergence, got {type(reward).__name__} as"
+            " `reward`; leave it out, or take gradient 'reinforce'"
+        )
+    stages = [recipe, *([] if recipe.allocation is None else [recipe.allocation])]
+    if reports.callbacks and all(stage.gradient == "pathwise" for stage in stages):
+        raise ValueError(
+            "callbacks of stable-baselines3 listen to gradient 'reinforce', and no stage has it;"
+            " leave `callbacks` out"
+        )
+
+
+def _run(
+    view: View,
+    scorer: ChannelScorer,
+    judge: Reward,
+    stage: Recipe,
+    saving: Saving,
+    reports: Reports,
+    track: Track,
+    blocks: CalibrationSet | None,
+) -> Run | PathwiseRun:
+    """The run of a stage by its gradient."""
+    if stage.gradient == "reinforce":
+        told = [*reports.callbacks, Tracked(track)]
+        return Run(view, scorer, judge, stage, saving, reports.progress, told)
+    assert blocks is not None, "checked before"
+    return PathwiseRun(view, scorer, judge, stage, saving, reports.progress, track, blocks)
 
 
 def _halves(blocks: CalibrationSet | None) -> tuple[Int[Tensor, "n tokens"], CalibrationSet]:

@@ -228,7 +228,11 @@ def _command(made: Provenance) -> str:
 
 
 def _limits(made: Provenance) -> str:
-    trained = "" if made.recovered else " It was not trained after the cut."
+    trained = " It was not trained after the cut."
+    if made.how.get("blocks"):
+        trained = " Each FFN was trained by itself after the cut, and the model as a whole was not."
+    if made.recovered:
+        trained = ""
     return (
         "## Limits\n\n"
         f"Pruning loses knowledge first and fluency later.{trained} What the base model must"

@@ -222,8 +222,8 @@ def compare(
     seed:TEXT (the model continues the first tokens of its documents), with TEXT builtin, a file, a
     dataset, or a name given with --calibration. Heads: cut attention heads too, at the same size,
     where the method does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias,
-    layerwise or sequential. Recovered: the cut is trained as 'prunenet recover' does, by every
-    method on the same text. Methods and allocations: --list shows them. Ours: prunenet (what
+    layerwise, sequential or blocks. Recovered: the cut is trained as 'prunenet recover' does, by
+    every method on the same text. Methods and allocations: --list shows them. Ours: prunenet (what
     'prunenet prune' does), prunenet-weights, elimination.
     """
     with one_job(loading.device, written.out) as place:

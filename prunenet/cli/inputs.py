@@ -176,7 +176,7 @@ def check_reward_inputs(
             " --reward reconstruction"
         )
     given = [option for option, value in spectral.items() if value]
-    if reward == "reconstruction" and given:
+    if reward != "spectral" and given:
         raise ValueError(
             f"{given[0]} belongs to the spectral reward: say --preset spectral without --reward, or"
             " leave it out"

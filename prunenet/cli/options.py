@@ -230,8 +230,8 @@ HELP: dict[str, Any] = {
         " blend (policy and measured energies). Default: blend where there is text."
     ),
     "refit": typer.Option(
-        help="Least squares of the down matrices: off, layerwise or sequential. Default: layerwise"
-        " where there is text."
+        help="Least squares of the down matrices: off, layerwise or sequential; blocks: layerwise,"
+        " then each FFN trained in some minutes. Default: layerwise where there is text."
     ),
     # EvaluationOptions
     "window": typer.Option(help="Tokens the model sees at once."),
@@ -289,7 +289,7 @@ HELP: dict[str, Any] = {
     ),
     "tokens": typer.Option(
         help="Tokens to learn from, in blocks of 256, once each unless --steps says otherwise; a"
-        " quarter as many, at most 32 blocks, are held back to choose by. Default: as many as the"
+        " quarter as many, at most 16 blocks, are held back to choose by. Default: as many as the"
         " steps read, 204800 without them."
     ),
 }

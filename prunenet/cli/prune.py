@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def _cut(
     from prunenet.policies import apply
     from prunenet.policies.artifact import policy_for
     from prunenet.policies.stream import prune_streamed
+    from prunenet.refit.blocks import forget_blocks
     from prunenet.runtime import parallel
     from prunenet.runtime.files import check_room
 
@@ -78,9 +80,10 @@ def _cut(
         note_overflow(dense)
         return
     blocks = calibration.blocks(dense, source)
+    folder = out.with_name(f"{out.name}.blocks")
+    cut = partial(apply.prune, dense, trained, options, blocks=blocks, policy_name=name)
     with tables.stages(errors) as advance:
-        pruned = apply.prune(
-            dense, trained, options, blocks=blocks, policy_name=name, progress=advance
-        )
+        pruned = cut(folder=folder, progress=advance)
     if parallel.is_first():
         pruned.save_pretrained(out)
+        forget_blocks(folder)

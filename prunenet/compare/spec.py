@@ -23,9 +23,9 @@ from typing import get_args
 
 from prunenet.policies.methods import METHODS, WITH_HEADS, Allocation
 
-REFITS = ("off", "mean_bias", "layerwise", "sequential")
+REFITS = ("off", "mean_bias", "layerwise", "sequential", "blocks")
 """What is done about the channels removed: nothing, a bias (FLAP), least squares of each layer
-alone, or behind cut layers.
+alone, or behind cut layers, or each FFN trained.
 """
 WITHOUT_TEXT = ("uniform", "global", "protected", "learned")
 """Allocations that need no text of their own; every other one reads some."""
@@ -232,10 +232,10 @@ def _check_heads(text: str, method: str, allocation: str, refit: str) -> None:
         raise ValueError(
             f"{text!r}: +heads goes with the allocations {', '.join(WITH_HEADS)}, got {allocation}"
         )
-    if refit not in ("off", "mean_bias"):
+    if refit == "sequential":
         raise ValueError(
-            f"{text!r}: +heads goes with +off or +mean_bias; a {refit} refit is for FFN channels"
-            " alone"
+            f"{text!r}: a sequential refit is for FFN channels alone; +heads goes with +off,"
+            " +mean_bias, +layerwise or +blocks"
         )
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
+from prunenet.evaluation.successors import Successors
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.heads import attentions
@@ -40,9 +41,6 @@ from prunenet.runtime.placement import home
 
 Structure = Literal["channels", "heads", "attention", "layers"]
 STRUCTURES: tuple[Structure, ...] = ("channels", "heads", "attention", "layers")
-TOP = 256
-"""Successors of a token whose logits are compared one by one; the others are one bin."""
-_REST = 1e-6  # least mass of the rest, below which float32 has no digits left
 _FORMAT = "interaction matrix"
 
 
@@ -220,7 +218,7 @@ def _measured(
     progress: Callable[[int, int], None] | None,
 ) -> Interaction:
     prefixes = _Prefixes(model, ids.to(home(model)))
-    reference = _Reference.of(prefixes.dense[:, unscored:])
+    reference = Successors.of(prefixes.dense[:, unscored:])
     phi = torch.empty(len(units), reference.probabilities.numel())
     kl = torch.empty(len(units))
     for number, unit in enumerate(units):
@@ -237,37 +235,6 @@ def _measured(
             progress(number + 1, len(units))
     tokens = reference.probabilities[..., 0].numel()
     return Interaction(units, phi @ phi.T / tokens, kl, tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """The dense model's next-token distributions: top successors, then the rest."""
-
-    top: Int[Tensor, "n tokens top"]
-    logits: Float[Tensor, "n tokens bins"]
-    probabilities: Float[Tensor, "n tokens bins"]
-
-    @classmethod
-    def of(cls, logits: Float[Tensor, "n tokens vocabulary"]) -> _Reference:
-        top = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
-        binned = _binned(logits, top)
-        return cls(top, binned, binned.softmax(-1))
-
-    def compared(self, logits: Float[Tensor, "n tokens vocabulary"]) -> tuple[Tensor, Tensor]:
-        """Returns phi, (n, tokens, bins), and the mean KL to other logits."""
-        binned = _binned(logits, self.top)
-        change = binned - self.logits
-        centred = change - (self.probabilities * change).sum(-1, keepdim=True)
-        logs = self.logits.log_softmax(-1) - binned.log_softmax(-1)
-        return self.probabilities.sqrt() * centred, (self.probabilities * logs).sum(-1).mean()
-
-
-def _binned(logits: Tensor, top: Tensor) -> Tensor:
-    """Log-probabilities of the top successors, then of the mass of all others."""
-    logits = logits.float()
-    chosen = logits.gather(-1, top) - logits.logsumexp(-1, keepdim=True)
-    rest = (1 - chosen.exp().sum(-1, keepdim=True)).clamp_min(_REST).log()
-    return torch.cat((chosen, rest), -1)
 
 
 class _Prefixes:

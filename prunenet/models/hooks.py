@@ -1,8 +1,10 @@
-"""Changes what a module computes for the length of a `with` block, or of a hook, and no weight."""
+"""Changes what a module computes, or learns, for the length of a `with` block, or of a hook, and no
+weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,3 +40,28 @@ def zeroing(dropped: Tensor) -> Any:
         return (inputs[0].masked_fill(dropped, 0), *inputs[1:])
 
     return hook
+
+
+def scaling(mask: Tensor) -> Any:
+    """A forward pre-hook that multiplies a module's input by a mask, (in_features,); gradients
+    reach the mask.
+    """
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0] * mask.to(inputs[0]), *inputs[1:])
+
+    return hook
+
+
+@contextmanager
+def requiring_grad(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters of a model require gradients, and no others do."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,7 +1,7 @@
 """Recovery by several amounts of text, each measured: what more training buys.
 
 Every rung is a training of its own, whose learning rate ends at 0; texts of later rungs begin with
-those of earlier ones, and all are judged on the same blocks where 128 or more are learned from.
+those of earlier ones, and all are judged on the same blocks where 64 or more are learned from.
 """
 
 from __future__ import annotations

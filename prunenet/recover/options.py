@@ -128,7 +128,7 @@ class RecoverText:
         column: of external text in rows, see `prunenet.text.corpora.load_text`.
         bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
         tokens: that are learned from, in blocks of 256: once each, unless `Tuning.steps` says
-            otherwise. A quarter as many, at most 32 blocks, are held back to choose by. None: as
+            otherwise. A quarter as many, at most 16 blocks, are held back to choose by. None: as
             many as the steps read; 204,800 without steps, or what external text has.
 
     Raises:

@@ -29,7 +29,7 @@ from prunenet.text.corpora import CalibrationText, load_text
 from prunenet.text.generate import KEEP
 from prunenet.text.windows import bos_token, tokenise
 
-MOST_HELD = 32
+MOST_HELD = 16
 """Blocks held back, at most: a fifth of all."""
 _PART = round(KEEP * SEQUENCES)  # sequences that the filter leaves of a part
 _EXTERNAL = "builtin"

@@ -15,7 +15,6 @@ What differs:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import group_counts
+from prunenet.models.hooks import requiring_grad
 from prunenet.models.layers import check_tokens, decoder_layers, down_linears, plain_linear
 from prunenet.runtime.placement import check_together, home
 
@@ -159,7 +159,7 @@ def _gradients(
     flat = [parameter for layer in parameters for _, rows in layer for parameter in rows]
     first = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in flat]
     second = [torch.zeros_like(total) for total in first]
-    with _requiring_grad(model, flat), torch.enable_grad():
+    with requiring_grad(model, flat), torch.enable_grad():
         for window in torch.split(windows.to(home(model)), 1):
             for i, gradient in enumerate(torch.autograd.grad(next_token_loss(model, window), flat)):
                 first[i] += gradient / len(windows)
@@ -225,16 +225,3 @@ def _sums(slices: list[Slice], groups: int | None = None) -> TaylorSums:
         element2=stacked([square.sum(1) for _, square in rows]),
         mix=stacked([(linear - square / 2).abs().sum(1) for linear, square in rows]),
     )
-
-
-@contextmanager
-def _requiring_grad(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
