@@ -210,5 +210,4 @@ def test_on_a_trained_model_learned_masks_lose_less_on_other_text_than_taylor_an
     cuts.append(cut(evidence, "wanda_sp", 0.5, allocation="uniform"))
     masks = [(made.keep, None) for made in cuts]
     ours, taylor, wanda = mask_divergences(model, masks, chain(32, 48, 2)).tolist()
-    print("KL", ours, taylor, wanda)
     assert ours < min(taylor, wanda)

@@ -8,7 +8,7 @@ the masked model from the dense one, and a weight on masks between 0 and 1. Only
 What differs:
 - FFN channels alone, ranked by z over all layers at the end, so that the budget is met exactly;
 - text that the model writes by itself, or external text as the authors take (`soft_masks@ptb`);
-- a few minutes of a CPU: 92,160 tokens of text by default (authors: about 30 million);
+- a short training: 92,160 tokens of text by default (authors: about 30 million);
 - the budget is met at every step by a threshold (authors: an augmented Lagrangian, which needs to
   know the size of the loss);
 - the learning rate falls with mu, so that a step moves a mask as far at the end as at the start.
