@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.identity import base_of
-from prunenet.checkpoints.provenance import How, Provenance
+from prunenet.checkpoints.provenance import BlockStep, How, Provenance
 from prunenet.checkpoints.records import check_channels
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
@@ -40,7 +40,9 @@ from prunenet.policies.artifact import Policy
 from prunenet.policies.experts import check_experts, keep_experts
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
 from prunenet.policies.refine import refined_sizes
-from prunenet.refit.cut import Cut, cut_layers, refit_sequentially
+from prunenet.policies.repair import repaired
+from prunenet.refit.blocks import check_blocks
+from prunenet.refit.cut import Cut, cut_layers
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import RoundTo
@@ -112,6 +114,7 @@ def prune(
     blocks: CalibrationSet | None = None,
     scores: Sequence[Float[Tensor, " _"]] | None = None,
     policy_name: str = "policy",
+    folder: Path | None = None,
     progress: Progress | None = None,
     **choices: Unpack[PruneChoices],
 ) -> Pruned:
@@ -125,6 +128,8 @@ def prune(
             weights alone, which a policy that reads moments cannot do.
         scores: `policy.scores(model, blocks)`, where the caller has them already.
         policy_name: recorded in the provenance.
+        folder: with `refit` blocks, where trained blocks are kept, so that a call that was killed
+            goes on; the caller removes it. None: in memory alone.
         progress: see `Progress`.
 
     Raises:
@@ -134,7 +139,9 @@ def prune(
     asked = options_of(options, choices)
     if asked.experts is not None:
         return _without_experts(model, policy, asked, blocks, policy_name, progress)
-    (decision,) = decide(model, policy, [asked], blocks=blocks, scores=scores, progress=progress)
+    (decision,) = decide(
+        model, policy, [asked], blocks=blocks, scores=scores, folder=folder, progress=progress
+    )
     return pruned_by(model, decision, policy, policy_name)
 
 
@@ -176,13 +183,14 @@ def decide(
     *,
     blocks: CalibrationSet | None = None,
     scores: Sequence[Float[Tensor, " _"]] | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Decision]:
     """Scores channels once, allocates widths for every size, measures each layer once, and refits.
 
     Args:
         model: in memory, placed, or streamed (without blocks).
-        policy, blocks, scores, progress: as for `prune`.
+        policy, blocks, scores, folder, progress: as for `prune`.
         sizes: differ in ratio, params, round_to and widths alone.
 
     Returns:
@@ -213,19 +221,17 @@ def decide(
         gain = trained if blocks is None else _gain(model, cuts, blocks)
         chosen, gain = chosen_allocation(cuts, gain)
         cut = cuts[chosen] if kept is None else replace(cuts[chosen], groups=kept.groups)
-        if choice[1] == "sequential":
-            assert blocks is not None
-            assert isinstance(model, PreTrainedModel)
-            reported = stage_of(progress, "refitting")
-            cut = refit_sequentially(
-                model,
-                cut,
-                blocks.ids,
-                kinds=blocks.kinds,
-                dense_targets=False,
-                progress=reported,
-            )
+        if blocks is not None:
+            assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
+            shown = stage_of(progress, "refitting")
+            ids, kinds = blocks.ids, blocks.kinds
+            cut = repaired(model, cut, choice[1], ids, kinds, folder=folder, progress=shown)
         how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
+        if cut.losses:
+            how["blocks"] = {
+                str(number): BlockStep(before=loss.before, after=loss.after, strength=loss.strength)
+                for number, loss in cut.losses.items()
+            }
         if blocks is not None:
             how["text"] = dict(blocks.source)
         if cut.few:
@@ -245,6 +251,8 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     anatomy, ratio = Anatomy.of(structure(model)), options.ratio
     if options.experts is not None:
         check_experts(anatomy.model, options.experts_by, options.experts)
+    if options.refit == "blocks":
+        check_blocks(anatomy.model)
     if ratio is None:
         total, _ = count_parameters(anatomy.model)
         costs: list[float] = [group.channel_parameters for group in anatomy.groups]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Widths = Literal["auto", "uniform", "per-layer", "refined"]
 Structures = Literal["channels", "channels,heads"]
 Channels = Literal["policy", "blend", "elimination"]
-Refit = Literal["off", "layerwise", "sequential"]
+Refit = Literal["off", "layerwise", "sequential", "blocks"]
 ExpertsBy = Literal["aimer", "reap", "random"]
 
 
@@ -59,8 +59,9 @@ class PruneOptions:
             text elimination fits that text more and others less. None: without calibration text the
             policy; with text the blend, or the policy where it reads moments itself; without a
             policy elimination.
-        refit: least squares of the down matrices on calibration text: "off", "layerwise" or
-            "sequential" (each layer behind the layers cut before it). None: layerwise where there
+        refit: least squares of the down matrices on calibration text: "off", "layerwise",
+            "sequential" (each layer behind the layers cut before it) or "blocks" (layerwise, then
+            each FFN trained as a whole, see `prunenet.refit.blocks`). None: layerwise where there
             is text, else off.
 
     Raises:

@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 from prunenet.cli.app import app
 from prunenet.cli.console import one_sentence
 from prunenet.policies import artifact
+from prunenet.policies.apply import Pruned
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.training.recipe import PRESETS
+from prunenet.refit import blocks
 
 
 def save_tiny(folder: Path, family: str = "llama") -> Path:
@@ -226,6 +228,29 @@ def test_every_choice_of_prune_is_done_and_said(
     assert loaded(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+def test_prune_trains_blocks_and_goes_on_after_a_kill_from_a_folder_that_it_removes(
+    model, learned, tmp_path, monkeypatch
+):
+    ask = ("prune", model, "--policy", learned, "--ratio", 0.5, "--refit", "blocks")
+    save, out = Pruned.save_pretrained, tmp_path / "out"
+
+    def killed(self, where, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pruned, "save_pretrained", killed)
+    assert run(*ask, "--out", out).exit_code != 0
+    assert [path.name for path in sorted(tmp_path.joinpath("out.blocks").iterdir())] == [
+        f"{layer:04d}.safetensors" for layer in range(3)
+    ]
+    monkeypatch.setattr(Pruned, "save_pretrained", save)
+    monkeypatch.setattr(blocks, "_trained", killed)  # all are trained already
+    facts(*ask, "--out", out)
+    assert not (tmp_path / "out.blocks").exists()
+    how = json.loads((out / "prunenet.json").read_text())["how"]
+    assert list(how["blocks"]) == ["0", "1", "2"]
+    assert "Each FFN was trained by itself after the cut" in (out / "README.md").read_text()
+
+
 def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(4000)))
@@ -257,7 +282,7 @@ def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
             ("--channels", "best"),
             "'best' is not one of 'policy', 'blend', 'elimination'",
         ),
-        (("--refit", "on"), "'on' is not one of 'off', 'layerwise', 'sequential'"),
+        (("--refit", "on"), "'on' is not one of 'off', 'layerwise', 'sequential', 'blocks'"),
         (("--moments", "none", "--refit", "layerwise"), "give text (--moments self or data)"),
         (("--moments", "none", "--channels", "elimination"), "give text (--moments self or data)"),
         (("--moments", "maybe"), "'maybe'"),

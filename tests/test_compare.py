@@ -265,7 +265,7 @@ def test_names_come_from_the_tables():
         ("wanda_sp+heads", ["scores no attention heads", "llm_pruner_mix"]),
         ("prunenet+heads", ["scores no attention heads", "flap"]),
         ("flap:owl+heads", ["uniform, protected, global", "owl"]),
-        ("flap+heads+layerwise", ["+mean_bias", "layerwise"]),
+        ("flap+heads+sequential", ["+mean_bias", "+layerwise", "sequential"]),
         ("flap+headss", ["unknown refit 'headss'", "[+heads]"]),
     ],
 )
@@ -280,7 +280,14 @@ def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["random+heads", "flap:uniform+heads", "flap:uniform+heads+off", "saap:uniform+heads"]
+    "name",
+    [
+        "random+heads",
+        "flap:uniform+heads",
+        "flap:uniform+heads+off",
+        "saap:uniform+heads",
+        "flap:uniform+heads+layerwise",
+    ],
 )
 def test_a_cut_of_heads_is_of_the_size_of_a_cut_without(name, benches) -> None:
     made = benches.make(parse(name), 0.5, 0)
@@ -482,9 +489,9 @@ def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_
         walks.append(evidence.label)
         return real(evidence)
 
-    def watched(cell, scored, bench, line):
-        step(cell, scored, bench, line)
-        held.append(sorted(label for label, _ in bench._evidence if label))
+    def watched(cell, scored, recovery, line):
+        step(cell, scored, recovery, line)
+        held.append(sorted(label for label, _ in recovery.pruner._evidence if label))
 
     monkeypatch.setattr(Evidence.energies, "func", counted)
     monkeypatch.setattr(run, "_measure", watched)
@@ -1133,3 +1140,23 @@ def test_dense_weights_are_not_touched(model, benches):
     assert all(
         torch.equal(a, linear.weight) for a, linear in zip(before, down_linears(model), strict=True)
     )
+
+
+def test_every_method_can_be_recovered_on_the_same_text_and_its_line_says_so(folder, tmp_path):
+    options = {"ratios": 0.25, "recover_tokens": 256, "out": tmp_path / "a.jsonl"}
+    names = ("magnitude", "magnitude+recovered", "wanda_sp+recovered")
+    found = {line["method"]: line for line in compare(folder, *names, **options)[0]}
+    assert set(found) == {"dense", *names}
+    plain, recovered, other = (found[name] for name in names)
+    assert "recovered" not in plain
+    assert "recovery" not in plain
+    assert (plain["regime"], recovered["regime"], recovered["applied_regime"]) == (
+        *("weights", "self"),
+        "self",
+    )
+    assert recovered["parameters"] == plain["parameters"]
+    assert recovered["perplexity"] != plain["perplexity"]
+    assert recovered["recovery"]["loss_after"] < recovered["recovery"]["loss_before"]
+    assert recovered["recovery"]["text"] == other["recovery"]["text"]
+    longer, _ = compare(folder, names[1], **options | {"recover_tokens": 320})
+    assert longer[-1]["cell"] != recovered["cell"], "another training is another cell"

@@ -5,11 +5,20 @@ import torch
 from families import tiny_model
 
 from prunenet.evaluation.divergence import divergence
+from prunenet.models.heads import attentions, head_outputs
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels, width_at
-from prunenet.refit.cut import Cut, Refits, blended, cut_layers, output_energy, refit_sequentially
+from prunenet.refit.cut import (
+    Cut,
+    Refits,
+    blended,
+    cut_layers,
+    output_energy,
+    refit_sequentially,
+)
 from prunenet.refit.folds import folds_of, pooled
-from prunenet.refit.moments import ffn_moments
+from prunenet.refit.heads import refit_heads
+from prunenet.refit.moments import LayerWalk, ffn_moments
 from prunenet.refit.ridge import lost, ridge
 
 
@@ -205,3 +214,34 @@ def test_refits_at_levels_are_the_refits_of_their_masks(own):
 def test_levels_divide_the_width():
     model, blocks = model_and_blocks()
     assert Refits(model, blocks, levels=5).step == 12  # of 48 channels, 4 levels
+
+
+def test_attention_that_lost_heads_is_refitted_and_all_other_tensors_stay_as_they_are():
+    model, blocks = model_and_blocks()
+    whole = [torch.ones(width, dtype=torch.bool) for width in ffn_widths(model)]
+    count = attentions(model)[0].groups
+    heads = [torch.arange(count) != layer for layer in range(len(whole))]
+    heads[-1][:] = True
+    cut = Cut(whole, None, groups=heads)
+    refitted = refit_heads(model, cut, blocks)
+    names = [output.down.name for output in head_outputs(model)]
+    assert list(refitted.tensors) == names[:-1]
+    plain, narrow = cut.model(model), refitted.model(model)
+    held = torch.randint(3, 60, (60, 24), generator=torch.Generator().manual_seed(8))
+    walk = LayerWalk(model, held, groups=head_outputs(model))
+    for index in walk:
+        weight, second = attentions(model)[index].out, walk.moments(index).second
+        keep = heads[index].repeat_interleave(weight.shape[1] // count)
+        before, after = (
+            lost(weight, second, keep, attentions(made)[index].out) for made in (plain, narrow)
+        )
+        assert after < before or (before == after == 0 and bool(keep.all()))
+    pairs = zip(plain.named_parameters(), narrow.named_parameters(), strict=True)
+    changed = [name for (name, one), (_, other) in pairs if not torch.equal(one, other)]
+    assert changed == names[:-1]
+
+
+def test_a_cut_that_leaves_heads_whole_has_no_attention_to_refit():
+    model, blocks = model_and_blocks()
+    (cut,) = cut_layers(model, blocks, [uniform(model)])
+    assert refit_heads(model, cut, blocks) is cut

@@ -324,7 +324,7 @@ def test_scores_that_the_caller_has_are_not_computed_again(monkeypatch):
     [
         ({"widths": "wide"}, "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
         ({"channels": "best"}, "unknown channels 'best'; it is one of policy, blend, elimination"),
-        ({"refit": "on"}, "unknown refit 'on'; it is one of off, layerwise, sequential"),
+        ({"refit": "on"}, "unknown refit 'on'; it is one of off, layerwise, sequential, blocks"),
         ({"refit": "layerwise"}, "give text"),
         ({"channels": "elimination"}, "give text"),
         ({"policy": None}, "no policy to choose the channels"),

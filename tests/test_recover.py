@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from prunenet.policies.artifact import PolicyError
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.papers.slicegpt import sliced
 from prunenet.recover.lora import adapted, merged, updates_of
-from prunenet.recover.training import STATE, Tuning, teaching_loss, tuned
+from prunenet.recover.losses import teaching_loss
+from prunenet.recover.training import STATE, Tuning, tuned
 from prunenet.text.calibration import CalibrationSet
 
 PER_LAYER = [16, 40, 8]
@@ -464,3 +466,188 @@ def test_what_is_filled_up_with_zeros_is_refused(dense, tmp_path):
 def test_a_checkpoint_without_recovery_says_nothing_of_it(pruned):
     assert "recovered" not in json.loads((pruned / "prunenet.json").read_text())
     assert "Recovered" not in (pruned / "README.md").read_text()
+
+
+# What is trained, and how.
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_full_training_changes_all_weights_of_the_layers_and_embeddings_where_asked_and_no_tie(
+    family, embeddings
+):
+    dense, narrow = cut(family, PER_LAYER)
+    before = state(narrow)
+    tuning = dataclasses.replace(QUICK, updates="full", embeddings=embeddings, steps=3)
+    found = tuned(narrow, text(), tuning, teacher=dense)
+    assert found.after < found.before
+    assert same(state(narrow), before)
+    changed = {n for n, t in found.model.named_parameters() if not torch.equal(t, before[n])}
+    inside = {n for n, _ in narrow.named_parameters() if "layers." in n}
+    tables = {n for n, _ in narrow.named_parameters() if "embed_tokens" in n or "lm_head" in n}
+    # a bias of keys moves no probability: what has no gradient stays
+    assert changed <= inside | (tables if embeddings else set())
+    assert {n for n in inside if not n.endswith("k_proj.bias")} <= changed
+    assert bool(tables & changed) == embeddings
+    tied = narrow.get_input_embeddings().weight is narrow.get_output_embeddings().weight
+    rows = [m.weight for m in (found.model.get_input_embeddings(),)]
+    assert (rows[0] is found.model.get_output_embeddings().weight) == tied
+
+
+def test_full_training_of_low_precision_moves_by_less_than_its_rounding_and_ends_in_it():
+    dense, narrow = cut()
+    dense, narrow = dense.to(torch.bfloat16), narrow.to(torch.bfloat16)
+    tuning = dataclasses.replace(QUICK, updates="full", steps=8, learning_rate=2e-3)
+    found = tuned(narrow, text(), tuning, teacher=dense)
+    assert found.after < found.before
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+
+
+def test_the_rate_rises_and_falls_as_asked():
+    rates = {
+        kind: [
+            Tuning(schedule=kind, warmup=0.2, learning_rate=1.0).rate_at(step, 10)
+            for step in range(10)
+        ]
+        for kind in ("linear", "cosine", "stable")
+    }
+    for found in rates.values():
+        assert found[:3] == [0.5, 1.0, 1.0]
+        assert found[2:] == sorted(found[2:], reverse=True)
+        assert 0 < found[-1] < 0.7
+    assert rates["stable"][:8] == [0.5, *[1.0] * 7]
+    assert rates["cosine"][6] == pytest.approx(0.5) == rates["linear"][6]
+    assert Tuning().rate_at(25, 100) == pytest.approx(0.75 * Tuning().rate)
+
+
+def test_the_likeliest_tokens_and_a_bin_for_the_rest_bound_the_divergence_from_below(monkeypatch):
+    from prunenet.recover import losses
+
+    dense, narrow = cut()
+    narrow, ids = narrow.requires_grad_(False), token_ids()
+    whole = teaching_loss(narrow, dense, ids)
+    assert teaching_loss(narrow, dense, ids, kind="top256") == pytest.approx(float(whole), rel=1e-4)
+    monkeypatch.setattr(losses, "_LIKELIEST", 8)
+    fewer = teaching_loss(narrow, dense, ids, kind="top256")
+    assert 0 < float(fewer) < float(whole)
+    with torch.no_grad():
+        logs = [model(ids).logits.log_softmax(-1) for model in (dense, narrow)]
+    top = logs[0].topk(8).indices
+    p, q = (log.exp().gather(-1, top) for log in logs)
+    p, q = (torch.cat((t, 1 - t.sum(-1, keepdim=True)), -1) for t in (p, q))
+    assert float(fewer) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+
+
+def test_hidden_states_are_compared_behind_each_layer_relative_to_their_energy():
+    dense, narrow = cut()
+    narrow, ids = narrow.requires_grad_(False), token_ids()
+    added = teaching_loss(narrow, dense, ids, hidden=2.0) - teaching_loss(narrow, dense, ids)
+    seen = []
+    for model in (narrow, dense):
+        states = []
+        hooks = [
+            layer.register_forward_hook(lambda _m, _g, out, s=states: s.append(out))
+            for layer in model.model.layers
+        ]
+        with torch.no_grad():
+            model(ids)
+        seen.append([out[0] if isinstance(out, tuple) else out for out in states])
+        for hook in hooks:
+            hook.remove()
+    errors = [
+        ((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in zip(*seen, strict=True)
+    ]
+    assert float(added.detach()) == pytest.approx(float(2 * sum(errors) / len(errors)), rel=1e-3)
+    nothing = teaching_loss(dense, dense, ids, hidden=1.0)
+    assert float(nothing.detach()) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="`hidden` compares hidden states"):
+        tuned(narrow, text(), dataclasses.replace(QUICK, hidden=0.1))
+
+
+@pytest.mark.parametrize("updates", ["lora", "full"])
+def test_a_run_of_every_option_goes_on_to_the_same_weights(tmp_path, updates):
+    dense, narrow = cut("opt")
+    options = {"warmup": 0.2, "schedule": "stable", "loss": "top256", "hidden": 0.1}
+    tuning = dataclasses.replace(QUICK, updates=updates, average=0.5, **options)
+
+    def kill(done, of, loss):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    ask = {"teacher": dense, "folder": tmp_path}
+    whole = tuned(narrow, text(), tuning, teacher=dense)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(narrow, text(), tuning, progress=kill, **ask)
+    gone_on = tuned(narrow, text(), tuning, resume=True, **ask)
+    assert same(state(whole.model), state(gone_on.model))
+    assert (whole.history, whole.best_step) == (gone_on.history, gone_on.best_step)
+
+
+def test_a_best_state_of_later_than_the_last_save_is_the_one_that_is_found_again(tmp_path):
+    """A kill by SIGKILL between two saves: the steps behind the last are taken again."""
+    from prunenet.recover.state import BEST, STATE
+
+    dense, narrow = cut("opt")
+    ask = {"teacher": dense, "folder": tmp_path}
+    kept = {}
+
+    def keep(done, of, loss):
+        if done == 2:
+            kept[STATE] = (tmp_path / STATE).read_bytes()
+
+    whole = tuned(narrow, text(), QUICK, progress=keep, **ask)
+    assert whole.best_step > 2
+    assert (tmp_path / BEST).exists()
+    (tmp_path / STATE).write_bytes(kept[STATE])
+    gone_on = tuned(narrow, text(), QUICK, resume=True, **ask)
+    assert same(state(whole.model), state(gone_on.model))
+    assert whole.history == gone_on.history
+
+
+def test_large_states_are_written_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    from prunenet.recover import state as module
+
+    clock, saved = [0.0], []
+
+    def slow(path, content):
+        clock[0] += 3.0
+        saved.append(clock[0])
+
+    monkeypatch.setattr(module, "write_atomic", slow)
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    weight = torch.nn.Parameter(torch.zeros(2))
+    files = module.Files(tmp_path, {})
+    run_of = module.State([weight], [], torch.optim.AdamW([weight]))
+    for _ in range(200):
+        clock[0] += 1.0
+        files.save(run_of)
+    gaps = [b - a for a, b in pairwise(saved)]
+    assert gaps
+    assert min(gaps) >= 60
+    files.save(run_of, now=True)
+    assert clock[0] - saved[-1] == 0
+
+
+def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, monkeypatch):
+    from prunenet.checkpoints.load import load_tokenizer
+    from prunenet.recover import text as module
+    from prunenet.recover.options import RecoverText
+    from prunenet.text.calibration import CalibrationOptions, calibration_for
+
+    monkeypatch.setattr(module, "_PART", 8)
+    model, tokenizer = load_model(dense), load_tokenizer(dense)
+    block, tuning = 64, Tuning(batch=4)
+    short, long = (
+        module.learning_text(model, tokenizer, RecoverText(tokens=count * block), tuning)
+        for count in (12, 24)
+    )
+    assert (len(short.ids), len(long.ids)) == (15, 30)
+    assert torch.equal(long.ids[:8], short.ids[:8])
+    assert len(long.ids.unique(dim=0)) == 30
+    first = calibration_for(
+        model, tokenizer, "self", "builtin", CalibrationOptions(tokens=10 * block)
+    )
+    assert torch.equal(long.ids[:8], first.ids[:8])
+    assert tuning.settled(24).steps == 6
+    by_steps = module.learning_text(model, tokenizer, RecoverText(), Tuning(batch=4, steps=3))
+    assert torch.equal(by_steps.ids, short.ids)

@@ -118,13 +118,11 @@ def load_state(
     try:
         tensors, facts = unpacked(path, hashed=True)
         progress = _progress(facts, _under("best.", tensors), updates)
-        _check_run(path, facts["run"], json.loads(json.dumps(run)))
+        check_run(path, facts["run"], json.loads(json.dumps(run)))
         weights, template = _under("policy.", tensors), policy.state_dict()
         check_layout(weights, layout_of(template))
-        # Of a policy the scorer is kept; of the updates of a recovery, all.
-        kept = _under("scorer.", template) or template
-        check_layout(progress.best, layout_of(kept))
-        states = _optimizer_states(optimizer, _under("optimizer.", tensors))
+        check_layout(progress.best, layout_of(_under("scorer.", template)))
+        states = optimizer_states(optimizer, _under("optimizer.", tensors))
     except FileNotFoundError:
         raise PolicyError(
             f"nothing to resume: {path} does not exist; start a new run in another folder"
@@ -138,7 +136,7 @@ def load_state(
     return progress
 
 
-def _check_run(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def check_run(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raises PolicyError where the state belongs to another run."""
     changed = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if changed:
@@ -171,7 +169,7 @@ def _progress(facts: Mapping[str, Any], best: dict[str, Tensor], updates: int) -
     return Progress(done, float(reward), best, list(zip(at, values, strict=True)))
 
 
-def _optimizer_states(
+def optimizer_states(
     optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
     """Returns AdamW's state of each parameter that has one.

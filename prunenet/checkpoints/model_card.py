@@ -228,7 +228,11 @@ def _command(made: Provenance) -> str:
 
 
 def _limits(made: Provenance) -> str:
-    trained = "" if made.recovered else " It was not trained after the cut."
+    trained = " It was not trained after the cut."
+    if made.how.get("blocks"):
+        trained = " Each FFN was trained by itself after the cut, and the model as a whole was not."
+    if made.recovered:
+        trained = ""
     return (
         "## Limits\n\n"
         f"Pruning loses knowledge first and fluency later.{trained} What the base model must"
@@ -290,12 +294,19 @@ def _counts(made: Provenance) -> str:
     return said
 
 
+_TRAININGS = {
+    "lora": "low-rank training of its linears",
+    "full": "training of all weights of its layers",
+}
+
+
 def _recovery(recovered: Sequence[RecoveryStep]) -> str:
     """What the card says of it, one line for each training."""
     lines = ""
     for step in recovered:
         how = (
-            f"low-rank training of its linears, {step['steps']} steps of {step['batch']} blocks,"
+            f"{_TRAININGS[step.get('updates', 'lora')]}, {step['steps']} steps of {step['batch']}"
+            f" blocks,"
             f" text: {step['text']['text']}"
         )
         change = (

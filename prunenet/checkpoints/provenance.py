@@ -25,6 +25,20 @@ _OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
 _Widths = tuple[Annotated[int, Within(1, 2**24)], ...]  # masks of so many entries are made
 
 
+class BlockStep(TypedDict):
+    """The training of one FFN, see `prunenet.refit.blocks`.
+
+    Attributes:
+        before, after: share of its output's energy that it loses on text of a kind that it was not
+            trained on: refitted, and trained.
+        strength: share of the way from the one to the other, in [0, 1]; 0: the refit stayed.
+    """
+
+    before: float
+    after: float
+    strength: float
+
+
 class How(TypedDict, total=False):
     """The steps of a cut.
 
@@ -32,7 +46,8 @@ class How(TypedDict, total=False):
         widths: "uniform", "per-layer" or "refined".
         predicted_gain: by which share per-layer widths lower perplexity; None: not predicted.
         channels: "policy", "blend" or "elimination".
-        refit: "off", "layerwise" or "sequential".
+        refit: "off", "layerwise", "sequential" or "blocks".
+        blocks: of each FFN that was trained, by the number of its group; absent where none was.
         residual_width, slicing, head: of a sliced residual stream: its width, the share of d_model
             that is gone, and "sliced" or "whole" for the LM head.
         text: what activations were measured on, see `prunenet.text.calibration.CalibrationSet`.
@@ -46,6 +61,7 @@ class How(TypedDict, total=False):
     predicted_gain: float | None
     channels: str | None
     refit: str | None
+    blocks: dict[str, BlockStep]
     residual_width: Positive
     slicing: float
     head: str
@@ -55,12 +71,28 @@ class How(TypedDict, total=False):
     experts_by: str
 
 
-class RecoveryStep(TypedDict):
+class _Since(TypedDict, total=False):
+    """What records of versions before do not say: they were LoRA's, with a linear schedule."""
+
+    updates: str
+    embeddings: bool
+    warmup: float
+    schedule: str
+    betas: list[float]
+    hidden: float
+    average: float
+    tokens: Count
+
+
+class RecoveryStep(_Since):
     """One training after a cut, see `prunenet.recover`; losses in nats per token on text held back.
 
     Attributes:
+        updates, embeddings, warmup, schedule, betas, hidden, average: as in
+            `prunenet.recover.Tuning`.
+        tokens: that were read, in all steps.
         steps, batch, micro_batch, rank, learning_rate, seed: as in `prunenet.recover.Tuning`.
-        loss: "KL(dense || pruned)" or "next token".
+        loss: "KL(dense || pruned)", the same over the "top 256 and rest", or "next token".
         loss_before, loss_after: of the model before the training, and as saved.
         best_step: after which the best state was seen; 0: no state was better.
         regime: of the text.

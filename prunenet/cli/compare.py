@@ -17,6 +17,7 @@ from prunenet.cli.console import errors, one_job, path, show
 from prunenet.cli.options import HELP, Model, PolicyName, TextColumn
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, ShareOf, Watch
 from prunenet.evaluation.options import EvaluationOptions
+from prunenet.recover.options import TOKENS
 from prunenet.runtime.choices import ROUND_TO, RoundTo
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ T = TypeVar("T")
 Methods = Annotated[
     list[str],
     typer.Argument(
-        metavar="METHOD", help="method[:allocation][@moments][+heads][+refit], or all; see above."
+        metavar="METHOD",
+        help="method[:allocation][@moments][+heads][+refit][+recovered], or all; see above.",
     ),
 ]
 
@@ -66,6 +68,9 @@ class Varied:
     seeds: Annotated[str, typer.Option(metavar="NUMBERS", help="As in 0,1,2.")] = "0"
     policy: PolicyName = None
     round_to: Annotated[str, HELP["round_to"]] = str(ROUND_TO)
+    recover_tokens: Annotated[
+        int, typer.Option(help="Tokens that methods +recovered learn from, self-written.")
+    ] = TOKENS
 
     def options(self) -> CompareOptions:
         """Raises ValueError where ratios or seeds are no numbers between commas."""
@@ -76,6 +81,7 @@ class Varied:
             seeds=seeds,
             round_to=cast(RoundTo, self.round_to),  # what the option's parser makes
             policy=self.policy,
+            recover_tokens=self.recover_tokens,
         )
 
 
@@ -209,13 +215,15 @@ def compare(
     """Compare ways to prune at equal size: METHODs x --ratios x --seeds, one JSON line each; a
     killed run goes on.
 
-    A METHOD is method[:allocation][@moments][+heads][+refit], as in wanda_sp, flap:uniform,
-    llm_pruner_element1:owl@ptb, wanda_sp:learned@seed:ptb+layerwise. What is left out is the
+    A METHOD is method[:allocation][@moments][+heads][+refit][+recovered], as in wanda_sp,
+    flap:uniform, llm_pruner_element1:owl@ptb, wanda_sp:learned@seed:ptb+layerwise. What is left
+    out is the
     method's own. Moments: self (the model samples the text; the default), random (tokens), TEXT or
     seed:TEXT (the model continues the first tokens of its documents), with TEXT builtin, a file, a
     dataset, or a name given with --calibration. Heads: cut attention heads too, at the same size,
     where the method does (random, magnitude, flap, llm_pruner_*, saap*). Refit: off, mean_bias,
-    layerwise or sequential. Methods and allocations: --list shows them. Ours: prunenet (what
+    layerwise, sequential or blocks. Recovered: the cut is trained as 'prunenet recover' does, by
+    every method on the same text. Methods and allocations: --list shows them. Ours: prunenet (what
     'prunenet prune' does), prunenet-weights, elimination.
     """
     with one_job(loading.device, written.out) as place:

@@ -230,8 +230,8 @@ HELP: dict[str, Any] = {
         " blend (policy and measured energies). Default: blend where there is text."
     ),
     "refit": typer.Option(
-        help="Least squares of the down matrices: off, layerwise or sequential. Default: layerwise"
-        " where there is text."
+        help="Least squares of the down matrices: off, layerwise or sequential; blocks: layerwise,"
+        " then each FFN trained in some minutes. Default: layerwise where there is text."
     ),
     # EvaluationOptions
     "window": typer.Option(help="Tokens the model sees at once."),
@@ -252,11 +252,32 @@ HELP: dict[str, Any] = {
         "--compile", help="Measure the speed of what torch.compile makes of the models."
     ),
     # Tuning
-    "steps": typer.Option(help="Steps of training."),
+    "updates": typer.Option(
+        help="lora (low-rank updates of the linears, merged) or full (all weights of the layers)."
+    ),
+    "embeddings": typer.Option(help="With full: train embeddings and LM head too."),
+    "steps": typer.Option(help="Steps of training. Default: one pass over the text."),
     "batch": typer.Option(help="Blocks of a step."),
     "micro_batch": typer.Option(help="Blocks in memory at once."),
     "rank": typer.Option(help="Rank of the low-rank updates."),
-    "learning_rate": typer.Option(help="Learning rate of AdamW at the first step."),
+    "learning_rate": typer.Option(
+        help="Highest learning rate of AdamW. Default: 5e-4 of lora, 5e-5 of full."
+    ),
+    "warmup": typer.Option(help="Share of the steps in which the learning rate rises."),
+    "schedule": typer.Option(
+        help="How the rate falls to 0: linear, cosine, or stable (in the last fifth)."
+    ),
+    "betas": typer.Option(help="Of AdamW."),
+    "loss": typer.Option(
+        help="Against a teacher: kl over the vocabulary, or top256: its likeliest tokens, and the"
+        " rest."
+    ),
+    "hidden": typer.Option(
+        help="Weight of the relative squared error of the hidden states behind each layer."
+    ),
+    "average": typer.Option(
+        help="Decay of a moving average of the weights, judged beside the last state; 0: none."
+    ),
     "seed": typer.Option(help="Seed of the text and of the training."),
     # RecoverText
     "moments": typer.Option(
@@ -267,7 +288,9 @@ HELP: dict[str, Any] = {
         help="External text for --moments data: builtin, a file, or id[:config[:split]]."
     ),
     "tokens": typer.Option(
-        help="Tokens of text to learn from, in blocks of 256; a fifth is held back to choose by."
+        help="Tokens to learn from, in blocks of 256, once each unless --steps says otherwise; a"
+        " quarter as many, at most 16 blocks, are held back to choose by. Default: as many as the"
+        " steps read, 204800 without them."
     ),
 }
 

@@ -9,6 +9,7 @@ import typer
 from prunenet.cli import tables
 from prunenet.cli.console import errors, one_job, show
 from prunenet.cli.options import Json, OneDevice, Out, Running, trackers
+from prunenet.cli.recovering import say_estimate
 from prunenet.recover.options import RecoverText, Tuning
 
 Pruned = Annotated[
@@ -30,8 +31,8 @@ def recover(
     teacher: Teacher = None,
     as_json: Json = False,
 ) -> None:
-    """Train a pruned model to predict what the dense one does (LoRA, merged), by default without
-    external data.
+    """Train a pruned model to predict what the dense one does (LoRA, merged, or full), by default
+    without external data.
     """
     with one_job(loading.device, out) as place:
         from prunenet.checkpoints.options import LoadOptions
@@ -50,6 +51,7 @@ def recover(
                 loading=LoadOptions(device=place, dtype=loading.dtype),
                 progress=advance,
                 report_to=trackers(running.report_to),
+                estimate=say_estimate,
             )
         if not parallel.is_first():
             return

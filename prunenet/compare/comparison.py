@@ -40,7 +40,7 @@ def compare(
 
     Args:
         model: folder or hub id of the dense model.
-        methods: each as `method[:allocation][@moments][+heads][+refit]`, or "all"; see
+        methods: each as `method[:allocation][@moments][+heads][+refit][+recovered]`, or "all"; see
             `prunenet.compare.spec`.
         out: file of JSON lines; what is in it is not measured again.
         options: ratios, seeds, rounding, policy.
@@ -86,14 +86,31 @@ def compare(
     )
     # "all" means what can be done; what was asked for by name is refused by `check`.
     specs = [spec for spec in specs if spec.name in methods or _possible(spec, pruner)]
-    plan = Plan(
-        str(model), specs, options.ratios, options.seeds, evaluation, amount, options.round_to
-    )
+    plan = _plan(str(model), specs, options, evaluation, amount)
     check(plan, pruner)
     if watch.progress is not None:
         progress = watch.progress
         pruner.progress = lambda done, of: progress("writing text", done, of)
     return run(plan, pruner, results, report=watch.line, progress=watch.progress)
+
+
+def _plan(
+    source: str,
+    specs: Sequence[Spec],
+    options: CompareOptions,
+    evaluation: Evaluation,
+    amount: Amount,
+) -> Plan:
+    return Plan(
+        source,
+        specs,
+        options.ratios,
+        options.seeds,
+        evaluation,
+        amount,
+        options.round_to,
+        (options.tuning, options.recover_tokens),
+    )
 
 
 def check_name(name: str) -> None:

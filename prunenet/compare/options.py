@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
+from prunenet.recover.options import TOKENS, Tuning
 from prunenet.runtime.choices import ROUND_TO, RoundTo
 
 ShareOf = Literal["channels", "parameters", "active"]
@@ -24,6 +25,8 @@ class CompareOptions:
         seeds: of text, windows and draws, in [0, 2^32).
         round_to: widths are multiples of this; "auto": see `prunenet.policies.PruneOptions`.
         policy: a policy that ships, the folder of a trained one, or "none"; None: the family's.
+        recover_tokens: of self-written text that methods `+recovered` learn from.
+        tuning: how they are trained; the seed is the cell's.
     """
 
     ratios: Sequence[float] = (0.2, 0.3)
@@ -31,6 +34,8 @@ class CompareOptions:
     seeds: Sequence[int] = (0,)
     round_to: RoundTo = ROUND_TO
     policy: str | None = None
+    recover_tokens: int = TOKENS
+    tuning: Tuning = field(default_factory=Tuning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,14 +7,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from prunenet.compare.pruner import Amount, Pruner
 from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
 from prunenet.evaluation.zeroshot import read_task
+from prunenet.recover.options import TOKENS, Tuning
 from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.text.corpora import TestText, content_sha256
 from prunenet.text.windows import bos_token
@@ -57,6 +59,7 @@ class Plan:
         evaluation: how every cell is scored.
         amount: of calibration text.
         round_to: widths are multiples of this.
+        recovery: how methods `+recovered` are trained, and on how many tokens.
     """
 
     source: str
@@ -66,6 +69,7 @@ class Plan:
     evaluation: Evaluation
     amount: Amount = field(default_factory=Amount)
     round_to: RoundTo = ROUND_TO
+    recovery: tuple[Tuning, int] = field(default_factory=lambda: (Tuning(), TOKENS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +107,7 @@ def cells(plan: Plan) -> list[Cell]:
 def asked(plan: Plan, cell: Cell, pruner: Pruner) -> Line:
     """What was asked for, in the words of a line."""
     spec, scored = cell.spec, plan.evaluation
-    fields: dict[str, str | bool | None] = dict.fromkeys(
-        ("score", "allocation", "moments", "refit")
-    )
+    fields: dict[str, Any] = dict.fromkeys(("score", "allocation", "moments", "refit"))
     policy = None
     if spec is not None:
         fields = {
@@ -117,6 +119,10 @@ def asked(plan: Plan, cell: Cell, pruner: Pruner) -> Line:
         # not a field of the others: their cells keep their keys
         fields |= {"heads": True} if spec.heads else {}
         fields |= {} if pruner.share_of == "channels" else {"share_of": pruner.share_of}
+        if spec.recovered:
+            tuning, tokens = plan.recovery
+            how = asdict(replace(tuning, seed=cell.seed, learning_rate=tuning.rate))
+            fields["recovered"] = how | {"betas": list(tuning.betas), "tokens": tokens}
         policy = pruner.policy if spec.asks_policy else None
     amount = (
         None

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +29,8 @@ from prunenet.policies.apply import prune, ratio_of
 from prunenet.policies.artifact import Policy
 from prunenet.policies.methods import METHODS, Allocation, Evidence, Method, cut
 from prunenet.policies.options import PruneOptions
-from prunenet.refit.cut import Cut, refit_kept, refit_sequentially
+from prunenet.policies.repair import repaired
+from prunenet.refit.cut import Cut, refit_kept
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.text.calibration import (
@@ -343,26 +344,20 @@ class Pruner:
             round_to=step,
             heads=spec.heads,
         )
-        if spec.refit not in ("layerwise", "sequential"):
+        if spec.refit in ("off", "mean_bias"):
             pairs = ((found.biases, down_linears), (found.group_biases, out_linears))
             biases = sum(
                 _new_biases(linears(self.model)) for added, linears in pairs if added is not None
             )
             return found.applied(self.model), biases
-        return self._refitted(spec, found.keep, evidence).model(self.model), 0
+        chosen = Cut(found.keep, None, groups=found.groups)
+        return self._refitted(spec, chosen, evidence).model(self.model), 0
 
-    def _refitted(
-        self, spec: Spec, keep: list[Bool[Tensor, " _"]], evidence: SharedEvidence
-    ) -> Cut:
-        if spec.refit == "layerwise":
-            return refit_kept(self.model, keep, evidence.folds)
-        return refit_sequentially(
-            self.model,
-            Cut(keep, None),
-            evidence.ids,
-            kinds=evidence.kinds,
-            dense_targets=False,
-        )
+    def _refitted(self, spec: Spec, chosen: Cut, evidence: SharedEvidence) -> Cut:
+        if spec.refit != "sequential":
+            refitted = refit_kept(self.model, chosen.keep, evidence.folds)
+            chosen = replace(refitted, groups=chosen.groups)
+        return repaired(self.model, chosen, spec.refit, evidence.ids, evidence.kinds)
 
     def _method(self, spec: Spec, ratio: float, evidence: SharedEvidence) -> Method:
         """The method's row, its scores shared between cells."""

@@ -16,6 +16,7 @@ from prunenet.checkpoints.identity import identify, tokenizer_sha256
 from prunenet.compare.machine import commit, synchronise, versions
 from prunenet.compare.plan import Cell, Evaluation, Plan, asked, cells, key_of
 from prunenet.compare.pruner import Made, Pruner
+from prunenet.compare.recovered import Recovery
 from prunenet.compare.results import Line, Results
 from prunenet.compare.spec import Spec
 from prunenet.evaluation.perplexity import check_fits, perplexity, scored_windows
@@ -66,6 +67,8 @@ def check(plan: Plan, pruner: Pruner) -> None:
         scored_windows(model, pruner.tokenizer, text, scored.options)
     for task, file in scored.tasks.items():
         read_task(task, file)
+    if any(spec.recovered for spec in plan.specs):
+        Recovery(pruner, *plan.recovery).check()
 
 
 def check_spec(spec: Spec, pruner: Pruner) -> None:
@@ -140,6 +143,8 @@ def compare(
     )
     todo = [cell for cell in questions if keys[cell] in left]
     pruner.share_texts([(cell.spec.moments, cell.seed) for cell in todo if cell.spec is not None])
+    recovery = Recovery(pruner, *plan.recovery, progress)
+    recovery.write(sorted({c.seed for c in todo if c.spec is not None and c.spec.recovered}))
 
     def take(line: Line) -> None:
         results.add(line)
@@ -162,7 +167,7 @@ def compare(
                 **about,
             }
             with parallel.apart():
-                _measure(cell, plan.evaluation, pruner, line)
+                _measure(cell, plan.evaluation, recovery, line)
             add(line)
     _forget(pruner, last, None)
     lines: list[Line] = parallel.broadcast_object(
@@ -204,17 +209,18 @@ def _forget(pruner: Pruner, last: Cell | None, following: Cell | None) -> None:
         pruner.forget(last.spec.moments, last.seed)
 
 
-def _measure(cell: Cell, scored: Evaluation, pruner: Pruner, line: Line) -> None:
+def _measure(cell: Cell, scored: Evaluation, recovery: Recovery, line: Line) -> None:
     """Makes the model and scores it; fills in the line as far as that goes."""
     try:
-        narrow = _prune(cell, pruner, line)
-        _score(narrow, scored, pruner, line)
+        narrow = _prune(cell, recovery, line)
+        _score(narrow, scored, recovery.pruner, line)
     except Exception as error:  # a cell may fail in any way; the others go on
         line["error"] = _sentence(error)
 
 
-def _prune(cell: Cell, pruner: Pruner, line: Line) -> PreTrainedModel:
-    spec, device = cell.spec, home(pruner.model)
+def _prune(cell: Cell, recovery: Recovery, line: Line) -> PreTrainedModel:
+    spec, pruner = cell.spec, recovery.pruner
+    device = home(pruner.model)
     if spec is None:
         made = Made(pruner.model, ffn_widths(pruner.model), 0, "weights", "weights", None, None)
         line |= {"seconds_pruning": 0.0, "seconds_shared": 0.0}
@@ -224,6 +230,8 @@ def _prune(cell: Cell, pruner: Pruner, line: Line) -> PreTrainedModel:
         with pruner.ledger.cell() as use, peak_memory(device) as peak:
             start = time.perf_counter()
             made = pruner.make(spec, cell.ratio, cell.seed)
+            if spec.recovered:
+                made, line["recovery"] = recovery.recovered(made, cell.seed)
             synchronise(device)
             seconds = time.perf_counter() - start
         line |= {

@@ -1,4 +1,5 @@
-"""How a way to prune is named: `method[:allocation][@moments][+heads][+refit]`.
+"""How a way to prune is named:
+`method[:allocation][@moments][+heads][+refit][+recovered]`.
 
     wanda_sp                              as published, on text that the model samples
     flap:uniform                          another allocation
@@ -22,9 +23,9 @@ from typing import get_args
 
 from prunenet.policies.methods import METHODS, WITH_HEADS, Allocation
 
-REFITS = ("off", "mean_bias", "layerwise", "sequential")
+REFITS = ("off", "mean_bias", "layerwise", "sequential", "blocks")
 """What is done about the channels removed: nothing, a bias (FLAP), least squares of each layer
-alone, or behind cut layers.
+alone, or behind cut layers, or each FFN trained.
 """
 WITHOUT_TEXT = ("uniform", "global", "protected", "learned")
 """Allocations that need no text of their own; every other one reads some."""
@@ -32,8 +33,9 @@ RESERVED = ("self", "random", "seed", "builtin", "none")
 """Words that cannot name a calibration text."""
 WITHOUT_SCORES = ("uniform", "protected", "owl", "influence", "learned")
 """Allocations that look at no method's scores, so that a merge can have them."""
-_FORM = "method[:allocation][@moments][+heads][+refit]"
+_FORM = "method[:allocation][@moments][+heads][+refit][+recovered]"
 _HEADS = "heads"
+_RECOVERED = "+recovered"
 # (allocation, refit) of the methods that are ours.
 _OWN = {
     "prunenet": ("auto", "layerwise"),
@@ -55,6 +57,7 @@ class Spec:
             TEXT, with TEXT a name, "builtin", a file or a dataset; None where nothing reads text.
         refit: one of `REFITS`.
         heads: whether attention heads are cut as well as FFN channels.
+        recovered: whether the cut is trained behind it, see `prunenet.compare.recovered`.
     """
 
     method: str
@@ -62,6 +65,7 @@ class Spec:
     moments: str | None
     refit: str
     heads: bool = False
+    recovered: bool = False
 
     @property
     def name(self) -> str:
@@ -73,6 +77,7 @@ class Spec:
             + ("" if self.moments in (None, "self") else f"@{self.moments}")
             + ("+heads" if self.heads else "")
             + ("" if self.refit == refit else f"+{self.refit}")
+            + (_RECOVERED if self.recovered else "")
         )
 
     @property
@@ -121,13 +126,15 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
     """Reads a spec.
 
     Args:
-        text: `method[:allocation][@moments][+heads][+refit]`.
+        text: `method[:allocation][@moments][+heads][+refit][+recovered]`.
         calibration: names given to calibration texts.
 
     Raises:
         ValueError: a part that is unknown (the choices are listed), or parts that make no sense
             together.
     """
+    if text.endswith(_RECOVERED):
+        return replace(parse(text.removesuffix(_RECOVERED), calibration), recovered=True)
     head, at, tail = text.partition("@")
     rest = tail if at else head
     before, plus, refit = rest.rpartition("+")
@@ -225,10 +232,10 @@ def _check_heads(text: str, method: str, allocation: str, refit: str) -> None:
         raise ValueError(
             f"{text!r}: +heads goes with the allocations {', '.join(WITH_HEADS)}, got {allocation}"
         )
-    if refit not in ("off", "mean_bias"):
+    if refit == "sequential":
         raise ValueError(
-            f"{text!r}: +heads goes with +off or +mean_bias; a {refit} refit is for FFN channels"
-            " alone"
+            f"{text!r}: a sequential refit is for FFN channels alone; +heads goes with +off,"
+            " +mean_bias, +layerwise or +blocks"
         )
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import check_heads
+from prunenet.models.groups import Group, Part, Pattern, Slice
 
 GROUPS, QUERY_HEADS, HEAD_DIM = "num_key_value_heads", "num_attention_heads", "head_dim"
 """Configuration fields of the families whose heads can be cut."""
@@ -89,6 +90,31 @@ def group_counts(model: PreTrainedModel) -> list[int]:
 def out_linears(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear of each layer whose input is the heads' outputs; raises as `attentions`."""
     return Anatomy.of(model).outs
+
+
+def head_outputs(model: PreTrainedModel) -> list[Group]:
+    """What the heads of each layer give, as channels of attention's output matrix; raises as
+    `attentions`.
+    """
+    anatomy = Anatomy.of(model)
+    found = []
+    for layer, linear in zip(anatomy.layers, anatomy.outs, strict=True):
+        path = f"{layer.path}.{anatomy.architecture.attention_out}"
+        out = Slice(f"{path}.weight", linear, "down", 1)
+        pattern = Pattern((Part(out.name, "down", 1),), GROUPS)
+        found.append(
+            Group(
+                number=layer.index,
+                layer=layer.index,
+                path=path,
+                expert=None,
+                width=linear.in_features,
+                slices=(out,),
+                pattern=pattern,
+                module=layer.module,
+            )
+        )
+    return found
 
 
 def state_counts(config: Any, counts: Sequence[int]) -> bool:

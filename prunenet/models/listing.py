@@ -22,8 +22,8 @@ class KnownType:
         model_type, kind: `config.model_type` and the name of its class.
         forms: of its FFNs, such as "gated, experts gated"; the reason where it is refused.
         fields: of the configuration that hold the widths; empty where it is refused.
-        widths: "per layer" (by `prunenet.models.modeling`, or a list of the family's own) or "one";
-            empty where it is refused.
+        widths: "per-layer" where layers may differ (by `prunenet.models.modeling`, or a list of the
+            family's own), else "uniform"; empty where it is refused.
         by_hand: whether it has a row.
     """
 
@@ -126,7 +126,7 @@ def summary_of(types: list[KnownType]) -> str:
     """
     named = {one.model_type for one in types if one.widths}
     lines = [f"{len(named)} of transformers' {len(all_types())} decoder types are cut:", ""]
-    lines += ["|FFNs|widths|types|such as|", "|---|---|---|---|"]
+    lines += ["|FFNs|`--widths`|types|such as|", "|---|---|---|---|"]
     cut: dict[tuple[str, str], set[str]] = {}
     for one in types:
         if one.widths:
@@ -148,7 +148,7 @@ _MUCH_USED = (
 def _described(model_type: str, row: Architecture, kind: str, by_hand: bool) -> KnownType:
     forms = dict.fromkeys(form_of(pattern) for pattern in row.patterns)
     fields = dict.fromkeys(pattern.knob for pattern in row.patterns)
-    widths = "per layer" if row.per_layer or _is_list(model_type, row) else "one"
+    widths = "per-layer" if row.per_layer or _is_list(model_type, row) else "uniform"
     return KnownType(model_type, kind, "; ".join(forms), " ".join(fields), widths, by_hand)
 
 

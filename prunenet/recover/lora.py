@@ -60,12 +60,10 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
 
 
 def updates_of(student: PreTrainedModel) -> nn.ParameterList:
-    """The parameters of the updates of `adapted`, in the order of the linears: (rank, d_in) and
-    (d_out, rank) in turn.
+    """What is trained of a student: of `adapted` the updates in the order of the linears, (rank,
+    d_in) and (d_out, rank) in turn.
     """
-    return nn.ParameterList(
-        parameter for name, parameter in student.named_parameters() if ".lora_" in name
-    )
+    return nn.ParameterList(p for p in student.parameters() if p.requires_grad)
 
 
 @torch.no_grad()

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from prunenet.text.choices import Bos
+
+Updates = Literal["lora", "full"]
+Schedule = Literal["linear", "cosine", "stable"]
+Loss = Literal["kl", "top256"]
+TOKENS = 204800
+"""Tokens that are learned from where neither text nor steps say how many."""
+RATES = {"lora": 5e-4, "full": 5e-5}
+"""Learning rate of each kind of update."""
+DECAY = 0.2
+"""Share of the steps in which the rate of "stable" falls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,35 +25,95 @@ class Tuning:
     """How a pruned model is trained.
 
     Attributes:
-        steps: of AdamW, at least 1.
+        updates: "lora" (low-rank updates of the linears of the decoder layers) or "full" (all
+            weights of the decoder layers, in float32).
+        embeddings: whether "full" trains token embeddings and LM head too.
+        steps: of AdamW, at least 1; None: one pass over the text.
         batch: blocks of each step, at least 1.
         micro_batch: blocks that are in memory at once; gradients add up.
-        rank: of an update, at least 1.
-        learning_rate: at the first step, above 0; it falls linearly to 0.
+        rank: of an update, at least 1; of "lora".
+        learning_rate: highest one, above 0; None: 5e-4 of "lora", 5e-5 of "full".
+        warmup: share of the steps in which the rate rises to it linearly, in [0, 1).
+        schedule: how it falls to 0 then: "linear", "cosine", or "stable" (in the last fifth).
+        betas: of AdamW, each in [0, 1).
+        loss: against a teacher: "kl" over the vocabulary, or "top256" over the teacher's 256
+            likeliest tokens and one bin for the rest.
+        hidden: weight of the squared error of the hidden states behind each layer, relative to
+            their energy; of training against a teacher; 0 or more.
+        average: decay of an exponential moving average of what is learned, in [0, 1), which is
+            judged beside the last state; 0: none.
         seed: of the updates' start and of the order of the blocks.
 
     Raises:
         ValueError: one is out of range.
     """
 
-    steps: int = 100
+    updates: Updates = "lora"
+    embeddings: bool = False
+    steps: int | None = None
     batch: int = 8
     micro_batch: int = 4
     rank: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
+    warmup: float = 0.0
+    schedule: Schedule = "linear"
+    betas: tuple[float, float] = (0.9, 0.999)
+    loss: Loss = "kl"
+    hidden: float = 0.0
+    average: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         from prunenet.text.calibration import check_seed
 
         for name in ("steps", "batch", "micro_batch", "rank"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+        for name, kind in (("updates", Updates), ("schedule", Schedule), ("loss", Loss)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}")
+        if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ValueError(
-                f"`learning_rate` must be above 0, got {self.learning_rate}; 0.0005 is the default"
+                f"`learning_rate` must be above 0, got {self.rate}; {RATES[self.updates]:g} is the"
+                " default"
             )
+        shares = {"warmup": self.warmup, "average": self.average}
+        for name, share in (shares | {"betas": min(self.betas)}).items():
+            if not 0 <= share < 1 or (name == "betas" and not max(self.betas) < 1):
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
+        if not (self.hidden >= 0 and math.isfinite(self.hidden)):
+            raise ValueError(f"`hidden` must be 0 or more, got {self.hidden}")
+        if self.embeddings and self.updates != "full":
+            raise ValueError("`embeddings` are trained with `updates` full only: add that")
         check_seed(self.seed)
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return RATES[self.updates] if self.learning_rate is None else self.learning_rate
+
+    def settled(self, blocks: int) -> Tuning:
+        """The same with steps and rate as numbers, for a text of so many blocks to learn from."""
+        steps = max(1, blocks // self.batch) if self.steps is None else self.steps
+        return replace(self, steps=steps, learning_rate=self.rate)
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0, of so many."""
+        rising = round(self.warmup * steps)
+        if step < rising:
+            return self.rate * (step + 1) / rising
+        left = 1 - (step - rising) / (steps - rising)
+        if self.schedule == "cosine":
+            return self.rate * 0.5 * (1 - math.cos(math.pi * left))
+        return self.rate * (min(1.0, left / DECAY) if self.schedule == "stable" else left)
+
+
+PRESETS: Mapping[str, tuple[Tuning, int]] = {"fast": (Tuning(), 102400)}
+"""How `prunenet prune --recover` trains, and on how many tokens. Amounts are fixed, so that a
+command gives the same bytes everywhere; "fast" is to take a model of 135 million parameters and
+two cores about ten minutes.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +125,9 @@ class RecoverText:
         text: source of external text; None: the built-in one.
         column: of external text in rows, see `prunenet.text.corpora.load_text`.
         bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
-        tokens: tokens in all, in blocks of 256; a fifth is held back to choose by.
+        tokens: that are learned from, in blocks of 256: once each, unless `Tuning.steps` says
+            otherwise. A quarter as many, at most 16 blocks, are held back to choose by. None: as
+            many as the steps read; 204,800 without steps, or what external text has.
 
     Raises:
         ValueError: a text that would not be read.
@@ -64,7 +137,7 @@ class RecoverText:
     text: str | None = None
     column: str | None = None
     bos: Bos = "auto"
-    tokens: int = 40960
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.text and self.moments != "data":

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model, load_tokenizer
@@ -23,16 +23,20 @@ from prunenet.checkpoints.records import (
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import bytes_to_write, save_pruned
 from prunenet.models.layers import count_parameters, ffn_widths
+from prunenet.recover.estimate import Estimate, writing
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
-from prunenet.recover.training import STATE, Recovered, tuned
+from prunenet.recover.state import STATE, remove_state
+from prunenet.recover.text import blocks_wanted, held_back, learning_text
+from prunenet.recover.training import Recovered, estimated, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.tracking import Tracker, check_trackers
-from prunenet.text.calibration import CalibrationOptions, CalibrationSet, calibration_for
+from prunenet.text.calibration import CalibrationSet, block_tokens, token_blocks
 
 Progress = Callable[[str, int, int], None]
+_LOSSES = {"kl": "KL(dense || pruned)", "top256": "KL(dense || pruned), top 256 and rest"}
 _PADDED = (
     "which training would not keep; recover the checkpoint that it was exported from, and export"
     " that"
@@ -50,8 +54,10 @@ def recover(
     loading: LoadOptions | None = None,
     progress: Progress | None = None,
     report_to: Sequence[Tracker] = (),
+    estimate: Callable[[Estimate], None] | None = None,
 ) -> Recovered:
-    """Trains a pruned checkpoint to predict what the dense model predicts (LoRA, merged).
+    """Trains a pruned checkpoint to predict what the dense model predicts (LoRA,
+    merged, or full).
 
     Args:
         pruned: folder or hub id of the pruned checkpoint.
@@ -65,6 +71,8 @@ def recover(
         progress: called with (stage, done, in all).
         report_to: trackers that are told what the log is told, settings and results too; see
             `prunenet.runtime.tracking`.
+        estimate: called with what the run is going to take, before text is written; a micro-batch
+            is timed for it.
 
     Returns:
         The recovered model and its losses; the checkpoint in `out` holds its weights.
@@ -95,7 +103,12 @@ def recover(
     elif dense is not None:
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
-    blocks = _blocks(writer, str(tokens_of), tuning.seed, text, progress)
+    tokenizer = load_tokenizer(str(tokens_of))
+    if estimate is not None:
+        estimate(expected(model, dense, tokenizer, text, tuning))
+    told = None if progress is None else partial(progress, "text")
+    blocks = learning_text(writer, tokenizer, text, tuning, told)
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
 
     def advance(done: int, total: int, loss: float) -> None:
         if progress is not None:
@@ -106,22 +119,26 @@ def recover(
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
         save_pruned(found.model, out, masks, provenance, groups=groups)
-        (run / STATE).unlink()
+        remove_state(run)
     return found
 
 
-def _blocks(
-    writer: PreTrainedModel, source: str, seed: int, text: RecoverText, progress: Progress | None
-) -> CalibrationSet:
-    """The text; `source` has the tokenizer."""
-    return calibration_for(
-        writer,
-        load_tokenizer(source),
-        text.moments,
-        text.text or "builtin",
-        CalibrationOptions(seed=seed, tokens=text.tokens, bos=text.bos, column=text.column),
-        progress=None if progress is None else partial(progress, "text"),
-    )
+def expected(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    text: RecoverText,
+    tuning: Tuning,
+) -> Estimate:
+    """What a recovery is going to take, before there is any text."""
+    block = block_tokens(model)
+    count = blocks_wanted(text, tuning, block)
+    stand_in = token_blocks(model, count=count, window=block)
+    found = estimated(model, stand_in, tuning, teacher=teacher)
+    if teacher is None or text.moments == "data":
+        return found
+    seconds = writing(teacher, tokenizer, count, block, text.bos)
+    return dataclasses.replace(found, text_seconds=seconds)
 
 
 def recorded(
@@ -132,23 +149,24 @@ def recorded(
     *,
     taught: bool,
 ) -> Provenance:
-    """The provenance of a recovered model; its regime is the most that any step looked at."""
-    step = RecoveryStep(
-        steps=tuning.steps,
-        batch=tuning.batch,
-        micro_batch=tuning.micro_batch,
-        rank=tuning.rank,
-        learning_rate=tuning.learning_rate,
-        seed=tuning.seed,
-        loss="KL(dense || pruned)" if taught else "next token",
-        loss_before=found.before,
-        loss_after=found.after,
-        best_step=found.best_step,
-        regime=blocks.regime,
-        text=dict(blocks.source),
-    )
+    """The provenance of a recovered model; its regime is the most that any step looked at. `tuning`
+    is a settled one.
+    """
+    assert tuning.steps is not None, "Tuning.settled"
+    step = dataclasses.asdict(tuning) | {
+        "betas": list(tuning.betas),
+        "tokens": blocks.ids[0].numel() * tuning.batch * tuning.steps,
+        "loss": _LOSSES[tuning.loss] if taught else "next token",
+        "loss_before": found.before,
+        "loss_after": found.after,
+        "best_step": found.best_step,
+        "regime": blocks.regime,
+        "text": dict(blocks.source),
+    }
     regime = most([provenance.regime, blocks.regime])
-    return dataclasses.replace(provenance, regime=regime, recovered=(*provenance.recovered, step))
+    return dataclasses.replace(
+        provenance, regime=regime, recovered=(*provenance.recovered, cast(RecoveryStep, step))
+    )
 
 
 def _check_asked(teacher: str | Path | None, text: RecoverText, loading: LoadOptions) -> None:
@@ -166,6 +184,11 @@ def _check_asked(teacher: str | Path | None, text: RecoverText, loading: LoadOpt
         )
 
 
+def run_folder(out: Path) -> Path:
+    """The folder beside a result for what its training leaves: state, log."""
+    return out.absolute().with_name(f"{out.absolute().name}.recovery")
+
+
 def _places(out: Path, resume: bool) -> Path:
     """The folder beside `out` for the run's state and its log.
 
@@ -173,9 +196,9 @@ def _places(out: Path, resume: bool) -> Path:
         CheckpointError: `out` or the folder cannot be made, or `out` exists.
         ValueError: an unfinished run is there and `resume` is not set, or none and it is.
     """
-    run = out.absolute().with_name(f"{out.absolute().name}.recovery")
+    run = run_folder(out)
     if parallel.is_first() and _ended(run / STATE, out):
-        (run / STATE).unlink()
+        remove_state(run)
     check_absent(out)
     unfinished = (run / STATE).exists()
     if unfinished and not resume:
@@ -194,8 +217,9 @@ def _ended(state: Path, out: Path) -> bool:
     try:
         made, (_, facts) = find_provenance(out), unpacked(state, hashed=True)
         last, run = () if made is None else made.recovered[-1:], facts["run"]
-        tuning = run["tuning"].items()
-        return any(run["text"] == step["text"] and tuning <= step.items() for step in last)
+        # the record names the loss in words
+        tuning = {name: value for name, value in run["tuning"].items() if name != "loss"}
+        return any(run["text"] == step["text"] and tuning.items() <= step.items() for step in last)
     except (CheckpointError, ContentError, OSError, KeyError):
         return False
 

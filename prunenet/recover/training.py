@@ -1,5 +1,5 @@
-"""Trains the updates on token blocks, against the next tokens or the dense model's predictions, and
-keeps the best.
+"""Trains a pruned model on token blocks, against the next tokens or the dense model's predictions,
+and keeps the best state seen.
 
 Every draw depends on the seed and on the number of the step alone, so that a run that is killed and
 resumed ends with the same weights, bit for bit.
@@ -8,10 +8,9 @@ resumed ends with the same weights, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +18,30 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens
-from prunenet.policies.training.state import Progress, load_state, save_state
+from prunenet.recover.estimate import JUDGED, Estimate, memory, timed
+from prunenet.recover.full import closed, opened
 from prunenet.recover.lora import adapted, merged, updates_of
+from prunenet.recover.losses import teaching_loss
 from prunenet.recover.options import Tuning
+from prunenet.recover.state import STATE as STATE
+from prunenet.recover.state import Best, Files, State
+from prunenet.recover.text import held_back
 from prunenet.runtime import parallel
 from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
-from prunenet.runtime.tracking import Track, Tracker, tracking
+from prunenet.runtime.tracking import NOTHING, Track, Tracker, tracking
 from prunenet.text.calibration import CalibrationSet
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-STATE = "state.safetensors"
-"""File of an unfinished run, in its folder."""
-_HELD = 32  # blocks held back, at most: a fifth of all
+_LOW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,18 +74,18 @@ def tuned(
     progress: Callable[[int, int, float], None] | None = None,
     report_to: Sequence[Tracker] = (),
 ) -> Recovered:
-    """Trains low-rank updates of all linears of the decoder layers and merges the best ones seen
-    into the weights.
+    """Trains low-rank updates of all linears of the decoder layers, or all their weights, and gives
+    the best state seen as an ordinary model.
 
     The given models stay as they are. Of several processes (`prunenet.runtime.parallel`) each takes
     its share of every batch: the same result, with the same number of threads each.
 
     Args:
         model: usually a narrow one; in eval mode.
-        blocks: of text, never test text. A fifth, at most 32, is held back to choose by.
+        blocks: of text, never test text. A fifth, at most 16, is held back to choose by.
         tuning: how.
-        teacher: of the same vocabulary. The loss is KL(teacher || model) with one, that of the next
-            token without.
+        teacher: of the same vocabulary. The loss is KL(teacher || model) with one, as `tuning`
+            says, that of the next token without. States are judged by the KL or that loss alone.
         folder: for the run's state and its TensorBoard log; None keeps all in memory.
         resume: go on with the run in `folder`.
         progress: called with (steps done, steps in all, loss on the blocks held back).
@@ -96,35 +97,45 @@ def tuned(
         PolicyError: nothing to resume, or another run in `folder`.
         ImportError: peft, or a tracker, is not installed.
     """
-    _check_asked(model, blocks, teacher)
+    _check_asked(model, blocks, teacher, tuning)
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
     settings = {"tuning": asdict(tuning), "text": dict(blocks.source)}
     called = "recovery" if folder is None else folder.name
     with tracking(report_to, called, settings) as track:
         run = _Run(model, teacher, blocks, tuning, folder, progress, track)
-        before, best_step = run.play(resume)
-        narrow = merged(run.student)
-        after = run.held_loss(narrow)
+        run.play(resume)
+        (_, before), best = run.state.history[0], run.state.best
+        narrow = model if best is None else run.finished(best)
+        after = before if best is None else run.held_loss(narrow)
         track.results({"loss_before": before, "loss_after": min(before, after)})
-    if not after < before:
-        return Recovered(model, before, before, 0, run.history)
-    return Recovered(narrow, before, after, best_step, run.history)
+    if best is None or not after < before:
+        return Recovered(model, before, before, 0, run.state.history)
+    return Recovered(narrow, before, after, best.step, run.state.history)
 
 
-def teaching_loss(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    ids: Int[Tensor, "n tokens"],
+def estimated(
+    model: PreTrainedModel,
+    blocks: CalibrationSet,
+    tuning: Tuning,
     *,
-    unscored: int = 0,
-) -> Float[Tensor, ""]:
-    """KL(teacher || student) of next-token distributions, in nats per token; differentiable in the
-    student. `unscored`: as for `prunenet.evaluation.losses.next_token_loss`.
+    teacher: PreTrainedModel | None = None,
+) -> Estimate:
+    """What `tuned` with the same arguments takes on this machine; one micro-batch is timed. The
+    blocks may be of random tokens: only their number and length count.
     """
-    with torch.no_grad():
-        expected = _log_probabilities(teacher, ids, unscored)
-    found = _log_probabilities(student, ids, unscored)
-    return F.kl_div(
-        found.flatten(0, 1), expected.flatten(0, 1), reduction="batchmean", log_target=True
+    _check_asked(model, blocks, teacher, tuning)
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
+    run = _Run(model, teacher, blocks, tuning, None, None, NOTHING)
+    learned, ids = list(run.state.learned), run.fit[: tuning.micro_batch]
+    seconds = timed(lambda: run._part(run.student, ids, learned), home(model))
+    each = seconds / ids.numel() / parallel.size()
+    tokens = run.steps * tuning.batch * ids.shape[1]
+    judged = (1 + math.ceil(run.steps / run.every)) * (1 + bool(tuning.average)) * run.held.numel()
+    return Estimate(
+        tokens=tokens,
+        tokens_per_second=1 / each,
+        seconds=each * (tokens + JUDGED * judged),
+        bytes=memory(model, teacher, list(learned), ids, tuning),
     )
 
 
@@ -141,56 +152,77 @@ class _Run:
         progress: Callable[[int, int, float], None] | None,
         track: Track,
     ) -> None:
-        self.track = track
+        self.track, self.given = track, model
         self.teacher, self.tuning, self.progress = teacher, tuning, progress
+        assert tuning.steps is not None, "Tuning.settled"
+        self.steps = tuning.steps
+        # judging costs a third of learning from as many tokens
+        self.every = min(math.ceil(self.steps / 5), 200)
         self.front = int(blocks.bos is not None)
-        held = min(_HELD, max(1, round(0.2 * len(blocks.ids))))
+        held = held_back(len(blocks.ids))
         self.fit, self.held = blocks.ids[:-held], blocks.ids[-held:]
-        self.student = adapted(model, tuning.rank, tuning.seed)
-        self.updates = updates_of(self.student)
-        self.optimizer = torch.optim.AdamW(self.updates, lr=tuning.learning_rate, weight_decay=0.0)
-        self.state = Progress(0, -math.inf, {}, [])
-        self.file = None if folder is None else folder / STATE
-        self.identity: dict[str, Any] = {"tuning": asdict(tuning), "text": dict(blocks.source)}
+        self.student = (
+            adapted(model, tuning.rank, tuning.seed)
+            if tuning.updates == "lora"
+            else opened(model, tuning.embeddings)
+        )
+        learned = list(updates_of(self.student))
+        self.state = State(
+            learned,
+            [p.detach().clone() for p in learned] if tuning.average else [],
+            torch.optim.AdamW(
+                learned,
+                lr=tuning.rate,
+                betas=tuning.betas,
+                weight_decay=0.0,
+                # in one pass over the memory: a quarter of the time
+                fused=home(model).type in ("cpu", "cuda"),
+            ),
+        )
+        self.whole = True  # whether the state is one between two steps
+        self.files: Files | None = None
         if folder is not None:
-            self.identity |= {
+            identity: dict[str, Any] = {"tuning": asdict(tuning), "text": dict(blocks.source)}
+            identity |= {
                 "model": weights_sha256(model),
                 "teacher": teacher and weights_sha256(teacher),
             }
+            self.files = Files(folder, identity)
 
-    @property
-    def history(self) -> list[tuple[int, float]]:
-        return [(steps, -value) for steps, value in self.state.history]
-
-    def play(self, resume: bool) -> tuple[float, int]:
-        """All steps, or those that are left. Puts the best updates into the student; returns (first
-        loss, step of the best).
+    def play(self, resume: bool) -> None:
+        """All steps, or those that are left. What interrupts them finds the last whole step
+        saved.
         """
-        if resume and self.file is not None:
-            self.state = load_state(
-                self.file, self.updates, self.optimizer, self.identity, self.tuning.steps
-            )
-        log = _log(self.file, self.state.updates)
-        if not self.state.history:
-            self._judge(log)
-        every = min(max(self.tuning.steps // 10, 1), 25)
-        while self.state.updates < self.tuning.steps:
-            loss = self._step(self.state.updates)
-            self.state.updates += 1
-            self._log(log, "loss", loss)
-            if self.state.updates % every == 0 or self.state.updates == self.tuning.steps:
+        if resume and self.files is not None:
+            self.files.load(self.state, self.steps)
+        log = _log(self.files, self.state.steps)
+        try:
+            self._steps(log)
+        except KeyboardInterrupt:
+            if self.whole and self.state.history:
+                self._save(now=True)
+            raise
+        finally:
+            if log is not None:
+                log.close()
+
+    def _steps(self, log: SummaryWriter | None) -> None:
+        state, moved = self.state, False
+        while True:
+            due = state.steps % self.every == 0 or state.steps == self.steps
+            if due and state.steps not in (at for at, _ in state.history[-1:]):
                 self._judge(log)
-            if self.progress is not None:
-                self.progress(self.state.updates, self.tuning.steps, -self.state.history[-1][1])
-        if log is not None:
-            log.close()
-        self.updates.load_state_dict(self.state.best)
-        return self.history[0][1], min(self.history, key=lambda entry: entry[1])[0]
+            if moved and self.progress is not None:
+                self.progress(state.steps, self.steps, state.history[-1][1])
+            if state.steps == self.steps:
+                return
+            self._log(log, "loss", self._step(state.steps))
+            moved = True
 
     def _log(self, log: SummaryWriter | None, name: str, value: float) -> None:
         if log is not None:
-            log.add_scalar(name, value, self.state.updates)
-        self.track.log({name: value}, self.state.updates)
+            log.add_scalar(name, value, self.state.steps)
+        self.track.log({name: value}, self.state.steps)
 
     def held_loss(self, model: PreTrainedModel) -> float:
         """On the blocks held back, nats per token."""
@@ -203,20 +235,27 @@ class _Run:
         return loss
 
     def _step(self, step: int) -> float:
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = self.tuning.learning_rate * (1 - step / self.tuning.steps)
-        learned = list(self.updates)
+        """Takes one step; returns its loss."""
+        tuning, learned = self.tuning, list(self.state.learned)
+        for settings in self.state.optimizer.param_groups:
+            settings["lr"] = tuning.rate_at(step, self.steps)
         *gradients, loss = self._summed(self.student, self._batch(step), learned)
         if not math.isfinite(loss):
-            rate = self.tuning.learning_rate
             raise ValueError(
                 f"the loss is {float(loss)} at step {step}; give a smaller `learning_rate` than"
-                f" {rate}"
+                f" {tuning.rate}"
             )
         for parameter, gradient in zip(learned, gradients, strict=True):
             parameter.grad = gradient
+        self.whole = False
         nn.utils.clip_grad_norm_(learned, 1.0)
-        self.optimizer.step()
+        self.state.optimizer.step()
+        # at first the average follows quickly, so that it forgets the start
+        decay = min(tuning.average, (1 + step) / (10 + step))
+        for mean, parameter in zip(self.state.average, learned, strict=bool(tuning.average)):
+            mean.lerp_(parameter.detach(), 1 - decay)
+        self.state.steps += 1
+        self.whole = True
         return float(loss)
 
     def _batch(self, step: int) -> Int[Tensor, "batch tokens"]:
@@ -241,50 +280,106 @@ class _Run:
         together from micro-batches.
         """
         parts = torch.split(ids, self.tuning.micro_batch)
-        own = {
-            number: self._part(model, part, learned)
-            for number, part in enumerate(parts)
-            if parallel.is_owner(number)
-        }
-        shares = [len(part) / len(ids) for part in parts]
-        found = zip(*parallel.gather_from_owners(own, len(parts)), strict=True)
-        return [
-            reduce(torch.add, [t * share for t, share in zip(column, shares, strict=True)])
-            for column in found
-        ]
+        total: list[Tensor] = []
+        # in turns of one part a process, so that few gradients are in memory
+        for first in range(0, len(parts), parallel.size()):
+            turn = parts[first : first + parallel.size()]
+            own = {
+                number: self._part(model, part, learned)
+                for number, part in enumerate(turn)
+                if parallel.is_owner(number)
+            }
+            for part, found in zip(turn, parallel.gather_from_owners(own, len(turn)), strict=True):
+                share = len(part) / len(ids)
+                shares = [tensor * share for tensor in found]
+                total = list(map(torch.add, total, shares)) if total else shares
+        return total
 
     def _part(
         self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"], learned: list[nn.Parameter]
     ) -> list[Tensor]:
-        place = home(model)
-        # CUDA's faster kernels add up the gradients of attention in no fixed order.
-        exact = sdpa_kernel(SDPBackend.MATH) if place.type == "cuda" else nullcontext()
-        with torch.set_grad_enabled(bool(learned)), exact:
-            ids = ids.to(place)
-            loss = (
-                next_token_loss(model, ids, unscored=self.front)
-                if self.teacher is None
-                else teaching_loss(model, self.teacher, ids, unscored=self.front)
+        with torch.set_grad_enabled(bool(learned)), _computing(model, self.given.dtype):
+            loss = self._loss(model, ids.to(home(model)), training=bool(learned))
+            gradients = (
+                torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
+                if learned
+                else ()
             )
-            return [*(torch.autograd.grad(loss, learned) if learned else ()), loss.detach()]
+            return [*gradients, loss.detach()]
+
+    def _loss(
+        self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"], *, training: bool
+    ) -> Float[Tensor, ""]:
+        """What is trained on; or what states are judged by, which is the same of all settings."""
+        if self.teacher is None:
+            return next_token_loss(model, ids, unscored=self.front)
+        asked: dict[str, Any] = {}
+        if training:
+            asked = {"kind": self.tuning.loss, "hidden": self.tuning.hidden}
+        return teaching_loss(model, self.teacher, ids, unscored=self.front, **asked)
 
     def _judge(self, log: SummaryWriter | None) -> None:
-        """Measures the loss on the blocks held back, keeps the best updates, saves the state."""
-        loss = self.held_loss(self.student)
-        self.state.history.append((self.state.updates, -loss))
-        if -loss > self.state.best_reward:
-            self.state.best_reward = -loss
-            self.state.best = {
-                name: tensor.detach().cpu().clone()
-                for name, tensor in self.updates.state_dict().items()
-            }
+        """Measures the loss on the blocks held back, keeps the best state, saves the run."""
+        found = [(self.held_loss(self.student), [p.detach() for p in self.state.learned])]
+        if self.state.average and self.state.steps:
+            with _replaced(self.state.learned, self.state.average):
+                found.append((self.held_loss(self.student), self.state.average))
+        loss, learned = min(found, key=lambda pair: pair[0])
+        self.whole = False
+        if self.state.history and loss < min(value for _, value in self.state.history):
+            best = [tensor.cpu().clone() for tensor in learned]
+            self.state.best = Best(self.state.steps, loss, best)
+        self.state.history.append((self.state.steps, loss))
+        self.whole = True
         self._log(log, "loss_held_back", loss)
-        if self.file is not None and parallel.is_first():
-            save_state(self.file, self.state, self.updates, self.optimizer, self.identity)
+        self._save(now=self.state.steps in (0, self.steps))
+
+    def _save(self, *, now: bool) -> None:
+        if self.files is not None and parallel.is_first():
+            self.files.save(self.state, now=now)
+
+    @torch.no_grad()
+    def finished(self, best: Best) -> PreTrainedModel:
+        """The best state as an ordinary model; the student is used up."""
+        for parameter, tensor in zip(self.state.learned, best.learned, strict=True):
+            parameter.copy_(tensor)
+        if self.tuning.updates == "lora":
+            return merged(self.student)
+        return closed(self.student, self.given)
+
+
+@contextmanager
+def _computing(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, attention of CUDA adds up its gradients in a fixed order, and float32 copies of low
+    precision compute in that precision.
+    """
+    place = home(model)
+    with ExitStack() as stack:
+        if place.type == "cuda":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if dtype in _LOW and model.dtype not in _LOW:
+            stack.enter_context(torch.autocast(place.type, dtype))
+        yield
+
+
+@contextmanager
+def _replaced(learned: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the parameters have other values; nothing is copied."""
+    own = [parameter.data for parameter in learned]
+    try:
+        for parameter, other in zip(learned, others, strict=True):
+            parameter.data = other
+        yield
+    finally:
+        for parameter, before in zip(learned, own, strict=True):
+            parameter.data = before
 
 
 def _check_asked(
-    model: PreTrainedModel, blocks: CalibrationSet, teacher: PreTrainedModel | None
+    model: PreTrainedModel,
+    blocks: CalibrationSet,
+    teacher: PreTrainedModel | None,
+    tuning: Tuning,
 ) -> None:
     count, tokens = blocks.ids.shape
     if count < 2 or tokens < 2:
@@ -293,6 +388,11 @@ def _check_asked(
             f" of 2 tokens or more each, got {count} of {tokens}; give more text, or more `tokens`"
         )
     check_tokens(model, blocks.ids)
+    if tuning.hidden and (teacher is None or getattr(model.config, "residual_widths", None)):
+        raise ValueError(
+            "`hidden` compares hidden states with those of a dense model of the same width: give"
+            " one (`teacher`), or leave `hidden` at 0"
+        )
     if teacher is None:
         return
     rows: list[Any] = [m.get_input_embeddings() for m in (teacher, model)]
@@ -305,18 +405,11 @@ def _check_asked(
     check_tokens(teacher, blocks.ids)
 
 
-def _log_probabilities(
-    model: PreTrainedModel, ids: Int[Tensor, "n tokens"], unscored: int
-) -> Float[Tensor, "n scored vocabulary"]:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, unscored:]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _log(file: Path | None, done: int) -> SummaryWriter | None:
+def _log(files: Files | None, done: int) -> SummaryWriter | None:
     """The TensorBoard log of the first process, in the folder of the run's state."""
-    if file is None or not parallel.is_first():
+    if files is None or not parallel.is_first():
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    make_folders(file.parent)
-    return SummaryWriter(str(file.parent), purge_step=done + 1)
+    make_folders(files.folder)
+    return SummaryWriter(str(files.folder), purge_step=done + 1)

@@ -9,4 +9,6 @@ cholesky.py   the damped Cholesky factor of second moments
 ridge.py      ridge least squares of the kept down-projection columns
 eliminate.py  greedy Optimal Brain Surgeon elimination of channels
 cut.py        cuts all groups of a model: channels chosen and refitted
+heads.py      attention's output matrix, where heads are cut
+blocks.py     each cut FFN trained as a whole, behind the refit
 """

@@ -13,8 +13,8 @@ refitted one in front of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,7 +31,22 @@ from prunenet.refit.folds import folds_of, pooled
 from prunenet.refit.moments import LayerWalk, Moments, Target, paired_moments
 from prunenet.refit.ridge import choose_damping, ridge
 from prunenet.runtime import parallel
-from prunenet.runtime.placement import is_placed, shared_copy
+from prunenet.runtime.placement import derive, is_placed, shared_copy
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLoss:
+    """What a trained FFN loses, see `prunenet.refit.blocks`.
+
+    Attributes:
+        before, after: E|F~ - F|^2 / E|F|^2 of the refit and of the training, on text of a kind that
+            was not trained on; mean of both directions.
+        strength: share of the way that was gone, in [0, 1]; 0: the refit stayed.
+    """
+
+    before: float
+    after: float
+    strength: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +59,8 @@ class Cut:
         dampings: of each group's refit; empty without one.
         groups: mask of each layer's groups of heads; None where heads stay whole.
         few: numbers of the groups that too few tokens reached; see `prunenet.refit.few_tokens`.
+        tensors: others of the narrow model that repairs have changed, by name.
+        losses: of each group that was trained.
     """
 
     keep: list[Bool[Tensor, " _"]]
@@ -51,18 +68,25 @@ class Cut:
     dampings: tuple[float, ...] = ()
     groups: list[Bool[Tensor, " _"]] | None = None
     few: tuple[int, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    losses: Mapping[int, BlockLoss] = field(default_factory=dict)
 
     def model(self, dense: PreTrainedModel) -> PreTrainedModel:
         """Makes the narrow model; the dense one stays as it is."""
         narrow = narrowed(dense, self.keep, self.groups)
         if self.downs is not None:
             set_downs(Anatomy.of(narrow), self.downs)
+        for name, tensor in self.tensors.items():
+            path, _, own = name.rpartition(".")
+            derive(narrow.get_submodule(path), own, tensor)
         return narrow
 
     def down(
         self, layer: int, dense: Float[Tensor, "d_model d_ff"]
     ) -> Float[Tensor, "d_model d_ff"]:
-        """Returns a group's down matrix with zeros in the columns of removed channels."""
+        """Returns a group's down matrix, as it is before any training, with zeros in the columns of
+        removed channels.
+        """
         keep = self.keep[layer].to(dense.device)
         if self.downs is None:
             return dense * keep.to(dense)
@@ -164,12 +188,32 @@ def refit_kept(
         keep: (d_ff,) mask of each group.
         folds: of each group, its moments on both of `folds_of` the blocks.
     """
-    downs, dampings = [], []
-    for ffn, mask, parts in zip(Anatomy.of(model).ffns(), keep, folds, strict=True):
-        weight = ffn.down
-        dampings.append(choose_damping(weight, parts, mask))
-        downs.append(_stored(model, ridge(weight, pooled(parts), mask, damping=dampings[-1])))
-    return Cut(list(keep), downs, tuple(dampings))
+    found = [
+        refit_matrix(model, ffn.down, mask, parts)
+        for ffn, mask, parts in zip(Anatomy.of(model).ffns(), keep, folds, strict=True)
+    ]
+    return Cut(list(keep), [down for down, _ in found], tuple(damping for _, damping in found))
+
+
+def refit_matrix(
+    model: PreTrainedModel,
+    weight: Float[Tensor, "d_model d_in"],
+    keep: Bool[Tensor, " d_in"],
+    folds: Sequence[Moments],
+) -> tuple[Float[Tensor, "d_model kept"], float]:
+    """Refits an output matrix for the inputs that stay.
+
+    Args:
+        model: whose matrix it is.
+        weight: of the dense model.
+        keep: mask of its inputs.
+        folds: moments of its inputs on both of `folds_of` the text.
+
+    Returns:
+        The matrix, and the damping that was chosen for it.
+    """
+    damping = choose_damping(weight, folds, keep)
+    return _stored(model, ridge(weight, pooled(folds), keep, damping=damping)), damping
 
 
 def _stored(model: PreTrainedModel, down: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ class LayerWalk:
         skip: positions at the start of each block left out of all moments, in [0, tokens). The
             first token is often an attention sink, with activations so large that it alone shapes
             H; later tokens still attend to it.
+        groups: what is measured, numbered from 0 in the order of the layers; default the model's
+            channel groups. `prunenet.models.heads.head_outputs` are others.
         offload: whether hidden states wait on the CPU, one batch at a time on the layer's device.
             Always so for a model that accelerate has placed (`prunenet.runtime.placement`).
 
@@ -173,6 +175,7 @@ class LayerWalk:
         batch: int = 4,
         changing: bool = False,
         skip: int = 0,
+        groups: Sequence[Group] | None = None,
         offload: bool = False,
     ) -> None:
         check_tokens(model, blocks)
@@ -181,9 +184,10 @@ class LayerWalk:
                 f"blocks of {blocks.shape[1]} tokens cannot skip their first {skip}; give 0 to"
                 f" {blocks.shape[1] - 1}"
             )
-        self._anatomy = Anatomy.of(model)
-        self.layers = [layer.module for layer in self._anatomy.layers]
-        self._groups = _by_layer(self._anatomy, skip)
+        anatomy = Anatomy.of(model)
+        self.layers = [layer.module for layer in anatomy.layers]
+        self._all = anatomy.groups if groups is None else groups
+        self._groups = _by_layer(anatomy, self._all, skip)
         self._offload = offload or is_placed(model)
         self._calls: list[list[LayerCall]] = []
         self._hidden: list[Tensor] = []
@@ -208,12 +212,12 @@ class LayerWalk:
                 for group in groups:
                     yield group.number
                 if self._changing or not self._outputs:
-                    self._outputs = [self._through(layer, part) for part in range(len(self._calls))]
+                    self.pass_through(layer)
             self._hidden = self._outputs
 
     def device(self, index: int) -> torch.device:
         """Returns the device on which a group computes, and on which its moments are."""
-        return device_of(self._anatomy.groups[index].down.module)
+        return device_of(self._all[index].down.module)
 
     @torch.no_grad()
     def moments(self, index: int) -> Moments:
@@ -222,7 +226,7 @@ class LayerWalk:
         Raises:
             ValueError: the activations are not finite.
         """
-        group = self._anatomy.groups[index]
+        group = self._all[index]
         return self._sums(group, _Sums).means(group.layer, group.down.tensor.dtype)
 
     @torch.no_grad()
@@ -232,7 +236,7 @@ class LayerWalk:
         Raises:
             ValueError: the activations are not finite.
         """
-        group = self._anatomy.groups[index]
+        group = self._all[index]
         return self._sums(group, _EnergySums).means(group.layer, group.down.tensor.dtype)
 
     @torch.no_grad()
@@ -249,6 +253,10 @@ class LayerWalk:
             group.number: sums[group.number].means(group.layer, group.down.tensor.dtype)
             for group in groups
         }
+
+    def pass_through(self, layer: int) -> None:
+        """Passes all batches through the current layer, for callers that hook into its modules."""
+        self._outputs = [self._through(layer, part) for part in range(len(self._calls))]
 
     def groups(self, layer: int) -> Sequence[Group]:
         """Returns the groups of a decoder layer."""
@@ -323,11 +331,11 @@ class LayerWalk:
         return hidden.cpu() if self._offload else hidden
 
 
-def _by_layer(anatomy: Anatomy, skip: int) -> list[list[Group]]:
+def _by_layer(anatomy: Anatomy, groups: Sequence[Group], skip: int) -> list[list[Group]]:
     """The groups of each decoder layer. Raises as `LayerWalk`."""
     places = {layer.module: layer.index for layer in anatomy.layers}
     found: list[list[Group]] = [[] for _ in places]
-    for group in anatomy.groups:
+    for group in groups:
         if group.module not in places:
             raise UnsupportedArchitecture(
                 f"activations of a {type(anatomy.model).__name__} are not measured, for"
@@ -384,8 +392,8 @@ def paired_moments(dense: LayerWalk, pruned: LayerWalk, index: int) -> tuple[Mom
         raise ValueError(
             "activations are paired token by token: give both walks the same blocks, batch and skip"
         )
-    group, device = pruned._anatomy.groups[index], pruned.device(index)
-    d_ff, before = group.width, dense._anatomy.groups[index].width
+    group, device = pruned._all[index], pruned.device(index)
+    d_ff, before = group.width, dense._all[index].width
     if before != d_ff:
         raise ValueError(
             f"layer {group.layer} has {before} channels in the dense model and {d_ff} in the pruned"

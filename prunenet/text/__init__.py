@@ -7,6 +7,7 @@ corpora.py        test text and calibration text (two types), loaded from any so
 windows.py        token windows, and which of them begin with BOS
 generate.py       text that a model writes by itself, filtered
 cached.py         the file in which such text is kept
+kinds.py          ways to begin self-written text: a random token, openings of every cluster
 random_tokens.py  uniformly drawn token ids
 calibration.py    calibration sets of every kind
 """

@@ -21,6 +21,7 @@ from prunenet.text.cached import Wanted, cached_text
 from prunenet.text.choices import Bos
 from prunenet.text.corpora import CalibrationText, content_sha256, load_text
 from prunenet.text.generate import BLOCK, SamplingOptions, document_start, generate_blocks
+from prunenet.text.kinds import KINDS, Kind, written
 from prunenet.text.random_tokens import random_blocks
 from prunenet.text.windows import PREFIX, bos_token, calibration_blocks, openings
 
@@ -48,8 +49,8 @@ class CalibrationSet:
             judges a model on the rows leaves this position out, and a shorter piece of a row gets
             the token in front; see `prunenet.text.windows`.
         kinds: (n,) integers: rows of equal number are of one kind of writing. None: all are.
-            Self-written text has two kinds, from the document start (0) and from a random token
-            behind it (1); folds (`prunenet.refit.folds`) fit on one and judge on the other.
+            Self-written text has those of `prunenet.text.kinds`, in turn; folds
+            (`prunenet.refit.folds`) fit on one half of them and judge on the other.
     """
 
     ids: Int[Tensor, "n tokens"]
@@ -95,24 +96,22 @@ def self_blocks(
     sequences: int = SEQUENCES,
     tokens: int = BLOCK,
     seed: int = 0,
+    kinds: tuple[Kind, ...] = KINDS,
     bos: Bos = "auto",
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
-    """Has the model write text by itself, half of it from the document start, half from a random
-    token behind it.
+    """Has the model write text by itself, as much of each kind (`prunenet.text.kinds`), in turn.
 
-    The two halves alternate. From the start alone, with a temperature that begins high, the text is
-    nearest to technical prose; opened by uniformly random tokens and sampled as it is (temperature
-    1, no nucleus), nearest to encyclopedias and news (docs/methods.md, section 17). Of each half a
-    fifth, the least likely, is dropped.
+    Of each kind a fifth, the least likely, is dropped (docs/methods.md, section 17).
 
     Args:
         model: a causal LM.
         tokenizer: only its document-start token and the number of its tokens are used.
-        sequences: how many are sampled, before the filter, at least 2.
+        sequences: how many are sampled, before the filter, at least as many as kinds.
         tokens: length of each, the document start included.
         seed: of the sampling.
+        kinds: which; part of the cached file's name.
         bos: rows begin with the document start, which is the BOS token where `bos_token` says so;
             "no" drops it from the rows where it is the BOS token.
         cache: folder; default `<cache>/self-generated`. The file's name is a hash of the weights
@@ -122,23 +121,25 @@ def self_blocks(
     Raises:
         ValueError: the tokenizer has no token to start from, or a number is out of range.
     """
-    start, half = document_start(tokenizer, bos), max(sequences // 2, 1)
-    sampling = SamplingOptions(sequences=half, tokens=tokens, seed=seed, batch=half)
+    start, each = document_start(tokenizer, bos), max(sequences // len(kinds), 1)
+    sampling = SamplingOptions(sequences=each, tokens=tokens, seed=seed, batch=each)
     source = {
         "sequences": sequences,
         "tokens": tokens,
         "seed": seed,
+        "kinds": list(kinds),
         "start": start,
         "version": _GENERATOR_VERSION,
     }
     known = min(len(tokenizer), text_config(model).vocab_size)
 
     def write() -> Int[Tensor, "n tokens"]:
-        return _two_kinds(model, start, known, sampling, progress)
+        return written(model, start, known, sampling, kinds, progress)
 
-    wanted = Wanted(2 * sampling.kept, tokens, start, text_config(model).vocab_size)
+    wanted = Wanted(len(kinds) * sampling.kept, tokens, start, text_config(model).vocab_size)
     ids = cached_text(model, source, wanted, cache, write)
-    return _written(ids, "self", {"text": "self-generated", **source}, tokenizer, bos, kinds=2)
+    source = {"text": "self-generated", **source}
+    return _written(ids, "self", source, tokenizer, bos, kinds=len(kinds))
 
 
 def prefix_blocks(
@@ -331,28 +332,6 @@ def blocks_from(source: int, make: Callable[[], CalibrationSet]) -> CalibrationS
     ids = parallel.broadcast(source, lambda: made[0].ids)
     regime, how, bos, kinds = parallel.broadcast_object(source, facts)
     return CalibrationSet(ids, regime, how, bos, None if kinds is None else torch.tensor(kinds))
-
-
-def _two_kinds(
-    model: PreTrainedModel,
-    start: int,
-    known: int,
-    sampling: SamplingOptions,
-    progress: Callable[[int, int], None] | None,
-) -> Int[Tensor, "n tokens"]:
-    """Sequences from the start and, with a random one of the `known` tokens behind it, sampled as
-    the model is, in turn.
-    """
-
-    def of_half(number: int) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, of: progress(number * of + done, 2 * of)
-
-    from_start = generate_blocks(model, start, sampling, progress=of_half(0))
-    drawn = torch.Generator().manual_seed(sampling.seed)
-    opening = torch.randint(known, (sampling.sequences, 1), generator=drawn)
-    plain = replace(sampling, seed=sampling.seed + 1, hot=1.0, temperature=1.0, top_p=1.0)
-    opened = generate_blocks(model, start, plain, prefixes=opening, progress=of_half(1))
-    return torch.stack((from_start, opened), 1).flatten(0, 1).cpu()
 
 
 def _written(

@@ -168,7 +168,7 @@ def form_of(model: PreTrainedModel) -> Form:
             f" is {activation!r}; GGUF cannot state it"
         )
     if form.raised:
-        gguf_gemma.check(config, form.local)
+        gguf_gemma.check_layers(config, form.local)
     if form.tied and not config.tie_word_embeddings:
         raise CheckpointError(
             f"{form.name}, the one architecture of llama.cpp for a {config.model_type} whose layers"

@@ -20,26 +20,28 @@ _LARGE = {"gemma2": 46, "gemma3_text": 62}
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
-def check(config: Any, local: int) -> None:
+def check_layers(config: Any, period: int) -> None:
     """Checks that llama.cpp computes attention as a Gemma's configuration says.
 
     Args:
         config: of a gemma, gemma2 or gemma3_text.
-        local: of how many layers all but the last see a window; 0: llama.cpp has no window here.
+        period: of how many layers all but the last see a window; 0: llama.cpp has no window here.
 
     Raises:
         CheckpointError: it computes otherwise.
     """
     if getattr(config, "attention_bias", False):
         raise CheckpointError("llama.cpp computes a Gemma's attention without biases")
-    if local == 0:
+    if period == 0:
         return
     layers = range(config.num_hidden_layers)
-    expected = ["full_attention" if i % local == local - 1 else "sliding_attention" for i in layers]
+    expected = [
+        "full_attention" if i % period == period - 1 else "sliding_attention" for i in layers
+    ]
     if list(config.layer_types) != expected:
         seeing = [i for i in layers if config.layer_types[i] != "sliding_attention"]
         raise CheckpointError(
-            f"llama.cpp lets every {local}th layer of a {config.model_type} see all tokens, and"
+            f"llama.cpp lets every {period}th layer of a {config.model_type} see all tokens, and"
             f" this model layers {seeing}"
         )
     scaled = int(getattr(config, HEAD_DIM))

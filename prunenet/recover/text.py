@@ -1,0 +1,125 @@
+"""The text that a pruned model learns from: as much as its training reads.
+
+Self-written text is sampled and cached in parts of as many sequences as a calibration set has: the
+first is the text that the cut was measured on, longer texts begin with shorter ones, and memory and
+what a kill loses are bounded by a part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunenet.recover.options import TOKENS, RecoverText, Tuning
+from prunenet.text.calibration import (
+    SEQUENCES,
+    CalibrationOptions,
+    CalibrationSet,
+    block_tokens,
+    calibration_for,
+)
+from prunenet.text.corpora import CalibrationText, load_text
+from prunenet.text.generate import KEEP
+from prunenet.text.windows import bos_token, tokenise
+
+MOST_HELD = 16
+"""Blocks held back, at most: a fifth of all."""
+_PART = round(KEEP * SEQUENCES)  # sequences that the filter leaves of a part
+_EXTERNAL = "builtin"
+
+
+def learning_text(
+    writer: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: RecoverText,
+    tuning: Tuning,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrationSet:
+    """The blocks that a training reads, and behind them those that are held back.
+
+    Args:
+        writer: the model that samples the text.
+        tokenizer: its own.
+        text: whose text, and how much of it.
+        tuning: its steps, where the text says no amount; its seed.
+        progress: called with (tokens, tokens in all) while text is sampled.
+
+    Raises:
+        ValueError: fewer tokens than 2 blocks, or as `prunenet.text.calibration.calibration_for`.
+    """
+    external = text.moments == "data"
+    begins = external and bos_token(tokenizer, text.bos) is not None
+    block = block_tokens(writer, front=int(begins))
+    count = blocks_wanted(text, tuning, block)
+    if external and text.tokens is None:
+        read = load_text(text.text or _EXTERNAL, CalibrationText, text.column)
+        count = max(2, min(count, len(tokenise(tokenizer, read)) // block))
+
+    def part(number: int, blocks: int) -> CalibrationSet:
+        # so many that the filter leaves as many of each kind
+        many = blocks if external else 2 * math.ceil((blocks + blocks % 2) / (2 * KEEP))
+        seed = tuning.seed if number == 0 else _seed(tuning.seed, number)
+        options = CalibrationOptions(
+            seed=seed, tokens=max(2, many) * block, bos=text.bos, column=text.column
+        )
+        told = None if progress is None else partial(_whole, progress, number * _PART, count, block)
+        source = text.text or _EXTERNAL
+        return calibration_for(writer, tokenizer, text.moments, source, options, progress=told)
+
+    if external:
+        return part(0, count)
+    sizes = [min(_PART, count - first) for first in range(0, count, _PART)]
+    return _joined([part(number, size) for number, size in enumerate(sizes)], count)
+
+
+def blocks_wanted(text: RecoverText, tuning: Tuning, block: int) -> int:
+    """Blocks of so many tokens to learn from, and those held back.
+
+    Raises:
+        ValueError: fewer tokens than 2 blocks.
+    """
+    if text.tokens is not None and text.tokens < 2 * block:
+        raise ValueError(
+            f"`tokens` must be at least {2 * block}, 2 blocks of {block}, got {text.tokens}"
+        )
+    read = TOKENS // block if tuning.steps is None else tuning.steps * tuning.batch
+    learned = read if text.tokens is None else text.tokens // block
+    return learned + held_back(learned + max(1, round(learned / 4)))
+
+
+def held_back(blocks: int) -> int:
+    """How many of so many blocks are held back to choose by."""
+    return min(MOST_HELD, max(1, round(0.2 * blocks)))
+
+
+def _joined(parts: list[CalibrationSet], count: int) -> CalibrationSet:
+    """The first blocks of all parts as one set."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first.rows(slice(count))
+    kinds = [part.kinds for part in parts if part.kinds is not None]
+    whole = replace(
+        first,
+        ids=torch.cat([part.ids for part in parts]),
+        kinds=torch.cat(kinds) if len(kinds) == len(parts) else None,
+        source=dict(first.source) | {"parts": len(parts), "blocks": count},
+    )
+    return whole.rows(slice(count))
+
+
+def _seed(seed: int, part: int) -> int:
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
+
+
+def _whole(
+    progress: Callable[[int, int], None], before: int, count: int, block: int, done: int, of: int
+) -> None:
+    """Tells how much of the whole text is there, from what is of one part."""
+    size = min(_PART, count - before)
+    progress(round((before + size * done / max(of, 1)) * block), count * block)
