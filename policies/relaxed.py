@@ -2,15 +2,15 @@
 
 Source: Huang et al., "Deterministic Differentiable Structured Pruning for Large Language Models"
 (DDP), arXiv 2603.08065: the form of the mask and its schedule, one budget, KL to the dense model.
-What differs: channels of every layer in parameters under one budget; the divergence is that of the
-256 likeliest successors and the rest; gradients pass where the mask is clamped.
+What differs: the budget is met by a threshold at every step, in place of an augmented Lagrangian;
+gradients pass where the mask is clamped; the divergence is that of the 256 likeliest successors and
+the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from prunenet.runtime.placement import check_together, home
 
 WIDEST, NARROWEST = 0.5, 0.05
 """First and last `mu` of the schedule."""
+_BISECTIONS = 30
 
 
 def soft_keep(z: Float[Tensor, "*channels"], mu: float) -> Float[Tensor, "*channels"]:
@@ -47,25 +48,34 @@ def sharpened(step: int, steps: int) -> float:
     return float(WIDEST * (NARROWEST / WIDEST) ** done)
 
 
-@dataclass(slots=True)
-class Price:
-    """Holds the augmented Lagrangian of one budget.
+def budgeted(
+    z: Float[Tensor, "*rows channels"],
+    shares: Float[Tensor, "*rows"],
+    costs: Float[Tensor, " channels"],
+    mu: float,
+) -> Float[Tensor, "*rows channels"]:
+    """Returns the soft masks of mu + z - c, in [0, 1], with c such that each row keeps its share.
 
-    Attributes:
-        stiffness: of the quadratic term, and of the multiplier's steps; in nats.
-        multiplier: what one whole share costs, in nats.
+    Differentiable in z and the shares: the derivative of c is that of the constraint, so that the
+    gradient of a channel is less what its cost would gain elsewhere.
+
+    Args:
+        z: of the channels under one budget; only differences within a row matter.
+        shares: cost-weighted means of the masks, in (0, 1].
+        costs: of the channels; they sum to 1.
+        mu: see `soft_keep`.
     """
-
-    stiffness: float
-    multiplier: float = 0.0
-
-    def charged(self, excess: Tensor) -> Tensor:
-        """Returns what an excess of the share that stays costs."""
-        return self.multiplier * excess + self.stiffness / 2 * excess.square()
-
-    def settle(self, excess: float) -> None:
-        """Raises the multiplier by what is too much, or lowers it."""
-        self.multiplier += self.stiffness * excess
+    with torch.no_grad():
+        low, high = z.amin(-1) - 4 * mu, z.amax(-1) + 4 * mu
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            over = soft_keep(mu + z - middle[..., None], mu) @ costs > shares
+            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+        chance = torch.sigmoid(2.4 * (z - low[..., None]) / mu)
+        slope = (2.88 / mu * chance * (1 - chance) @ costs).clamp_min(1e-6)
+    # One Newton step, which changes little and carries the derivative.
+    excess = soft_keep(mu + z - low[..., None], mu) @ costs - shares
+    return soft_keep(mu + z - (low + excess / slope)[..., None], mu)
 
 
 class RelaxedModel:

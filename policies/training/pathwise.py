@@ -2,8 +2,8 @@
 differentiated through relaxed masks, down to the scorer (docs/methods.md, section 14).
 
 Source: the mask is that of arXiv 2603.08065 (see `prunenet.policies.relaxed`). What differs: z is
-mu plus the scorer's standardised logit less a threshold, which meets each layer's share exactly, so
-that one training can draw another ratio at every step.
+the scorer's logit, standardised in its layer, and each layer has a share of its own, so that one
+training can draw another ratio at every step.
 
 Every random draw depends on the seed and on the number of the update alone. A run killed at any
 moment and resumed therefore ends with the same policy, bit for bit.
@@ -25,7 +25,7 @@ from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.rewards import Reward
 from prunenet.envs.sweep import View, draw_ratio
 from prunenet.models.masks import width_at
-from prunenet.policies.relaxed import RelaxedModel, batch_of, sharpened, soft_keep
+from prunenet.policies.relaxed import RelaxedModel, batch_of, budgeted, sharpened
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.policies.training.recipe import Recipe
 from prunenet.policies.training.run import Saving, mode_reward
@@ -37,7 +37,6 @@ from prunenet.text.calibration import CalibrationSet
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_BISECTIONS = 30
 _LARGEST = 0.5  # norm of a gradient, as stable-baselines3 clips it
 
 
@@ -47,26 +46,16 @@ def relaxed_masks(
     """Returns soft masks in [0, 1] in the order of the logits, whose mean in each layer is its
     share.
 
-    Differentiable in both: the threshold's derivative is that of the constraint.
+    Differentiable in both.
 
     Args:
         logits: standardised in each layer first.
         shares: in (0, 1).
-        mu: see `prunenet.policies.relaxed.soft_keep`.
+        mu: see `prunenet.policies.relaxed.budgeted`.
     """
     spread = logits.std(-1, keepdim=True).clamp_min(1e-6)
-    z = mu + (logits - logits.mean(-1, keepdim=True)) / spread
-    with torch.no_grad():
-        low, high = z.amin(-1) - 4 * mu, z.amax(-1) + 4 * mu
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            over = soft_keep(z - middle[:, None], mu).mean(-1) > shares
-            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-        chance = torch.sigmoid(2.4 * (z - low[:, None] - mu) / mu)
-        slope = (2.88 / mu * chance * (1 - chance)).mean(-1).clamp_min(1e-6)
-    # One Newton step, which changes little and carries the derivative.
-    excess = soft_keep(z - low[:, None], mu).mean(-1) - shares
-    return soft_keep(z - (low + excess / slope)[:, None], mu)
+    costs = torch.full_like(logits[0], 1 / logits.shape[-1])
+    return budgeted((logits - logits.mean(-1, keepdim=True)) / spread, shares, costs, mu)
 
 
 class PathwiseRun:

@@ -61,8 +61,8 @@ class Training:
         GradientName | None,
         typer.Option(
             help="Of the first stage. reinforce: from rewards of drawn masks (the default)."
-            " pathwise: of the divergence through relaxed masks, 160 updates; about 9 minutes of"
-            " one core for 135M parameters."
+            " pathwise: of the divergence through relaxed masks; 160 forward and backward passes"
+            " of 512 tokens."
         ),
     ] = None
     algorithm: Annotated[Algorithm | None, typer.Option(help="stable-baselines3's algorithm.")] = (

@@ -3,14 +3,15 @@
 Source: Huang et al., "Deterministic Differentiable Structured Pruning for Large Language Models"
 (DDP), arXiv 2603.08065; docs/methods.md, section 14. Each channel has a free z and the mask
 `prunenet.policies.relaxed.soft_keep`, which sharpens step by step. The loss is the divergence of
-the masked model from the dense one, an augmented Lagrangian of the share of parameters that stays,
-and a weight on masks between 0 and 1. Only z is trained.
+the masked model from the dense one, and a weight on masks between 0 and 1. Only z is trained.
 
 What differs:
 - FFN channels alone, ranked by z over all layers at the end, so that the budget is met exactly;
 - text that the model writes by itself, or external text as the authors take (`soft_masks@ptb`);
-- a few minutes of a CPU: 92,160 tokens of text by default (authors: about 30 million);
-- the share that stays falls to the budget over the first steps.
+- a short training: 92,160 tokens of text by default (authors: about 30 million);
+- the budget is met at every step by a threshold (authors: an augmented Lagrangian, which needs to
+  know the size of the loss);
+- the learning rate falls with mu, so that a step moves a mask as far at the end as at the start.
 
     score = partial(soft_masks.scores, options=SoftMaskOptions(steps=360))
     narrow = pruned_model(evidence, replace(METHODS["soft_masks"], score=score), 0.3)
@@ -36,14 +37,7 @@ from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.successors import Divergence
 from prunenet.models.anatomy import Anatomy
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.policies.relaxed import (
-    WIDEST,
-    Price,
-    RelaxedModel,
-    batch_of,
-    sharpened,
-    soft_keep,
-)
+from prunenet.policies.relaxed import WIDEST, RelaxedModel, batch_of, budgeted, sharpened
 from prunenet.runtime.choices import check_choice, check_ratio
 from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.json_files import Count, JsonError, convert
@@ -58,7 +52,6 @@ class _Facts(TypedDict):
     """Of a state's file, beside its tensors."""
 
     step: Count
-    multiplier: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +61,8 @@ class SoftMaskOptions:
     Attributes:
         steps: of Adam, 1 or more.
         batch: blocks of each step, 1 or more.
-        learning_rate: of z, above 0; the mask's range in z is 1 wide at first and 0.1 at last.
+        learning_rate: of z at the first step, above 0, where a mask opens over a range of 1.
         divergence: what is kept small, see `prunenet.evaluation.successors`.
-        start: z of every channel at first, above 0.
-        ramp: share of the steps over which the share that stays falls to the budget, in [0, 1].
-        stiffness: of the budget, in nats, above 0; see `prunenet.policies.relaxed.Price`.
         binary: weight of the mean of m (1 - m), in nats, 0 or more.
 
     Raises:
@@ -81,11 +71,8 @@ class SoftMaskOptions:
 
     steps: int = 180
     batch: int = 2
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     divergence: Divergence = "kl"
-    start: float = 0.8
-    ramp: float = 0.5
-    stiffness: float = 10.0
     binary: float = 0.0
 
     def __post_init__(self) -> None:
@@ -93,14 +80,12 @@ class SoftMaskOptions:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}")
-        for name in ("learning_rate", "start", "stiffness"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)}")
-        if not 0 <= self.ramp <= 1 or not 0 <= self.binary < math.inf:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(
-                "`ramp` must be in [0, 1] and `binary` 0 or more and finite, got"
-                f" {self.ramp} and {self.binary}"
+                f"`learning_rate` must be above 0 and finite, got {self.learning_rate}"
             )
+        if not 0 <= self.binary < math.inf:
+            raise ValueError(f"`binary` must be 0 or more and finite, got {self.binary}")
 
 
 def check_maskable(model: PreTrainedModel) -> None:
@@ -178,14 +163,13 @@ class _Run:
             divergence=options.divergence,
             unscored=int(evidence.bos is not None),
         )
-        self.step, self.price = 0, Price(options.stiffness)
-        self.z = torch.full_like(self.judge.costs, options.start).requires_grad_()
-        self.whole = float(soft_keep(self.z.detach()[:1], WIDEST))
-        self.adam = torch.optim.Adam([self.z], lr=options.learning_rate, betas=_BETAS)
+        self.step = 0
+        self.z = torch.zeros_like(self.judge.costs).requires_grad_()
+        self.adam = torch.optim.Adam([self.z], lr=options.learning_rate, betas=_BETAS, eps=1e-12)
 
     def named(self, evidence: Evidence) -> str:
         """Hashes all that the masks depend on."""
-        settings = [asdict(self.options), self.share, self.seed, evidence.bos]
+        settings = ["soft masks 1", asdict(self.options), self.share, self.seed, evidence.bos]
         digest = hashlib.sha256(weights_sha256(evidence.model).encode())
         digest.update(json.dumps(settings).encode())
         digest.update(evidence.ids.cpu().contiguous().numpy().tobytes())
@@ -194,15 +178,15 @@ class _Run:
     def play(self) -> float:
         """Takes one step; returns the divergence before it."""
         options, mu = self.options, sharpened(self.step, self.options.steps)
-        fallen = min(1.0, (self.step + 1) / max(options.ramp * options.steps, 1))
         rows = batch_of(self.step, options.batch, self.judge.count, self.seed)
+        share = torch.tensor(self.share, device=self.z.device)
+        for settings in self.adam.param_groups:
+            settings["lr"] = options.learning_rate * mu / WIDEST
         with torch.enable_grad():
-            masks = soft_keep(self.z, mu)
-            target = self.share + (self.whole - self.share) * (1 - fallen)
-            excess = (self.judge.costs * masks).sum() - target
+            masks = budgeted(self.z, share, self.judge.costs, mu)
             undecided = (self.judge.costs * masks * (1 - masks)).sum()
             lost = self.judge.lost(masks, rows)
-            loss = lost + self.price.charged(excess) + options.binary * undecided
+            loss = lost + options.binary * undecided
             (self.z.grad,) = torch.autograd.grad(loss, [self.z])
         reached = float(loss.detach())
         if not math.isfinite(reached):
@@ -211,7 +195,6 @@ class _Run:
                 " a `learning_rate` that is too large"
             )
         self.adam.step()
-        self.price.settle(float(excess.detach()))
         self.step += 1
         return float(lost.detach())
 
@@ -219,9 +202,8 @@ class _Run:
         """Writes z and all that the next step reads."""
         held = self.adam.state[self.z]
         tensors = {"z": self.z, "exp_avg": held["exp_avg"], "exp_avg_sq": held["exp_avg_sq"]}
-        facts = {"step": self.step, "multiplier": self.price.multiplier}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, packed(tensors, facts))
+        write_atomic(path, packed(tensors, {"step": self.step}))
 
     def load(self, path: Path) -> None:
         """Goes on from a state; begins anew where there is none, or its file is damaged."""
@@ -232,7 +214,7 @@ class _Run:
             known = convert(facts, _Facts)
         except (FileNotFoundError, ContentError, JsonError):
             return
-        self.step, self.price.multiplier = known["step"], known["multiplier"]
+        self.step = known["step"]
         with torch.no_grad():
             self.z.copy_(tensors.pop("z"))
         held = {name: tensor.to(self.z.device) for name, tensor in tensors.items()}
