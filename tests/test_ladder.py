@@ -19,7 +19,7 @@ from prunenet.recover.options import Tuning
 from prunenet.recover.training import estimated, tuned
 from prunenet.text.calibration import CalibrationSet
 
-QUICK = Tuning(batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
+QUICK = Tuning(updates="lora", batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def dense(tmp_path_factory) -> Path:
 def _small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNENET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(recovering, "preset", lambda _: (QUICK, 1280))
+        patch.setattr(recovering, "FAST", (QUICK, 1280))
         yield
 
 
@@ -102,9 +102,9 @@ def test_time_and_memory_are_said_before_the_text_is_written(dense, tmp_path, mo
     with pytest.raises(RuntimeError, match="text"):
         recover(tmp_path / "cut", tmp_path / "out", QUICK, teacher=dense, estimate=said.append)
     (found,) = said
-    assert found.tokens == 204800
+    assert found.tokens == 98304
     assert found.text_seconds > 0
-    assert "204,800 tokens at about" in str(found)
+    assert "98,304 tokens at about" in str(found)
     assert "GB of memory" in str(found)
 
 

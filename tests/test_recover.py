@@ -31,7 +31,7 @@ from prunenet.recover.training import STATE, Tuning, tuned
 from prunenet.text.calibration import CalibrationSet
 
 PER_LAYER = [16, 40, 8]
-QUICK = Tuning(steps=6, batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
+QUICK = Tuning(updates="lora", steps=6, batch=4, micro_batch=4, rank=4, learning_rate=5e-3)
 
 
 def cut(family: str = "llama", widths: list[int] | None = None):
@@ -250,7 +250,20 @@ def words(tmp_path) -> Path:
     return path
 
 
-SMALL = ("--steps", 4, "--batch", 4, "--rank", 4, "--tokens", 2048, "--learning-rate", 0.005)
+SMALL = (
+    "--updates",
+    "lora",
+    "--steps",
+    4,
+    "--batch",
+    4,
+    "--rank",
+    4,
+    "--tokens",
+    2048,
+    "--learning-rate",
+    0.005,
+)
 
 
 @pytest.mark.parametrize("widths", [[24] * LAYERS, PER_LAYER])
@@ -649,7 +662,7 @@ def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, monkeypatc
         model, tokenizer, "self", "builtin", CalibrationOptions(tokens=10 * block)
     )
     assert torch.equal(long.ids[:8], first.ids[:8])
-    assert tuning.settled(24).steps == 6
+    assert tuning.settled(24, 1000).steps == 6
     by_steps = module.learning_text(model, tokenizer, RecoverText(), Tuning(batch=4, steps=3))
     assert torch.equal(by_steps.ids, short.ids)
     assert torch.equal(long.ids[-2:], short.ids[-2:]), "held back is the same text"

@@ -253,7 +253,8 @@ HELP: dict[str, Any] = {
     ),
     # Tuning
     "updates": typer.Option(
-        help="lora (low-rank updates of the linears, merged) or full (all weights of the layers)."
+        help="full (all weights of the layers), lora (low-rank updates of their linears, merged)"
+        " or auto: full up to a billion parameters."
     ),
     "embeddings": typer.Option(help="With full: train embeddings and LM head too."),
     "steps": typer.Option(help="Steps of training. Default: one pass over the text."),
@@ -261,7 +262,7 @@ HELP: dict[str, Any] = {
     "micro_batch": typer.Option(help="Blocks in memory at once."),
     "rank": typer.Option(help="Rank of the low-rank updates."),
     "learning_rate": typer.Option(
-        help="Highest learning rate of AdamW. Default: 5e-4 of lora, 5e-5 of full."
+        help="Highest learning rate of AdamW. Default: 2e-4 of full, 5e-4 of lora."
     ),
     "warmup": typer.Option(help="Share of the steps in which the learning rate rises."),
     "schedule": typer.Option(
@@ -290,7 +291,7 @@ HELP: dict[str, Any] = {
     "tokens": typer.Option(
         help="Tokens to learn from, in blocks of 256, once each unless --steps says otherwise; a"
         " quarter as many, at most 16 blocks, are held back to choose by. Default: as many as the"
-        " steps read, 204800 without them."
+        " steps read, 98304 without them."
     ),
 }
 

@@ -16,7 +16,7 @@ from prunenet.cli.console import errors
 from prunenet.cli.inputs import Checkpoint
 from prunenet.cli.options import Calibration, Reading, Resume
 from prunenet.policies.options import PruneOptions
-from prunenet.recover.options import RecoverText, preset
+from prunenet.recover.options import FAST, RecoverText
 
 if TYPE_CHECKING:
     from prunenet.recover.estimate import Estimate
@@ -39,7 +39,7 @@ class Recovering:
 
 
 def check_recoverable(recovering: Recovering, reading: Reading) -> None:
-    """Raises ValueError or ImportError for a training that could not be done behind the cut."""
+    """Raises ValueError for a training that could not be done behind the cut."""
     if recovering.recover == "off":
         if recovering.resume:
             raise ValueError(
@@ -51,9 +51,6 @@ def check_recoverable(recovering: Recovering, reading: Reading) -> None:
             "--recover trains the model in memory on one device: leave --stream and --device auto"
             " out, or recover the result on a larger machine"
         )
-    from prunenet.recover.lora import load_peft
-
-    load_peft()
 
 
 def say_estimate(found: Estimate) -> None:
@@ -69,13 +66,11 @@ class Unfinished:
     Attributes:
         out: what the command makes.
         dense: folder or hub id of the dense model.
-        preset: how the cut is trained.
         folder: beside `out`.
     """
 
     out: Path
     dense: str
-    preset: Literal["fast"]
     folder: Path
 
     @classmethod
@@ -98,8 +93,7 @@ class Unfinished:
         from prunenet.recover.record import run_folder
         from prunenet.runtime import parallel
 
-        assert recovering.recover != "off", "check_recoverable"
-        found = cls(out, source.source, recovering.recover, run_folder(out))
+        found = cls(out, source.source, run_folder(out))
         asked = {
             "model": list(identify(source.source)),
             "policy": policy,
@@ -154,7 +148,7 @@ class Unfinished:
         from prunenet.recover.state import STATE
         from prunenet.runtime import parallel
 
-        tuning, tokens = preset(self.preset)
+        tuning, tokens = FAST
         tuning = replace(tuning, seed=calibration.seed)  # the text that the cut was measured on
         external = calibration.moments == "data"
         text = RecoverText(

@@ -37,7 +37,7 @@ class Recovery:
 
     def check(self) -> None:
         """Raises ValueError or ImportError for what no training could do, before any work."""
-        if self.tuning.updates == "lora":
+        if self.tuning.chosen(self.pruner.model.num_parameters()).updates == "lora":
             load_peft()
         document_start(self.pruner.tokenizer, self.pruner.bos)
         block = block_tokens(self.pruner.model)

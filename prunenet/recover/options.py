@@ -8,13 +8,15 @@ from typing import Literal, get_args
 
 from prunenet.text.choices import Bos
 
-Updates = Literal["lora", "full"]
+Updates = Literal["auto", "full", "lora"]
 Schedule = Literal["linear", "cosine", "stable"]
 Loss = Literal["kl", "top256"]
-TOKENS = 204800
+TOKENS = 98304
 """Tokens that are learned from where neither text nor steps say how many."""
-RATES = {"lora": 5e-4, "full": 5e-5}
+RATES = {"auto": 2e-4, "full": 2e-4, "lora": 5e-4}
 """Learning rate of each kind of update."""
+FULL = 10**9
+"""Parameters up to which "auto" trains all weights: about 20 bytes of memory each."""
 DECAY = 0.2
 """Share of the steps in which the rate of "stable" falls."""
 
@@ -24,14 +26,14 @@ class Tuning:
     """How a pruned model is trained.
 
     Attributes:
-        updates: "lora" (low-rank updates of the linears of the decoder layers) or "full" (all
-            weights of the decoder layers, in float32).
+        updates: "full" (all weights of the decoder layers, in float32), "lora" (low-rank updates of
+            their linears), or "auto": full up to a billion parameters.
         embeddings: whether "full" trains token embeddings and LM head too.
         steps: of AdamW, at least 1; None: one pass over the text.
         batch: blocks of each step, at least 1.
         micro_batch: blocks that are in memory at once; gradients add up.
         rank: of an update, at least 1; of "lora".
-        learning_rate: highest one, above 0; None: 5e-4 of "lora", 5e-5 of "full".
+        learning_rate: highest one, above 0; None: 2e-4 of "full", 5e-4 of "lora".
         warmup: share of the steps in which the rate rises to it linearly, in [0, 1).
         schedule: how it falls to 0 then: "linear", "cosine", or "stable" (in the last fifth).
         betas: of AdamW, each in [0, 1).
@@ -47,16 +49,16 @@ class Tuning:
         ValueError: one is out of range.
     """
 
-    updates: Updates = "lora"
+    updates: Updates = "auto"
     embeddings: bool = False
     steps: int | None = None
-    batch: int = 8
+    batch: int = 1
     micro_batch: int = 4
     rank: int = 16
     learning_rate: float | None = None
-    warmup: float = 0.0
+    warmup: float = 0.05
     schedule: Schedule = "linear"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.99)
     loss: Loss = "kl"
     hidden: float = 0.0
     average: float = 0.0
@@ -92,10 +94,18 @@ class Tuning:
         """The highest learning rate."""
         return RATES[self.updates] if self.learning_rate is None else self.learning_rate
 
-    def settled(self, blocks: int) -> Tuning:
-        """The same with steps and rate as numbers, for a text of so many blocks to learn from."""
+    def chosen(self, parameters: int) -> Tuning:
+        """The same with updates and rate as they are for a model of so many parameters."""
+        fitting: Updates = "full" if parameters <= FULL else "lora"
+        found = replace(self, updates=fitting) if self.updates == "auto" else self
+        return replace(found, learning_rate=found.rate)
+
+    def settled(self, blocks: int, parameters: int) -> Tuning:
+        """The same with nothing left open, for a text of so many blocks to learn from, and a model
+        of so many parameters.
+        """
         steps = max(1, blocks // self.batch) if self.steps is None else self.steps
-        return replace(self, steps=steps, learning_rate=self.rate)
+        return replace(self.chosen(parameters), steps=steps)
 
     def rate_at(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0, of so many."""
@@ -108,14 +118,11 @@ class Tuning:
         return self.rate * (min(1.0, left / DECAY) if self.schedule == "stable" else left)
 
 
-def preset(_name: Literal["fast"]) -> tuple[Tuning, int]:
-    """How `prunenet prune --recover` trains, and on how many tokens.
-
-    Amounts are fixed, so that a command gives the same bytes everywhere. "fast" is to take a model
-    of 135 million parameters and two cores about ten minutes: it goes three times over the text
-    that the cut was measured on, for writing a token takes longer than learning from it.
-    """
-    return Tuning(steps=48), 32768
+FAST = (Tuning(), 32768)
+"""How `prunenet prune --recover fast` trains, and on how many tokens: those that the cut was
+measured on. The amount is fixed, so that a command gives the same bytes everywhere; with the cut it
+is to take a model of 135 million parameters and two cores about ten minutes.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +136,7 @@ class RecoverText:
         bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
         tokens: that are learned from, in blocks of 256: once each, unless `Tuning.steps` says
             otherwise. A quarter as many, at most 16 blocks, are held back to choose by. None: as
-            many as the steps read; 204,800 without steps, or what external text has.
+            many as the steps read; 98,304 without steps, or what external text has.
 
     Raises:
         ValueError: a text that would not be read.

@@ -88,7 +88,8 @@ def recover(
     source, out = str(pruned), expanded(out)
     _check_asked(teacher, text, loading)
     run = _places(out, resume)
-    load_peft()
+    if tuning.updates == "lora":
+        load_peft()
     provenance = find_provenance(source) if teacher is not None else _recorded(source)
     check_not_padded(source, _PADDED)
     masks, groups = find_masks(source)
@@ -96,6 +97,9 @@ def recover(
         _check_base(str(teacher), provenance)
     load = partial(load_model, device=loading.device, dtype=loading.dtype)
     model, dense = load(source), None if teacher is None else load(teacher)
+    tuning = tuning.chosen(model.num_parameters())
+    if tuning.updates == "lora":
+        load_peft()
     check_room(out, bytes_to_write(model))
     if provenance is None:
         assert dense is not None, "_recorded"
@@ -149,7 +153,8 @@ def recorded(
     taught: bool,
 ) -> Provenance:
     """The provenance of a recovered model; its regime is the most that any step looked at."""
-    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
+    learned = len(blocks.ids) - held_back(len(blocks.ids))
+    tuning = tuning.settled(learned, found.model.num_parameters())
     assert tuning.steps is not None, "Tuning.settled"
     step = dataclasses.asdict(tuning) | {
         "betas": list(tuning.betas),

@@ -98,7 +98,7 @@ def tuned(
         ImportError: peft, or a tracker, is not installed.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)), model.num_parameters())
     settings = {"tuning": asdict(tuning), "text": dict(blocks.source)}
     called = "recovery" if folder is None else folder.name
     with tracking(report_to, called, settings) as track:
@@ -124,7 +124,7 @@ def estimated(
     blocks may be of random tokens: only their number and length count.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)))
+    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)), model.num_parameters())
     run = _Run(model, teacher, blocks, tuning, None, None, NOTHING)
     learned, ids = list(run.state.learned), run.fit[: tuning.micro_batch]
     seconds = timed(lambda: run._part(run.student, ids, learned), home(model))
