@@ -23,6 +23,7 @@ from prunenet.evaluation import serving
 from prunenet.evaluation import speed as latency
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
+from prunenet.evaluation.repetition import Repetition
 from prunenet.evaluation.result import bytes_on_disk, summarise
 from prunenet.evaluation.side_by_side import evaluate as measured
 from prunenet.evaluation.speed import (
@@ -412,10 +413,17 @@ def test_a_result_is_flat_json_with_everything_measured(
     )
     model.save_pretrained(tmp_path)
     (tmp_path / "prunenet_masks.safetensors").write_bytes(b"masks")
-    result = summarise(model, perplexity=quality, speed=pace, folder=tmp_path)
+    result = summarise(
+        model,
+        perplexity=quality,
+        speed=pace,
+        repetition=Repetition(distinct_4=0.5, repetition_rate=0.25),
+        folder=tmp_path,
+    )
     line = json.loads(json.dumps(result.as_dict(), allow_nan=False))
     assert line["perplexity"] == quality.value
     assert line["decode_tokens_per_second"] == pace.decode
+    assert (line["distinct_4"], line["repetition_rate"]) == (0.5, 0.25)
     assert (
         line["bytes"] == (tmp_path / "model.safetensors").stat().st_size == bytes_on_disk(tmp_path)
     )
