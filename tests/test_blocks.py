@@ -82,12 +82,21 @@ def test_trained_ffns_write_what_the_dense_ones_write_more_nearly_on_other_text(
     assert after < before
 
 
-def test_the_loss_recorded_is_that_of_a_refit_on_one_kind_for_the_ffn_on_the_other():
+@pytest.mark.parametrize("weights", ["tokens", "stream"])
+def test_the_loss_recorded_is_that_of_a_refit_on_one_kind_for_the_ffn_on_the_other(weights):
     model, cut, trained = prepared("llama")
-    seen = {}
+    if weights == "stream":
+        training = BlockTraining(passes=1, weights="stream")
+        trained = train_blocks(model, cut, text(), kinds=KINDS, training=training)
+    seen, stream = {}, {}
     for layer in Anatomy.of(model).layers:
         layer.module.mlp.register_forward_hook(
             lambda _, args, out, layer=layer.index: seen.__setitem__(layer, (args[0], out))
+        )
+        layer.module.register_forward_hook(
+            lambda _, __, out, layer=layer.index: stream.__setitem__(
+                layer, out if isinstance(out, torch.Tensor) else out[0]
+            )
         )
     narrow, shares = Anatomy.of(cut.model(model)), torch.zeros(len(cut.keep))
     for kind in (0, 1):
@@ -96,10 +105,12 @@ def test_the_loss_recorded_is_that_of_a_refit_on_one_kind_for_the_ffn_on_the_oth
         for layer, (x, y) in seen.items():
             down = Anatomy.of(model).ffn(layer).down
             mlp = narrow.layers[layer].module.mlp
+            size = stream[layer].square().sum(-1) if weights == "stream" else 1
             with torch.no_grad():
                 h = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
                 w = ridge(down, fitted[layer], cut.keep[layer], damping=cut.dampings[layer])
-                shares[layer] += (h @ w.T - y).square().sum() / y.square().sum() / 2
+                error, whole = (v.square().sum(-1) / size for v in (h @ w.T - y, y))
+                shares[layer] += error.sum() / whole.sum() / 2
     for layer, loss in trained.losses.items():
         assert loss.before == pytest.approx(float(shares[layer]), rel=1e-3)
 
@@ -187,7 +198,9 @@ def test_prune_records_what_each_ffn_loses_and_repeats_itself():
     assert same(first.model, second.model)
 
 
-@pytest.mark.parametrize("wrong", [{"passes": 0}, {"batch": 0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"passes": 0}, {"batch": 0}, {"learning_rate": 0.0}, {"weights": "x"}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BlockTraining(**wrong)
@@ -201,7 +214,7 @@ def test_an_ffn_of_the_real_model_trained_on_prose_and_code_loses_less_on_a_thir
     tokenizer, root = AutoTokenizer.from_pretrained(smollm2), Path(__file__).parents[1]
     code = "".join(path.read_text() for path in sorted((root / "prunenet" / "models").glob("*.py")))
     prose = load_text("builtin", CalibrationText).content
-    third = "".join((root / "docs" / name).read_text() for name in ("concepts.md", "api.md"))
+    third = (root / "docs" / "methods.md").read_text()
 
     def rows(words: str, count: int) -> torch.Tensor:
         return torch.tensor(tokenizer(words[:60_000])["input_ids"][: count * 256]).view(count, 256)

@@ -22,8 +22,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,13 +38,14 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.groups import Group
 from prunenet.refit.cut import BlockLoss, Cut
 from prunenet.refit.folds import folds_of
-from prunenet.refit.moments import LayerWalk
+from prunenet.refit.moments import LayerWalk, check_activations
 from prunenet.refit.ridge import ridge
 from prunenet.runtime import parallel
 from prunenet.runtime.files import make_folders, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 from prunenet.runtime.placement import check_together
 
+Weights = Literal["tokens", "stream"]
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the way from the refitted weights to the trained ones; 0 is the refit."""
 
@@ -57,6 +59,8 @@ class BlockTraining:
         learning_rate: at the first step, relative to the root mean square of each tensor; it falls
             to 0 in a line.
         batch: blocks of text of a step.
+        weights: errors count alike at every token ("tokens"), or in relation to the residual stream
+            behind the layer ("stream"), as the next norm sees them.
         seed: of the order of the batches.
 
     Raises:
@@ -66,12 +70,16 @@ class BlockTraining:
     passes: int = 3
     learning_rate: float = 3e-3
     batch: int = 4
+    weights: Weights = "tokens"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("passes", self.passes), ("batch", self.batch)):
             if value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value}")
+        if self.weights not in get_args(Weights):
+            known = ", ".join(get_args(Weights))
+            raise ValueError(f"unknown weights {self.weights!r}; it is one of {known}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate}")
 
@@ -117,7 +125,7 @@ def train_blocks(
         The cut with the trained tensors, and what each FFN loses before and after.
 
     Raises:
-        ValueError: as `cut_layers`.
+        ValueError: as `cut_layers`, for too little text or activations that are not finite.
         ValueError, UnsupportedArchitecture: as `check_blocks`.
     """
     check_blocks(model)
@@ -131,7 +139,8 @@ def train_blocks(
         group, found[index] = narrow.groups[index], []
         if group.expert is None and not bool(cut.keep[index].all()):
             path = _block_path(group)
-            folds = [_batches(walk, model, path, dense.groups[index]) for walk in walks]
+            seen = partial(_batches, model, path, dense.groups[index], training.weights)
+            folds = [seen(walk) for walk in walks]
             if all(folds):  # else no text passes it
                 block = _Block(narrow.model, path, group, training)
                 starts = [_refitted(walk, dense, group, cut) for walk in walks]
@@ -200,11 +209,22 @@ def _between(start: Sequence[Tensor], end: Sequence[Tensor], share: float) -> li
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """One call of a block in the dense model, and what its output matrix wrote."""
+    """One call of a block in the dense model.
+
+    Attributes:
+        args, kwargs: of the call.
+        target: what its output matrix wrote.
+        weight: of each token, 1 or 1 / |r|^2 with r the residual stream behind the layer.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Float[Tensor, "*tokens d_model"]
+    weight: Float[Tensor, "*tokens"]
+
+    def weighed(self, values: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, ""]:
+        """Weighted sum of squares."""
+        return (values.square().sum(-1) * self.weight).sum()
 
 
 class _Block:
@@ -249,7 +269,7 @@ class _Block:
         return [tensor.detach().clone() for tensor in self._learned]
 
     def loss(self, tensors: Sequence[Tensor], batches: Sequence[_Batch]) -> float:
-        """|F~ - F|^2 / |F|^2 with some tensors; infinite where it overflows."""
+        """Error over energy of the dense output, with some tensors; infinite where it overflows."""
         self._set(tensors)
         error = sum(float(self._error(batch)) for batch in batches)
         lost = error / max(_energy(batches), torch.finfo(torch.float32).tiny)
@@ -261,11 +281,11 @@ class _Block:
                 learned.copy_(tensor)
 
     def _error(self, batch: _Batch) -> Float[Tensor, ""]:
-        """Sum of squares of what the output matrix writes too much."""
+        """What the output matrix writes too much."""
         written: list[Tensor] = []
         with self._down.register_forward_hook(lambda _, __, out: written.append(out)):
             self._module(*batch.args, **batch.kwargs)
-        return (written[0] - batch.target).square().sum()
+        return batch.weighed(written[0] - batch.target)
 
     def _order(self, turn: int, count: int) -> Int[Tensor, " batches"]:
         numbers = [self._training.seed, self._number, turn]
@@ -274,10 +294,12 @@ class _Block:
 
 
 def _energy(batches: Sequence[_Batch]) -> float:
-    return sum(float(batch.target.square().sum()) for batch in batches)
+    return sum(float(batch.weighed(batch.target)) for batch in batches)
 
 
-def _batches(walk: LayerWalk, model: PreTrainedModel, path: str, group: Group) -> list[_Batch]:
+def _batches(
+    model: PreTrainedModel, path: str, group: Group, weights: Weights, walk: LayerWalk
+) -> list[_Batch]:
     """What passes a dense block in the current layer."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     written: list[Tensor] = []
@@ -288,13 +310,23 @@ def _batches(walk: LayerWalk, model: PreTrainedModel, path: str, group: Group) -
     def wrote(_: nn.Module, __: Any, out: Tensor) -> None:
         # A copy: Falcon adds its attention's output to this tensor in place.
         written.append(out.to(torch.float32, copy=True))
+        check_activations(written[-1], group.layer, out.dtype)
 
     with ExitStack() as hooks:
         block = model.get_submodule(path)
         hooks.enter_context(block.register_forward_pre_hook(called, with_kwargs=True))
         hooks.enter_context(group.down.module.register_forward_hook(wrote))
-        walk.pass_through(group.layer)
-    return [_Batch(*call, target) for call, target in zip(calls, written, strict=True)]
+        streams = walk.pass_through(group.layer)
+    if not len(calls) == len(written) == len(streams):  # no text passes it, or piece by piece
+        return []
+    batches = []
+    for call, target, stream in zip(calls, written, streams, strict=True):
+        weight = torch.ones_like(target[..., 0])
+        if weights == "stream":
+            energy = stream.to(target).square().sum(-1).reshape(weight.shape)
+            weight = 1 / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+        batches.append(_Batch(*call, target, weight))
+    return batches
 
 
 def _float32(value: Any) -> Any:

@@ -254,9 +254,14 @@ class LayerWalk:
             for group in groups
         }
 
-    def pass_through(self, layer: int) -> None:
-        """Passes all batches through the current layer, for callers that hook into its modules."""
+    def pass_through(self, layer: int) -> list[Tensor]:
+        """Passes all batches through the current layer, for callers that hook into its modules.
+
+        Returns:
+            The hidden states behind the layer, (blocks, tokens, d_model) of each batch.
+        """
         self._outputs = [self._through(layer, part) for part in range(len(self._calls))]
+        return self._outputs
 
     def groups(self, layer: int) -> Sequence[Group]:
         """Returns the groups of a decoder layer."""
