@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -24,6 +23,8 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens
+from prunenet.policies.relaxed import batch_of
+from prunenet.policies.training.state import event_log
 from prunenet.recover.estimate import JUDGED, Estimate, memory, timed
 from prunenet.recover.full import closed, opened
 from prunenet.recover.lora import adapted, merged, updates_of
@@ -33,7 +34,6 @@ from prunenet.recover.state import STATE as STATE
 from prunenet.recover.state import Best, Files, State
 from prunenet.recover.text import held_back
 from prunenet.runtime import parallel
-from prunenet.runtime.files import make_folders
 from prunenet.runtime.placement import home
 from prunenet.runtime.tracking import NOTHING, Track, Tracker, tracking
 from prunenet.text.calibration import CalibrationSet
@@ -195,7 +195,7 @@ class _Run:
         """
         if resume and self.files is not None:
             self.files.load(self.state, self.steps)
-        log = _log(self.files, self.state.steps)
+        log = event_log(self.files and self.files.folder / STATE, self.state.steps)
         try:
             self._steps(log)
         except KeyboardInterrupt:
@@ -239,7 +239,11 @@ class _Run:
         tuning, learned = self.tuning, list(self.state.learned)
         for settings in self.state.optimizer.param_groups:
             settings["lr"] = tuning.rate_at(step, self.steps)
-        *gradients, loss = self._summed(self.student, self._batch(step), learned)
+        *gradients, loss = self._summed(
+            self.student,
+            self.fit[batch_of(step, tuning.batch, len(self.fit), tuning.seed)],
+            learned,
+        )
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is {float(loss)} at step {step}; give a smaller `learning_rate` than"
@@ -257,21 +261,6 @@ class _Run:
         self.state.steps += 1
         self.whole = True
         return float(loss)
-
-    def _batch(self, step: int) -> Int[Tensor, "batch tokens"]:
-        """All blocks in a drawn order, then in another one, and so on; the batches go on over the
-        seams.
-        """
-        turns = [
-            divmod(step * self.tuning.batch + number, len(self.fit))
-            for number in range(self.tuning.batch)
-        ]
-        orders = {turn: self._order(turn) for turn in {turn for turn, _ in turns}}
-        return self.fit[torch.stack([orders[turn][place] for turn, place in turns])]
-
-    def _order(self, turn: int) -> Int[Tensor, " blocks"]:
-        seed = int(np.random.SeedSequence([self.tuning.seed, turn]).generate_state(1)[0])
-        return torch.randperm(len(self.fit), generator=torch.Generator().manual_seed(seed))
 
     def _summed(
         self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"], learned: list[nn.Parameter]
@@ -403,13 +392,3 @@ def _check_asked(
             " so their predictions cannot be compared; give the dense model that was pruned"
         )
     check_tokens(teacher, blocks.ids)
-
-
-def _log(files: Files | None, done: int) -> SummaryWriter | None:
-    """The TensorBoard log of the first process, in the folder of the run's state."""
-    if files is None or not parallel.is_first():
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    make_folders(files.folder)
-    return SummaryWriter(str(files.folder), purge_step=done + 1)
