@@ -1,6 +1,7 @@
 """Recovery as one command with the cut, and what it is said to take."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ def dense(tmp_path_factory) -> Path:
 def _small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNENET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(recovering, "FAST", (QUICK, 1280))
+        patch.setattr(recovering, "FAST", 1280)
+        patch.setattr(recovering, "Tuning", partial(replace, QUICK))
         yield
 
 

@@ -386,7 +386,7 @@ def test_a_recovery_has_the_same_bytes_and_a_killed_one_goes_on_with_another_num
 ):
     save_cut(home / "tiny", home / "narrow", [24] * LAYERS)
     assert job(1, home, recovered, home, home / "recovered" / "one").codes == [0]
-    assert job(2, home, recovered, home, home / "recovered" / "two", 2).codes == [1, -9]
+    assert job(2, home, recovered, home, home / "recovered" / "two", 3).codes == [1, -9]
     ended = job(2, home, recovered, home, home / "recovered" / "two", 0, "--resume")
     assert ended.codes == [0, 0]
     assert not ended.errors[1].strip()

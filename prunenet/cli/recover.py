@@ -41,9 +41,7 @@ def recover(
     rungs: Rungs = None,
     as_json: Json = False,
 ) -> None:
-    """Train a pruned model to predict what the dense one does (LoRA, merged, or full), by default
-    without external data.
-    """
+    """Train a pruned model to predict what the dense one does, by default without external data."""
     with one_job(loading.device, out) as place:
         from prunenet.checkpoints.options import LoadOptions
         from prunenet.checkpoints.save import load_provenance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from prunenet.cli.console import errors
 from prunenet.cli.inputs import Checkpoint
 from prunenet.cli.options import Calibration, Reading, Resume
 from prunenet.policies.options import PruneOptions
-from prunenet.recover.options import FAST, RecoverText
+from prunenet.recover.options import FAST, RecoverText, Tuning
 
 if TYPE_CHECKING:
     from prunenet.recover.estimate import Estimate
@@ -148,15 +148,15 @@ class Unfinished:
         from prunenet.recover.state import STATE
         from prunenet.runtime import parallel
 
-        tuning, tokens = FAST
-        tuning = replace(tuning, seed=calibration.seed)  # the text that the cut was measured on
+        # the seed of the text that the cut was measured on
+        tuning = Tuning(seed=calibration.seed)
         external = calibration.moments == "data"
         text = RecoverText(
             moments="data" if external else "self",
             text=calibration.text,
             column=calibration.text_column,
             bos=calibration.bos,
-            tokens=None if external else tokens,
+            tokens=None if external else FAST,
         )
         resume = parallel.broadcast_object(0, (self.folder / STATE).exists)
         with tables.stages(errors) as advance:

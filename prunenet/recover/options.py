@@ -118,10 +118,10 @@ class Tuning:
         return self.rate * (min(1.0, left / DECAY) if self.schedule == "stable" else left)
 
 
-FAST = (Tuning(), 32768)
-"""How `prunenet prune --recover fast` trains, and on how many tokens: those that the cut was
-measured on. The amount is fixed, so that a command gives the same bytes everywhere; with the cut it
-is to take a model of 135 million parameters and two cores about ten minutes.
+FAST = 32768
+"""Tokens that `prunenet prune --recover fast` learns from: those that the cut was measured on. The
+amount is fixed, so that a command gives the same bytes everywhere; with the cut it is to take a
+model of 135 million parameters and two cores about ten minutes.
 """
 
 

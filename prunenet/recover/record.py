@@ -86,10 +86,8 @@ def recover(
     check_trackers(report_to)
     tuning, text, loading = tuning or Tuning(), text or RecoverText(), loading or LoadOptions()
     source, out = str(pruned), expanded(out)
-    _check_asked(teacher, text, loading)
+    _check_asked(tuning, teacher, text, loading)
     run = _places(out, resume)
-    if tuning.updates == "lora":
-        load_peft()
     provenance = find_provenance(source) if teacher is not None else _recorded(source)
     check_not_padded(source, _PADDED)
     masks, groups = find_masks(source)
@@ -97,9 +95,7 @@ def recover(
         _check_base(str(teacher), provenance)
     load = partial(load_model, device=loading.device, dtype=loading.dtype)
     model, dense = load(source), None if teacher is None else load(teacher)
-    tuning = tuning.chosen(model.num_parameters())
-    if tuning.updates == "lora":
-        load_peft()
+    tuning = _chosen(tuning, model)
     check_room(out, bytes_to_write(model))
     if provenance is None:
         assert dense is not None, "_recorded"
@@ -172,8 +168,22 @@ def recorded(
     )
 
 
-def _check_asked(teacher: str | Path | None, text: RecoverText, loading: LoadOptions) -> None:
-    """Raises ValueError for options that contradict each other."""
+def _chosen(tuning: Tuning, model: PreTrainedModel) -> Tuning:
+    """How this model is trained. Raises ImportError where that needs peft and it is not there."""
+    tuning = tuning.chosen(model.num_parameters())
+    if tuning.updates == "lora":
+        load_peft()
+    return tuning
+
+
+def _check_asked(
+    tuning: Tuning, teacher: str | Path | None, text: RecoverText, loading: LoadOptions
+) -> None:
+    """Raises ValueError for options that contradict each other, ImportError where they need peft
+    and it is not there.
+    """
+    if tuning.updates == "lora":
+        load_peft()
     if teacher is None and text.moments == "self":
         raise ValueError(
             "a pruned model learns nothing from text of its own: give the dense model, which"
