@@ -195,7 +195,7 @@ class _Run:
         """
         if resume and self.files is not None:
             self.files.load(self.state, self.steps)
-        log = event_log(self.files and self.files.folder / STATE, self.state.steps)
+        log = event_log(None if self.files is None else self.files.folder / STATE, self.state.steps)
         try:
             self._steps(log)
         except KeyboardInterrupt:
