@@ -123,14 +123,15 @@ def self_blocks(
     """
     start, each = document_start(tokenizer, bos), max(sequences // len(kinds), 1)
     sampling = SamplingOptions(sequences=each, tokens=tokens, seed=seed, batch=each)
-    source = {
+    source: dict[str, Any] = {
         "sequences": sequences,
         "tokens": tokens,
         "seed": seed,
-        "kinds": list(kinds),
         "start": start,
         "version": _GENERATOR_VERSION,
     }
+    if kinds != KINDS:  # cached text keeps its name
+        source["kinds"] = list(kinds)
     known = min(len(tokenizer), text_config(model).vocab_size)
 
     def write() -> Int[Tensor, "n tokens"]:

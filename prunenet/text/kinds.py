@@ -25,8 +25,8 @@ from prunenet.text.generate import SamplingOptions, generate_blocks
 
 Kind = Literal["documents", "openings", "clusters"]
 """How a sequence begins: at the document start, hot; behind a random token; behind an opening."""
-KINDS: tuple[Kind, ...] = ("openings", "clusters")
-"""What is written by default: the two from which a refit carries over best (docs/log.md)."""
+KINDS: tuple[Kind, ...] = ("documents", "openings")
+"""What is written by default."""
 OPENING = 8
 """Tokens of an opening that is clustered."""
 _SPREAD = 8  # openings drawn for each one that is taken
