@@ -31,8 +31,8 @@ class Recovering:
     recover: Annotated[
         Literal["off", "fast"],
         typer.Option(
-            help="fast: train the cut to predict what the dense model does, in about ten minutes of"
-            " two cores for 135 million parameters ('prunenet recover' has more)."
+            help="fast: train the cut to predict what the dense model does, in about a quarter of"
+            " an hour of two cores for 135 million parameters ('prunenet recover' has more)."
         ),
     ] = "off"
     resume: Resume = False

@@ -66,5 +66,5 @@ def counted(texts: Int[Tensor, "texts tokens"]) -> Repetition:
     total = sum(map(len, grams))
     return Repetition(
         distinct_4=len(set().union(*grams)) / total,
-        repetition_rate=1 - sum(len(set(found)) for found in grams) / total,
+        repetition_rate=(total - sum(len(set(found)) for found in grams)) / total,
     )

@@ -121,7 +121,7 @@ class Tuning:
 FAST = 32768
 """Tokens that `prunenet prune --recover fast` learns from: those that the cut was measured on. The
 amount is fixed, so that a command gives the same bytes everywhere; with the cut it is to take a
-model of 135 million parameters and two cores about ten minutes.
+model of 135 million parameters and two cores about a quarter of an hour, writing included.
 """
 
 
