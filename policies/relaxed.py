@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -159,19 +158,3 @@ class RelaxedModel:
                 banks[down.name] = whole * along
             logits: Tensor = functional_call(self._model, banks, kwargs=given).logits
         return logits[:, self._unscored :]
-
-
-def batch_of(step: int, size: int, count: int, seed: int) -> Int[Tensor, " size"]:
-    """Draws the rows of a step: all `count` in a drawn order, then in another one, and so on.
-
-    Batches go on over the seams. A batch depends on its step and the seed alone, so that a resumed
-    run draws the same ones.
-    """
-    turns = [divmod(step * size + number, count) for number in range(size)]
-    orders = {turn: _order(turn, count, seed) for turn in {turn for turn, _ in turns}}
-    return torch.stack([orders[turn][place] for turn, place in turns])
-
-
-def _order(turn: int, count: int, seed: int) -> Int[Tensor, " count"]:
-    drawn = int(np.random.SeedSequence([seed, turn]).generate_state(1)[0])
-    return torch.randperm(count, generator=torch.Generator().manual_seed(drawn))

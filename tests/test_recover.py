@@ -535,13 +535,13 @@ def test_the_rate_rises_and_falls_as_asked():
 
 
 def test_the_likeliest_tokens_and_a_bin_for_the_rest_bound_the_divergence_from_below(monkeypatch):
-    from prunenet.recover import losses
+    from prunenet.evaluation import successors
 
     dense, narrow = cut()
     narrow, ids = narrow.requires_grad_(False), token_ids()
     whole = teaching_loss(narrow, dense, ids)
     assert teaching_loss(narrow, dense, ids, kind="top256") == pytest.approx(float(whole), rel=1e-4)
-    monkeypatch.setattr(losses, "_LIKELIEST", 8)
+    monkeypatch.setattr(successors, "TOP", 8)
     fewer = teaching_loss(narrow, dense, ids, kind="top256")
     assert 0 < float(fewer) < float(whole)
     with torch.no_grad():

@@ -18,11 +18,11 @@ from prunenet.policies.relaxed import (
     NARROWEST,
     WIDEST,
     RelaxedModel,
-    batch_of,
     budgeted,
     sharpened,
     soft_keep,
 )
+from prunenet.runtime.batches import batch_of
 from prunenet.text.calibration import CalibrationSet
 
 BLOCKS = CalibrationSet(token_ids(6, 20), "data", {})

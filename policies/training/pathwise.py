@@ -12,7 +12,6 @@ moment and resumed therefore ends with the same policy, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,15 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.streaming import StreamedCheckpoint
-from prunenet.envs.rewards import Reward
-from prunenet.envs.sweep import View, draw_ratio
+from prunenet.envs.sweep import draw_ratio
 from prunenet.models.masks import width_at
-from prunenet.policies.relaxed import RelaxedModel, batch_of, budgeted, sharpened
-from prunenet.policies.scorer import ChannelScorer
-from prunenet.policies.training.recipe import Recipe
-from prunenet.policies.training.run import Saving, mode_reward
+from prunenet.policies.relaxed import RelaxedModel, budgeted, sharpened
+from prunenet.policies.training.run import Stage, mode_reward
 from prunenet.policies.training.state import Progress, event_log, load_state, save_state
 from prunenet.policies.training.swept_widths import mean_shares
+from prunenet.runtime.batches import batch_of
 from prunenet.runtime.tracking import Track
 from prunenet.text.calibration import CalibrationSet
 
@@ -62,35 +59,20 @@ class PathwiseRun:
     """Trains the scorer on the divergence itself, keeps the best policy seen, saves the state.
 
     Args:
-        view: of the model in training.
-        scorer: trained in place; afterwards it has the best weights seen.
-        reward: by which deterministic masks are judged.
-        recipe: of this stage; with subset "widths" the allocation is trained, else the scores.
-        saving: where the state is saved.
-        progress: called with (updates done, updates in all, best reward so far).
+        stage: what is trained, and how; with subset "widths" the allocation is, else the scores.
         track: what trackers are told.
         blocks: of text. Gradients are taken on none that masks are judged on, if there are more.
     """
 
-    def __init__(
-        self,
-        view: View,
-        scorer: ChannelScorer,
-        reward: Reward,
-        recipe: Recipe,
-        saving: Saving,
-        progress: Callable[[int, int, float], None] | None,
-        track: Track,
-        blocks: CalibrationSet,
-    ) -> None:
-        self.view, self.reward, self.recipe = view, reward, recipe
-        self.scorer = scorer.to(view.context.device)
+    def __init__(self, stage: Stage, track: Track, blocks: CalibrationSet) -> None:
+        self.view, self.reward, self.recipe = stage.view, stage.reward, stage.recipe
+        self.scorer = stage.scorer.to(stage.view.context.device)
         self.kept = nn.ModuleDict({"scorer": self.scorer})
-        self.statistics = torch.stack(list(view.statistics))
-        self.file, self.identity = saving.file, saving.identity
-        self.progress, self.track, self.blocks = progress, track, blocks
+        self.statistics = torch.stack(list(stage.view.statistics))
+        self.file, self.identity = stage.saving.file, stage.saving.identity
+        self.progress, self.track, self.blocks = stage.progress, track, blocks
         self.state = Progress(0, -math.inf, {}, [])
-        rate = recipe.learning_rate
+        rate = stage.recipe.learning_rate
         self.optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=rate)
 
     def learn(

@@ -53,6 +53,27 @@ class Saving:
     identity: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """One stage of a training: what is trained, on what, and how.
+
+    Attributes:
+        view: of the model in training.
+        scorer: trained in place; afterwards it has the best weights seen.
+        reward: by which deterministic masks are judged, see `prunenet.envs.rewards`.
+        recipe: of this stage.
+        saving: where the state is saved.
+        progress: called with (updates done, updates in all, best reward so far).
+    """
+
+    view: View
+    scorer: ChannelScorer
+    reward: Reward
+    recipe: Recipe
+    saving: Saving
+    progress: Callable[[int, int, float], None] | None
+
+
 def _algorithm(
     env: SB3VecEnv, view: View, scorer: ChannelScorer, recipe: Recipe, folder: Path | None
 ) -> OnPolicyAlgorithm:
@@ -87,35 +108,19 @@ class Run(BaseCallback):
     """Seeds each update, evaluates the deterministic masks, keeps the best policy, saves the state.
 
     Args:
-        view: of the model in training.
-        scorer: trained in place; afterwards it has the best weights seen.
-        reward: see `prunenet.envs.rewards`.
-        recipe: of this stage.
-        saving: where the state is saved.
-        progress: called with (updates done, updates in all, best reward so far).
+        stage: what is trained, and how.
         callbacks: of stable-baselines3, called behind this one.
     """
 
     model: OnPolicyAlgorithm
 
-    def __init__(
-        self,
-        view: View,
-        scorer: ChannelScorer,
-        reward: Reward,
-        recipe: Recipe,
-        saving: Saving,
-        progress: Callable[[int, int, float], None] | None,
-        callbacks: Sequence[BaseCallback] = (),
-    ) -> None:
+    def __init__(self, stage: Stage, callbacks: Sequence[BaseCallback] = ()) -> None:
         super().__init__()
         self._callbacks = callbacks
-        self.view = view
-        self.scorer = scorer.to(view.context.device)
-        self.reward = reward
-        self.recipe = recipe
-        self.file, self.identity = saving.file, saving.identity
-        self.progress = progress
+        self.view, self.reward, self.recipe = stage.view, stage.reward, stage.recipe
+        self.scorer = stage.scorer.to(stage.view.context.device)
+        self.file, self.identity = stage.saving.file, stage.saving.identity
+        self.progress = stage.progress
         self.state = Progress(0, -math.inf, {}, [])
 
     def learn(self, model: Weights, resume: bool) -> list[tuple[int, float]]:

@@ -36,11 +36,10 @@ from prunenet.features.from_activations import MOMENT_STATISTICS
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import structure
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError
-from prunenet.policies.scorer import ChannelScorer
 from prunenet.policies.training.pathwise import PathwiseRun
 from prunenet.policies.training.recipe import MOMENT_PRIOR, Recipe, as_json
 from prunenet.policies.training.reports import Reports, Tracked
-from prunenet.policies.training.run import Run, Saving
+from prunenet.policies.training.run import Run, Saving, Stage
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import check_home, expanded, lock
@@ -129,14 +128,15 @@ def train(
         tracking(reports.report_to, called, identity) as track,
     ):
         policy = Policy.untrained(config, seed=recipe.seed)
-        for name, stage, judge in _stages(model, recipe, reward, paid):
+        for name, asked, judge in _stages(model, recipe, reward, paid):
             own = track.stage(name, _steps(view, recipe) if histories else 0)
 
             def play(
-                judge: Reward, name: str = name, stage: Recipe = stage, own: Track = own
+                judge: Reward, name: str = name, asked: Recipe = asked, own: Track = own
             ) -> _History:
                 saving = Saving(folder and _state(folder, name), identity)
-                run = _run(view, policy.scorer, judge, stage, saving, reports, own, paid)
+                stage = Stage(view, policy.scorer, judge, asked, saving, reports.progress)
+                run = _run(stage, reports, own, paid)
                 return run.learn(model, resume and unfinished(folder, name))
 
             histories[name] = judged_by_all(judge, play) or []
@@ -260,21 +260,13 @@ def _check_pathwise(recipe: Recipe, reward: Reward | None, reports: Reports) -> 
 
 
 def _run(
-    view: View,
-    scorer: ChannelScorer,
-    judge: Reward,
-    stage: Recipe,
-    saving: Saving,
-    reports: Reports,
-    track: Track,
-    blocks: CalibrationSet | None,
+    stage: Stage, reports: Reports, track: Track, blocks: CalibrationSet | None
 ) -> Run | PathwiseRun:
     """The run of a stage by its gradient."""
-    if stage.gradient == "reinforce":
-        told = [*reports.callbacks, Tracked(track)]
-        return Run(view, scorer, judge, stage, saving, reports.progress, told)
+    if stage.recipe.gradient == "reinforce":
+        return Run(stage, [*reports.callbacks, Tracked(track)])
     assert blocks is not None, "checked before"
-    return PathwiseRun(view, scorer, judge, stage, saving, reports.progress, track, blocks)
+    return PathwiseRun(stage, track, blocks)
 
 
 def _halves(blocks: CalibrationSet | None) -> tuple[Int[Tensor, "n tokens"], CalibrationSet]:

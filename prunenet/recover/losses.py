@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from prunenet.evaluation.successors import Successors
 from prunenet.models.layers import decoder_layers
 from prunenet.recover.options import Loss
-
-_LIKELIEST = 256
-_MOST = 1 - 1e-6  # of the likeliest together: the rest has a logarithm
 
 
 def teaching_loss(
@@ -42,10 +40,11 @@ def teaching_loss(
     """
     with torch.no_grad(), _hidden_states(teacher, hidden > 0) as wanted:
         expected = _logits(teacher, ids, unscored)
-        known, likeliest = _distribution(expected, kind)
     with _hidden_states(student, hidden > 0) as found:
-        own, _ = _distribution(_logits(student, ids, unscored), kind, likeliest)
-    loss = F.kl_div(own.flatten(0, 1), known.flatten(0, 1), reduction="batchmean", log_target=True)
+        own = _logits(student, ids, unscored)
+    loss = (
+        Successors.of(expected).lost(own, "kl") if kind == "top256" else _divergence(own, expected)
+    )
     if not hidden:
         return loss
     pairs = zip(found, wanted, strict=True)
@@ -59,21 +58,12 @@ def _logits(
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _distribution(
-    logits: Float[Tensor, "n scored vocabulary"],
-    kind: Loss,
-    likeliest: Int[Tensor, "n scored k"] | None = None,
-) -> tuple[Float[Tensor, "n scored bins"], Int[Tensor, "n scored k"] | None]:
-    """Log-probabilities of the bins of a kind of loss, and which tokens they are where they are
-    not all.
-    """
-    if kind == "kl":
-        return logits.log_softmax(-1), None
-    if likeliest is None:
-        likeliest = logits.topk(min(_LIKELIEST, logits.shape[-1] - 1)).indices
-    own = logits.gather(-1, likeliest) - logits.logsumexp(-1, keepdim=True)
-    rest = torch.log1p(-own.exp().sum(-1, keepdim=True).clamp(max=_MOST))
-    return torch.cat((own, rest), -1), likeliest
+def _divergence(
+    own: Float[Tensor, "n scored vocabulary"], expected: Float[Tensor, "n scored vocabulary"]
+) -> Float[Tensor, ""]:
+    """KL(expected || own) over the vocabulary, nats a token."""
+    logs, known = (logits.log_softmax(-1).flatten(0, 1) for logits in (own, expected))
+    return F.kl_div(logs, known, reduction="batchmean", log_target=True)
 
 
 def _relative(

@@ -95,10 +95,10 @@ def blocks_wanted(text: RecoverText, tuning: Tuning, block: int) -> tuple[int, i
         )
     read = TOKENS // block if tuning.steps is None else tuning.steps * tuning.batch
     learned = read if text.tokens is None else text.tokens // block
-    return learned, held_back(learned + max(1, round(learned / 4)))
+    return learned, blocks_held(learned + max(1, round(learned / 4)))
 
 
-def held_back(blocks: int) -> int:
+def blocks_held(blocks: int) -> int:
     """How many of so many blocks are held back to choose by."""
     return min(MOST_HELD, max(1, round(0.2 * blocks)))
 

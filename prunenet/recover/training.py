@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens
-from prunenet.policies.relaxed import batch_of
 from prunenet.policies.training.state import event_log
 from prunenet.recover.estimate import JUDGED, Estimate, memory, timed
 from prunenet.recover.full import closed, opened
@@ -32,8 +31,9 @@ from prunenet.recover.losses import teaching_loss
 from prunenet.recover.options import Tuning
 from prunenet.recover.state import STATE as STATE
 from prunenet.recover.state import Best, Files, State
-from prunenet.recover.text import held_back
+from prunenet.recover.text import blocks_held
 from prunenet.runtime import parallel
+from prunenet.runtime.batches import batch_of
 from prunenet.runtime.placement import home
 from prunenet.runtime.tracking import NOTHING, Track, Tracker, tracking
 from prunenet.text.calibration import CalibrationSet
@@ -98,7 +98,7 @@ def tuned(
         ImportError: peft, or a tracker, is not installed.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)), model.num_parameters())
+    tuning = tuning.settled(len(blocks.ids) - blocks_held(len(blocks.ids)), model.num_parameters())
     settings = {"tuning": asdict(tuning), "text": dict(blocks.source)}
     called = "recovery" if folder is None else folder.name
     with tracking(report_to, called, settings) as track:
@@ -124,7 +124,7 @@ def estimated(
     blocks may be of random tokens: only their number and length count.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = tuning.settled(len(blocks.ids) - held_back(len(blocks.ids)), model.num_parameters())
+    tuning = tuning.settled(len(blocks.ids) - blocks_held(len(blocks.ids)), model.num_parameters())
     run = _Run(model, teacher, blocks, tuning, None, None, NOTHING)
     learned, ids = list(run.state.learned), run.fit[: tuning.micro_batch]
     seconds = timed(lambda: run._part(run.student, ids, learned), home(model))
@@ -159,7 +159,7 @@ class _Run:
         # judging costs a third of learning from as many tokens
         self.every = min(math.ceil(self.steps / 5), 200)
         self.front = int(blocks.bos is not None)
-        held = held_back(len(blocks.ids))
+        held = blocks_held(len(blocks.ids))
         self.fit, self.held = blocks.ids[:-held], blocks.ids[-held:]
         self.student = (
             adapted(model, tuning.rank, tuning.seed)

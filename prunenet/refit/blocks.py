@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from prunenet.refit.folds import folds_of
 from prunenet.refit.moments import LayerWalk, check_activations
 from prunenet.refit.ridge import ridge
 from prunenet.runtime import parallel
+from prunenet.runtime.batches import drawn_order
 from prunenet.runtime.files import make_folders, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 from prunenet.runtime.placement import check_together
@@ -256,7 +256,8 @@ class _Block:
             [{"params": [tensor]} for tensor in self._learned], betas=(0.9, 0.95), weight_decay=0.0
         )
         energy = max(_energy(batches) / len(batches), torch.finfo(torch.float32).tiny)
-        turns = [self._order(turn, len(batches)) for turn in range(self._training.passes)]
+        seeds = self._training.seed, self._number
+        turns = [drawn_order(len(batches), *seeds, turn) for turn in range(self._training.passes)]
         for step, place in enumerate(torch.cat(turns).tolist()):
             for settings, size in zip(optimizer.param_groups, sizes, strict=True):
                 settings["lr"] = rate * size * (1 - step / steps)
@@ -286,11 +287,6 @@ class _Block:
         with self._down.register_forward_hook(lambda _, __, out: written.append(out)):
             self._module(*batch.args, **batch.kwargs)
         return batch.weighed(written[0] - batch.target)
-
-    def _order(self, turn: int, count: int) -> Int[Tensor, " batches"]:
-        numbers = [self._training.seed, self._number, turn]
-        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _energy(batches: Sequence[_Batch]) -> float:

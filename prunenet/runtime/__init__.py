@@ -4,6 +4,7 @@ placement.py        where a model's weights are: one device, several (accelerate
 parallel.py         collectives over the processes of one job; the identity on one process
 team.py             joins the processes of a job and notices when one dies
 failures.py         how one process of a job ends because of another
+batches.py          which rows a step of a training reads
 files.py            files and folders that appear complete or not at all
 paths.py            what can be said of a path before any work; the cache folder
 passing.py          temporary folders, which go with their process

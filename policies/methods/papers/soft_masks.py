@@ -37,7 +37,8 @@ from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.successors import Divergence
 from prunenet.models.anatomy import Anatomy
 from prunenet.policies.methods.evidence.measurements import Evidence
-from prunenet.policies.relaxed import WIDEST, RelaxedModel, batch_of, budgeted, sharpened
+from prunenet.policies.relaxed import WIDEST, RelaxedModel, budgeted, sharpened
+from prunenet.runtime.batches import batch_of
 from prunenet.runtime.choices import check_choice, check_ratio
 from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.json_files import Count, JsonError, convert
