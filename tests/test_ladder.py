@@ -17,6 +17,7 @@ from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import Pruned
 from prunenet.recover import training
 from prunenet.recover.options import Tuning
+from prunenet.recover.record import Watch
 from prunenet.recover.training import estimated, tuned
 from prunenet.text.calibration import CalibrationSet
 
@@ -101,8 +102,9 @@ def test_time_and_memory_are_said_before_the_text_is_written(dense, tmp_path, mo
         raise RuntimeError("text")
 
     monkeypatch.setattr(record, "learning_text", stop)
+    watch = Watch(estimate=said.append)
     with pytest.raises(RuntimeError, match="text"):
-        recover(tmp_path / "cut", tmp_path / "out", QUICK, teacher=dense, estimate=said.append)
+        recover(tmp_path / "cut", tmp_path / "out", QUICK, teacher=dense, watch=watch)
     (found,) = said
     assert found.tokens == 98304
     assert found.text_seconds > 0

@@ -12,7 +12,7 @@ from prunenet.policies.training.recipe import Recipe
 from prunenet.policies.training.reports import Reports
 from prunenet.policies.training.train import train
 from prunenet.recover.options import Tuning
-from prunenet.recover.record import recover
+from prunenet.recover.record import Watch, recover
 from prunenet.recover.training import tuned
 from prunenet.runtime import tracking as module
 from prunenet.runtime.tracking import NOTHING, tracking
@@ -121,7 +121,7 @@ def test_a_tracker_that_is_not_there_is_said_before_anything_is_read(
     with pytest.raises(kind, match=said):
         train(None, reports=Reports(report_to=names))
     with pytest.raises(kind, match=said):
-        recover(tmp_path / "nothing", tmp_path / "out", report_to=names)
+        recover(tmp_path / "nothing", tmp_path / "out", watch=Watch(report_to=names))
 
 
 def test_tensorboard_alone_asks_for_no_other_run() -> None:

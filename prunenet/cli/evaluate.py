@@ -26,6 +26,28 @@ class Scored:
     text_column: TextColumn = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Besides:
+    """What is measured besides perplexity and size."""
+
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")
+    ] = True
+    serve: Annotated[
+        GgufType | None,
+        typer.Option(
+            help="Write each model as a GGUF file of this type too, and measure tokens per second"
+            " in llama.cpp (extra 'gguf')."
+        ),
+    ] = None
+    repetition: Annotated[
+        bool,
+        typer.Option(
+            "--repetition", help="Count the 4-grams that greedy texts of 128 tokens repeat."
+        ),
+    ] = False
+
+
 def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Checkpoints; the first is the one to compare with.")
@@ -33,23 +55,8 @@ def evaluate(
     scored: Scored,
     options: EvaluationOptions,
     pace: SpeedOptions,
+    besides: Besides,
     loading: LoadOptions,
-    speed: Annotated[
-        bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")
-    ] = True,
-    serve: Annotated[
-        GgufType | None,
-        typer.Option(
-            help="Write each model as a GGUF file of this type too, and measure tokens per second"
-            " in llama.cpp (extra 'gguf')."
-        ),
-    ] = None,
-    repetition: Annotated[
-        bool,
-        typer.Option(
-            "--repetition", help="Count the 4-grams that greedy texts of 128 tokens repeat."
-        ),
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, size and speed of models, side by side."""
@@ -63,9 +70,9 @@ def evaluate(
                 models,
                 text,
                 options,
-                speed=pace if speed else None,
-                serve=serve,
-                repetition=repetition,
+                speed=pace if besides.speed else None,
+                serve=besides.serve,
+                repetition=besides.repetition,
                 loading=loading,
                 progress=advance,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -16,29 +17,34 @@ from prunenet.recover.options import RecoverText, Tuning
 Pruned = Annotated[
     str, typer.Argument(help="Folder of a pruned checkpoint, or its id on the Hugging Face hub.")
 ]
-Teacher = Annotated[
-    str | None,
-    typer.Option(metavar="DENSE", help="The dense model: samples the text, and teaches."),
-]
-Rungs = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TOKENS,...",
-        help="In place of --tokens, as in 100000,400000: one training for each amount, each into a"
-        " folder of its own (OUT-100k, OUT-400k).",
-    ),
-]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teaching:
+    """By which model is taught, and in how many amounts."""
+
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="DENSE", help="The dense model: samples the text, and teaches."),
+    ] = None
+    rungs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS,...",
+            help="In place of --tokens, as in 100000,400000: one training for each amount, each"
+            " into a folder of its own (OUT-100k, OUT-400k).",
+        ),
+    ] = None
 
 
 def recover(
     pruned: Pruned,
     out: Out,
+    teaching: Teaching,
     tuning: Tuning,
     text: RecoverText,
     loading: OneDevice,
     running: Running,
-    teacher: Teacher = None,
-    rungs: Rungs = None,
     as_json: Json = False,
 ) -> None:
     """Train a pruned model to predict what the dense one does, by default without external data."""
@@ -46,23 +52,24 @@ def recover(
         from prunenet.checkpoints.options import LoadOptions
         from prunenet.checkpoints.save import load_provenance
         from prunenet.recover.ladder import recover_rungs
+        from prunenet.recover.record import Watch
         from prunenet.recover.record import recover as run
         from prunenet.runtime import parallel
 
+        rungs, told = teaching.rungs, trackers(running.report_to)
         how: dict[str, Any] = {
-            "teacher": teacher,
+            "teacher": teaching.teacher,
             "text": text,
             "resume": running.resume,
             "loading": LoadOptions(device=place, dtype=loading.dtype),
-            "report_to": trackers(running.report_to),
-            "estimate": say_estimate,
         }
         with tables.stages(errors) as advance:
+            how["watch"] = Watch(estimate=say_estimate, progress=advance, report_to=told)
             if rungs is not None:
                 amounts = listed("rungs", rungs, int)
-                ladder = recover_rungs(pruned, out, amounts, tuning, progress=advance, **how)
+                ladder = recover_rungs(pruned, out, amounts, tuning, **how)
             else:
-                found = run(pruned, out, tuning, progress=advance, **how)
+                found = run(pruned, out, tuning, **how)
         if not parallel.is_first():
             return
         if rungs is not None:

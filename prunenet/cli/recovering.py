@@ -144,13 +144,15 @@ class Unfinished:
             What is shown of the training.
         """
         from prunenet.checkpoints.options import LoadOptions
-        from prunenet.recover.record import recover
+        from prunenet.recover.record import Watch, recover
         from prunenet.recover.state import STATE
         from prunenet.runtime import parallel
+        from prunenet.text.generate import BLOCK
 
-        # the seed of the text that the cut was measured on
-        tuning = Tuning(seed=calibration.seed)
         external = calibration.moments == "data"
+        # Of external text as much, or again and again what there is.
+        steps = FAST // BLOCK if external else None
+        tuning = Tuning(seed=calibration.seed, steps=steps)  # the text that the cut was measured on
         text = RecoverText(
             moments="data" if external else "self",
             text=calibration.text,
@@ -168,8 +170,7 @@ class Unfinished:
                 text=text,
                 resume=resume,
                 loading=LoadOptions(device=device, dtype=dtype),
-                progress=advance,
-                estimate=say_estimate,
+                watch=Watch(estimate=say_estimate, progress=advance),
             )
         if parallel.is_first():
             (self.folder / _ASKED).unlink()

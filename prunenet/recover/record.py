@@ -27,7 +27,7 @@ from prunenet.recover.estimate import Estimate, writing
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.state import STATE, remove_state
-from prunenet.recover.text import blocks_wanted, held_back, learning_text
+from prunenet.recover.text import blocks_held, blocks_wanted, learning_text
 from prunenet.recover.training import Recovered, estimated, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
@@ -43,6 +43,23 @@ _PADDED = (
 )
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Who is told of a recovery.
+
+    Attributes:
+        estimate: called with what the run is going to take, before text is written; a micro-batch
+            is timed for it.
+        progress: called with (stage, done, in all).
+        report_to: trackers that are told what the log is told, settings and results too; see
+            `prunenet.runtime.tracking`.
+    """
+
+    estimate: Callable[[Estimate], None] | None = None
+    progress: Progress | None = None
+    report_to: Sequence[Tracker] = ()
+
+
 def recover(
     pruned: str | Path,
     out: str | Path,
@@ -52,12 +69,9 @@ def recover(
     text: RecoverText | None = None,
     resume: bool = False,
     loading: LoadOptions | None = None,
-    progress: Progress | None = None,
-    report_to: Sequence[Tracker] = (),
-    estimate: Callable[[Estimate], None] | None = None,
+    watch: Watch | None = None,
 ) -> Recovered:
-    """Trains a pruned checkpoint to predict what the dense model predicts (LoRA,
-    merged, or full).
+    """Trains a pruned checkpoint to predict what the dense model predicts.
 
     Args:
         pruned: folder or hub id of the pruned checkpoint.
@@ -68,11 +82,7 @@ def recover(
         text: what it learns from.
         resume: continue the unfinished run beside `out`.
         loading: device and dtype; one device.
-        progress: called with (stage, done, in all).
-        report_to: trackers that are told what the log is told, settings and results too; see
-            `prunenet.runtime.tracking`.
-        estimate: called with what the run is going to take, before text is written; a micro-batch
-            is timed for it.
+        watch: who is told of it.
 
     Returns:
         The recovered model and its losses; the checkpoint in `out` holds its weights.
@@ -83,8 +93,9 @@ def recover(
         CheckpointError: a folder cannot be read or written.
         ImportError: peft, or a tracker, is not installed.
     """
-    check_trackers(report_to)
-    tuning, text, loading = tuning or Tuning(), text or RecoverText(), loading or LoadOptions()
+    watch, loading = watch or Watch(), loading or LoadOptions()
+    check_trackers(watch.report_to)
+    tuning, text, progress = tuning or Tuning(), text or RecoverText(), watch.progress
     source, out = str(pruned), expanded(out)
     _check_asked(tuning, teacher, text, loading)
     run = _places(out, resume)
@@ -104,8 +115,8 @@ def recover(
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
     tokenizer = load_tokenizer(str(tokens_of))
-    if estimate is not None:
-        estimate(expected(model, dense, tokenizer, text, tuning))
+    if watch.estimate is not None:
+        watch.estimate(expected(model, dense, tokenizer, text, tuning))
     told = None if progress is None else partial(progress, "text")
     blocks = learning_text(writer, tokenizer, text, tuning, told)
 
@@ -113,7 +124,7 @@ def recover(
         if progress is not None:
             progress(f"recovering, loss {loss:.4f}", done, total)
 
-    learn = partial(tuned, teacher=dense, folder=run, resume=resume, report_to=report_to)
+    learn = partial(tuned, teacher=dense, folder=run, resume=resume, report_to=watch.report_to)
     found = learn(model, blocks, tuning, progress=advance)
     provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
     if parallel.is_first():
@@ -149,7 +160,7 @@ def recorded(
     taught: bool,
 ) -> Provenance:
     """The provenance of a recovered model; its regime is the most that any step looked at."""
-    learned = len(blocks.ids) - held_back(len(blocks.ids))
+    learned = len(blocks.ids) - blocks_held(len(blocks.ids))
     tuning = tuning.settled(learned, found.model.num_parameters())
     assert tuning.steps is not None, "Tuning.settled"
     step = dataclasses.asdict(tuning) | {
