@@ -83,7 +83,7 @@ PolicyName = Annotated[
     str | None,
     typer.Option(
         help="A policy that ships with prunenet (llama), the folder of a trained one, or none."
-        " Default: the model family's."
+        " Default: the model family's, else universal."
     ),
 ]
 CalibrationSource = Annotated[
