@@ -2,16 +2,14 @@
 measured KL(dense || pruned), with a fixed number of forward passes (docs/methods.md, sections 12
 and 13).
 
-The search changes the policy's log-odds by smooth functions of the layer's place, a few cosines for
-each structure. What is searched freely, slot by slot, fits the text that it is judged on and loses
-on other text (docs/log.md).
+The search changes the policy's log-odds by smooth functions of the layer's place
+(`prunenet.evaluation.smooth`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,14 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.evaluation.divergence import mask_divergences
-from prunenet.evaluation.interaction import (
-    Ablation,
-    Structure,
-    interaction_folder,
-    measure_interaction,
-)
-from prunenet.evaluation.shares import allocated, damages, masks
+from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
+from prunenet.evaluation.shares import allocated, capped, damages, masks
 from prunenet.evaluation.slots import Game
+from prunenet.evaluation.smooth import smooth_search
+from prunenet.evaluation.units import Cut, Structure
 from prunenet.features.from_weights import layer_context
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.heads import attentions
@@ -42,7 +37,8 @@ BINS, TOKENS, ROWS = 6, 128, 2
 """Of the matrix: bins of a layer's channels; tokens of a row; rows of each kind of text."""
 PREDICTED, MEASURED = (20, 16), (8, 4)
 """Rounds of the search on the matrix and on the model, and candidates of each: 32 measured cuts."""
-_WAVES, _STEP, _SHRINK, _JUDGED = 5, 0.4, 0.7, 8
+_JUDGED = 8
+_Cut = tuple[list[Tensor], list[Tensor] | None]
 _HEADS_START = 1.0  # log-odds of heads beside channels: the policy knows channels alone
 
 
@@ -77,6 +73,8 @@ def refine(
     *,
     structures: Sequence[Structure] = ("channels",),
     round_to: int = 8,
+    cap: float | None = None,
+    refreshed: bool = False,
     progress: Progress | None = None,
 ) -> Refined:
     """Refines a policy's allocation.
@@ -92,15 +90,21 @@ def refine(
         ratio: as many parameters go as that share of the FFN channels has, in [0, 1).
         structures: "channels", and "heads" where groups of heads go too.
         round_to: widths are multiples of this.
-        progress: called with (parts ablated, in all).
+        cap: see `prunenet.evaluation.shares.capped`; None sets none.
+        refreshed: whether the matrix is measured once more, behind the best cut that the first one
+            knows, and searched again. It takes as many forward passes as the first.
+        progress: called with (parts ablated, in all), of each matrix.
 
     Raises:
-        ValueError: blocks that the model cannot read, or logits that are not finite.
+        ValueError: a cap out of range, blocks that the model cannot read, or logits that are not
+            finite.
         UnsupportedArchitecture: heads of this family cannot be cut.
     """
-    game, front = _game(model, blocks, scores, structures, progress), int(blocks.bos is not None)
+    front = int(blocks.bos is not None)
     ffns = list(iter_ffns(model))
-    share = ratio * sum(ffn.channel_parameters * ffn.d_ff for ffn in ffns) / game.total
+    known = _game(model, blocks, scores, structures, progress)
+    share = ratio * sum(ffn.channel_parameters * ffn.d_ff for ffn in ffns) / known.total
+    game = capped(known, share, cap)
     judged = held_back(blocks.ids)[1][:_JUDGED]
 
     def cuts(rows: Tensor) -> list[_Cut]:
@@ -115,10 +119,15 @@ def refine(
     start = torch.tensor(
         [offsets[s.layer] if s.structure == "channels" else _HEADS_START for s in game.slots]
     ).double()
-    near, _ = _searched(start, _waves(game), predicted, PREDICTED)
+    near, _ = smooth_search(game, start, predicted, PREDICTED)
+    if refreshed:
+        again = _game(model, blocks, scores, structures, progress, cuts(near[None])[0])
+        # groups of heads keep the order that the dense model gave them
+        game = replace(again, slots=game.slots)
+        near, _ = smooth_search(game, near, predicted, PREDICTED)
     first = measured(torch.stack((start, near)))
     best = near if first[1] < first[0] else start
-    best, end = _searched(best, _waves(game), measured, MEASURED, float(first.min()))
+    best, end = smooth_search(game, best, measured, MEASURED, known=float(first.min()))
     keep, groups = cuts(best[None])[0]
     return Refined(keep, groups, float(first[0]), end)
 
@@ -168,6 +177,7 @@ def _game(
     scores: Sequence[Tensor],
     structures: Sequence[Structure],
     progress: Progress | None,
+    behind: Cut | None = None,
 ) -> Game:
     """The matrices of the first rows of either kind of the text, as one game of two domains."""
     if "heads" in structures:
@@ -183,52 +193,9 @@ def _game(
             structures=structures,
             unscored=int(blocks.bos is not None),
             batch=rows,
+            behind=behind,
         ),
         cache=interaction_folder(),
         progress=progress,
     )
     return Game.of(parts, layer_context(model).cpu(), structures=structures)
-
-
-_Cut = tuple[list[Tensor], list[Tensor] | None]
-
-
-def _waves(game: Game) -> Float[Tensor, "waves slots"]:
-    """Smooth functions of a slot's place, for each structure: cosines of up to `_WAVES` half turns,
-    and the constant, which weighs structures against one another.
-    """
-    last = max(slot.layer for slot in game.slots)
-    place = torch.tensor([slot.layer / max(last, 1) for slot in game.slots]).double()
-    rows = []
-    for structure in sorted({slot.structure for slot in game.slots}):
-        of = torch.tensor([slot.structure == structure for slot in game.slots])
-        rows += [torch.cos(math.pi * n * place) * of for n in range(_WAVES + 1)]
-    return torch.stack(rows)
-
-
-def _searched(
-    start: Float[Tensor, " slots"],
-    waves: Float[Tensor, "waves slots"],
-    evaluate: Callable[[Tensor], Tensor],
-    budget: tuple[int, int],
-    known: float | None = None,
-) -> tuple[Float[Tensor, " slots"], float]:
-    """Steps to the best of a few mirrored candidates while one is better; else shrinks the step.
-
-    Returns:
-        Log-odds, never worse than the start on their own measure, and that measure.
-    """
-    generator = torch.Generator().manual_seed(0)
-    best, (rounds, candidates) = start, budget
-    least = float(evaluate(start[None])) if known is None else known
-    step = _STEP
-    for _ in range(rounds):
-        draws = torch.randn(candidates // 2, len(waves), generator=generator, dtype=torch.float64)
-        moves = step / len(waves) ** 0.5 * (draws @ waves)
-        rows = torch.cat((best + moves, best - moves))
-        found = evaluate(rows)
-        if float(found.min()) < least:
-            best, least = rows[int(found.argmin())], float(found.min())
-        else:
-            step *= _SHRINK
-    return best, least

@@ -8,7 +8,7 @@ import torch
 from families import tiny_model, token_ids
 
 from prunenet.envs.budget import game_of
-from prunenet.evaluation.shares import allocated, damages, masks, settled
+from prunenet.evaluation.shares import allocated, capped, damages, masks, settled
 from prunenet.evaluation.slots import PLACE, Episodes
 from prunenet.features.from_weights import CONTEXT
 from prunenet.models.layers import count_parameters, ffn_widths
@@ -107,6 +107,36 @@ def test_searches_meet_the_budget_and_order_as_they_should(one):
     assert price["greedy"] < price["uniform"]
 
 
+@pytest.mark.parametrize(("ratio", "cap"), [(0.2, 1.5), (0.3, 1.2), (0.35, 1.1)])
+def test_under_a_cap_no_slot_gives_more_than_its_share_and_the_budget_is_met(one, ratio, cap):
+    few = capped(one, ratio, cap)
+    episodes = Episodes(few, 16, ratio)
+    generator = torch.Generator().manual_seed(0)
+    while not episodes.done:
+        episodes.play(torch.randint(few.levels, (16,), generator=generator))
+    played = torch.stack([episodes.kept[:, list(slot.units)].mean(1) for slot in one.slots], 1)
+    every = [played.double(), allocated(few, 2 * drawn(few), ratio)]
+    every += [
+        search_shares(few, ratio, search, evaluations=40)[None].double()
+        for search in ("uniform", "random", "greedy", "dynamic", "evolution")
+    ]
+    channels = [slot.costs[-1] for slot in one.slots if slot.structure == "channels"]
+    most = cap * ratio * one.total / sum(channels)
+    for shares in every:
+        assert float((1 - shares).max()) <= most + 1e-5
+        budget = torch.full((len(shares),), (1 - ratio) * one.total).double()
+        torch.testing.assert_close(cost(one, shares), budget, rtol=1e-5, atol=1)
+    free = allocated(one, 2 * drawn(one), ratio)
+    assert float((1 - free).max()) > most + 0.05, "without a cap a slot gives more"
+
+
+def test_guarded_layers_stay_whole(one):
+    found = search_shares(capped(one, 0.1, None, guarded=1), 0.1, "greedy")
+    for slot, share in zip(one.slots, found.tolist(), strict=True):
+        assert share == pytest.approx(1) or slot.layer == 1
+    assert capped(one, 0.3, None) is one
+
+
 def test_dynamic_programming_is_exact_where_damages_add_up(one):
     apart = copy.deepcopy(one)
     apart.matrices.copy_(torch.diag_embed(apart.matrices.diagonal(dim1=1, dim2=2)))
@@ -139,8 +169,9 @@ def test_an_untrained_allocator_cuts_all_slots_alike_and_a_trained_one_serves_ot
     assert after < before - 0.1
 
 
-def test_the_same_seed_trains_the_same_allocator(one):
-    recipe = AllocatorRecipe(updates=2, episodes=8, evaluate_every=1)
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_the_same_seed_trains_the_same_allocator(one, cap):
+    recipe = AllocatorRecipe(updates=2, episodes=8, evaluate_every=1, cap=cap)
     first, second = (train_allocator([one], untrained(), recipe).history for _ in range(2))
     assert first == second
 
@@ -181,5 +212,11 @@ def test_numbers_out_of_range_are_refused(one, unchecked):
         AllocatorRecipe(episodes=1)
     with pytest.raises(ValueError, match="prices 1 allocation or more, got 0"):
         search_shares(one, 0.3, "random", evaluations=0)
+    with pytest.raises(ValueError, match=r"times the ratio, at least 1, or None, got 0\.5"):
+        AllocatorRecipe(cap=0.5)
+    with pytest.raises(ValueError, match="`guarded` counts layers"):
+        capped(one, 0.3, guarded=-1)
+    with pytest.raises(ValueError, match=r"leave too little to remove: 0\.\d+ of the cost"):
+        capped(one, 0.5, 1.5, guarded=1)
     with pytest.raises(ValueError, match="annealing"):
         search_shares(one, 0.3, "annealing")

@@ -4,6 +4,8 @@ options.py       how a text is scored and how speed is measured
 perplexity.py    sliding-window perplexity
 losses.py        loss of a model on token blocks
 divergence.py    KL(dense || pruned) on token blocks
+units.py         parts of a model, and a model without one of them
+prefixes.py      forward passes that start in the middle
 interaction.py   how the damages of a model's parts add up: one matrix
 slots.py         one budget over those parts: decisions, costs, damage
 shares.py        allocations as the share of every slot that stays

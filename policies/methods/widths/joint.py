@@ -7,7 +7,7 @@ other models is what a policy trained over many matrices is compared with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -69,28 +69,37 @@ def _greedy(game: Game, ratio: float) -> Tensor:
     form = game.matrices.mean(0)
     stay = [len(slot.units) for slot in game.slots]
     gone, spent = torch.zeros(len(form)), game.total
+    prices = [slot.prices().tolist() for slot in game.slots]
     while spent > (1 - ratio) * game.total:
-        pull = form @ gone
+        pull = game.slopes(gone).mean(0)
         best, price = -1, float("inf")
         for number, slot in enumerate(game.slots):
             if slot.structure == "layers" or stay[number] <= slot.least:
                 continue
             unit = slot.units[len(slot.units) - stay[number]]
-            saved = slot.costs[stay[number]] - slot.costs[stay[number] - 1]
-            added = float(pull[unit] + form[unit, unit] / 2) / max(saved, 1e-9)
+            part = min(stay[number] - slot.least, 1.0)
+            saved = prices[number][stay[number]] - prices[number][stay[number] - 1]
+            added = part * float(pull[unit] + part * form[unit, unit] / 2) / max(saved, 1e-9)
             if added < price:
                 best, price = number, added
+        if best < 0:
+            break  # all that may go is gone, and settling meets the rest
         slot = game.slots[best]
-        gone[slot.units[len(slot.units) - stay[best]]] = 1
-        spent -= slot.costs[stay[best]] - slot.costs[stay[best] - 1]
+        part = min(stay[best] - slot.least, 1.0)
+        gone[slot.units[len(slot.units) - stay[best]]] = part
+        spent -= prices[best][stay[best]] - prices[best][stay[best] - 1]
         stay[best] -= 1
-    shares = torch.tensor([n / len(s.units) for n, s in zip(stay, game.slots, strict=True)])
-    return settled(game, shares[None], ratio)[0]
+    return _of_levels(game, stay, ratio)
 
 
 def _dynamic(game: Game, ratio: float) -> Tensor:
-    """Minimises the sum of what each slot's cut costs alone, over budgets in steps."""
+    """Minimises the sum of what each slot's cut costs alone, over budgets in steps. Behind a cut,
+    what the slot's difference from it costs alone.
+    """
     form, step = game.matrices.mean(0), game.total / _STEPS
+    base, pull = torch.zeros(len(form)), torch.zeros(len(form))
+    if game.around is not None:
+        base, pull = game.around.gone, game.around.pull.mean(0)
     budget = int((1 - ratio) * _STEPS)
     best = torch.full((budget + 1,), torch.inf)
     best[0] = 0
@@ -98,9 +107,13 @@ def _dynamic(game: Game, ratio: float) -> Tensor:
     for slot in game.slots:
         level = torch.full((budget + 1,), -1)
         table = torch.full((budget + 1,), torch.inf)
-        for stay in range(slot.least, len(slot.units) + 1):
-            cut = torch.tensor(slot.units[: len(slot.units) - stay], dtype=torch.long)
-            price, need = float(form[cut][:, cut].sum()) / 2, round(slot.costs[stay] / step)
+        columns = torch.tensor(slot.units)
+        stays, prices = slot.stays(), slot.prices().tolist()
+        for stay in range(int(slot.least), len(slot.units) + 1):
+            gone = (len(columns) - stays[stay] - torch.arange(len(columns))).clamp(0, 1)
+            away = gone.float() - base[columns]
+            price = float(away @ form[columns][:, columns] @ away / 2 + pull[columns] @ away)
+            need = round(prices[stay] / step)
             if need > budget:
                 break
             moved = torch.full_like(table, torch.inf)
@@ -110,12 +123,17 @@ def _dynamic(game: Game, ratio: float) -> Tensor:
         best = table
         chosen.append(level)
     place = int(best.argmin())
-    stays: list[int] = []
+    levels: list[int] = []
     for slot, level in zip(reversed(game.slots), reversed(chosen), strict=True):
-        stays.insert(0, int(level[place]))
-        place -= round(slot.costs[stays[0]] / step)
-    shares = torch.tensor([n / len(s.units) for n, s in zip(stays, game.slots, strict=True)])
-    return settled(game, shares[None], ratio)[0]
+        levels.insert(0, int(level[place]))
+        place -= round(float(slot.prices()[levels[0]]) / step)
+    return _of_levels(game, levels, ratio)
+
+
+def _of_levels(game: Game, levels: Sequence[int], ratio: float) -> Tensor:
+    """Shares of whole units, put under the budget."""
+    shares = [level / len(slot.units) for level, slot in zip(levels, game.slots, strict=True)]
+    return settled(game, torch.tensor([shares]), ratio)[0]
 
 
 def _evolved(game: Game, ratio: float, evaluations: int, seed: int, children: int = 10) -> Tensor:
