@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 
@@ -70,38 +70,28 @@ def capped(game: Game, ratio: float, cap: float | None = 1.5, *, guarded: int = 
 
 
 def settled(game: Game, shares: Float[Tensor, "n slots"], ratio: float) -> Float[Tensor, "n slots"]:
-    """Puts allocations under the budget: groups of heads become whole numbers, and one shift of the
-    channels' log-odds spends what is left, to the parameter.
+    """Puts allocations under the budget: groups of heads and layers become whole numbers, and one
+    shift of the channels' log-odds spends what is left, to the parameter.
 
     Args:
-        game: of channels and heads; whole layers stay.
-        shares: that are wanted, in [0, 1].
+        game: of channels, heads and layers.
+        shares: that are wanted, in [0, 1]; a layer goes below one half.
         ratio: share of the game's cost that is removed, in [0, 1).
 
     Returns:
-        Shares of the same order. Where channels alone cannot meet the budget they are at their
-        bound, and so is the cost.
+        Shares of the same order, 0 in all slots of a layer that goes; so the cost is their sum.
+        Where channels alone cannot meet the budget they are at their bound, and so is the cost.
     """
     budget = (1 - check_ratio(ratio)) * game.total
-    counts = torch.tensor([len(slot.units) for slot in game.slots]).double()
-    least = torch.tensor([slot.least for slot in game.slots]) / counts
-    costs = torch.tensor([slot.costs[-1] for slot in game.slots]).double()
-    bins = torch.tensor([slot.structure == "channels" for slot in game.slots])
-    wanted = shares.double()
-    whole = torch.maximum((wanted * counts).round() / counts, least)
-    whole[:, [slot.structure == "layers" for slot in game.slots]] = 1
-    odds = torch.logit(wanted.clamp(_EDGE, 1 - _EDGE))
-    low, high = torch.full((len(wanted), 1), -_FAR).double(), torch.full((len(wanted), 1), _FAR)
-    high = high.double()
+    bins, least, whole = _settling(game), _least(game), _whole(game, shares.double())
+    stays = _stay(game, shares)
+    odds = torch.logit(shares.double().clamp(_EDGE, 1 - _EDGE))
 
     def at(theta: Tensor) -> Tensor:
-        return torch.where(bins, torch.maximum(torch.sigmoid(odds + theta), least), whole)
+        moved = torch.where(bins, torch.maximum(torch.sigmoid(odds + theta), least), whole)
+        return torch.where(stays, moved, 0)
 
-    for _ in range(_BISECTIONS):
-        theta = (low + high) / 2
-        over = (at(theta) * costs).sum(1, keepdim=True) > budget
-        low, high = torch.where(over, low, theta), torch.where(over, theta, high)
-    return at(low)
+    return at(_largest(len(shares), lambda theta: cost(game, at(theta)) > budget))
 
 
 def allocated(
@@ -109,17 +99,62 @@ def allocated(
 ) -> Float[Tensor, "n slots"]:
     """The shares sigmoid(theta + offset), theta such that the budget is met, then `settled`.
 
-    Groups of heads only come back as the budget grows, and channels too but where a group does.
+    Groups of heads and layers only come back as the budget grows, and channels too but where a
+    group or a layer does. Where no channels are left to settle the budget it is met from below.
     """
     rows = offsets.reshape(-1, len(game.slots)).double()
-    costs = torch.tensor([slot.costs[-1] for slot in game.slots]).double()
-    low, high = torch.full((len(rows), 1), -_FAR), torch.full((len(rows), 1), _FAR)
-    low, high = low.double(), high.double()
+    budget, settles = (1 - ratio) * game.total, bool(_settling(game).any())
+
+    def at(theta: Tensor) -> Tensor:
+        wanted = torch.sigmoid(rows + theta)
+        met = wanted if settles else _whole(game, wanted)
+        return torch.where(_stay(game, wanted), met, 0)
+
+    theta = _largest(len(rows), lambda theta: cost(game, at(theta)) > budget)
+    return settled(game, torch.sigmoid(rows + theta), ratio)
+
+
+def cost(game: Game, shares: Float[Tensor, "n slots"]) -> Float[Tensor, "n 1"]:
+    """What stays of the game's cost, where slots of a layer that goes keep nothing."""
+    each = [slot.cost(shares[:, number]) for number, slot in enumerate(game.slots)]
+    return torch.stack(each, 1).sum(1, keepdim=True)
+
+
+def _largest(count: int, over: Callable[[Tensor], Tensor]) -> Float[Tensor, "n 1"]:
+    """The largest theta of each row that is not over the budget."""
+    low, high = torch.full((count, 1), -_FAR).double(), torch.full((count, 1), _FAR).double()
     for _ in range(_BISECTIONS):
         theta = (low + high) / 2
-        over = (torch.sigmoid(rows + theta) * costs).sum(1, keepdim=True) > (1 - ratio) * game.total
-        low, high = torch.where(over, low, theta), torch.where(over, theta, high)
-    return settled(game, torch.sigmoid(rows + low), ratio)
+        beyond = over(theta)
+        low, high = torch.where(beyond, low, theta), torch.where(beyond, theta, high)
+    return low
+
+
+def _settling(game: Game) -> Bool[Tensor, " slots"]:
+    """Slots of channels that cost something."""
+    return torch.tensor([s.structure == "channels" and s.costs[-1] > 0 for s in game.slots])
+
+
+def _least(game: Game) -> Float[Tensor, " slots"]:
+    least = [slot.least / len(slot.units) for slot in game.slots]
+    return torch.tensor(least, dtype=torch.float64)
+
+
+def _whole(game: Game, wanted: Float[Tensor, "n slots"]) -> Float[Tensor, "n slots"]:
+    """The nearest whole numbers of units; channels that cost nothing stay."""
+    counts = torch.tensor([len(slot.units) for slot in game.slots]).double()
+    nearest = torch.maximum((wanted * counts).round() / counts, _least(game))
+    bins = torch.tensor([slot.structure == "channels" for slot in game.slots])
+    return torch.where(bins & ~_settling(game), 1, nearest)
+
+
+def _stay(game: Game, shares: Float[Tensor, "n slots"]) -> Bool[Tensor, "n slots"]:
+    """Which slots are in a layer that stays, the layer itself included."""
+    place = {slot.layer: n for n, slot in enumerate(game.slots) if slot.structure == "layers"}
+    if not place:
+        return torch.ones(shares.shape, dtype=torch.bool)
+    of = torch.tensor([place.get(slot.layer, -1) for slot in game.slots])
+    return (shares[:, of] >= 0.5) | (of < 0)
 
 
 def damages(
@@ -129,6 +164,7 @@ def damages(
     the mean.
     """
     gone = torch.zeros(len(shares), game.matrices.shape[1])
+    stays = _stay(game, shares)
     for number, slot in enumerate(game.slots):
         count, columns = len(slot.units), torch.tensor(slot.units)
         amount = count * (1 - shares[:, number : number + 1])
@@ -136,10 +172,23 @@ def damages(
         if slot.whole is not None:
             all_gone = shares[:, number] <= _EDGE
             part[all_gone] = 0
-            gone[:, slot.whole] = all_gone.float()
+            gone[:, slot.whole] = (all_gone & stays[:, number]).float()
+        if slot.structure != "layers":  # what a layer that goes held is priced by its own unit
+            part = part * stays[:, number : number + 1]
         gone[:, columns] = part
     each = game.damages(gone)
     return each.amax(0) if worst else each.mean(0)
+
+
+def layers_left(game: Game, shares: Float[Tensor, " slots"]) -> Bool[Tensor, " layers"] | None:
+    """Mask of the layers that stay; None where the game lets none go."""
+    if not any(slot.structure == "layers" for slot in game.slots):
+        return None
+    mask = torch.ones(1 + max(slot.layer for slot in game.slots), dtype=torch.bool)
+    for slot, share in zip(game.slots, shares.tolist(), strict=True):
+        if slot.structure == "layers":
+            mask[slot.layer] = share >= 0.5
+    return mask
 
 
 def masks(
@@ -153,35 +202,42 @@ def masks(
     Widths are rounded to multiples so that their sum is that of the shares, from below.
 
     Args:
-        game: of channels, and of heads if they are cut; no attention sublayer goes.
+        game: of channels, and of heads and layers if they are cut; no attention sublayer goes.
         shares: see `settled`.
         scores: of each layer's channels, those that the matrix was measured with.
         round_to: widths are multiples of this.
 
     Returns:
-        Masks of channels; masks of groups, None where the game has none.
+        Masks of channels; masks of groups, None where the game has none. Those of a layer that goes
+        keep all.
     """
     by = {
         (slot.structure, slot.layer): (slot, float(share))
         for slot, share in zip(game.slots, shares, strict=True)
     }
-    wanted = [by["channels", layer][1] * len(row) for layer, row in enumerate(scores)]
-    steps = [max(int(width / round_to), 1) for width in wanted]
-    spare = int(sum(wanted) / round_to + 1e-6) - sum(steps)
-    order = sorted(range(len(wanted)), key=lambda i: steps[i] - wanted[i] / round_to)
-    for layer in order[: max(spare, 0)]:
-        steps[layer] += 1
-    keep = [
-        top_channels(row, min(step * round_to, len(row)))
-        for row, step in zip(scores, steps, strict=True)
-    ]
+    left = layers_left(game, shares)
+    cut = [n for n in range(len(scores)) if (left is None or left[n]) and ("channels", n) in by]
+    wanted = {n: by["channels", n][1] * len(scores[n]) for n in cut}
+    keep = [torch.ones(len(row), dtype=torch.bool) for row in scores]
+    for layer, width in _rounded(wanted, round_to).items():
+        keep[layer] = top_channels(scores[layer], min(width, len(scores[layer])))
     if not any(slot.structure == "heads" for slot in game.slots):
         return keep, None
     groups = []
     for layer in range(len(scores)):
         slot, share = by["heads", layer]
         mask, first = torch.zeros(len(slot.units), dtype=torch.bool), min(slot.units)
-        stay = round(share * len(slot.units))
+        stay = round(share * len(slot.units)) or len(slot.units)
         mask[[column - first for column in slot.units[len(slot.units) - stay :]]] = True
         groups.append(mask)
     return keep, groups
+
+
+def _rounded(wanted: Mapping[int, float], round_to: int) -> dict[int, int]:
+    """Widths by layer, multiples whose sum is that of the wanted ones, from below."""
+    steps = {layer: max(int(width / round_to), 1) for layer, width in wanted.items()}
+    spare = int(sum(wanted.values()) / round_to + 1e-6) - sum(steps.values())
+    order = sorted(wanted, key=lambda layer: steps[layer] - wanted[layer] / round_to)
+    for layer in order[: max(spare, 0)]:
+        steps[layer] += 1
+    return {layer: step * round_to for layer, step in steps.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -36,10 +37,13 @@ class Slot:
         structure: "channels", "heads" or "layers".
         layer: number of the decoder layer.
         units: columns of the matrix, in the order in which they go.
-        costs: of what stays when 0, 1, ... of the units stay, rising.
+        costs: of what stays when 0, 1, ... of the units stay, rising; of a layer, what is in none
+            of its other slots.
         least: fewest units that stay; of the next unit to go, a part may have to.
         whole: column of the unit that stands for all units at once (the attention sublayer), where
             there is one.
+        curved: whether the cost of a share that stays bends at numbers of units, as time does; else
+            it is in proportion.
     """
 
     structure: Structure
@@ -48,6 +52,19 @@ class Slot:
     costs: tuple[float, ...]
     least: float
     whole: int | None = None
+    curved: bool = False
+
+    def cost(self, share: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Cost of what stays at a share of the units, in [0, 1]."""
+        if not self.curved:
+            return share * self.costs[-1]
+        return _interpolated(share, np.linspace(0, 1, len(self.costs)), self.costs)
+
+    def share(self, cost: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The inverse of `cost`."""
+        if not self.curved:
+            return cost / self.costs[-1] if self.costs[-1] else torch.ones_like(cost)
+        return _interpolated(cost, self.costs, np.linspace(0, 1, len(self.costs)))
 
     def stays(self) -> Float[Tensor, " levels"]:
         """How many units stay at each decision: so many, and never fewer than the least."""
@@ -98,7 +115,7 @@ class Game:
             parts: one matrix a domain, all of the same units.
             context: of each layer, see `prunenet.features.from_weights.layer_context`.
             structures: that may be cut. "attention" lets the last group of heads of a layer go;
-                "layers" lets whole layers go, except the last.
+                "layers" lets whole layers go, except the last, with all that they hold.
             costs: of each unit; default its parameters. See `unit_costs`.
             least: bins of channels that stay in every layer that stays, at least 1.
 
@@ -197,18 +214,29 @@ def _slots(
         of: dict[str, list[int]] = {}
         for column, unit in rows:
             of.setdefault(unit.structure, []).append(column)
-        if "layers" in structures and layer != last:
-            found.append(Slot("layers", layer, tuple(of["layers"]), (0.0, 0.0), 0))
+        inside: list[Slot] = []
         if "heads" in structures and "heads" in of:
             # the group that costs least alone goes first
             order = sorted(of["heads"], key=lambda column: float(alone[column]))
             whole = of["attention"][0] if "attention" in structures else None
             keep = int(whole is None)
-            found.append(Slot("heads", layer, tuple(order), _rising(order, prices), keep, whole))
+            inside.append(Slot("heads", layer, tuple(order), _rising(order, prices), keep, whole))
         if "channels" in structures:
             bins = of["channels"]
-            found.append(Slot("channels", layer, tuple(bins), _rising(bins, prices), least))
+            each = [prices[column] / units[column].parameters for column in bins]
+            curved = max(each) - min(each) > 1e-9 * max(each)
+            costs = _rising(bins, prices)
+            inside.append(Slot("channels", layer, tuple(bins), costs, least, curved=curved))
+        if "layers" in structures and layer != last:
+            (column,) = of["layers"]
+            rest = prices[column] - sum(slot.costs[-1] for slot in inside)
+            found.append(Slot("layers", layer, (column,), (0.0, max(rest, 0.0)), 0))
+        found += inside
     return tuple(found)
+
+
+def _interpolated(at: Tensor, places: Any, values: Any) -> Tensor:
+    return torch.from_numpy(np.interp(at.double().numpy(), places, values))
 
 
 def _rising(order: Sequence[int], prices: Sequence[float]) -> tuple[float, ...]:
@@ -307,6 +335,7 @@ class Episodes:
         slot = self.game.slots[number]
         if slot.structure == "layers":
             self._gone = levels == 0
+            self.left = self.left - (levels > 0).double() * slot.costs[-1]
             columns, share = torch.tensor(slot.units), (levels == 0).float()[None]
         else:
             if number and self.game.slots[number - 1].layer != slot.layer:
@@ -323,9 +352,9 @@ class Episodes:
         count = len(slot.units)
         amount = count - slot.stays()[levels]
         if settled:
-            share = (self.left / slot.costs[-1]).clamp(slot.least / count, 1)
+            share = slot.share(self.left).clamp(slot.least / count, 1)
             amount = torch.where(self._gone, float(count), count * (1 - share))
-            spent = torch.where(self._gone, 0.0, share * slot.costs[-1])
+            spent = torch.where(self._gone, 0.0, slot.cost(share))
         else:
             spent = slot.prices()[levels]
         self.left = self.left - spent
@@ -386,6 +415,6 @@ def _bounds(game: Game) -> _Bounds:
         least[i] = least[i + 1] + float(costs[int(slot.least)])
         most[i] = most[i + 1] + slot.costs[-1]
         if slot.structure == "layers":
-            least[i] = min(least[i], least[after])
+            least[i] = min(least[i + 1] + slot.costs[-1], least[after])
     assert not droppable or slots[settling].layer not in droppable, "the last layer stays"
     return _Bounds(tables, most, least[0], settling)

@@ -74,13 +74,12 @@ def units_of(
         edges = [width * part // bins for part in range(bins + 1)]
         sizes = [high - low for low, high in pairwise(edges)]
         units += [Unit("channels", layer.index, part, cost * n) for part, n in enumerate(sizes)]
-        attention = 0
         if heads:
             groups, each = heads[layer.index].groups, heads[layer.index].group_parameters
             units += [Unit("heads", layer.index, group, each) for group in range(groups)]
-            attention = groups * each
-            units.append(Unit("attention", layer.index, 0, attention))
-        units.append(Unit("layers", layer.index, 0, cost * width + attention))
+            units.append(Unit("attention", layer.index, 0, groups * each))
+        whole = sum(parameter.numel() for parameter in layer.module.parameters())
+        units.append(Unit("layers", layer.index, 0, whole))
     return tuple(unit for unit in units if unit.structure in structures)
 
 

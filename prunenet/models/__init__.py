@@ -8,6 +8,7 @@ masks.py            ratio -> widths (rounding, budgets) -> keep masks; pure
 observed.py         activations of groups, seen where output matrices are multiplied
 hooks.py            changes what a module computes for a while, and no weight
 surgery.py          keep masks + model -> narrow model
+depth.py            whole decoder layers: skipped, and cut
 modeling.py         model classes with a width per layer; travels beside checkpoints
 rotation.py         slicing the residual stream in its principal directions
 sliced_modeling.py  model classes with a sliced residual stream; travels beside checkpoints
