@@ -13,6 +13,7 @@ from prunenet.evaluation.slots import PLACE, Episodes
 from prunenet.features.from_weights import CONTEXT
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed
+from prunenet.policies.methods.widths import joint
 from prunenet.policies.methods.widths.joint import search_shares
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.slots import (
@@ -95,7 +96,7 @@ def test_masks_of_an_allocation_cut_what_it_says(one):
 def test_searches_meet_the_budget_and_order_as_they_should(one):
     found = {
         name: search_shares(one, 0.4, name, evaluations=200)
-        for name in ("uniform", "random", "greedy", "dynamic", "evolution")
+        for name in ("uniform", "random", "greedy", "dynamic", "evolution", "predictor", "smooth")
     }
     price = {name: float(damages(one, shares[None])) for name, shares in found.items()}
     for shares in found.values():
@@ -103,7 +104,8 @@ def test_searches_meet_the_budget_and_order_as_they_should(one):
             cost(one, shares[None]), torch.tensor([0.6 * one.total]).double()
         )
     assert price["random"] <= price["uniform"]
-    assert price["evolution"] <= price["uniform"]
+    for searched in ("evolution", "predictor", "smooth"):
+        assert price[searched] < price["uniform"]
     assert price["greedy"] < price["uniform"]
 
 
@@ -135,6 +137,38 @@ def test_guarded_layers_stay_whole(one):
     for slot, share in zip(one.slots, found.tolist(), strict=True):
         assert share == pytest.approx(1) or slot.layer == 1
     assert capped(one, 0.3, None) is one
+
+
+@pytest.mark.parametrize("search", ["random", "evolution", "predictor", "smooth"])
+def test_a_search_prices_no_more_allocations_than_it_may_and_begins_with_the_start(
+    one, search, monkeypatch
+):
+    priced = []
+
+    def counted(game, shares):
+        priced.extend(shares)
+        return damages(game, shares)
+
+    monkeypatch.setattr(joint, "damages", counted)
+    start = drawn(one, 1)[0]
+    first = allocated(one, start, 0.3)[0]
+    for evaluations in (1, 4, 30):
+        priced.clear()
+        found = search_shares(one, 0.3, search, evaluations=evaluations, start=start)
+        assert 0.7 * evaluations <= len(priced) <= evaluations
+        assert torch.equal(priced[0], first)
+        least = min(float(damages(one, row[None])) for row in priced)
+        assert float(damages(one, found[None])) == pytest.approx(least, rel=1e-5)
+
+
+def test_owl_and_influence_keep_more_of_the_layers_that_they_name(one):
+    for search in ("owl", "influence"):
+        found = search_shares(one, 0.3, search, layers=[0.1, 0.4, 0.2])
+        torch.testing.assert_close(cost(one, found[None]), torch.tensor([0.7 * one.total]).double())
+        kept = [float(x) for x, s in zip(found, one.slots, strict=True) if s.structure != "heads"]
+        assert kept[1] > kept[2] > kept[0]
+        with pytest.raises(ValueError, match=f"{search} needs one figure for each of 3 layers"):
+            search_shares(one, 0.3, search, layers=[0.1])
 
 
 def test_dynamic_programming_is_exact_where_damages_add_up(one):
