@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from prunenet.evaluation.divergence import Masks
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.groups import Group
 from prunenet.models.heads import attentions
 from prunenet.models.hooks import calling, zeroing
 from prunenet.models.layers import ffn_at
@@ -94,32 +95,33 @@ class Ablations:
         self, anatomy: Anatomy, units: Sequence[Unit], order: Sequence[Tensor], behind: Cut | None
     ) -> None:
         self._anatomy, self._hooks = anatomy, ExitStack()
-        self._columns: dict[Unit, tuple[nn.Linear, Tensor]] = {}
-        self._gone: dict[nn.Linear, Tensor] = {}
+        self._columns: dict[Unit, tuple[nn.Module, Tensor]] = {}
+        self._gone: dict[nn.Module, Tensor] = {}
         beside = Counter((unit.structure, unit.layer) for unit in units)
-        downs = anatomy.downs if any(unit.structure == "channels" for unit in units) else []
+        ffns = _ffns(anatomy) if any(unit.structure == "channels" for unit in units) else {}
         for unit in units:
             if unit.structure == "channels":
-                linear, ranked = downs[unit.layer], order[unit.layer]
+                ffn, ranked = ffns[unit.layer], order[unit.layer]
+                module, size, device = ffn.down.module, ffn.width, ffn.down.tensor.device
                 stays = None if behind is None else behind[0][unit.layer]
             elif unit.structure == "heads":
                 linear = self._attention(unit)
-                ranked = torch.arange(linear.in_features)
+                module, size, device = linear, linear.in_features, linear.weight.device
+                ranked = torch.arange(size)
                 stays = None if behind is None or behind[1] is None else behind[1][unit.layer]
             else:
                 continue
-            size, parts = linear.in_features, beside[unit.structure, unit.layer]
+            parts = beside[unit.structure, unit.layer]
             edges = size * unit.number // parts, size * (unit.number + 1) // parts
-            device = linear.weight.device
-            self._columns[unit] = linear, ranked[slice(*edges)].to(device)
+            self._columns[unit] = module, ranked[slice(*edges)].to(device)
             gone = torch.zeros(size, dtype=torch.bool)
             if stays is not None:
                 gone = ~stays.cpu().repeat_interleave(size // len(stays))
-            self._gone[linear] = gone.to(device)
+            self._gone[module] = gone.to(device)
 
     def __enter__(self) -> Ablations:
-        for linear, gone in self._gone.items():
-            self._hooks.callback(linear.register_forward_pre_hook(zeroing(gone)).remove)
+        for module, gone in self._gone.items():
+            self._hooks.callback(module.register_forward_pre_hook(zeroing(gone)).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,8 +131,8 @@ class Ablations:
         """Share of a unit that is gone, in [0, 1]."""
         if unit not in self._columns:
             return 0.0
-        linear, columns = self._columns[unit]
-        return float(self._gone[linear][columns].float().mean())
+        module, columns = self._columns[unit]
+        return float(self._gone[module][columns].float().mean())
 
     @contextmanager
     def turned(self, unit: Unit) -> Iterator[float]:
@@ -147,9 +149,9 @@ class Ablations:
             with calling({linear: lambda h: h.new_zeros(*h.shape[:-1], linear.out_features)}):
                 yield 1.0
         else:
-            linear, columns = self._columns[unit]
+            module, columns = self._columns[unit]
             # the hook reads this tensor
-            gone, before = self._gone[linear], self._gone[linear][columns]
+            gone, before = self._gone[module], self._gone[module][columns]
             share = self.share(unit)
             gone[columns] = share <= 0.5
             try:
@@ -160,3 +162,19 @@ class Ablations:
     def _attention(self, unit: Unit) -> nn.Linear:
         layer = self._anatomy.layers[unit.layer]
         return layer.linear(self._anatomy.architecture.attention_out)
+
+
+def _ffns(anatomy: Anatomy) -> dict[int, Group]:
+    """The FFN of each layer.
+
+    Raises:
+        UnsupportedArchitecture: a layer has experts, several FFNs or none.
+    """
+    found = {group.layer: group for group in anatomy.groups if group.expert is None}
+    if len(found) != len(anatomy.groups) or len(found) != len(anatomy.layers):
+        raise UnsupportedArchitecture(
+            f"channels are ablated where each layer has one FFN, and a"
+            f" {type(anatomy.model).__name__} has {len(anatomy.groups)} in"
+            f" {len(anatomy.layers)} layers"
+        )
+    return found
