@@ -22,6 +22,7 @@ from prunenet.envs.drawing import RENDER_MODES, drawn
 from prunenet.envs.shared import Named, check_render_mode, check_reset_options, opened, with_masks
 from prunenet.envs.sweep import PROGRESS, draw_ratio
 from prunenet.evaluation.interaction import Ablation, Structure, measure_interaction, units_of
+from prunenet.evaluation.latency import latency_table
 from prunenet.evaluation.slots import Cost, Episodes, Game, unit_costs
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import iter_ffns
@@ -68,7 +69,8 @@ def game_of(
     parts = measure_interaction(
         model, blocks, scores, Ablation(bins=bins, structures=structures, batch=len(blocks))
     )
-    costs = unit_costs(units, model.config, cost)
+    table = latency_table(model) if cost == "latency" else None
+    costs = unit_costs(units, model.config, cost, table=table)
     return Game.of(parts, layer_context(model).cpu(), structures=structures, costs=costs)
 
 

@@ -1,10 +1,12 @@
 """Perplexity, zero-shot accuracy, speed, divergence, and a figure or a page of them.
 
+choices.py       structures and budgets, by name
 options.py       how a text is scored and how speed is measured
 perplexity.py    sliding-window perplexity
 losses.py        loss of a model on token blocks
 divergence.py    KL(dense || pruned) on token blocks
 interaction.py   how the damages of a model's parts add up: one matrix
+latency.py       microseconds of a decoder layer at several widths: a table of this machine
 slots.py         one budget over those parts: decisions, costs, damage
 shares.py        allocations as the share of every slot that stays
 zeroshot.py      multiple-choice tasks by lm-eval's definitions

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
+from prunenet.evaluation.choices import STRUCTURES as STRUCTURES
+from prunenet.evaluation.choices import Structure as Structure
 from prunenet.evaluation.successors import Successors
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
@@ -39,8 +41,6 @@ from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, packed, unpacked
 from prunenet.runtime.placement import home
 
-Structure = Literal["channels", "heads", "attention", "layers"]
-STRUCTURES: tuple[Structure, ...] = ("channels", "heads", "attention", "layers")
 _FORMAT = "interaction matrix"
 
 
