@@ -189,6 +189,8 @@ def _check_structures(options: PruneOptions) -> None:
             "attention sublayers stay, for stock attention computes one group of heads at least;"
             " say heads, of which each layer keeps a group, or layers"
         )
+    if options.parts == ("channels",) and options.budget == "kv-bytes":
+        raise ValueError("FFN channels hold nothing of the KV cache; say heads too, or layers")
     if (*options.parts, options.budget) != ("channels", "params") and options.widths != "refined":
         what = "" if options.structures == "channels" else f" {options.structures}"
         by = "" if options.budget == "params" else f" by {options.budget}"

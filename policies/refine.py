@@ -32,9 +32,10 @@ from prunenet.evaluation.shares import allocated, cost, damages, layers_left, ma
 from prunenet.evaluation.slots import Game, unit_costs
 from prunenet.features.from_weights import layer_context
 from prunenet.models.anatomy import Anatomy
+from prunenet.models.depth import without_layers
 from prunenet.models.heads import attentions
 from prunenet.models.knobs import step_of
-from prunenet.models.layers import Weights, text_config
+from prunenet.models.layers import Weights, decoder_layers, text_config
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import PruneOptions
 from prunenet.refit.folds import folds_of, held_back
@@ -208,8 +209,13 @@ def _game(
     """The matrices of the first rows of either kind of the text, as one game of two domains; and
     what a ratio is a share of.
     """
+    # what this family cannot do is said before minutes of measuring
     if "heads" in structures:
-        attentions(model)  # refuses families whose heads cannot be cut
+        attentions(model)
+    if "layers" in structures:
+        layers = torch.arange(len(decoder_layers(model)))
+        without_layers(model, layers != len(layers) // 2)
+    table = latency_table(model) if budget == "latency" else None
     kinds = [fold[:ROWS, :TOKENS] for fold in folds_of(blocks.ids, blocks.kinds)]
     rows, bins = min(map(len, kinds)), min(BINS, *(len(row) for row in scores))
     parts = measure_interaction(
@@ -225,7 +231,6 @@ def _game(
         cache=interaction_folder(),
         progress=progress,
     )
-    table = latency_table(model) if budget == "latency" else None
     price = partial(unit_costs, config=text_config(model), cost=budget, table=table)
     every = units_of(model, bins)
     prices = dict(zip(every, price(every), strict=True))

@@ -191,6 +191,7 @@ def test_what_structures_cannot_give_is_one_sentence(model, policy):
         ({"structures": "channels,attention"}, "attention sublayers stay, .* say heads"),
         ({"structures": "layers", "widths": "auto"}, "only refined widths cut layers; say"),
         ({"budget": "flops", "widths": "uniform"}, "only refined widths cut by flops; say"),
+        ({"budget": "kv-bytes"}, "channels hold nothing of the KV cache; say heads too"),
         ({"budget": "joules"}, "unknown budget 'joules'; it is one of params, active, flops"),
     ],
 )
@@ -256,6 +257,7 @@ def test_time_is_a_median_of_rounds_and_a_wider_layer_is_never_faster(model):
     ticks = iter(range(10**6))
     table = measure_latency(model, rounds=2, clock=lambda: float(next(ticks)))
     assert set(table.channels) == set(table.heads) == {1e6}
+    assert latency._rising([3.0, 1.0, 2.0, 5.0, 4.0]) == (2.0, 2.0, 2.0, 4.5, 4.5)
 
 
 TABLE = LatencyTable((12, 24, 36, 48), (40.0, 40.0, 70.0, 100.0), (1, 2), (60.0, 100.0))

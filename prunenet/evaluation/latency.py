@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Annotated, Any
 
 import numpy as np
@@ -147,9 +147,9 @@ def measure_latency(
                 found.append(_now(model, clock) - start)
     spent = [median(found) * 1e6 for found in times]
     channels = _rising(spent[: len(_points(width))])
-    rest = [*spent[len(channels) :], channels[-1]] if count else []
-    heads = _rising([min(value, channels[-1]) for value in rest])
-    return LatencyTable(tuple(_points(width)), channels, tuple(_points(count)), heads)
+    heads = [min(value, channels[-1]) for value in _rising(spent[len(channels) :])]
+    heads += channels[-1:] if count else ()
+    return LatencyTable(tuple(_points(width)), channels, tuple(_points(count)), tuple(heads))
 
 
 def _points(most: int) -> list[int]:
@@ -178,7 +178,13 @@ def _layer(one: PreTrainedModel, width: int, groups: int, count: int) -> Callabl
 
 
 def _rising(times: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in np.maximum.accumulate(times))
+    """The nearest times that rise: neighbours that fall share their mean."""
+    pools: list[list[float]] = []
+    for value in times:
+        pools.append([value])
+        while len(pools) > 1 and mean(pools[-2]) > mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return tuple(mean(pool) for pool in pools for _ in pool)
 
 
 def _line(at: float, places: tuple[int, ...], times: tuple[float, ...]) -> float:
