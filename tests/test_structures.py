@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import families
 import pytest
 import torch
-from families import D_MODEL, tiny_model, token_ids
+from families import D_MODEL, provenance, random_keep, tiny_model, token_ids
+from test_cli import save_tiny
 
 import prunenet
+from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.records import (
@@ -17,18 +20,22 @@ from prunenet.checkpoints.records import (
     load_masks,
     load_provenance,
 )
+from prunenet.checkpoints.save import export_padded, save_pruned
 from prunenet.envs.budget import game_of
 from prunenet.evaluation import latency
 from prunenet.evaluation.interaction import units_of
 from prunenet.evaluation.latency import LatencyTable, latency_table, measure_latency
+from prunenet.evaluation.page import _of_all
 from prunenet.evaluation.shares import allocated, cost, damages, layers_left
 from prunenet.evaluation.slots import Episodes, unit_costs
+from prunenet.models.depth import without_layers
 from prunenet.models.layers import count_parameters
-from prunenet.models.surgery import masking
+from prunenet.models.surgery import masking, narrowed
 from prunenet.policies import refine as refining
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.options import PruneOptions
 from prunenet.policies.refine import refine
+from prunenet.recover.options import RecoverText, Tuning
 from prunenet.runtime.files import CheckpointError
 from prunenet.text.calibration import CalibrationSet
 
@@ -282,3 +289,42 @@ def test_a_cut_by_latency_reaches_the_time_that_the_table_predicts(model, policy
     assert made.provenance.how["reached"] == pytest.approx(saved / (LAYERS * 60), rel=1e-6)
     # 4 channels of the steepest part are 10 of the 300 microseconds that channels cost
     assert 0.4 <= made.provenance.how["reached"] + 1e-9 < 0.4 + 10 / 300 + 1e-6
+
+
+# --- what comes behind a cut ---
+
+
+@pytest.mark.slow
+def test_a_model_without_a_layer_is_recovered_and_padded_with_its_masks(tmp_path):
+    base = save_tiny(tmp_path / "dense")
+    dense, keep = load_model(base), random_keep([16, 40])
+    fewer = without_layers(dense, torch.tensor([True, False, True]))
+    narrow = narrowed(fewer, keep)
+    name, revision = identify(str(base))
+    story = dataclasses.replace(
+        provenance(fewer, narrow, base_model=name, revision=revision),
+        parameters_before=count_parameters(dense)[0],
+        dense_layers=3,
+        layers=(0, 2),
+    )
+    save_pruned(narrow, tmp_path / "pruned", keep, story)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{n * n % 61}" for n in range(3000)))
+    text = RecoverText(moments="data", text=str(tmp_path / "text.txt"), tokens=1024)
+    recover = partial(prunenet.recover, tmp_path / "pruned", teacher=base, text=text)
+    found = recover(tmp_path / "out", Tuning(updates="full", batch=2, micro_batch=2, steps=4))
+    assert found.after <= found.before
+    export_padded(tmp_path / "pruned", tmp_path / "padded")
+    for out in (tmp_path / "out", tmp_path / "padded"):
+        assert load_layer_mask(out).tolist() == [True, False, True]
+        assert all(map(torch.equal, load_masks(out), keep))
+        assert load_provenance(out).layers == (0, 2)
+    with pytest.raises(ValueError, match="of the same width and depth"):
+        recover(tmp_path / "other", Tuning(updates="full", hidden=0.1, steps=4))
+
+
+def test_figures_show_a_layer_that_went_as_one_of_no_channels(model, policy):
+    narrow = without_layers(model, torch.arange(LAYERS) != 2)
+    story = dataclasses.replace(
+        provenance(narrow, narrow), dense_layers=LAYERS, layers=(0, 1, 3, 4)
+    )
+    assert _of_all(story, story.widths, 0) == (48, 48, 0, 48, 48)
