@@ -21,9 +21,12 @@ from transformers import PreTrainedModel
 from prunenet.envs.drawing import RENDER_MODES, drawn
 from prunenet.envs.shared import Named, check_render_mode, check_reset_options, opened, with_masks
 from prunenet.envs.sweep import PROGRESS, draw_ratio
+from prunenet.evaluation.choices import Cost
+from prunenet.evaluation.costs import unit_costs
 from prunenet.evaluation.interaction import Ablation, measure_interaction
+from prunenet.evaluation.latency import latency_table
 from prunenet.evaluation.shares import capped, check_cap
-from prunenet.evaluation.slots import Cost, Episodes, Game, unit_costs
+from prunenet.evaluation.slots import Episodes, Game
 from prunenet.evaluation.units import Structure, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import iter_ffns
@@ -70,7 +73,8 @@ def game_of(
     parts = measure_interaction(
         model, blocks, scores, Ablation(bins=bins, structures=structures, batch=len(blocks))
     )
-    costs = unit_costs(units, model.config, cost)
+    table = latency_table(model) if cost == "latency" else None
+    costs = unit_costs(units, model.config, cost, table=table)
     return Game.of(parts, layer_context(model).cpu(), structures=structures, costs=costs)
 
 

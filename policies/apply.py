@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -20,32 +21,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import BlockStep, How, Provenance
-from prunenet.checkpoints.records import check_channels
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
 from prunenet.evaluation.divergence import divergence
 from prunenet.models.anatomy import Anatomy
+from prunenet.models.depth import without_layers
 from prunenet.models.experts import without_experts
-from prunenet.models.knobs import step_of
-from prunenet.models.layers import (
-    Weights,
-    active_parameters,
-    count_parameters,
-    structure,
-)
-from prunenet.models.masks import ratio_for_parameters, top_channels, widths_for_budget
-from prunenet.models.modeling import is_per_layer
-from prunenet.models.surgery import check_stock
+from prunenet.models.layers import Weights, count_parameters
+from prunenet.models.masks import top_channels
 from prunenet.policies.artifact import Policy
-from prunenet.policies.experts import check_experts, keep_experts
+from prunenet.policies.budget import allocations as allocations
+from prunenet.policies.budget import bytes_left as bytes_left
+from prunenet.policies.budget import ratio_of as ratio_of
+from prunenet.policies.experts import keep_experts
 from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
-from prunenet.policies.refine import refined_sizes
+from prunenet.policies.refine import Refined, refined_sizes
 from prunenet.policies.repair import repaired
-from prunenet.refit.blocks import check_blocks
 from prunenet.refit.cut import Cut, cut_layers
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
-from prunenet.runtime.choices import RoundTo
 from prunenet.text.calibration import CalibrationSet
 
 Progress = Callable[[str, int, int], None]
@@ -69,7 +63,7 @@ class Pruned:
         model: an ordinary transformers model. Parameters outside the FFNs are shared with the dense
             one.
         keep: (d_ff,) mask of each layer, over the dense model's channels.
-        provenance: what is written beside the checkpoint.
+        provenance: what is written beside the checkpoint; names the layers that stay.
         groups: mask of each layer's groups of heads; None where heads stay whole.
     """
 
@@ -98,12 +92,14 @@ class Decision:
         ratio: share of FFN channels asked to be removed.
         regime: what the whole way looked at, the policy's training included.
         how: the steps, for the provenance.
+        layers: mask of the decoder layers that stay, of which the cut is; None where all do.
     """
 
     cut: Cut
     ratio: float
     regime: str
     how: How
+    layers: Bool[Tensor, " layers"] | None = None
 
 
 def prune(
@@ -166,13 +162,9 @@ def _without_experts(
         (decision,) = decide(fewer, policy, [asked], blocks=blocks, progress=progress)
     name = policy_name if asked.ratio != 0 else asked.experts_by
     made = pruned_by(fewer, replace(decision, regime=most([decision.regime, regime])), policy, name)
-    total, body = count_parameters(model)
     numbers = {str(layer): mask.nonzero().flatten().tolist() for layer, mask in kept.items()}
     how: How = {**made.provenance.how, "experts": numbers, "experts_by": asked.experts_by}
-    provenance = replace(
-        made.provenance, parameters_before=total, non_embedding_before=body, how=how
-    )
-    return replace(made, provenance=provenance)
+    return replace(made, provenance=_of_base(model, replace(made.provenance, how=how)))
 
 
 @torch.no_grad()
@@ -183,6 +175,7 @@ def decide(
     *,
     blocks: CalibrationSet | None = None,
     scores: Sequence[Float[Tensor, " _"]] | None = None,
+    refined: Sequence[Refined | None] | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Decision]:
@@ -192,6 +185,7 @@ def decide(
         model: in memory, placed, or streamed (without blocks).
         policy, blocks, scores, folder, progress: as for `prune`.
         sizes: differ in ratio, params, round_to and widths alone.
+        refined: the refined allocation of each size, where the caller has them already.
 
     Returns:
         One decision a size.
@@ -208,93 +202,107 @@ def decide(
     elif scores is None:
         assert policy is not None
         scores, offsets = _read(model, policy, blocks, stage_of(progress, "scoring"))
-    advance = stage_of(progress, "ablating")
-    refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
+    if refined is None:
+        advance = stage_of(progress, "ablating")
+        refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
+    again = partial(_behind_layers, model, policy, blocks, scores, folder, progress)
+    if any(found is not None and found.layers is not None for found in refined):
+        return [again(*size) for size in zip(sizes, ratios, refined, strict=True)]
     ways = [
         allocations(model, policy, ratio, size, offsets) if found is None else found.way
         for size, ratio, found in zip(sizes, ratios, refined, strict=True)
     ]
     found = _cuts(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
-    decisions = []
-    for size, ratio, cuts, kept in zip(sizes, ratios, found, refined, strict=True):
-        trained = None if policy is None else policy.config.gain
-        gain = trained if blocks is None else _gain(model, cuts, blocks)
-        chosen, gain = chosen_allocation(cuts, gain)
-        cut = cuts[chosen] if kept is None else replace(cuts[chosen], groups=kept.groups)
-        if blocks is not None:
-            assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
-            shown = stage_of(progress, "refitting")
-            ids, kinds = blocks.ids, blocks.kinds
-            cut = repaired(model, cut, choice[1], ids, kinds, folder=folder, progress=shown)
-        how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
-        if cut.losses:
-            how["blocks"] = {
-                str(number): BlockStep(before=loss.before, after=loss.after, strength=loss.strength)
-                for number, loss in cut.losses.items()
-            }
-        if blocks is not None:
-            how["text"] = dict(blocks.source)
-        if cut.few:
-            how["few_tokens"] = len(cut.few)
-        decisions.append(Decision(cut, ratio, _regime(policy, blocks), how))
-    return decisions
+    settle = partial(_settled, model, policy, blocks, folder, progress)
+    return [settle(*size) for size in zip(sizes, ratios, found, refined, strict=True)]
 
 
-def ratio_of(model: Weights, options: PruneOptions) -> float:
-    """The share of the model's FFN channels to remove.
-
-    Raises:
-        ValueError: a layer cannot be rounded to a multiple of `options.round_to`, or has too few
-            channels for uniform widths; or as `check_channels`.
-    """
-    check_channels(model, "prune the checkpoint that it was exported from, and export that")
-    anatomy, ratio = Anatomy.of(structure(model)), options.ratio
-    if options.experts is not None:
-        check_experts(anatomy.model, options.experts_by, options.experts)
-    if options.refit == "blocks":
-        check_blocks(anatomy.model)
-    if ratio is None:
-        total, _ = count_parameters(anatomy.model)
-        costs: list[float] = [group.channel_parameters for group in anatomy.groups]
-        share = options.params
-        if share is None:
-            share = options.active
-            total = active_parameters(anatomy)
-            costs = [cost * g.share for cost, g in zip(costs, anatomy.groups, strict=True)]
-        assert share is not None
-        ratio = ratio_for_parameters(share, total, costs, anatomy.widths)
-    if anatomy.tied_by and options.widths in ("per-layer", "refined"):
-        raise ValueError(
-            f"the layers of a {type(anatomy.model).__name__} share one width, for"
-            f" {anatomy.tied_by}; give uniform `widths`"
-        )
-    uniform = options.widths == "uniform"
-    even = anatomy.uniform_widths if uniform else anatomy.even_widths
-    widths = even(ratio, options.round_to)
-    if anatomy.architecture.found and not is_per_layer(anatomy.model):
-        check_stock(anatomy, widths)
-    return ratio
-
-
-def bytes_left(model: Weights, ratio: float, round_to: RoundTo) -> int:
-    """Bytes of a model's parameters, in its dtype, once `ratio` of its channels are removed."""
-    anatomy = Anatomy.of(structure(model))
-    widths = anatomy.even_widths(ratio, round_to)
-    gone = sum(
-        (group.width - width) * group.channel_parameters
-        for group, width in zip(anatomy.groups, widths, strict=True)
+def _behind_layers(
+    model: Weights,
+    policy: Policy | None,
+    blocks: CalibrationSet | None,
+    scores: Sequence[Float[Tensor, " _"]] | None,
+    folder: Path | None,
+    progress: Progress | None,
+    size: PruneOptions,
+    ratio: float,
+    found: Refined | None,
+) -> Decision:
+    """The decision of one size, all that is measured being measured behind the layers that go."""
+    fewer, size = model, replace(size, ratio=ratio, params=None, active=None)
+    if found is not None and found.layers is not None:
+        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
+        assert scores is not None, "PruneOptions.filled"
+        fewer = without_layers(model, found.layers)
+        scores = [row for row, stays in zip(scores, found.layers.tolist(), strict=True) if stays]
+    left = None if found is None else found.behind_layers()
+    (decision,) = decide(
+        fewer,
+        policy,
+        [size],
+        blocks=blocks,
+        scores=scores,
+        refined=[left],
+        folder=folder,
+        progress=progress,
     )
-    whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
-    return (whole - gone) * anatomy.model.dtype.itemsize
+    return decision if found is None else replace(decision, layers=found.layers)
+
+
+def _settled(
+    model: Weights,
+    policy: Policy | None,
+    blocks: CalibrationSet | None,
+    folder: Path | None,
+    progress: Progress | None,
+    size: PruneOptions,
+    ratio: float,
+    cuts: dict[str, Cut],
+    kept: Refined | None,
+) -> Decision:
+    """The decision of one size: the better of its cuts, repaired."""
+    trained = None if policy is None else policy.config.gain
+    gain = trained if blocks is None else _gain(model, cuts, blocks)
+    chosen, gain = chosen_allocation(cuts, gain)
+    cut = cuts[chosen] if kept is None else replace(cuts[chosen], groups=kept.groups)
+    if blocks is not None:
+        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
+        shown = stage_of(progress, "refitting")
+        ids, kinds = blocks.ids, blocks.kinds
+        cut = repaired(model, cut, size.refit, ids, kinds, folder=folder, progress=shown)
+    how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
+    if kept is not None and not size.exact:
+        how |= How(structures=",".join(size.parts), budget=size.budget, reached=kept.reached)
+    if cut.losses:
+        how["blocks"] = {
+            str(number): BlockStep(before=loss.before, after=loss.after, strength=loss.strength)
+            for number, loss in cut.losses.items()
+        }
+    if blocks is not None:
+        how["text"] = dict(blocks.source)
+    if cut.few:
+        how["few_tokens"] = len(cut.few)
+    return Decision(cut, ratio, _regime(policy, blocks), how)
 
 
 def pruned_by(
     model: PreTrainedModel, decision: Decision, policy: Policy | None, policy_name: str
 ) -> Pruned:
     """The narrow model of a decision, with its provenance."""
-    narrow = decision.cut.model(model)
-    provenance = provenance_of(model, narrow, decision, policy, policy_name)
+    base = model if decision.layers is None else without_layers(model, decision.layers)
+    narrow = decision.cut.model(base)
+    provenance = provenance_of(base, narrow, decision, policy, policy_name)
+    if decision.layers is not None:
+        left = tuple(decision.layers.nonzero().flatten().tolist())
+        provenance = replace(provenance, dense_layers=len(decision.layers), layers=left)
+    provenance = _of_base(model, provenance)
     return Pruned(narrow, decision.cut.keep, provenance, decision.cut.groups)
+
+
+def _of_base(model: PreTrainedModel, provenance: Provenance) -> Provenance:
+    """The provenance, with the parameters of the model before whole parts of it went."""
+    total, body = count_parameters(model)
+    return replace(provenance, parameters_before=total, non_embedding_before=body)
 
 
 def provenance_of(
@@ -316,39 +324,6 @@ def provenance_of(
         how=decision.how,
         **base_of(dense),
     )
-
-
-def allocations(
-    model: Weights,
-    policy: Policy | None,
-    ratio: float,
-    options: PruneOptions,
-    offsets: list[float] | None = None,
-) -> dict[str, list[int]]:
-    """The widths to consider, by name.
-
-    Args:
-        model: the dense model.
-        policy: allocates per-layer widths.
-        ratio: share of FFN channels removed.
-        options: widths and rounding.
-        offsets: the policy's log-odds of this model's layers, where they are known already.
-    """
-    anatomy, round_to = Anatomy.of(structure(model)), options.round_to
-    if policy is None or options.widths == "uniform" or not anatomy.free:
-        return {"uniform": anatomy.uniform_widths(ratio, round_to)}
-    if offsets is None:
-        offsets = policy.offsets(model)
-    step = step_of(anatomy.groups, ratio, round_to)
-    learned = widths_for_budget(anatomy.widths, offsets, ratio, step)
-    if options.widths == "per-layer":
-        return {"per-layer": learned}
-    try:
-        uniform = anatomy.uniform_widths(ratio, round_to)
-    except ValueError:  # a layer has too few channels
-        return {"per-layer": learned}
-    both = {"uniform": uniform, "per-layer": learned}
-    return {"uniform": uniform} if learned == uniform else both
 
 
 def chosen_allocation(names: Mapping[str, object], gain: float | None) -> tuple[str, float | None]:

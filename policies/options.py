@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from prunenet.runtime.choices import RoundTo, check_ratio
+from prunenet.evaluation.choices import STRUCTURES, Cost, Structure
+from prunenet.runtime.choices import RoundTo, check_choice, check_ratio
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy
 
 Widths = Literal["auto", "uniform", "per-layer", "refined"]
-Structures = Literal["channels", "channels,heads"]
 Channels = Literal["policy", "blend", "elimination"]
 Refit = Literal["off", "layerwise", "sequential", "blocks"]
 ExpertsBy = Literal["aimer", "reap", "random"]
@@ -27,7 +27,8 @@ class PruneChoices(TypedDict, total=False):
     experts_by: ExpertsBy
     round_to: RoundTo
     widths: Widths
-    structures: Structures
+    structures: str
+    budget: Cost
     channels: Channels | None
     refit: Refit | None
 
@@ -52,8 +53,13 @@ class PruneOptions:
             channels in all), "auto": per-layer where that is predicted to lower perplexity by more
             than 5 % (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on
             calibration text (`prunenet.policies.refine`).
-        structures: what refined widths cut: "channels", or "channels,heads", where groups of heads
-            pay for channels; as many parameters in all.
+        structures: what refined widths cut: one or more of "channels", "heads" (groups of them) and
+            "layers" (whole ones), with commas; as many parameters in all as the ratio takes from
+            channels.
+        budget: what refined widths save: "params", "active" (of dense models the same), "flops",
+            "kv-bytes" or "latency" (`prunenet.evaluation.latency`). The ratio then is a share of
+            what FFN channels cost in it, or of everything where they cost nothing; `params` is a
+            share of what all decoder layers cost.
         channels: "policy" (its scores), "blend" (two thirds of their ranks and one third of the
             ranks by measured energy) or "elimination" (greedy, by activations). On self-written
             text elimination fits that text more and others less. None: without calibration text the
@@ -76,7 +82,8 @@ class PruneOptions:
     experts_by: ExpertsBy = "aimer"
     round_to: RoundTo = "auto"
     widths: Widths = "auto"
-    structures: Structures = "channels"
+    structures: str = "channels"
+    budget: Cost = "params"
     channels: Channels | None = None
     refit: Refit | None = None
 
@@ -98,7 +105,7 @@ class PruneOptions:
                 raise ValueError(f"`{name}` must be in [0, 1), got {share}")
         choices: tuple[tuple[str, str | None, Any], ...] = (
             ("widths", self.widths, Widths),
-            ("structures", self.structures, Structures),
+            ("budget", self.budget, Cost),
             ("channels", self.channels, Channels),
             ("refit", self.refit, Refit),
             ("experts_by", self.experts_by, ExpertsBy),
@@ -107,11 +114,23 @@ class PruneOptions:
             if value is not None and value not in get_args(allowed):
                 known = ", ".join(get_args(allowed))
                 raise ValueError(f"unknown {name} {value!r}; it is one of {known}")
-        if self.structures != "channels" and self.widths != "refined":
+        _check_structures(self)
+        if self.active is not None and self.budget not in ("params", "active"):
             raise ValueError(
-                f"only refined widths cut {self.structures}; say widths='refined', or cut channels"
-                " alone"
+                f"`active` is a share of parameters, and the budget is {self.budget!r}; give"
+                " `ratio` or `params`"
             )
+
+    @property
+    def parts(self) -> tuple[Structure, ...]:
+        """The structures that are cut, in the order of `prunenet.evaluation.interaction`."""
+        given = [name.strip() for name in self.structures.split(",")]
+        return tuple(name for name in STRUCTURES if name in given)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the number of parameters is met to a multiple of a channel's."""
+        return self.budget == "params" and {"channels"} <= {*self.parts} <= {"channels", "heads"}
 
     def filled(self, policy: Policy | None, measured: bool) -> PruneOptions:
         """These options with the defaults of `channels` and `refit` filled in.
@@ -158,6 +177,26 @@ class PruneOptions:
                     " elimination and no sequential refit"
                 )
         return replace(self, channels=channels, refit=refit)
+
+
+def _check_structures(options: PruneOptions) -> None:
+    """Raises ValueError for structures that are not known, or that nothing here can cut."""
+    given = [name.strip() for name in options.structures.split(",")]
+    for name in given:
+        check_choice("structures", name, Structure)
+    if "attention" in given:
+        raise ValueError(
+            "attention sublayers stay, for stock attention computes one group of heads at least;"
+            " say heads, of which each layer keeps a group, or layers"
+        )
+    if options.parts == ("channels",) and options.budget == "kv-bytes":
+        raise ValueError("FFN channels hold nothing of the KV cache; say heads too, or layers")
+    if (*options.parts, options.budget) != ("channels", "params") and options.widths != "refined":
+        what = "" if options.structures == "channels" else f" {options.structures}"
+        by = "" if options.budget == "params" else f" by {options.budget}"
+        raise ValueError(
+            f"only refined widths cut{what}{by}; say widths='refined', or cut channels alone"
+        )
 
 
 def options_of(options: PruneOptions | None, choices: PruneChoices) -> PruneOptions:

@@ -2,31 +2,45 @@
 measured KL(dense || pruned), with a fixed number of forward passes (docs/methods.md, sections 12
 and 13).
 
-The search changes the policy's log-odds by smooth functions of the layer's place
-(`prunenet.evaluation.smooth`).
+The search changes the policy's log-odds by smooth functions of the layer's place, a few cosines for
+each structure. What is searched freely, slot by slot, fits the text that it is judged on and loses
+on other text (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.evaluation.choices import Cost, Structure
+from prunenet.evaluation.costs import unit_costs
 from prunenet.evaluation.divergence import mask_divergences
 from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
-from prunenet.evaluation.shares import allocated, capped, damages, masks
+from prunenet.evaluation.latency import latency_table
+from prunenet.evaluation.shares import (
+    allocated,
+    capped,
+    cost,
+    damages,
+    layers_left,
+    masks,
+    shares_of,
+)
 from prunenet.evaluation.slots import Game
 from prunenet.evaluation.smooth import smooth_search
-from prunenet.evaluation.units import Cut, Structure
+from prunenet.evaluation.units import Cut, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.anatomy import Anatomy
+from prunenet.models.depth import without_layers
 from prunenet.models.heads import attentions
 from prunenet.models.knobs import step_of
-from prunenet.models.layers import Weights, iter_ffns
+from prunenet.models.layers import Weights, decoder_layers, text_config
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import PruneOptions
 from prunenet.refit.folds import folds_of, held_back
@@ -38,8 +52,12 @@ BINS, TOKENS, ROWS = 6, 128, 2
 PREDICTED, MEASURED = (20, 16), (8, 4)
 """Rounds of the search on the matrix and on the model, and candidates of each: 32 measured cuts."""
 _JUDGED = 8
-_Cut = tuple[list[Tensor], list[Tensor] | None]
-_HEADS_START = 1.0  # log-odds of heads beside channels: the policy knows channels alone
+_Cut = tuple[list[Tensor], list[Tensor] | None, Tensor | None]
+_MOST = 1 - 1e-9  # a ratio at which all goes that can
+_START: dict[Structure, float] = {"heads": 1.0, "layers": 8.0}
+"""Log-odds beside those of channels, which alone the policy knows: whole layers stay."""
+_GONE, _DEEPEST = -60.0, 4
+"""Log-odds of a layer that goes, and how many layers are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +68,24 @@ class Refined:
         keep: (d_ff,) mask of each layer.
         groups: mask of each layer's groups of heads; None where heads stay whole.
         start, end: measured KL of the start and of the result, in nats per token.
+        reached: the ratio that the masks reach.
+        layers: mask of the layers that stay; None where all do. Masks of the others mean nothing.
     """
 
     keep: list[Bool[Tensor, " _"]]
     groups: list[Bool[Tensor, " _"]] | None
     start: float
     end: float
+    reached: float
+    layers: Bool[Tensor, " layers"] | None = None
+
+    def behind_layers(self) -> Refined:
+        """The same of the model without the layers that go."""
+        if self.layers is None:
+            return self
+        left = self.layers.nonzero().flatten().tolist()
+        groups = None if self.groups is None else [self.groups[layer] for layer in left]
+        return replace(self, keep=[self.keep[layer] for layer in left], groups=groups, layers=None)
 
     @property
     def way(self) -> dict[str, list[int]]:
@@ -72,6 +102,8 @@ def refine(
     ratio: float,
     *,
     structures: Sequence[Structure] = ("channels",),
+    budget: Cost = "params",
+    of_all: bool = False,
     round_to: int = 8,
     cap: float | None = None,
     refreshed: bool = False,
@@ -87,28 +119,36 @@ def refine(
         blocks: 2 or more.
         scores: of each layer's channels.
         offsets: the policy's log-odds of each layer's channels.
-        ratio: as many parameters go as that share of the FFN channels has, in [0, 1).
-        structures: "channels", and "heads" where groups of heads go too.
+        ratio: as much of the budget goes as that share of the FFN channels costs, in [0, 1); of all
+            layers, where channels cost nothing.
+        structures: any of "channels", "heads" (groups of them) and "layers" (whole ones). Channels
+            meet the budget to a multiple of `round_to`; the others alone meet it from below.
+        budget: what is saved.
+        of_all: whether the ratio is a share of what all layers cost.
         round_to: widths are multiples of this.
         cap: see `prunenet.evaluation.shares.capped`; None sets none.
         refreshed: whether the matrix is measured once more, behind the best cut that the first one
-            knows, and searched again. It takes as many forward passes as the first.
+            knows, and searched again; not where layers may go. It takes as many forward passes as
+            the first.
         progress: called with (parts ablated, in all), of each matrix.
 
     Raises:
-        ValueError: a cap out of range, blocks that the model cannot read, or logits that are not
-            finite.
-        UnsupportedArchitecture: heads of this family cannot be cut.
+        ValueError: a cap out of range, blocks that the model cannot read, logits that are not
+            finite, or structures that hold less of the budget than is to go, or cannot be
+            `refreshed`.
+        UnsupportedArchitecture: heads, or layers, of this family cannot be cut.
     """
+    if refreshed and "layers" in structures:
+        raise ValueError("no matrix is measured behind layers that go: leave `refreshed` out")
     front = int(blocks.bos is not None)
-    ffns = list(iter_ffns(model))
-    known = _game(model, blocks, scores, structures, progress)
-    share = ratio * sum(ffn.channel_parameters * ffn.d_ff for ffn in ffns) / known.total
+    known, whole = _game(model, blocks, scores, structures, budget, of_all, progress)
+    share = _share(known, ratio, whole, budget)
     game = capped(known, share, cap)
     judged = held_back(blocks.ids)[1][:_JUDGED]
 
     def cuts(rows: Tensor) -> list[_Cut]:
-        return [masks(game, row, scores, round_to) for row in allocated(game, rows, share)]
+        found = allocated(game, rows, share)
+        return [(*masks(game, row, scores, round_to), layers_left(game, row)) for row in found]
 
     def predicted(rows: Tensor) -> Tensor:
         return damages(game, allocated(game, rows, share))
@@ -116,20 +156,28 @@ def refine(
     def measured(rows: Tensor) -> Tensor:
         return mask_divergences(model, cuts(rows), judged, unscored=front).cpu()
 
-    start = torch.tensor(
-        [offsets[s.layer] if s.structure == "channels" else _HEADS_START for s in game.slots]
-    ).double()
-    near, _ = smooth_search(game, start, predicted, PREDICTED)
+    starts = _starts(game, offsets, share)
+    near, _ = smooth_search(game, starts[int(predicted(starts).argmin())], predicted, PREDICTED)
     if refreshed:
-        again = _game(model, blocks, scores, structures, progress, cuts(near[None])[0])
+        behind = cuts(near[None])[0][:2]
+        again, _ = _game(model, blocks, scores, structures, budget, of_all, progress, behind)
         # groups of heads keep the order that the dense model gave them
         game = replace(again, slots=game.slots)
         near, _ = smooth_search(game, near, predicted, PREDICTED)
-    first = measured(torch.stack((start, near)))
-    best = near if first[1] < first[0] else start
-    best, end = smooth_search(game, best, measured, MEASURED, known=float(first.min()))
-    keep, groups = cuts(best[None])[0]
-    return Refined(keep, groups, float(first[0]), end)
+    rows = torch.cat((starts, near[None]))
+    first = measured(rows)
+    least = rows[int(first.argmin())]
+    best, end = smooth_search(game, least, measured, MEASURED, known=float(first.min()))
+    return _refined(game, cuts(best[None])[0], whole, (float(first[0]), end))
+
+
+def _refined(game: Game, cut: _Cut, whole: float, kl: tuple[float, float]) -> Refined:
+    """The result: masks, and the share of the budget, `whole`, that goes by them."""
+    keep, groups, layers = cut
+    left = float(cost(game, shares_of(game, keep, groups, layers)[None]))
+    reached = (game.total - left) / whole
+    dropped = None if layers is None or bool(layers.all()) else layers
+    return Refined(keep, groups, *kl, reached=reached, layers=dropped)
 
 
 def refined_sizes(
@@ -157,14 +205,15 @@ def refined_sizes(
         assert blocks is not None, "PruneOptions.filled"
         assert scores is not None, "PruneOptions.filled"
         assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
-        both: tuple[Structure, ...] = ("channels", "heads")
         found[number] = refine(
             model,
             blocks,
             scores,
             policy.offsets(model),
             ratios[number],
-            structures=both[:1] if size.structures == "channels" else both,
+            structures=size.parts,
+            budget=size.budget,
+            of_all=size.params is not None and size.budget not in ("params", "active"),
             round_to=step_of(Anatomy.of(model).groups, ratios[number], size.round_to),
             progress=progress,
         )
@@ -176,20 +225,29 @@ def _game(
     blocks: CalibrationSet,
     scores: Sequence[Tensor],
     structures: Sequence[Structure],
+    budget: Cost,
+    of_all: bool,
     progress: Progress | None,
     behind: Cut | None = None,
-) -> Game:
-    """The matrices of the first rows of either kind of the text, as one game of two domains."""
+) -> tuple[Game, float]:
+    """The matrices of the first rows of either kind of the text, as one game of two domains; and
+    what a ratio is a share of.
+    """
+    # what this family cannot do is said before minutes of measuring
     if "heads" in structures:
-        attentions(model)  # refuses families whose heads cannot be cut
+        attentions(model)
+    if "layers" in structures:
+        layers = torch.arange(len(decoder_layers(model)))
+        without_layers(model, layers != len(layers) // 2)
+    table = latency_table(model) if budget == "latency" else None
     kinds = [fold[:ROWS, :TOKENS] for fold in folds_of(blocks.ids, blocks.kinds)]
-    rows = min(map(len, kinds))
+    rows, bins = min(map(len, kinds)), min(BINS, *(len(row) for row in scores))
     parts = measure_interaction(
         model,
         torch.cat([kind[:rows] for kind in kinds]),
         scores,
         Ablation(
-            bins=min(BINS, *(len(row) for row in scores)),
+            bins=bins,
             structures=structures,
             unscored=int(blocks.bos is not None),
             batch=rows,
@@ -198,4 +256,55 @@ def _game(
         cache=interaction_folder(),
         progress=progress,
     )
-    return Game.of(parts, layer_context(model).cpu(), structures=structures)
+    price = partial(unit_costs, config=text_config(model), cost=budget, table=table)
+    every = units_of(model, bins)
+    prices = dict(zip(every, price(every), strict=True))
+    of: Structure = "layers" if of_all or budget == "kv-bytes" else "channels"
+    whole = sum(cost for unit, cost in prices.items() if unit.structure == of)
+    costs = [prices[unit] for unit in parts[0].units]
+    context = layer_context(model).cpu()
+    return Game.of(parts, context, structures=structures, costs=costs), whole
+
+
+def _share(game: Game, ratio: float, whole: float, budget: Cost) -> float:
+    """The share of the game's cost that goes.
+
+    Raises:
+        ValueError: the game's slots hold less than that.
+    """
+    gone = ratio * whole
+    holds = game.total - float(cost(game, allocated(game, torch.zeros(len(game.slots)), _MOST)))
+    if game.total == 0 or (budget != "params" and gone > holds * (1 + 1e-6)):
+        said = holds / whole if whole else 0.0
+        raise ValueError(
+            f"at most {said:.1%} of the budget {budget!r} can go from these structures, got a"
+            f" `ratio` of {ratio}; ask for less, or name more `structures`"
+        )
+    return gone / game.total
+
+
+def _starts(game: Game, offsets: Sequence[float], share: float) -> Float[Tensor, "starts slots"]:
+    """Log-odds to start from: the policy's with every layer whole; then, where layers can go, with
+    one layer after the other gone, each the one that the matrix predicts to cost least.
+    """
+    start = torch.tensor(
+        [offsets[s.layer] if s.structure == "channels" else _START[s.structure] for s in game.slots]
+    ).double()
+    layers = [n for n, slot in enumerate(game.slots) if slot.structure == "layers"]
+    alone = game.matrices.diagonal(dim1=1, dim2=2).mean(0)
+    for place, n in enumerate(sorted(layers, key=lambda n: float(alone[game.slots[n].units[0]]))):
+        start[n] += place / len(layers)  # who goes first where nothing else is left
+    found = [start]
+    exact = any(slot.structure == "channels" and slot.costs[-1] for slot in game.slots)
+    for _ in range(min(_DEEPEST, len(layers))):
+        rows = torch.stack([found[-1].index_fill(0, torch.tensor(n), _GONE) for n in layers])
+        shares = allocated(game, rows, share)
+        price = damages(game, shares)
+        price[(rows == found[-1]).all(1)] = torch.inf
+        if exact:  # more must not go than is asked
+            short = cost(game, shares)[:, 0] < (1 - share) * game.total * (1 - 1e-6)
+            price[short] = torch.inf
+        if not bool(price.isfinite().any()):
+            break
+        found.append(rows[int(price.argmin())])
+    return torch.stack(found)

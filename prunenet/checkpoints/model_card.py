@@ -217,6 +217,8 @@ def _command(made: Provenance) -> str:
     elif (text := how.get("text")) is None:
         said += " --moments none"
     else:
+        if "structures" in how:
+            said += f" --structures {how['structures']} --budget {how['budget']}"
         said += f" --channels {how['channels']} --refit {how['refit']}"
         if made.regime == "self":
             said += " --moments self"
@@ -259,11 +261,8 @@ def _summary(made: Provenance) -> str:
     removed = f"without {made.ratio:.1%} of its FFN channels, chosen by"
     if made.residual_widths:
         removed = f"with its residual stream sliced to {min(made.residual_widths)} directions by"
-    elif made.groups is not None:
-        removed = (
-            f"without as many parameters as {made.ratio:.1%} of its FFN channels have, from"
-            " channels and heads chosen by"
-        )
+    elif made.groups is not None or made.layers is not None or "budget" in made.how:
+        removed = f"without {_amount(made)} chosen by"
     if made.policy == UNRECORDED:
         return (
             f"`{made.base_model}` ({made.revision}) without {made.ratio:.1%} of its FFN channels."
@@ -274,6 +273,17 @@ def _summary(made: Provenance) -> str:
         f"`{made.base_model}` ({made.revision}) {removed} `{chosen}` in the\n{made.regime} regime"
         f" ({REGIMES[made.regime]}). The licence and the limits of the base model apply."
     )
+
+
+def _amount(made: Provenance) -> str:
+    """How much was cut of several structures at once, or by another budget."""
+    cut = {"heads": made.groups, "layers": made.layers}
+    names = ["channels", *(name for name, left in cut.items() if left is not None)]
+    of = f"from {', '.join(names[:-1])} and {names[-1]}" if names[1:] else "from channels"
+    if made.how.get("budget", "params") == "params":
+        return f"as many parameters as {made.ratio:.1%} of its FFN channels have, {of}"
+    budget, reached = made.how["budget"], made.how["reached"]
+    return f"as much of the budget {budget!r} as {reached:.1%} of what it counts, {of}"
 
 
 def _counts(made: Provenance) -> str:
@@ -288,6 +298,12 @@ def _counts(made: Provenance) -> str:
         said += (
             f"\n\nGroups of attention heads left, with {made.group_heads} query heads each:"
             f" {_numbers(made.groups)}."
+        )
+    if made.layers is not None:
+        gone = [n for n in range(made.dense_layers or 0) if n not in made.layers]
+        said += (
+            f"\n\nDecoder layers left: {len(made.layers)} of {made.dense_layers}; gone:"
+            f" {', '.join(map(str, gone))}."
         )
     if made.padded_groups is not None:
         said += f"\nEvery layer is filled with zeros to {made.padded_groups} groups."

@@ -21,7 +21,8 @@ FORMAT_VERSION = 1
 UNRECORDED = "unrecorded"
 """Policy of a model whose record was lost: saved by another tool after it was pruned."""
 _OF_GROUPS = ("dense_groups", "groups")
-_OF_HEADS = (*_OF_GROUPS, "group_heads", "padded_groups")
+_LEFT_OUT = (*_OF_GROUPS, "group_heads", "padded_groups", "dense_layers", "layers")
+"""Fields that are not written where they say nothing."""
 _Widths = tuple[Annotated[int, Within(1, 2**24)], ...]  # masks of so many entries are made
 
 
@@ -55,6 +56,9 @@ class How(TypedDict, total=False):
             `prunenet.refit.few_tokens`; absent where there are none.
         experts: numbers of the experts that stayed, by layer; absent where all did.
         experts_by: "aimer", "reap" or "random".
+        structures: what a cut of whole layers, or by another budget than parameters, could take.
+        budget: what such a cut's ratio is a share of, see `prunenet.evaluation.slots.Cost`.
+        reached: the ratio that it reaches.
     """
 
     widths: str
@@ -69,6 +73,9 @@ class How(TypedDict, total=False):
     few_tokens: Count
     experts: dict[str, list[Count]]
     experts_by: str
+    structures: str
+    budget: str
+    reached: float
 
 
 class _Since(TypedDict, total=False):
@@ -145,6 +152,8 @@ class Provenance:
             of FFN channels has, and not a place.
         group_heads: query heads of a group.
         padded_groups: number to which groups were filled with zeros.
+        dense_layers: decoder layers of the base model; None where all stay.
+        layers: numbers of those that stay, rising; widths and groups are theirs.
         recovered: each training after the cut.
     """
 
@@ -168,6 +177,8 @@ class Provenance:
     groups: _Widths | None = None
     group_heads: Positive | None = None
     padded_groups: Positive | None = None
+    dense_layers: Annotated[int, Within(1, 2**16)] | None = None
+    layers: tuple[Count, ...] | None = None
     recovered: tuple[RecoveryStep, ...] = ()
     format_version: int = FORMAT_VERSION
     prunenet_version: str = field(default_factory=lambda: version("prunenet"))
@@ -179,6 +190,13 @@ class Provenance:
         _check_counts("channels", self.dense_widths, self.widths)
         if self.dense_groups is not None and self.groups is not None:
             _check_counts("groups of heads", self.dense_groups, self.groups)
+        if self.layers is not None:
+            rising = [*self.layers, self.dense_layers or 0]
+            if rising != sorted(set(rising)) or len(self.layers) != len(self.widths):
+                raise ValueError(
+                    f"layers left are numbers that rise, one for each of the {len(self.widths)}"
+                    f" widths, below {self.dense_layers}; got {list(self.layers)}"
+                )
 
     @classmethod
     def of(cls, dense: PreTrainedModel, narrow: PreTrainedModel, **choices: Any) -> Provenance:
@@ -250,13 +268,13 @@ class Provenance:
         return made
 
     def to_json(self) -> str:
-        """Writes `prunenet.json`; fields about heads and recovery are left out where nothing was
-        done.
+        """Writes `prunenet.json`; fields about heads, layers and recovery are left out where
+        nothing was done.
         """
         fields = {
             name: value
             for name, value in asdict(self).items()
-            if value is not None or name not in _OF_HEADS
+            if value is not None or name not in _LEFT_OUT
         }
         if not self.recovered:
             del fields["recovered"]

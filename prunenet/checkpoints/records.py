@@ -6,7 +6,8 @@ A pruned model that another tool has saved (transformers, peft, TRL) has lost `p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from prunenet.runtime.json_files import SIZE
 from prunenet.runtime.own_files import ContentError, unpacked
 
 _OURS = "prunenet*"
+LAYERS = "layers.left"
+"""Tensor of the file of masks that numbers the decoder layers that stay."""
 _COPY = (
     f"if another tool has saved the pruned model, copy {RECORD} and {MASKS} from the folder that"
     " prunenet wrote"
@@ -86,7 +89,7 @@ def find_masks(
 
 
 def load_masks(source: str | Path) -> list[Bool[Tensor, " _"]]:
-    """Returns the keep mask of each layer, over the channels of the base model.
+    """Returns the keep mask of each layer that stays, over the channels of the base model.
 
     Args:
         source: folder or hub id.
@@ -96,12 +99,12 @@ def load_masks(source: str | Path) -> list[Bool[Tensor, " _"]]:
             model.
     """
     made = load_provenance(source)
-    return _masks(source, made.dense_widths, made.widths, "keep")
+    return _masks(source, made, made.dense_widths, made.widths, "keep")
 
 
 def load_head_masks(source: str | Path) -> list[Bool[Tensor, " _"]] | None:
-    """Returns the mask of each layer over the base model's groups of heads; None where heads are
-    whole.
+    """Returns the mask of each layer that stays over the base model's groups of heads; None where
+    heads are whole.
 
     Args:
         source: folder or hub id.
@@ -112,7 +115,27 @@ def load_head_masks(source: str | Path) -> list[Bool[Tensor, " _"]] | None:
     made = load_provenance(source)
     if made.dense_groups is None or made.groups is None:
         return None
-    return _masks(source, made.dense_groups, made.groups, "groups")
+    return _masks(source, made, made.dense_groups, made.groups, "groups")
+
+
+def load_layer_mask(source: str | Path) -> Bool[Tensor, " layers"] | None:
+    """Returns the mask over the base model's decoder layers; None where all stay.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        CheckpointError: as `load_masks`.
+    """
+    made = load_provenance(source)
+    if made.layers is None or made.dense_layers is None:
+        return None
+    mask = torch.zeros(made.dense_layers, dtype=torch.bool)
+    with _reading(source) as indices:
+        mask[_sound(LAYERS, _entry(indices, LAYERS), len(made.layers), len(mask))] = True
+        if mask.nonzero().flatten().tolist() != list(made.layers):
+            raise ContentError(f"{LAYERS} is not the {list(made.layers)} of {RECORD}")
+    return mask
 
 
 def recorded_ratio(source: str | Path) -> float | None:
@@ -170,22 +193,42 @@ def how_to_load(folder: Path) -> str:
     return f"Load it with trust_remote_code=True, for its layers differ in their {what}; {stock}."
 
 
+def mask_names(made: Provenance, what: str) -> list[str]:
+    """Returns the name of each mask in the file of masks; layers have their numbers in the base
+    model.
+
+    Args:
+        made: names the layers that stay.
+        what: "keep" for channels, "groups" for heads.
+    """
+    return [f"layers.{number}.{what}" for number in made.layers or range(len(made.widths))]
+
+
 def _masks(
-    source: str | Path, lengths: Sequence[int], kept: Sequence[int], what: str
+    source: str | Path, made: Provenance, lengths: Sequence[int], kept: Sequence[int], what: str
 ) -> list[Bool[Tensor, " _"]]:
-    path = find_folder(source, CONFIG, _OURS) / MASKS
     masks = [torch.zeros(length, dtype=torch.bool) for length in lengths]
+    with _reading(source) as indices:
+        for name, mask, count in zip(mask_names(made, what), masks, kept, strict=True):
+            mask[_sound(name, _entry(indices, name), count, len(mask))] = True
+    return masks
+
+
+@contextmanager
+def _reading(source: str | Path) -> Iterator[Mapping[str, Tensor]]:
+    """The file of masks; says in one sentence what is wrong with it."""
+    path = find_folder(source, CONFIG, _OURS) / MASKS
     try:
-        indices, _ = unpacked(path)
-        for layer, (mask, count) in enumerate(zip(masks, kept, strict=True)):
-            name = f"layers.{layer}.{what}"
-            if name not in indices:
-                raise ContentError(f"it has no {name}")
-            mask[_sound(name, indices[name], count, len(mask))] = True
+        yield unpacked(path)[0]
     except (FileNotFoundError, ContentError) as error:
         why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise CheckpointError(f"{path} is missing or damaged: {why}; {_COPY}") from error
-    return masks
+
+
+def _entry(indices: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in indices:
+        raise ContentError(f"it has no {name}")
+    return indices[name]
 
 
 def _sound(name: str, indices: Tensor, count: int, length: int) -> Tensor:

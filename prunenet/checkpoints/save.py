@@ -22,11 +22,14 @@ from prunenet.checkpoints.model_card import CARD, bare_card, card_of, inherited_
 from prunenet.checkpoints.offload import check_reread, write_placed
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.records import (
+    LAYERS,
     find_masks,
     find_provenance,
     how_to_load,
+    mask_names,
 )
 from prunenet.checkpoints.records import load_head_masks as load_head_masks
+from prunenet.checkpoints.records import load_layer_mask as load_layer_mask
 from prunenet.checkpoints.records import load_masks as load_masks
 from prunenet.checkpoints.records import load_provenance as load_provenance
 from prunenet.models import modeling
@@ -80,6 +83,8 @@ def save_pruned(
         ValueError: model, masks and provenance contradict each other.
     """
     _check_provenance(model, keep, provenance)
+    if groups is not None and all(bool(mask.all()) for mask in groups):
+        groups = None  # heads might have been cut, and none was
     if keep is not None:
         _check_heads(model, groups, provenance)
     out = expanded(out)
@@ -116,7 +121,7 @@ def write_provenance(
     """
     (folder / RECORD).write_text(provenance.to_json(), encoding="utf-8")
     if keep is not None:
-        (folder / MASKS).write_bytes(packed(_indices(keep, groups)))
+        (folder / MASKS).write_bytes(packed(_indices(keep, groups, provenance)))
     card = card_of(
         provenance,
         card_text,
@@ -204,11 +209,15 @@ def bytes_to_write(
     return sum(weights) + sum(masks) + companion_bytes(model) + _TEXTS
 
 
-def _indices(keep: Masks, groups: Masks | None) -> dict[str, Tensor]:
+def _indices(keep: Masks, groups: Masks | None, made: Provenance) -> dict[str, Tensor]:
     """What the file of masks holds: the numbers of what is kept, by layer."""
-    masks = {f"layers.{i}.keep": mask for i, mask in enumerate(keep)}
-    masks |= {f"layers.{i}.groups": mask for i, mask in enumerate(groups or ())}
-    return {name: mask.nonzero().flatten().to("cpu", torch.int32) for name, mask in masks.items()}
+    masks = dict(zip(mask_names(made, "keep"), keep, strict=True))
+    if groups is not None:
+        masks |= zip(mask_names(made, "groups"), groups, strict=True)
+    left = {name: mask.nonzero().flatten() for name, mask in masks.items()}
+    if made.layers is not None:
+        left[LAYERS] = torch.tensor(made.layers)
+    return {name: numbers.to("cpu", torch.int32) for name, numbers in left.items()}
 
 
 def _check_provenance(model: PreTrainedModel, keep: Masks | None, made: Provenance) -> None:

@@ -223,7 +223,14 @@ HELP: dict[str, Any] = {
         " over 5 %, or refined: per-layer, changed on calibration text in some minutes."
     ),
     "structures": typer.Option(
-        help="What refined widths cut: channels, or channels,heads at as many parameters."
+        metavar="NAME,...",
+        help="What refined widths cut, at as many parameters in all: channels, heads (groups of"
+        " them), layers (whole ones).",
+    ),
+    "budget": typer.Option(
+        help="What refined widths save; --ratio is the share of what FFN channels cost in it (of"
+        " kv-bytes, of all), --params the share of what all layers cost. latency: microseconds,"
+        " measured on this machine at first use."
     ),
     "channels": typer.Option(
         help="Which channels stay: policy (its scores), elimination (greedy, from activations) or"

@@ -83,6 +83,7 @@ def provenance_facts(provenance: Provenance, out: Path) -> dict[str, Any]:
         "ratio": provenance.ratio,
         "width": widths[0] if len(widths) == 1 else list(provenance.widths),
         **({"padded_to": provenance.padded_to} if provenance.padded_to else {}),
+        **({"layers": list(provenance.layers)} if provenance.layers else {}),
         "parameters_before": provenance.parameters_before,
         "parameters": provenance.parameters_after,
         "removed": 1 - provenance.parameters_after / provenance.parameters_before,

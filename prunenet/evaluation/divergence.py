@@ -29,6 +29,8 @@ in the columns of dropped channels.
 
 Masks = Sequence[Bool[Tensor, " _"]]
 """One mask a layer, True where a unit stays."""
+Cuts = Sequence[tuple[Masks, Masks | None] | tuple[Masks, Masks | None, Tensor | None]]
+"""Each the masks of channels, of groups of heads or None, and of layers."""
 _Context = Callable[[], AbstractContextManager[object]]
 _BLOCKS = 4  # per forward pass
 
@@ -95,7 +97,7 @@ class Distances(NamedTuple):
 @torch.no_grad()
 def mask_distances(
     model: PreTrainedModel,
-    cuts: Sequence[tuple[Masks, Masks | None]],
+    cuts: Cuts,
     blocks: Int[Tensor, "n tokens"],
     *,
     unscored: int = 0,
@@ -106,14 +108,13 @@ def mask_distances(
 
 def mask_divergences(
     model: PreTrainedModel,
-    cuts: Sequence[tuple[Masks, Masks | None]],
+    cuts: Cuts,
     blocks: Int[Tensor, "n tokens"],
     *,
     unscored: int = 0,
 ) -> Float[Tensor, " cuts"]:
-    """Measures the KL(dense || cut) of masks, in nats per token: of channels, and of groups of
-    heads or None; other arguments and errors as for `divergences` and
-    `prunenet.models.surgery.masking`.
+    """Measures the KL(dense || cut) of masks, in nats per token; other arguments and errors as for
+    `divergences` and `prunenet.models.surgery.masking`.
     """
     return mask_distances(model, cuts, blocks, unscored=unscored).kl
 

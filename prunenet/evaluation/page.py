@@ -174,7 +174,14 @@ def _facts(row: Mapping[str, Any], made: Provenance | None) -> dict[str, str]:
 def _sizes(models: Sequence[Mapping[str, Any]], made: Sequence[Provenance | None]) -> list[Size]:
     """The models themselves, by rising ratio; the dense one comes first."""
     found = [
-        Size(model["label"], m.ratio, m.widths, m.dense_widths, m.groups, m.dense_groups)
+        Size(
+            model["label"],
+            m.ratio,
+            _of_all(m, m.widths, 0),
+            _of_all(m, m.dense_widths, max(m.dense_widths)),
+            m.groups and _of_all(m, m.groups, 0),
+            m.dense_groups and _of_all(m, m.dense_groups, max(m.dense_groups)),
+        )
         for model, m in zip(models, made, strict=True)
         if m is not None
     ]
@@ -189,6 +196,14 @@ def _sizes(models: Sequence[Mapping[str, Any]], made: Sequence[Provenance | None
     return sorted(
         [Size("dense", 0.0, whole, whole, heads, heads), *found], key=lambda size: size.ratio
     )
+
+
+def _of_all(made: Provenance, numbers: tuple[int, ...], gone: int) -> tuple[int, ...]:
+    """Numbers of the layers that stay, as numbers of all layers of the base model."""
+    if made.layers is None:
+        return numbers
+    left = dict(zip(made.layers, numbers, strict=True))
+    return tuple(left.get(layer, gone) for layer in range(made.dense_layers or 0))
 
 
 def _conditions(row: Mapping[str, Any]) -> str:

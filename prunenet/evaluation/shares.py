@@ -82,16 +82,16 @@ def settled(game: Game, shares: Float[Tensor, "n slots"], ratio: float) -> Float
         Shares of the same order, 0 in all slots of a layer that goes; so the cost is their sum.
         Where channels alone cannot meet the budget they are at their bound, and so is the cost.
     """
-    budget = (1 - check_ratio(ratio)) * game.total
-    bins, least, whole = _settling(game), _least(game), _whole(game, shares.double())
-    stays = _stay(game, shares)
-    odds = torch.logit(shares.double().clamp(_EDGE, 1 - _EDGE))
+    budget, slots = (1 - check_ratio(ratio)) * game.total, _Slots(game)
+    wanted = shares.double()
+    whole, stays = slots.whole(wanted), slots.stay(wanted)
+    odds = torch.logit(wanted.clamp(_EDGE, 1 - _EDGE))
 
     def at(theta: Tensor) -> Tensor:
-        moved = torch.where(bins, torch.maximum(torch.sigmoid(odds + theta), least), whole)
-        return torch.where(stays, moved, 0)
+        moved = torch.maximum(torch.sigmoid(odds + theta), slots.least)
+        return torch.where(stays, torch.where(slots.settling, moved, whole), 0)
 
-    return at(_largest(len(shares), lambda theta: cost(game, at(theta)) > budget))
+    return at(_largest(len(shares), lambda theta: slots.cost(at(theta)) > budget))
 
 
 def allocated(
@@ -103,21 +103,21 @@ def allocated(
     group or a layer does. Where no channels are left to settle the budget it is met from below.
     """
     rows = offsets.reshape(-1, len(game.slots)).double()
-    budget, settles = (1 - ratio) * game.total, bool(_settling(game).any())
+    budget, slots = (1 - ratio) * game.total, _Slots(game)
+    settles = bool(slots.settling.any())
 
     def at(theta: Tensor) -> Tensor:
         wanted = torch.sigmoid(rows + theta)
-        met = wanted if settles else _whole(game, wanted)
-        return torch.where(_stay(game, wanted), met, 0)
+        met = wanted if settles else slots.whole(wanted)
+        return torch.where(slots.stay(wanted), met, 0)
 
-    theta = _largest(len(rows), lambda theta: cost(game, at(theta)) > budget)
+    theta = _largest(len(rows), lambda theta: slots.cost(at(theta)) > budget)
     return settled(game, torch.sigmoid(rows + theta), ratio)
 
 
 def cost(game: Game, shares: Float[Tensor, "n slots"]) -> Float[Tensor, "n 1"]:
     """What stays of the game's cost, where slots of a layer that goes keep nothing."""
-    each = [slot.cost(shares[:, number]) for number, slot in enumerate(game.slots)]
-    return torch.stack(each, 1).sum(1, keepdim=True)
+    return _Slots(game).cost(shares)
 
 
 def _largest(count: int, over: Callable[[Tensor], Tensor]) -> Float[Tensor, "n 1"]:
@@ -130,31 +130,41 @@ def _largest(count: int, over: Callable[[Tensor], Tensor]) -> Float[Tensor, "n 1
     return low
 
 
-def _settling(game: Game) -> Bool[Tensor, " slots"]:
-    """Slots of channels that cost something."""
-    return torch.tensor([s.structure == "channels" and s.costs[-1] > 0 for s in game.slots])
+class _Slots:
+    """What is asked of a game's slots at every step, as tensors of (slots,).
 
+    Attributes:
+        least: share that stays at least.
+        settling: channels that cost something, which settle a budget.
+    """
 
-def _least(game: Game) -> Float[Tensor, " slots"]:
-    least = [slot.least / len(slot.units) for slot in game.slots]
-    return torch.tensor(least, dtype=torch.float64)
+    def __init__(self, game: Game) -> None:
+        slots = game.slots
+        layer = {slot.layer: n for n, slot in enumerate(slots) if slot.structure == "layers"}
+        self._layer = torch.tensor([layer.get(slot.layer, -1) for slot in slots])
+        self._counts = torch.tensor([len(slot.units) for slot in slots]).double()
+        self._costs = torch.tensor([slot.costs[-1] for slot in slots]).double()
+        self._curved = [(n, slot) for n, slot in enumerate(slots) if slot.curved]
+        channels = torch.tensor([slot.structure == "channels" for slot in slots])
+        self.settling = channels & (self._costs > 0)
+        self._free = channels & (self._costs == 0)
+        self.least = torch.tensor([slot.least for slot in slots]) / self._counts
 
+    def stay(self, shares: Float[Tensor, "n slots"]) -> Bool[Tensor, "n slots"]:
+        """Which slots are in a layer that stays, the layer itself included."""
+        return (shares[:, self._layer] >= 0.5) | (self._layer < 0)
 
-def _whole(game: Game, wanted: Float[Tensor, "n slots"]) -> Float[Tensor, "n slots"]:
-    """The nearest whole numbers of units; channels that cost nothing stay."""
-    counts = torch.tensor([len(slot.units) for slot in game.slots]).double()
-    nearest = torch.maximum((wanted * counts).round() / counts, _least(game))
-    bins = torch.tensor([slot.structure == "channels" for slot in game.slots])
-    return torch.where(bins & ~_settling(game), 1, nearest)
+    def whole(self, wanted: Float[Tensor, "n slots"]) -> Float[Tensor, "n slots"]:
+        """The nearest whole numbers of units; channels that cost nothing stay."""
+        nearest = torch.maximum((wanted * self._counts).round() / self._counts, self.least)
+        return torch.where(self._free, 1, nearest)
 
-
-def _stay(game: Game, shares: Float[Tensor, "n slots"]) -> Bool[Tensor, "n slots"]:
-    """Which slots are in a layer that stays, the layer itself included."""
-    place = {slot.layer: n for n, slot in enumerate(game.slots) if slot.structure == "layers"}
-    if not place:
-        return torch.ones(shares.shape, dtype=torch.bool)
-    of = torch.tensor([place.get(slot.layer, -1) for slot in game.slots])
-    return (shares[:, of] >= 0.5) | (of < 0)
+    def cost(self, shares: Float[Tensor, "n slots"]) -> Float[Tensor, "n 1"]:
+        """What stays, where slots of a layer that goes keep nothing."""
+        each = shares * self._costs
+        for number, slot in self._curved:
+            each[:, number] = slot.cost(shares[:, number])
+        return each.sum(1, keepdim=True)
 
 
 def damages(
@@ -164,7 +174,7 @@ def damages(
     the mean.
     """
     gone = torch.zeros(len(shares), game.matrices.shape[1])
-    stays = _stay(game, shares)
+    stays = _Slots(game).stay(shares)
     for number, slot in enumerate(game.slots):
         count, columns = len(slot.units), torch.tensor(slot.units)
         amount = count * (1 - shares[:, number : number + 1])
@@ -184,7 +194,8 @@ def layers_left(game: Game, shares: Float[Tensor, " slots"]) -> Bool[Tensor, " l
     """Mask of the layers that stay; None where the game lets none go."""
     if not any(slot.structure == "layers" for slot in game.slots):
         return None
-    mask = torch.ones(1 + max(slot.layer for slot in game.slots), dtype=torch.bool)
+    # the last layer has no slot to go
+    mask = torch.ones(2 + max(s.layer for s in game.slots if s.structure == "layers")).bool()
     for slot, share in zip(game.slots, shares.tolist(), strict=True):
         if slot.structure == "layers":
             mask[slot.layer] = share >= 0.5
@@ -231,6 +242,22 @@ def masks(
         mask[[column - first for column in slot.units[len(slot.units) - stay :]]] = True
         groups.append(mask)
     return keep, groups
+
+
+def shares_of(
+    game: Game,
+    keep: Sequence[Bool[Tensor, " _"]],
+    groups: Sequence[Bool[Tensor, " _"]] | None,
+    layers: Bool[Tensor, " layers"] | None,
+) -> Float[Tensor, " slots"]:
+    """The inverse of `masks` and `layers_left`: shares that stay, 0 in layers that go."""
+    found = []
+    for slot in game.slots:
+        own = keep if slot.structure == "channels" else groups
+        stays = layers is None or bool(layers[slot.layer])
+        part = 1.0 if slot.structure == "layers" or own is None else own[slot.layer].double().mean()
+        found.append(float(part) * stays)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _rounded(wanted: Mapping[int, float], round_to: int) -> dict[int, int]:

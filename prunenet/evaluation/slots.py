@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from prunenet.evaluation.choices import Cost as Cost
 from prunenet.evaluation.interaction import Around, Interaction
 from prunenet.evaluation.units import Structure, Unit
-from prunenet.models.heads import HEAD_DIM, QUERY_HEADS
 from prunenet.runtime.choices import check_ratio
 
-Cost = Literal["params", "active", "flops", "kv-bytes"]
-"""What a budget counts; in a dense model all parameters are active."""
 PLACE: tuple[str, ...] = ("is_layer", "is_heads", "is_channels")
 _KINDS: tuple[Structure, ...] = ("layers", "heads", "channels")
 
@@ -116,7 +114,8 @@ class Game:
             context: of each layer, see `prunenet.features.from_weights.layer_context`.
             structures: that may be cut. "attention" lets the last group of heads of a layer go;
                 "layers" lets whole layers go, except the last, with all that they hold.
-            costs: of each unit; default its parameters. See `unit_costs`.
+            costs: of each unit; default its parameters. See
+                `prunenet.evaluation.costs.unit_costs`.
             least: bins of channels that stay in every layer that stays, at least 1.
 
         Raises:
@@ -171,35 +170,6 @@ class Game:
         return sum(slot.costs[-1] for slot in self.slots)
 
 
-def unit_costs(units: Sequence[Unit], config: Any, cost: Cost, tokens: int = 1024) -> list[float]:
-    """Returns what each unit costs.
-
-    Args:
-        units: of a dense model.
-        config: the model's.
-        cost: "params" and "active": parameters. "flops": of one token's forward pass, in the mean
-            over a sequence. "kv-bytes": of one token's keys and values in 16 bits.
-        tokens: length of that sequence.
-    """
-    if cost in ("params", "active"):
-        return [float(unit.parameters) for unit in units]
-    queries = int(getattr(config, QUERY_HEADS))
-    head_dim = int(getattr(config, HEAD_DIM, None) or config.hidden_size // queries)
-    groups = {u.layer: 0 for u in units}
-    for unit in units:
-        groups[unit.layer] += unit.structure == "heads"
-
-    def price(unit: Unit) -> float:
-        heads = {"heads": 1, "channels": 0}.get(unit.structure, groups[unit.layer])
-        if cost == "kv-bytes":
-            return 4.0 * head_dim * heads
-        each = queries // max(groups[unit.layer], 1)
-        # scores and mixing, each 2 * head_dim a pair, of half of all pairs
-        return 2.0 * unit.parameters + 2.0 * tokens * head_dim * each * heads
-
-    return [price(unit) for unit in units]
-
-
 def _slots(
     units: Sequence[Unit],
     prices: Sequence[float],
@@ -220,19 +190,24 @@ def _slots(
             order = sorted(of["heads"], key=lambda column: float(alone[column]))
             whole = of["attention"][0] if "attention" in structures else None
             keep = int(whole is None)
-            inside.append(Slot("heads", layer, tuple(order), _rising(order, prices), keep, whole))
+            made = Slot("heads", layer, tuple(order), _rising(of["heads"], prices), keep, whole)
+            inside.append(replace(made, curved=_is_curved(of["heads"], units, prices)))
         if "channels" in structures:
             bins = of["channels"]
-            each = [prices[column] / units[column].parameters for column in bins]
-            curved = max(each) - min(each) > 1e-9 * max(each)
-            costs = _rising(bins, prices)
-            inside.append(Slot("channels", layer, tuple(bins), costs, least, curved=curved))
+            made = Slot("channels", layer, tuple(bins), _rising(bins, prices), least)
+            inside.append(replace(made, curved=_is_curved(bins, units, prices)))
         if "layers" in structures and layer != last:
             (column,) = of["layers"]
             rest = prices[column] - sum(slot.costs[-1] for slot in inside)
             found.append(Slot("layers", layer, (column,), (0.0, max(rest, 0.0)), 0))
         found += inside
     return tuple(found)
+
+
+def _is_curved(columns: Sequence[int], units: Sequence[Unit], prices: Sequence[float]) -> bool:
+    """Whether units of one slot differ in what they cost for their parameters."""
+    each = [prices[column] / units[column].parameters for column in columns]
+    return max(each) - min(each) > 1e-9 * max(each)
 
 
 def _interpolated(at: Tensor, places: Any, values: Any) -> Tensor:
@@ -338,9 +313,10 @@ class Episodes:
             self.left = self.left - (levels > 0).double() * slot.costs[-1]
             columns, share = torch.tensor(slot.units), (levels == 0).float()[None]
         else:
-            if number and self.game.slots[number - 1].layer != slot.layer:
-                self._gone = torch.zeros_like(self._gone)
             columns, share = self._cut(slot, levels, settled=number == self._bounds.settling)
+        following = self.game.slots[self.slot :][:1]
+        if any(other.layer != slot.layer for other in following):
+            self._gone = torch.zeros_like(self._gone)
         before = self.damage
         self._add(columns, share)
         per = self._damages.amax(0) if self._worst else self._damages.mean(0)

@@ -20,16 +20,16 @@ _WAVES, _STEP, _SHRINK = 5, 0.4, 0.7
 
 
 def waves(game: Game) -> Float[Tensor, "waves slots"]:
-    """Smooth functions of a slot's place, for each structure: cosines of up to `_WAVES` half turns,
-    and the constant, which weighs structures against one another.
+    """Smooth functions of a slot's place, for channels and for heads: cosines of up to `_WAVES`
+    half turns, and the constant, which weighs structures against one another.
     """
     last = max(slot.layer for slot in game.slots)
     place = torch.tensor([slot.layer / max(last, 1) for slot in game.slots]).double()
     rows = []
-    for structure in sorted({slot.structure for slot in game.slots}):
+    for structure in sorted({slot.structure for slot in game.slots} - {"layers"}):
         of = torch.tensor([slot.structure == structure for slot in game.slots])
         rows += [torch.cos(math.pi * n * place) * of for n in range(_WAVES + 1)]
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros(0, len(game.slots)).double()
 
 
 def smooth_search(
@@ -58,7 +58,7 @@ def smooth_search(
     best, (rounds, candidates) = start, budget
     least = float(evaluate(start[None])) if known is None else known
     step = _STEP
-    for _ in range(rounds):
+    for _ in range(rounds if len(basis) else 0):
         draws = torch.randn(candidates // 2, len(basis), generator=generator, dtype=torch.float64)
         moves = step / len(basis) ** 0.5 * (draws @ basis)
         rows = torch.cat((best + moves, best - moves))

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunenet.evaluation.choices import STRUCTURES as STRUCTURES
+from prunenet.evaluation.choices import Structure as Structure
 from prunenet.evaluation.divergence import Masks
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
@@ -23,8 +25,6 @@ from prunenet.models.hooks import calling, zeroing
 from prunenet.models.layers import ffn_at
 from prunenet.runtime.choices import check_choice
 
-Structure = Literal["channels", "heads", "attention", "layers"]
-STRUCTURES: tuple[Structure, ...] = ("channels", "heads", "attention", "layers")
 Cut = tuple[Masks, Masks | None]
 """Keep masks of each layer's channels, and of its groups of heads; None where these stay whole."""
 

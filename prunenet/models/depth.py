@@ -8,8 +8,6 @@ compared. Shared keys and values, tables of all layers and schedules by number f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 from prunenet.models import modeling
 from prunenet.models.anatomy import Anatomy, decoder_layers
 from prunenet.models.architectures import Architecture, UnsupportedArchitecture
+from prunenet.models.hooks import skipping
 from prunenet.models.layers import probe_tokens
 from prunenet.models.rebuilt import forget_quantisation
 from prunenet.models.surgery import check_built, restate_modules
@@ -48,7 +47,12 @@ def without_layers(model: PreTrainedModel, keep: Bool[Tensor, " layers"]) -> Pre
     check_together(model, "removing layers")
     anatomy = Anatomy.of(model)
     anatomy.check_whole()
-    check_layers(anatomy, keep)
+    count = len(anatomy.layers)
+    if keep.shape != (count,) or not bool(keep.any()):
+        raise ValueError(
+            f"a mask of layers has {count} booleans here and keeps one layer at least, got"
+            f" {tuple(keep.shape)} that keep {int(keep.sum())}"
+        )
     numbers = keep.nonzero().flatten().tolist()
     narrow = shared_copy(model)
     _restate(narrow.config, len(keep), numbers)
@@ -66,31 +70,6 @@ def without_layers(model: PreTrainedModel, keep: Bool[Tensor, " layers"]) -> Pre
     restate_modules(narrow, made)
     _check_function(model, narrow, keep)
     return narrow
-
-
-@contextmanager
-def skipping(anatomy: Anatomy, keep: Bool[Tensor, " layers"]) -> Iterator[None]:
-    """Inside, what the layers that a mask drops return is what they were given."""
-
-    def passed(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    with ExitStack() as hooks:
-        for layer, stays in zip(anatomy.layers, keep.tolist(), strict=True):
-            if not stays:
-                hooks.enter_context(layer.module.register_forward_hook(passed, with_kwargs=True))
-        yield
-
-
-def check_layers(anatomy: Anatomy, keep: Bool[Tensor, " layers"]) -> None:
-    """Raises ValueError for a mask of layers that does not fit a model, or that keeps nothing."""
-    count = len(anatomy.layers)
-    if keep.dtype != torch.bool or keep.shape != (count,) or not bool(keep.any()):
-        raise ValueError(
-            f"a mask of layers has {count} booleans here and keeps one layer at least, got"
-            f" {tuple(keep.shape)}, {keep.dtype}, that keeps {int(keep.sum())}"
-        )
 
 
 def _restate(config: Any, count: int, numbers: list[int]) -> None:
@@ -148,7 +127,7 @@ def _check_function(
     training = model.training, narrow.training
     try:
         model.train(False), narrow.train(False)
-        with skipping(Anatomy.of(model), keep):
+        with skipping(list(decoder_layers(model)), keep):
             wanted = _logits(model, ids)
         whole = _logits(narrow, ids)
         split = ids.shape[1] // 2

@@ -5,7 +5,7 @@ weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,26 @@ def calling(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             vars(module).pop("forward", None)
             if before is not None:
                 module.forward = before
+
+
+@contextmanager
+def skipping(layers: Sequence[nn.Module], keep: Tensor) -> Iterator[None]:
+    """Inside, what the layers that a mask drops return is what they were given.
+
+    Args:
+        layers: decoder layers.
+        keep: mask of them, (layers,).
+    """
+
+    def passed(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    with ExitStack() as hooks:
+        for layer, stays in zip(layers, keep.tolist(), strict=True):
+            if not stays:
+                hooks.enter_context(layer.register_forward_hook(passed, with_kwargs=True))
+        yield
 
 
 def zeroing(dropped: Tensor) -> Any:

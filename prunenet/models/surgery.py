@@ -23,7 +23,7 @@ from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture, UnsupportedArchitecture
 from prunenet.models.groups import Group, Slice, laid_out
 from prunenet.models.heads import GROUPS, group_counts, state_counts
-from prunenet.models.hooks import zeroing
+from prunenet.models.hooks import skipping, zeroing
 from prunenet.models.knobs import restate, tied
 from prunenet.models.masks import check_keep
 from prunenet.models.rebuilt import forget_quantisation
@@ -93,10 +93,12 @@ def masking(
     model: PreTrainedModel,
     keep: Sequence[Bool[Tensor, " _"]],
     groups: Sequence[Bool[Tensor, " _"]] | None = None,
+    layers: Bool[Tensor, " layers"] | None = None,
     *,
     anatomy: Anatomy | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """Inside the `with` block the model computes as if what `keep` and `groups` drop were cut.
+    """Inside the `with` block the model computes as if what the masks drop were cut: of channels,
+    of groups of heads, of whole layers.
 
     The weights do not change; the activations h of dropped channels are zeroed in front of the down
     linear, the outputs of dropped heads in front of attention's output linear. The hooks that do so
@@ -110,6 +112,9 @@ def masking(
         for linear, mask in () if groups is None else zip(anatomy.outs, groups, strict=True):
             whole = mask.repeat_interleave(linear.in_features // len(mask))
             hooks.enter_context(_zeroed_inputs(linear, whole))
+        if layers is not None:
+            modules = [layer.module for layer in anatomy.layers]
+            hooks.enter_context(skipping(modules, layers))
         yield model
 
 

@@ -276,8 +276,11 @@ def _check_shapes(teacher: str, dense: PreTrainedModel, provenance: Provenance) 
     """Raises ValueError where the teacher has other sizes than the base model: a hub's revision
     says nothing of a folder's.
     """
+    widths, left = ffn_widths(dense), provenance.layers
+    if left is not None and len(widths) == provenance.dense_layers:
+        widths = [widths[number] for number in left]
     said: tuple[Any, ...] = (list(provenance.dense_widths), provenance.parameters_before)
-    if (ffn_widths(dense), count_parameters(dense)[0]) != said:
+    if (widths, count_parameters(dense)[0]) != said:
         raise ValueError(
             f"the teacher {teacher} has other sizes than the model that was pruned,"
             f" {provenance.base_model}: {count_parameters(dense)[0]:,} parameters and not"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.evaluation.losses import next_token_loss
-from prunenet.models.layers import check_tokens
+from prunenet.models.layers import check_tokens, decoder_layers
 from prunenet.policies.training.state import event_log
 from prunenet.recover.estimate import JUDGED, Estimate, memory, timed
 from prunenet.recover.full import closed, opened
@@ -377,10 +377,13 @@ def _check_asked(
             f" of 2 tokens or more each, got {count} of {tokens}; give more text, or more `tokens`"
         )
     check_tokens(model, blocks.ids)
-    if tuning.hidden and (teacher is None or getattr(model.config, "residual_widths", None)):
+    pair = [model] if teacher is None else [model, teacher]
+    unlike = len({len(decoder_layers(one)) for one in pair}) > 1
+    sliced = getattr(model.config, "residual_widths", None)
+    if tuning.hidden and (teacher is None or unlike or sliced):
         raise ValueError(
-            "`hidden` compares hidden states with those of a dense model of the same width: give"
-            " one (`teacher`), or leave `hidden` at 0"
+            "`hidden` compares hidden states with those of a dense model of the same width and"
+            " depth: give one (`teacher`), or leave `hidden` at 0"
         )
     if teacher is None:
         return

@@ -179,10 +179,11 @@ def form_of(model: PreTrainedModel) -> Form:
             f"{form.name} of llama.cpp has no biases in attention, and this model has; cut with"
             " --widths uniform"
         )
-    if getattr(config, "no_rope_layer_interval", 4) != 4:
+    rotated = getattr(config, "no_rope_layers", None) or []
+    if any(bool(flag) != bool((layer + 1) % 4) for layer, flag in enumerate(rotated)):
         raise CheckpointError(
-            "llama.cpp rotates all but every fourth layer of a smollm3, and this model all but"
-            f" every {config.no_rope_layer_interval}th"
+            "llama.cpp rotates all but every fourth layer of a smollm3, and this model others:"
+            f" {[layer for layer, flag in enumerate(rotated) if flag]}"
         )
     _check_rotation(config, form)
     return form
