@@ -117,25 +117,20 @@ def train(
     read = recipe.features == "moments"
     if not read and reward is None and _spectral_alone(recipe):
         blocks = None  # only weights are read, and the record must say so
-    _check_asked(model, recipe, reward, blocks, regime)
-    _check_pathwise(recipe, reward, reports)
+    _check_asked(model, recipe, reward, blocks, regime, reports)
     measured, paid = _halves(blocks) if read else (None, blocks)
-    config = _config(model, recipe, reward, blocks, regime)
-    if start is not None:
-        config = _continued(config, start)
+    config = _continued(_config(model, recipe, reward, blocks, regime), start)
     folder = None if out is None else check_run(expanded(out), resume)
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
-    histories: dict[str, list[tuple[int, float]]] = {}
+    histories: dict[str, _History] = {}
     called = config.trained_on["model"] if folder is None else folder.name
     with (
         _writing(folder, resume),
         _random_state_kept(),
         tracking(reports.report_to, called, identity) as track,
     ):
-        policy = Policy.untrained(config, seed=recipe.seed)
-        if start is not None:
-            policy.scorer.load_state_dict(start.scorer.state_dict())
+        policy = _begun(config, recipe.seed, start)
         for name, asked, judge in _stages(model, recipe, reward, paid):
             own = track.stage(name, _steps(view, recipe) if histories else 0)
 
@@ -144,8 +139,8 @@ def train(
             ) -> _History:
                 saving = Saving(folder and _state(folder, name), identity)
                 stage = Stage(view, policy.scorer, judge, asked, saving, reports.progress)
-                run = _run(stage, reports, own, paid)
-                return run.learn(model, resume and unfinished(folder, name))
+                on = resume and unfinished(folder, name)
+                return _run(stage, reports, own, paid).learn(model, on)
 
             histories[name] = judged_by_all(judge, play) or []
         histories = _broadcast(policy.scorer.cpu(), histories)
@@ -178,12 +173,22 @@ def _config(
     )
 
 
-def _continued(config: PolicyConfig, start: Policy) -> PolicyConfig:
-    """A configuration that names the policy it goes on from.
+def _begun(config: PolicyConfig, seed: int, start: Policy | None) -> Policy:
+    """The policy to train, untrained or a copy of the start."""
+    policy = Policy.untrained(config, seed=seed)
+    if start is not None:
+        policy.scorer.load_state_dict(start.scorer.state_dict())
+    return policy
+
+
+def _continued(config: PolicyConfig, start: Policy | None) -> PolicyConfig:
+    """A configuration that names the policy it goes on from, if there is one.
 
     Raises:
         ValueError: that policy reads something else, or has other hidden widths.
     """
+    if start is None:
+        return config
     for name in ("statistics", "context", "moments", "hidden", "prior"):
         given, wanted = getattr(start.config, name), getattr(config, name)
         if given != wanted:
@@ -241,11 +246,13 @@ def _check_asked(
     reward: Reward | None,
     blocks: CalibrationSet | None,
     regime: str | None,
+    reports: Reports,
 ) -> None:
     """Raises ValueError where blocks or the regime are missing or unknown, blocks cannot be read,
     or the model cannot be trained on.
     """
     check_trainable(model)
+    _check_pathwise(recipe, reward, reports)
     if recipe.allocation is not None and not learns_widths(model):
         raise ValueError(
             f"the layers of a {type(structure(model)).__name__} share one width, for"
