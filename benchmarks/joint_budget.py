@@ -28,12 +28,12 @@ from prunenet.evaluation.divergence import Distances, mask_distances
 from prunenet.evaluation.interaction import (
     Ablation,
     Interaction,
-    Structure,
     interaction_folder,
     measure_interaction,
 )
 from prunenet.evaluation.shares import allocated, damages, masks
 from prunenet.evaluation.slots import PLACE, Episodes, Game
+from prunenet.evaluation.units import Structure
 from prunenet.features.from_weights import CONTEXT, layer_context
 from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.surgery import masking

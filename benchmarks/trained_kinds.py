@@ -1,5 +1,6 @@
 """Trains a tiny model of each kind on real text, some minutes on one core: a mixture of experts, a
-hybrid with experts and a shared one, and the text tower of a multimodal model.
+hybrid with experts and a shared one, the text tower of a multimodal model; and dense ones of three
+families and sizes (`DENSE`).
 
 Text is WikiText-2 validation: nine tenths to train on, the last tenth held out (`held_out.txt`).
 Nothing is tuned on it. Folders lie in the cache folder's `kinds` and are made once.
@@ -77,17 +78,35 @@ KINDS: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
 }
 
+_LARGER = _SIZES | {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8}
+DENSE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "llama": ("llama", _LARGER | {"num_key_value_heads": 4, "intermediate_size": 704}, 400),
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": 192, "n_layer": 6}
+        | {"n_head": 6, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0},
+        400,
+    ),
+    "qwen3": (
+        "qwen3",
+        _LARGER
+        | {"hidden_size": 192, "num_hidden_layers": 10, "intermediate_size": 512}
+        | {"num_attention_heads": 6, "head_dim": 32},
+        400,
+    ),
+}
+
 
 def has_experts(kind: str) -> bool:
     """Whether a kind's model has experts."""
-    return kind != "wrapper"
+    return kind in ("experts", "hybrid")
 
 
 def trained(kind: str, data: Path) -> Path:
     """The folder of a kind's model, trained the first time.
 
     Args:
-        kind: a key of `KINDS`.
+        kind: a key of `KINDS` or `DENSE`.
         data: folder that holds `wikitext2/wiki.valid.tokens`.
     """
     target = home() / kind.replace(" ", "-")
@@ -97,7 +116,7 @@ def trained(kind: str, data: Path) -> Path:
     tokenizer = _tokenizer(text)
     ids = torch.tensor(tokenizer.encode(text))
     model = _model(kind)
-    _train(model, ids, KINDS[kind][2], experts=has_experts(kind))
+    _train(model, ids, (KINDS | DENSE)[kind][2], experts=has_experts(kind))
     with tempfile.TemporaryDirectory(dir=home()) as scratch:
         made = Path(scratch) / "model"
         model.save_pretrained(made)
@@ -145,7 +164,7 @@ def _tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def _model(kind: str) -> PreTrainedModel:
-    model_type, fields, _ = KINDS[kind]
+    model_type, fields, _ = (KINDS | DENSE)[kind]
     config = CONFIG_MAPPING[model_type](**fields)
     made: Any = class_of(model_type)
     torch.manual_seed(0)

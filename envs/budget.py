@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 from prunenet.envs.drawing import RENDER_MODES, drawn
 from prunenet.envs.shared import Named, check_render_mode, check_reset_options, opened, with_masks
 from prunenet.envs.sweep import PROGRESS, draw_ratio
-from prunenet.evaluation.interaction import Ablation, Structure, measure_interaction, units_of
+from prunenet.evaluation.interaction import Ablation, measure_interaction
 from prunenet.evaluation.latency import latency_table
+from prunenet.evaluation.shares import capped, check_cap
 from prunenet.evaluation.slots import Cost, Episodes, Game, unit_costs
+from prunenet.evaluation.units import Structure, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import iter_ffns
 from prunenet.runtime.choices import check_choice
@@ -83,13 +85,15 @@ class _Rules:
         games: Game | Sequence[Game] | None,
         ratio: float | Sequence[float],
         worst: bool,
+        cap: float | None,
         options: Info,
     ) -> None:
         draw_ratio(ratio, 0.5)
+        check_cap(cap)
         found = [games] if isinstance(games, Game) else list(games or [game_of(model, **options)])
         self.length = max(game.length for game in found)
         self.games = [game.padded(self.length) for game in found]
-        self.ratio, self._worst = ratio, worst
+        self.ratio, self._worst, self._cap = ratio, worst, cap
         n_features = self.games[0].features.shape[1] + len(PROGRESS)
         levels = max(game.levels for game in self.games)
         self.observation_space = spaces.Dict(
@@ -110,7 +114,8 @@ class _Rules:
             raise ValueError(f"there are games 0 to {len(self.games) - 1}, got {number}")
         ratio = draw_ratio(known.get("ratio", self.ratio), float(generator.random()))
         self.game = number
-        return Episodes(self.games[number], count, ratio, worst=self._worst)
+        game = capped(self.games[number], ratio, self._cap)
+        return Episodes(game, count, ratio, worst=self._worst)
 
     def observe(self, episodes: Episodes) -> Observation:
         game, slot = episodes.game, min(episodes.slot, self.length - 1)
@@ -218,6 +223,7 @@ class BudgetPruningEnv(gymnasium.Env[Observation, np.int64]):
     * `structures`, `cost`, `bins`: of the game of `model`, see `game_of`.
     * `ratio`: share of the cost removed, in [0, 1), or a range `(low, high)`. Default 0.3.
     * `worst`: whether the worst domain counts, or the mean. Default True.
+    * `cap`: no slot gives more than so many times the ratio, at least 1. Default None: no cap.
     * `render_mode`: "ansi", "rgb_array" or None.
 
     `reset(options={"ratio": r, "game": n})` fixes either.
@@ -235,11 +241,12 @@ class BudgetPruningEnv(gymnasium.Env[Observation, np.int64]):
         games: Game | Sequence[Game] | None = None,
         ratio: float | Sequence[float] = 0.3,
         worst: bool = True,
+        cap: float | None = None,
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
         self.render_mode = check_render_mode(render_mode, RENDER_MODES)
-        self._rules = _Rules(model, games, ratio, worst, options)
+        self._rules = _Rules(model, games, ratio, worst, cap, options)
         self.observation_space = self._rules.observation_space  # type: ignore[assignment]
         self.action_space = self._rules.action_space
         self._levels = int(self._rules.action_space.n)
@@ -293,7 +300,7 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
     All episodes end together and the next ones start in the same call (`AutoresetMode.SAME_STEP`).
 
     Args:
-        model, games, ratio, worst, render_mode, options: as for `BudgetPruningEnv`.
+        model, games, ratio, worst, cap, render_mode, options: as for `BudgetPruningEnv`.
         num_envs: episodes at a time, at least 1.
 
     Attributes:
@@ -314,13 +321,14 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
         games: Game | Sequence[Game] | None = None,
         ratio: float | Sequence[float] = 0.3,
         worst: bool = True,
+        cap: float | None = None,
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.render_mode = check_render_mode(render_mode, RENDER_MODES)
-        self._rules = _Rules(model, games, ratio, worst, options)
+        self._rules = _Rules(model, games, ratio, worst, cap, options)
         self.num_envs = num_envs
         self.single_observation_space = self._rules.observation_space
         self.single_action_space = self._rules.action_space

@@ -43,6 +43,8 @@ from prunenet.text.calibration import CalibrationSet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ZOO = Path(__file__).parent / "zoo"
+UNIVERSAL = "universal"
+"""Name of the policy for families that have none of their own."""
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
 
 
@@ -318,7 +320,7 @@ class Policy:
 
 def zoo() -> dict[str, Path]:
     """The policies that ship with the package: folder by name, which is the `config.model_type`
-    that it was trained for.
+    that it was trained for, or `UNIVERSAL`.
     """
     return {path.parent.name: path.parent for path in sorted(ZOO.glob("*/config.json"))}
 
@@ -327,16 +329,19 @@ def policy_for(choice: str | None, model_type: str) -> tuple[Policy | None, str]
     """The policy that a user means, and its name for the record.
 
     Args:
-        choice: a name in the zoo, a folder, "none", or None for what the zoo has for this family
-            (nothing, if so).
+        choice: a name in the zoo, a folder, "none", or None for the zoo's of this family, else its
+            `UNIVERSAL` one.
         model_type: of the model to be cut.
 
     Raises:
         PolicyError: neither in the zoo nor a folder with a policy.
     """
-    if choice is None and model_type in zoo():
-        return Policy.from_pretrained(zoo()[model_type]), model_type
-    if choice is None or choice == "none":
+    if choice is None:
+        shipped = zoo()
+        choice = next((name for name in (model_type, UNIVERSAL) if name in shipped), "none")
+        if choice != "none":  # not by name: a folder may be called so
+            return Policy.from_pretrained(shipped[choice]), choice
+    if choice == "none":
         return None, "none"
     return Policy.from_pretrained(choice), Path(choice).name
 

@@ -2,14 +2,12 @@
 measured KL(dense || pruned), with a fixed number of forward passes (docs/methods.md, sections 12
 and 13).
 
-The search changes the policy's log-odds by smooth functions of the layer's place, a few cosines for
-each structure. What is searched freely, slot by slot, fits the text that it is judged on and loses
-on other text (docs/log.md).
+The search changes the policy's log-odds by smooth functions of the layer's place
+(`prunenet.evaluation.smooth`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,15 +19,20 @@ from transformers import PreTrainedModel
 
 from prunenet.evaluation.choices import Cost, Structure
 from prunenet.evaluation.divergence import mask_divergences
-from prunenet.evaluation.interaction import (
-    Ablation,
-    interaction_folder,
-    measure_interaction,
-    units_of,
-)
+from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
 from prunenet.evaluation.latency import latency_table
-from prunenet.evaluation.shares import allocated, cost, damages, layers_left, masks, shares_of
+from prunenet.evaluation.shares import (
+    allocated,
+    capped,
+    cost,
+    damages,
+    layers_left,
+    masks,
+    shares_of,
+)
 from prunenet.evaluation.slots import Game, unit_costs
+from prunenet.evaluation.smooth import smooth_search
+from prunenet.evaluation.units import Cut, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.depth import without_layers
@@ -46,12 +49,13 @@ BINS, TOKENS, ROWS = 6, 128, 2
 """Of the matrix: bins of a layer's channels; tokens of a row; rows of each kind of text."""
 PREDICTED, MEASURED = (20, 16), (8, 4)
 """Rounds of the search on the matrix and on the model, and candidates of each: 32 measured cuts."""
-_WAVES, _STEP, _SHRINK, _JUDGED = 5, 0.4, 0.7, 8
+_JUDGED = 8
 _MOST = 1 - 1e-9  # a ratio at which all goes that can
 _START: dict[Structure, float] = {"heads": 1.0, "layers": 8.0}
 """Log-odds beside those of channels, which alone the policy knows: whole layers stay."""
 _GONE, _DEEPEST = -60.0, 4
 """Log-odds of a layer that goes, and how many layers are tried."""
+_Cut = tuple[list[Tensor], list[Tensor] | None, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ def refine(
     budget: Cost = "params",
     of_all: bool = False,
     round_to: int = 8,
+    cap: float | None = None,
+    refreshed: bool = False,
     progress: Progress | None = None,
 ) -> Refined:
     """Refines a policy's allocation.
@@ -118,16 +124,23 @@ def refine(
         budget: what is saved.
         of_all: whether the ratio is a share of what all layers cost.
         round_to: widths are multiples of this.
-        progress: called with (parts ablated, in all).
+        cap: see `prunenet.evaluation.shares.capped`; None sets none.
+        refreshed: whether the matrix is measured once more, behind the best cut that the first one
+            knows, and searched again. It takes as many forward passes as the first.
+        progress: called with (parts ablated, in all), of each matrix.
 
     Raises:
-        ValueError: blocks that the model cannot read, logits that are not finite, or structures
-            that hold less of the budget than is to go.
+        ValueError: a cap out of range, blocks that the model cannot read, logits that are not
+            finite, structures that hold less of the budget than is to go, or a matrix behind whole
+            layers that go.
         UnsupportedArchitecture: heads, or layers, of this family cannot be cut.
     """
+    if refreshed and "layers" in structures:
+        raise ValueError("no matrix is measured behind whole layers; leave `refreshed` out")
     front = int(blocks.bos is not None)
-    game, whole = _game(model, blocks, scores, structures, budget, of_all, progress)
-    share = _share(game, ratio, whole, budget)
+    known, whole = _game(model, blocks, scores, structures, budget, of_all, progress)
+    share = _share(known, ratio, whole, budget)
+    game = capped(known, share, cap)
     judged = held_back(blocks.ids)[1][:_JUDGED]
 
     def cuts(rows: Tensor) -> list[_Cut]:
@@ -140,11 +153,18 @@ def refine(
     def measured(rows: Tensor) -> Tensor:
         return mask_divergences(model, cuts(rows), judged, unscored=front).cpu()
 
-    starts, waves = _starts(game, offsets, share), _waves(game)
-    near, _ = _searched(starts[int(predicted(starts).argmin())], waves, predicted, PREDICTED)
+    starts = _starts(game, offsets, share)
+    near, _ = smooth_search(game, starts[int(predicted(starts).argmin())], predicted, PREDICTED)
+    if refreshed:
+        behind = cuts(near[None])[0][:2]
+        again, _ = _game(model, blocks, scores, structures, budget, of_all, progress, behind)
+        # groups of heads keep the order that the dense model gave them
+        game = replace(again, slots=game.slots)
+        near, _ = smooth_search(game, near, predicted, PREDICTED)
     rows = torch.cat((starts, near[None]))
     first = measured(rows)
-    best, end = _searched(rows[int(first.argmin())], waves, measured, MEASURED, float(first.min()))
+    start = rows[int(first.argmin())]
+    best, end = smooth_search(game, start, measured, MEASURED, known=float(first.min()))
     keep, groups, layers = cuts(best[None])[0]
     left = float(cost(game, shares_of(game, keep, groups, layers)[None]))
     return Refined(
@@ -205,6 +225,7 @@ def _game(
     budget: Cost,
     of_all: bool,
     progress: Progress | None,
+    behind: Cut | None = None,
 ) -> tuple[Game, float]:
     """The matrices of the first rows of either kind of the text, as one game of two domains; and
     what a ratio is a share of.
@@ -227,6 +248,7 @@ def _game(
             structures=structures,
             unscored=int(blocks.bos is not None),
             batch=rows,
+            behind=behind,
         ),
         cache=interaction_folder(),
         progress=progress,
@@ -283,47 +305,3 @@ def _starts(game: Game, offsets: Sequence[float], share: float) -> Float[Tensor,
             break
         found.append(rows[int(price.argmin())])
     return torch.stack(found)
-
-
-_Cut = tuple[list[Tensor], list[Tensor] | None, Tensor | None]
-
-
-def _waves(game: Game) -> Float[Tensor, "waves slots"]:
-    """Smooth functions of a slot's place, for channels and for heads: cosines of up to `_WAVES`
-    half turns, and the constant, which weighs structures against one another.
-    """
-    last = max(slot.layer for slot in game.slots)
-    place = torch.tensor([slot.layer / max(last, 1) for slot in game.slots]).double()
-    rows = []
-    for structure in sorted({slot.structure for slot in game.slots} - {"layers"}):
-        of = torch.tensor([slot.structure == structure for slot in game.slots])
-        rows += [torch.cos(math.pi * n * place) * of for n in range(_WAVES + 1)]
-    return torch.stack(rows) if rows else torch.zeros(0, len(game.slots)).double()
-
-
-def _searched(
-    start: Float[Tensor, " slots"],
-    waves: Float[Tensor, "waves slots"],
-    evaluate: Callable[[Tensor], Tensor],
-    budget: tuple[int, int],
-    known: float | None = None,
-) -> tuple[Float[Tensor, " slots"], float]:
-    """Steps to the best of a few mirrored candidates while one is better; else shrinks the step.
-
-    Returns:
-        Log-odds, never worse than the start on their own measure, and that measure.
-    """
-    generator = torch.Generator().manual_seed(0)
-    best, (rounds, candidates) = start, budget
-    least = float(evaluate(start[None])) if known is None else known
-    step = _STEP
-    for _ in range(rounds if len(waves) else 0):
-        draws = torch.randn(candidates // 2, len(waves), generator=generator, dtype=torch.float64)
-        moves = step / len(waves) ** 0.5 * (draws @ waves)
-        rows = torch.cat((best + moves, best - moves))
-        found = evaluate(rows)
-        if float(found.min()) < least:
-            best, least = rows[int(found.argmin())], float(found.min())
-        else:
-            step *= _SHRINK
-    return best, least

@@ -10,8 +10,9 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from prunenet.envs import BUDGET_ENV_ID, BudgetPruningEnv, BudgetPruningVectorEnv
 from prunenet.envs.budget import game_of
-from prunenet.evaluation.interaction import Ablation, measure_interaction, units_of
+from prunenet.evaluation.interaction import Ablation, measure_interaction
 from prunenet.evaluation.slots import Episodes, Game, unit_costs
+from prunenet.evaluation.units import units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed

@@ -6,7 +6,8 @@ from families import FAMILIES, tiny_model, token_ids
 from torch.nn.functional import kl_div
 
 from prunenet.evaluation import interaction
-from prunenet.evaluation.interaction import Ablation, Interaction, measure_interaction, units_of
+from prunenet.evaluation.interaction import Ablation, Interaction, measure_interaction
+from prunenet.evaluation.units import units_of
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import masking, narrowed
 

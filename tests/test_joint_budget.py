@@ -8,11 +8,12 @@ import torch
 from families import tiny_model, token_ids
 
 from prunenet.envs.budget import game_of
-from prunenet.evaluation.shares import allocated, damages, masks, settled
+from prunenet.evaluation.shares import allocated, capped, damages, masks, settled
 from prunenet.evaluation.slots import PLACE, Episodes
 from prunenet.features.from_weights import CONTEXT
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed
+from prunenet.policies.methods.widths import joint
 from prunenet.policies.methods.widths.joint import search_shares
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.slots import (
@@ -95,7 +96,7 @@ def test_masks_of_an_allocation_cut_what_it_says(one):
 def test_searches_meet_the_budget_and_order_as_they_should(one):
     found = {
         name: search_shares(one, 0.4, name, evaluations=200)
-        for name in ("uniform", "random", "greedy", "dynamic", "evolution")
+        for name in ("uniform", "random", "greedy", "dynamic", "evolution", "predictor", "smooth")
     }
     price = {name: float(damages(one, shares[None])) for name, shares in found.items()}
     for shares in found.values():
@@ -103,8 +104,71 @@ def test_searches_meet_the_budget_and_order_as_they_should(one):
             cost(one, shares[None]), torch.tensor([0.6 * one.total]).double()
         )
     assert price["random"] <= price["uniform"]
-    assert price["evolution"] <= price["uniform"]
+    for searched in ("evolution", "predictor", "smooth"):
+        assert price[searched] < price["uniform"]
     assert price["greedy"] < price["uniform"]
+
+
+@pytest.mark.parametrize(("ratio", "cap"), [(0.2, 1.5), (0.3, 1.2), (0.35, 1.1)])
+def test_under_a_cap_no_slot_gives_more_than_its_share_and_the_budget_is_met(one, ratio, cap):
+    few = capped(one, ratio, cap)
+    episodes = Episodes(few, 16, ratio)
+    generator = torch.Generator().manual_seed(0)
+    while not episodes.done:
+        episodes.play(torch.randint(few.levels, (16,), generator=generator))
+    played = torch.stack([episodes.kept[:, list(slot.units)].mean(1) for slot in one.slots], 1)
+    every = [played.double(), allocated(few, 2 * drawn(few), ratio)]
+    every += [
+        search_shares(few, ratio, search, evaluations=40)[None].double()
+        for search in ("uniform", "random", "greedy", "dynamic", "evolution")
+    ]
+    channels = [slot.costs[-1] for slot in one.slots if slot.structure == "channels"]
+    most = cap * ratio * one.total / sum(channels)
+    for shares in every:
+        assert float((1 - shares).max()) <= most + 1e-5
+        budget = torch.full((len(shares),), (1 - ratio) * one.total).double()
+        torch.testing.assert_close(cost(one, shares), budget, rtol=1e-5, atol=1)
+    free = allocated(one, 2 * drawn(one), ratio)
+    assert float((1 - free).max()) > most + 0.05, "without a cap a slot gives more"
+
+
+def test_guarded_layers_stay_whole(one):
+    found = search_shares(capped(one, 0.1, None, guarded=1), 0.1, "greedy")
+    for slot, share in zip(one.slots, found.tolist(), strict=True):
+        assert share == pytest.approx(1) or slot.layer == 1
+    assert capped(one, 0.3, None) is one
+
+
+@pytest.mark.parametrize("search", ["random", "evolution", "predictor", "smooth"])
+def test_a_search_prices_no_more_allocations_than_it_may_and_begins_with_the_start(
+    one, search, monkeypatch
+):
+    priced = []
+
+    def counted(game, shares):
+        priced.extend(shares)
+        return damages(game, shares)
+
+    monkeypatch.setattr(joint, "damages", counted)
+    start = drawn(one, 1)[0]
+    first = allocated(one, start, 0.3)[0]
+    for evaluations in (1, 4, 30):
+        priced.clear()
+        found = search_shares(one, 0.3, search, evaluations=evaluations, start=start)
+        assert 0.7 * evaluations <= len(priced) <= evaluations
+        assert torch.equal(priced[0], first)
+        least = min(float(damages(one, row[None])) for row in priced)
+        assert float(damages(one, found[None])) == pytest.approx(least, rel=1e-5)
+
+
+def test_owl_and_influence_keep_more_of_the_layers_that_they_name(one):
+    for search in ("owl", "influence"):
+        found = search_shares(one, 0.3, search, layers=[0.1, 0.4, 0.2])
+        torch.testing.assert_close(cost(one, found[None]), torch.tensor([0.7 * one.total]).double())
+        kept = [float(x) for x, s in zip(found, one.slots, strict=True) if s.structure != "heads"]
+        assert kept[1] > kept[2] > kept[0]
+        with pytest.raises(ValueError, match=f"{search} needs one figure for each of 3 layers"):
+            search_shares(one, 0.3, search, layers=[0.1])
 
 
 def test_dynamic_programming_is_exact_where_damages_add_up(one):
@@ -139,8 +203,9 @@ def test_an_untrained_allocator_cuts_all_slots_alike_and_a_trained_one_serves_ot
     assert after < before - 0.1
 
 
-def test_the_same_seed_trains_the_same_allocator(one):
-    recipe = AllocatorRecipe(updates=2, episodes=8, evaluate_every=1)
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_the_same_seed_trains_the_same_allocator(one, cap):
+    recipe = AllocatorRecipe(updates=2, episodes=8, evaluate_every=1, cap=cap)
     first, second = (train_allocator([one], untrained(), recipe).history for _ in range(2))
     assert first == second
 
@@ -181,5 +246,11 @@ def test_numbers_out_of_range_are_refused(one, unchecked):
         AllocatorRecipe(episodes=1)
     with pytest.raises(ValueError, match="prices 1 allocation or more, got 0"):
         search_shares(one, 0.3, "random", evaluations=0)
+    with pytest.raises(ValueError, match=r"times the ratio, at least 1, or None, got 0\.5"):
+        AllocatorRecipe(cap=0.5)
+    with pytest.raises(ValueError, match="`guarded` counts layers"):
+        capped(one, 0.3, guarded=-1)
+    with pytest.raises(ValueError, match=r"leave too little to remove: 0\.\d+ of the cost"):
+        capped(one, 0.5, 1.5, guarded=1)
     with pytest.raises(ValueError, match="annealing"):
         search_shares(one, 0.3, "annealing")

@@ -82,6 +82,19 @@ def test_one_command_cuts_and_recovers_and_a_killed_one_goes_on_to_the_same_byte
     assert not [name for name in left if not name.startswith("events")]
 
 
+def test_a_cut_made_on_external_text_learns_as_many_tokens_from_that_text(dense, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    words = token_ids(1, 2400).flatten().remainder(62).tolist()
+    text.write_text(" ".join(f"w{word}" for word in words))
+    read = ("--moments", "data", "--text", text, "--tokens", 1024)
+    ask = ("prune", dense, "--policy", "none", "--ratio", 0.5, *read)
+    said = facts(*ask, "--recover", "fast", "--out", out)
+    assert said["loss_after"] < said["loss_before"]
+    made = load_provenance(out)
+    (step,) = made.recovered
+    assert (made.regime, step["regime"], step["tokens"]) == ("data", "data", 5 * 4 * 64)
+
+
 def test_a_training_that_could_not_be_done_is_refused_before_the_cut(dense, tmp_path):
     ask = ("prune", dense, "--ratio", 0.5, "--out", tmp_path / "out")
     stream = ("--recover", "fast", "--stream", "--moments", "none")

@@ -368,6 +368,9 @@ def test_the_zoo_is_found_by_name_and_by_family(shipped):
     for choice, family, found in asked:
         policy, name = policy_for(choice, family)
         assert (policy is not None, name) == (found, "llama" if found else "none")
+    some_policy().save_pretrained(shipped / "universal")
+    named = [policy_for(None, family)[1] for family in ("llama", "opt")]
+    assert named == ["llama", "universal"]
 
 
 def test_a_policy_that_is_neither_a_folder_nor_in_the_zoo_lists_what_is(shipped, tmp_path):

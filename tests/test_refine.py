@@ -97,6 +97,25 @@ def test_refining_is_never_worse_than_the_policy_on_its_own_measure_and_determin
     assert all(torch.equal(a, b) for a, b in zip(first.keep, second.keep, strict=True))
 
 
+def test_a_refreshed_matrix_and_a_cap_refine_too(model, policy):
+    ablated = []
+    found = refine(
+        model,
+        BLOCKS,
+        policy.scores(model),
+        [2.0, 0.0, -2.0],
+        0.4,
+        structures=("channels", "heads"),
+        round_to=4,
+        cap=1.25,
+        refreshed=True,
+        progress=lambda done, of: ablated.append((done, of)),
+    )
+    assert found.end <= found.start
+    assert min(int(mask.sum()) for mask in found.keep) >= 48 * (1 - 1.25 * 0.4) - 4
+    assert ablated[-1] == ablated[len(ablated) // 2 - 1], "as many passes as the first matrix"
+
+
 def test_a_fixed_number_of_cuts_is_measured_and_the_matrix_only_once(model, policy, monkeypatch):
     cuts = []
     real = refining.mask_divergences

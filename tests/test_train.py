@@ -116,6 +116,18 @@ def test_the_policy_returned_is_the_best_one_seen():
     assert value > trained.history[0][1]
 
 
+def test_a_policy_that_starts_from_another_goes_on_from_its_rewards(tmp_path):
+    both = replace(SHORT, allocation=WHERE)
+    first = train(tiny_model("llama"), both, blocks=own_text())
+    bytes_before = first.policy.sha256
+    again = train(tiny_model("llama"), both, blocks=own_text(), start=first.policy)
+    assert again.history[0][1] == pytest.approx(max(reward for _, reward in first.history))
+    assert again.policy.config.gain >= first.policy.config.gain
+    assert again.policy.config.trained_on["start"] == first.policy.sha256 == bytes_before
+    with pytest.raises(ValueError, match=r"`start` has other hidden .*\(8,\) in place of \(4,\)"):
+        train(tiny_model("llama"), replace(SHORT, hidden=(4,)), start=first.policy)
+
+
 def test_a_policy_does_not_tell_where_its_model_lay(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "secret" / "tiny")
     from prunenet.checkpoints.load import load_model

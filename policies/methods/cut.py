@@ -25,7 +25,6 @@ from prunenet.policies.methods.table import METHODS, Allocation, Method, MethodR
 from prunenet.policies.methods.widths.allocation import (
     Budget,
     global_sort,
-    outlier_share,
     owl,
     protected,
     uniform,
@@ -33,7 +32,7 @@ from prunenet.policies.methods.widths.allocation import (
 from prunenet.policies.methods.widths.influence import by_influence
 from prunenet.refit.moments import LayerWalk
 from prunenet.runtime.choices import check_choice
-from prunenet.runtime.placement import check_together, derive, is_placed, present
+from prunenet.runtime.placement import check_together, derive, is_placed
 
 WITH_HEADS = ("uniform", "protected", "global")
 """Allocations that are defined for attention heads as well."""
@@ -294,10 +293,7 @@ def _widths(
     if allocation == "protected":
         return protected(budget, *method.protects)
     if allocation == "owl":
-        layers = (
-            [(_weight(linear), norm) for linear, norm in layer] for layer in evidence.input_norms
-        )
-        return owl(budget, [outlier_share(*zip(*layer, strict=True)) for layer in layers])
+        return owl(budget, evidence.outliers)
     if allocation == "influence":
         return by_influence(budget, evidence.influence)
     if scores is None:
@@ -309,11 +305,6 @@ def _widths(
         first, last = method.protects if method.allocation == "global" else (0, 0)
         return global_sort(budget, rows, first=first, last=last)
     return searched_widths(evidence, budget, scores, allocation)
-
-
-def _weight(linear: nn.Linear) -> Tensor:
-    with present(linear):
-        return linear.weight.detach()
 
 
 def _sequential(

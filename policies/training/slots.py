@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunenet.envs.budget import BudgetPruningVectorEnv
 from prunenet.envs.sweep import PROGRESS
-from prunenet.evaluation.shares import allocated, damages
+from prunenet.evaluation.shares import allocated, capped, check_cap, damages
 from prunenet.evaluation.slots import Game
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.actor_critic import SweepRolloutBuffer
@@ -46,6 +46,7 @@ class AllocatorRecipe:
         evaluate_every: updates between evaluations; the best policy seen is the result.
         evaluate_at: ratios of those evaluations.
         worst: whether a game's worst domain counts, or the mean.
+        cap: see `prunenet.evaluation.shares.capped`; None sets none.
         seed: of every random draw.
 
     Raises:
@@ -60,10 +61,12 @@ class AllocatorRecipe:
     evaluate_every: int = 10
     evaluate_at: tuple[float, ...] = (0.2, 0.3, 0.5)
     worst: bool = True
+    cap: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_cap(self.cap)
         for ratio in (*self.ratio, *self.evaluate_at):
             check_ratio(ratio)
         if min(self.updates, self.evaluate_every) < 1 or self.episodes < 2:
@@ -101,7 +104,12 @@ def train_allocator(
     """
     recipe = recipe or AllocatorRecipe()
     vectors = BudgetPruningVectorEnv(
-        None, recipe.episodes, games=games, ratio=recipe.ratio, worst=recipe.worst
+        None,
+        recipe.episodes,
+        games=games,
+        ratio=recipe.ratio,
+        worst=recipe.worst,
+        cap=recipe.cap,
     )
     length = max(game.length for game in games)
     env = SB3VecEnv(vectors)
@@ -137,13 +145,20 @@ def train_allocator(
 
 @torch.no_grad()
 def mean_log_damage(
-    allocator: SlotAllocator, games: Sequence[Game], ratios: Sequence[float], *, worst: bool = True
+    allocator: SlotAllocator,
+    games: Sequence[Game],
+    ratios: Sequence[float],
+    *,
+    worst: bool = True,
+    cap: float | None = None,
 ) -> float:
     """Mean log of the predicted damage of the allocations that a policy gives, over games and
     ratios: games count alike, however large their damages are.
     """
     found = [
-        damages(game, allocated(game, allocator(game.features), ratio), worst=worst)
+        damages(
+            game, allocated(capped(game, ratio, cap), allocator(game.features), ratio), worst=worst
+        )
         for game in games
         for ratio in ratios
     ]
@@ -182,7 +197,11 @@ class _Watch(BaseCallback):
         policy = self.model.policy
         assert isinstance(policy, SlotPolicy)
         value = mean_log_damage(
-            policy.allocator, self._games, recipe.evaluate_at, worst=recipe.worst
+            policy.allocator,
+            self._games,
+            recipe.evaluate_at,
+            worst=recipe.worst,
+            cap=recipe.cap,
         )
         if not self.history or value < min(known for _, known in self.history):
             self.best = copy.deepcopy(policy.allocator).requires_grad_(False)

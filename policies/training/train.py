@@ -75,6 +75,7 @@ def train(
     blocks: CalibrationSet | None = None,
     reward: Reward | None = None,
     regime: Regime | None = None,
+    start: Policy | None = None,
     reports: Reports | None = None,
 ) -> Training:
     """Trains a policy.
@@ -97,6 +98,8 @@ def train(
         reward: replaces the recipe's reward.
         regime: "weights", "self" or "data": what `reward` looks at; needed with it unless `blocks`
             say so.
+        start: a policy to go on from, which stays as it is; it reads what the recipe's reads, and
+            has its hidden widths. None: an untrained one.
         reports: who is told meanwhile.
 
     Raises:
@@ -104,7 +107,8 @@ def train(
             `resume` is not set.
         CheckpointError: another process is training in `out`, or it cannot be written.
         ValueError: the recipe's reward or its features need blocks, and none (or too few) are
-            given; `reward` comes without its regime; weights or activations are not finite.
+            given; `reward` comes without its regime; `start` reads something else; weights or
+            activations are not finite.
         ImportError: a tracker is not installed.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
@@ -117,6 +121,8 @@ def train(
     _check_pathwise(recipe, reward, reports)
     measured, paid = _halves(blocks) if read else (None, blocks)
     config = _config(model, recipe, reward, blocks, regime)
+    if start is not None:
+        config = _continued(config, start)
     folder = None if out is None else check_run(expanded(out), resume)
     view = View.of(model, measured)
     identity = {"recipe": config.recipe, "trained_on": config.trained_on, "text": config.text}
@@ -128,6 +134,8 @@ def train(
         tracking(reports.report_to, called, identity) as track,
     ):
         policy = Policy.untrained(config, seed=recipe.seed)
+        if start is not None:
+            policy.scorer.load_state_dict(start.scorer.state_dict())
         for name, asked, judge in _stages(model, recipe, reward, paid):
             own = track.stage(name, _steps(view, recipe) if histories else 0)
 
@@ -141,7 +149,7 @@ def train(
 
             histories[name] = judged_by_all(judge, play) or []
         histories = _broadcast(policy.scorer.cpu(), histories)
-        policy = Policy(policy.scorer, replace(config, gain=_gain(recipe, histories.get("widths"))))
+        policy = Policy(policy.scorer, replace(config, gain=_gain(recipe, histories, start)))
         if folder is not None and parallel.is_first():
             policy.save_pretrained(folder)
         best = {f"{name}/best_reward": max(r for _, r in h) for name, h in histories.items() if h}
@@ -168,6 +176,24 @@ def _config(
         recipe=recorded(recipe)
         | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
+
+
+def _continued(config: PolicyConfig, start: Policy) -> PolicyConfig:
+    """A configuration that names the policy it goes on from.
+
+    Raises:
+        ValueError: that policy reads something else, or has other hidden widths.
+    """
+    for name in ("statistics", "context", "moments", "hidden", "prior"):
+        given, wanted = getattr(start.config, name), getattr(config, name)
+        if given != wanted:
+            raise ValueError(
+                f"`start` has other {name} than the policy that this recipe trains: {given} in"
+                f" place of {wanted}; start from another, or from none"
+            )
+    trained_on = {**config.trained_on, "start": start.sha256}
+    regime = most([config.regime, start.config.regime])
+    return replace(config, trained_on=trained_on, regime=regime)
 
 
 def _steps(view: View, recipe: Recipe) -> int:
@@ -316,13 +342,16 @@ def _broadcast(scorer: nn.Module, histories: dict[str, _History]) -> dict[str, _
     }
 
 
-def _gain(recipe: Recipe, history: _History | None) -> float | None:
-    """Returns the share by which exp(KL) fell from uniform widths, the start, to the best seen."""
+def _gain(recipe: Recipe, histories: dict[str, _History], start: Policy | None) -> float | None:
+    """Returns the share by which exp(KL) fell from uniform widths to the best seen."""
+    history = histories.get("widths")
     if recipe.allocation is None or history is None:
+        return None if start is None else start.config.gain
+    first, best = history[0][1], max(reward for _, reward in history)
+    if recipe.allocation.reward != "divergence" or best <= 0:
         return None
-    uniform, best = history[0][1], max(reward for _, reward in history)
-    measured = recipe.allocation.reward == "divergence" and best > 0
-    return 1 - uniform / best if measured else None
+    before = start.config.gain if start is not None else None  # what the start had gained
+    return 1 - (1 - (before or 0.0)) * first / best
 
 
 def recorded(recipe: Recipe) -> dict[str, Any]:

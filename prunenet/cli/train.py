@@ -113,6 +113,12 @@ class Training:
             " stage learns an allocation. uniform: no such stage."
         ),
     ] = None
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="A policy to go on from: one that ships, or the folder of a trained one."
+        ),
+    ] = None
     seed: Seed = 0
 
     def recipes(self) -> tuple[Recipe, Recipe | None]:
@@ -149,6 +155,7 @@ def train(
 ) -> None:
     """Train a policy on a model, to be applied at any ratio, by default from weights alone."""
     with one_job(reading.device, out) as place:
+        from prunenet.policies.artifact import Policy
         from prunenet.policies.training.reports import Reports
         from prunenet.policies.training.train import check_run, check_trainable, learns_widths
         from prunenet.policies.training.train import train as learn
@@ -161,6 +168,7 @@ def train(
         remedy = "say --preset spectral, without --features moments or --widths per-layer"
         check_streamable(reading, reads, remedy)
         check_run(out, running.resume)
+        start = None if training.start is None else Policy.from_pretrained(training.start)
         dense = open_model(model, reading, place)
         check_trainable(dense)
         if training.widths is None and not learns_widths(dense):
@@ -177,6 +185,7 @@ def train(
                 out=out,
                 resume=running.resume,
                 blocks=blocks,
+                start=start,
                 reports=Reports(progress=advance, report_to=reported),
             )
         (_, first), best = trained.history[0], max(reward for _, reward in trained.history)

@@ -5,8 +5,11 @@ options.py       how a text is scored and how speed is measured
 perplexity.py    sliding-window perplexity
 losses.py        loss of a model on token blocks
 divergence.py    KL(dense || pruned) on token blocks
+units.py         parts of a model, and a model without one of them
+prefixes.py      forward passes that start in the middle
 interaction.py   how the damages of a model's parts add up: one matrix
 latency.py       microseconds of a decoder layer at several widths: a table of this machine
+costs.py         what each part costs: parameters, operations, bytes, time
 slots.py         one budget over those parts: decisions, costs, damage
 shares.py        allocations as the share of every slot that stays
 zeroshot.py      multiple-choice tasks by lm-eval's definitions

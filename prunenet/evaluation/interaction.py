@@ -8,6 +8,11 @@ phi_u = sqrt(p) (dz - E_p dz) has |phi_u|^2 / 2, averaged over tokens, as the se
 KL(dense || without u). Q_uv = mean <phi_u, phi_v> then prices a set of units as half the sum of its
 entries.
 
+Far from the dense model the form breaks, so it can be measured around a cut one
+(`Ablation.behind`). With q the cut model's probabilities, the same second-order expansion of
+KL(dense || .) there has phi_u = sqrt(q) (dz - E_q dz), a first-order term mean <q - p, dz>, and the
+cut model's own KL. Units that are gone come back one at a time: the form prices both directions.
+
 Source: CoCurve, arXiv 2607.17568. What differs: heads, sublayers and layers beside channels; the
 diagonal is the measured KL (`Interaction.quadratic`); a forward pass starts at the ablated layer.
 """
@@ -15,28 +20,22 @@ diagonal is the measured KL (`Interaction.quadratic`); a forward pass starts at 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.identity import weights_sha256
-from prunenet.evaluation.choices import STRUCTURES as STRUCTURES
-from prunenet.evaluation.choices import Structure as Structure
+from prunenet.evaluation.prefixes import Prefixes
 from prunenet.evaluation.successors import Successors
+from prunenet.evaluation.units import STRUCTURES, Ablations, Cut, Structure, Unit, units_of
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.architectures import UnsupportedArchitecture
-from prunenet.models.heads import attentions
-from prunenet.models.hooks import calling, zeroing
-from prunenet.models.layers import check_tokens, ffn_at
-from prunenet.runtime.choices import check_choice
+from prunenet.models.layers import check_tokens
+from prunenet.models.surgery import check_masks
 from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, packed, unpacked
 from prunenet.runtime.placement import home
@@ -44,20 +43,39 @@ from prunenet.runtime.placement import home
 _FORMAT = "interaction matrix"
 
 
-class Unit(NamedTuple):
-    """One part that can be ablated.
+@dataclass(frozen=True, slots=True, eq=False)
+class Around:
+    """The cut model around which damages are expanded, on one text or on several.
 
     Attributes:
-        structure: see `Structure`.
-        layer: number of the decoder layer.
-        number: bin (0 holds the channels that go first) or key-value group; 0 for the others.
-        parameters: that go away with it.
+        gone: share of each unit that it lacks, in [0, 1].
+        pull: slope of KL(dense || .) there, in nats per token and unit that goes.
+        kl: KL(dense || it), in nats per token.
     """
 
-    structure: Structure
-    layer: int
-    number: int
-    parameters: int
+    gone: Float[Tensor, " units"]
+    pull: Float[Tensor, "*texts units"]
+    kl: Float[Tensor, "*texts"]
+
+    @classmethod
+    def of(cls, parts: Sequence[Interaction]) -> Around | None:
+        """The same cut on one text after the other; None where it is the dense model.
+
+        Raises:
+            ValueError: the parts were measured behind different cuts.
+        """
+        found = [part.around for part in parts if part.around is not None]
+        if not found:
+            return None
+        if len(found) < len(parts) or any(
+            not torch.equal(one.gone, found[0].gone) for one in found
+        ):
+            raise ValueError(
+                "interaction matrices measured behind different cuts have no common one: measure"
+                " them behind the same"
+            )
+        pull, kl = torch.stack([one.pull for one in found]), torch.stack([one.kl for one in found])
+        return cls(found[0].gone, pull, kl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +85,17 @@ class Interaction:
     Attributes:
         units: rows and columns of the matrix.
         raw: Q, (units, units), mean over tokens of <phi_u, phi_v>; in nats, symmetric.
-        kl: KL(dense || without u) of each unit, (units,), in nats per token, over the top
-            successors and the rest.
+        kl: KL(base || without u) of each unit, (units,), in nats per token, over the top
+            successors and the rest; the base is the dense model unless `around` says another.
         tokens: how many were averaged.
+        around: the cut model that is the base; None where it is the dense one.
     """
 
     units: tuple[Unit, ...]
     raw: Float[Tensor, "units units"]
     kl: Float[Tensor, " units"]
     tokens: int
+    around: Around | None = None
 
     @property
     def quadratic(self) -> Float[Tensor, "units units"]:
@@ -88,70 +108,38 @@ class Interaction:
         """Averages matrices of the same units by their tokens.
 
         Raises:
-            ValueError: none, or of different units.
+            ValueError: none, of different units, or behind different cuts.
         """
         if not parts or any(part.units != parts[0].units for part in parts):
             raise ValueError("a mean takes one interaction matrix or more, all of the same units")
-        tokens = sum(part.tokens for part in parts)
+        around, tokens = Around.of(parts), sum(part.tokens for part in parts)
         raw = torch.stack([part.raw * part.tokens for part in parts]).sum(0) / tokens
         kl = torch.stack([part.kl * part.tokens for part in parts]).sum(0) / tokens
-        return cls(parts[0].units, raw, kl, tokens)
+        if around is not None:
+            weights = torch.tensor([part.tokens / tokens for part in parts])
+            around = Around(around.gone, weights @ around.pull, weights @ around.kl)
+        return cls(parts[0].units, raw, kl, tokens, around)
 
 
-def units_of(
-    model: PreTrainedModel, bins: int = 12, structures: Sequence[Structure] = STRUCTURES
-) -> tuple[Unit, ...]:
-    """Lists a model's units, layer by layer: bins of channels, groups, attention, the layer.
-
-    Families whose heads cannot be cut have bins alone, and layers.
-
-    Args:
-        model: a causal LM; shapes alone are read.
-        bins: of the channels of a layer, at least 1; the narrowest layer's d_ff at most.
-        structures: of which units are listed.
-
-    Raises:
-        ValueError: bins out of range, or an unknown structure.
-    """
-    for structure in structures:
-        check_choice("structure", structure, Structure)
-    anatomy = Anatomy.of(model)
-    if not 1 <= bins <= min(anatomy.widths):
-        raise ValueError(f"bins must be in [1, {min(anatomy.widths)}], got {bins}")
-    try:
-        heads: Sequence[Any] = attentions(model)
-    except UnsupportedArchitecture:
-        heads = []
-    units: list[Unit] = []
-    for layer in anatomy.layers:
-        cost, width = ffn_at(model, layer.index).channel_parameters, anatomy.widths[layer.index]
-        edges = [width * part // bins for part in range(bins + 1)]
-        sizes = [high - low for low, high in pairwise(edges)]
-        units += [Unit("channels", layer.index, part, cost * n) for part, n in enumerate(sizes)]
-        if heads:
-            groups, each = heads[layer.index].groups, heads[layer.index].group_parameters
-            units += [Unit("heads", layer.index, group, each) for group in range(groups)]
-            units.append(Unit("attention", layer.index, 0, groups * each))
-        whole = sum(parameter.numel() for parameter in layer.module.parameters())
-        units.append(Unit("layers", layer.index, 0, whole))
-    return tuple(unit for unit in units if unit.structure in structures)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ablation:
-    """What is ablated, and on how much text at once.
+    """What is ablated, from what, and on how much text at once.
 
     Attributes:
         bins: of a layer's channels.
         structures: of which units are ablated.
         unscored: positions at the start of each block that do not count, such as BOS.
         batch: blocks of one matrix.
+        behind: masks, of channels and of groups of heads or None, of what is gone already; None
+            ablates from the dense model. A bin partly gone loses its rest or comes back, whichever
+            is more, and counts in proportion. Channels and heads alone.
     """
 
     bins: int = 12
     structures: Sequence[Structure] = STRUCTURES
     unscored: int = 0
     batch: int = 2
+    behind: Cut | None = None
 
 
 @torch.no_grad()
@@ -180,9 +168,11 @@ def measure_interaction(
         progress: called with (units ablated, in all).
 
     Raises:
-        ValueError: blocks or scores that do not fit the model, or logits that are not finite.
+        ValueError: blocks, scores or masks that do not fit the model, or logits that are not
+            finite.
     """
     check_tokens(model, blocks)
+    _check_behind(model, ablation)
     units = units_of(model, ablation.bins, ablation.structures)
     order = [row.sort(stable=True).indices for row in scores]
     fits = [len(row) for row in order] == Anatomy.of(model).widths
@@ -192,20 +182,30 @@ def measure_interaction(
             f" their {ablation.unscored} unscored tokens"
         )
     parts = torch.split(blocks, ablation.batch)
-    what = f"{[*ablation.structures]} {ablation.bins} {ablation.unscored}"
     found = []
     for number, part in enumerate(parts):
-        path = cache and cache / _name(model, part, scores, what)
-        known = None if path is None else _read(path, units)
+        path = cache and cache / _name(model, part, scores, ablation)
+        known = None if path is None else _read(path, units, behind=ablation.behind is not None)
         if known is None:
             tell = progress and _shifted(progress, number, len(parts))
-            known = _measured(model, part, units, order, ablation.unscored, tell)
+            known = _measured(model, part, units, order, ablation, tell)
             if path is not None:
-                tensors = {"raw": known.raw, "kl": known.kl, "tokens": torch.tensor(known.tokens)}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, packed(tensors, {"format": _FORMAT}))
+                _write(path, known)
         found.append(known)
     return found
+
+
+def _check_behind(model: PreTrainedModel, ablation: Ablation) -> None:
+    if ablation.behind is None:
+        return
+    keep, groups = ablation.behind
+    wanted = {"channels"} if groups is None else {"channels", "heads"}
+    if not wanted <= {*ablation.structures} <= {"channels", "heads"}:
+        raise ValueError(
+            "behind a cut, channels and heads are ablated, each where masks cut it, got"
+            f" `structures` {[*ablation.structures]}"
+        )
+    check_masks(Anatomy.of(model), keep, groups)
 
 
 def _measured(
@@ -213,99 +213,44 @@ def _measured(
     ids: Int[Tensor, "n tokens"],
     units: tuple[Unit, ...],
     order: Sequence[Int[Tensor, " _"]],
-    unscored: int,
+    ablation: Ablation,
     progress: Callable[[int, int], None] | None,
 ) -> Interaction:
-    prefixes = _Prefixes(model, ids.to(home(model)))
-    reference = Successors.of(prefixes.dense[:, unscored:])
-    phi = torch.empty(len(units), reference.probabilities.numel())
-    kl = torch.empty(len(units))
-    for number, unit in enumerate(units):
-        with _ablated(prefixes.anatomy, unit, units, order):
-            logits = prefixes.logits(unit.layer, skipped=unit.structure == "layers")
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError(
-                f"the logits without {unit.structure} {unit.number} of layer {unit.layer} are not"
-                f" finite: damaged weights, or {model.dtype} overflows"
-            )
-        effect, damage = reference.compared(logits[:, unscored:])
-        phi[number], kl[number] = effect.flatten().cpu(), damage.cpu()
-        if progress is not None:
-            progress(number + 1, len(units))
-    tokens = reference.probabilities[..., 0].numel()
-    return Interaction(units, phi @ phi.T / tokens, kl, tokens)
+    ids, front, dense = ids.to(home(model)), ablation.unscored, None
+    if ablation.behind is not None:
+        dense = Successors.of(model(input_ids=ids, use_cache=False).logits[:, front:])
+    phi, kl, pull = None, torch.empty(len(units)), torch.zeros(len(units))
+    with Ablations(Anatomy.of(model), units, order, ablation.behind) as ablations:
+        prefixes = Prefixes(model, ids)
+        first = prefixes.whole[:, front:]
+        base = Successors.of(first) if dense is None else dense.under(first)
+        start = 0.0 if dense is None else float(dense.lost(first, "kl"))
+        for number, unit in enumerate(units):
+            with ablations.turned(unit) as step:
+                logits = prefixes.logits(unit.layer, skipped=unit.structure == "layers")[:, front:]
+            _check_finite(model, unit, logits)
+            effect, damage = base.compared(logits)
+            if phi is None:
+                phi = torch.empty(len(units), effect.numel())
+            phi[number], kl[number] = effect.flatten().cpu() / step, damage.cpu() / step**2
+            if dense is not None:
+                # KL(dense || .) less its value and its slope at the base is KL(base || .)
+                pull[number] = (float(dense.lost(logits, "kl")) - start - float(damage)) / step
+            if progress is not None:
+                progress(number + 1, len(units))
+        gone = torch.tensor([ablations.share(unit) for unit in units])
+    assert phi is not None, "a model has units"
+    tokens = base.top[..., 0].numel()
+    around = None if dense is None else Around(gone, pull, torch.tensor(start))
+    return Interaction(units, phi @ phi.T / tokens, kl, tokens, around)
 
 
-class _Prefixes:
-    """The dense model's hidden states in front of each layer, from which a forward pass starts."""
-
-    def __init__(self, model: PreTrainedModel, ids: Int[Tensor, "n tokens"]) -> None:
-        self.anatomy = Anatomy.of(model)
-        self._model, self._ids = model, ids
-        self._inputs: list[Tensor] = []
-        self._tuples = False
-        with ExitStack() as hooks:
-            for layer in self.anatomy.layers:
-                hook = layer.module.register_forward_pre_hook(self._see, with_kwargs=True)
-                hooks.callback(hook.remove)
-            hook = self.anatomy.layers[0].module.register_forward_hook(self._kind)
-            hooks.callback(hook.remove)
-            self.dense = self._run()
-
-    def logits(self, start: int, *, skipped: bool = False) -> Float[Tensor, "n tokens vocabulary"]:
-        """Logits of a pass that starts in front of a layer, or behind it where it is skipped."""
-        last = start if skipped else start - 1
-        hidden = self._inputs[start]
-
-        def passed(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._tuples else hidden
-
-        modules = [layer.module for layer in self.anatomy.layers[: last + 1]]
-        with calling(dict.fromkeys(modules, passed)):
-            return self._run()
-
-    def _run(self) -> Tensor:
-        logits: Tensor = self._model(input_ids=self._ids, use_cache=False).logits
-        return logits.float()
-
-    def _see(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-    def _kind(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._tuples = isinstance(output, tuple)
-
-
-@contextmanager
-def _ablated(
-    anatomy: Anatomy, unit: Unit, units: Sequence[Unit], order: Sequence[Tensor]
-) -> Iterator[None]:
-    """Inside, the model computes without the unit; a skipped layer is the caller's."""
-    layer = anatomy.layers[unit.layer]
-    beside = sum(u.structure == unit.structure and u.layer == unit.layer for u in units)
-    match unit.structure:
-        case "layers":
-            yield
-            return
-        case "channels":
-            linear, width = anatomy.downs[unit.layer], anatomy.widths[unit.layer]
-            edges = width * unit.number // beside, width * (unit.number + 1) // beside
-            dropped = order[unit.layer][slice(*edges)]
-        case "heads":
-            linear = layer.linear(anatomy.architecture.attention_out)
-            size = linear.in_features // beside
-            dropped = torch.arange(size * unit.number, size * (unit.number + 1))
-        case "attention":
-            linear = layer.linear(anatomy.architecture.attention_out)
-            with calling({linear: lambda h: h.new_zeros(*h.shape[:-1], linear.out_features)}):
-                yield
-            return
-    mask = torch.zeros(linear.in_features, dtype=torch.bool)
-    mask[dropped.cpu()] = True
-    hook = linear.register_forward_pre_hook(zeroing(mask.to(linear.weight.device)))
-    try:
-        yield
-    finally:
-        hook.remove()
+def _check_finite(model: PreTrainedModel, unit: Unit, logits: Tensor) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            f"the logits without {unit.structure} {unit.number} of layer {unit.layer} are not"
+            f" finite: damaged weights, or {model.dtype} overflows"
+        )
 
 
 def interaction_folder() -> Path:
@@ -313,21 +258,36 @@ def interaction_folder() -> Path:
     return cache_folder() / "self-generated"
 
 
-def _name(model: PreTrainedModel, ids: Tensor, scores: Sequence[Tensor], settings: str) -> str:
-    digest = hashlib.sha256(f"{weights_sha256(model)} {settings}".encode())
-    for tensor in (ids, *scores):
+def _name(model: PreTrainedModel, ids: Tensor, scores: Sequence[Tensor], ablation: Ablation) -> str:
+    what, masks = f"{[*ablation.structures]} {ablation.bins} {ablation.unscored}", []
+    if ablation.behind is not None:
+        what, masks = what + " behind", [*ablation.behind[0], *(ablation.behind[1] or ())]
+    digest = hashlib.sha256(f"{weights_sha256(model)} {what}".encode())
+    for tensor in (ids, *scores, *masks):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return f"q-{digest.hexdigest()[:24]}.safetensors"
 
 
-def _read(path: Path, units: tuple[Unit, ...]) -> Interaction | None:
+def _write(path: Path, found: Interaction) -> None:
+    tensors = {"raw": found.raw, "kl": found.kl, "tokens": torch.tensor(found.tokens)}
+    if found.around is not None:
+        around = found.around
+        tensors |= {"gone": around.gone, "pull": around.pull, "base_kl": around.kl}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, packed(tensors, {"format": _FORMAT}))
+
+
+def _read(path: Path, units: tuple[Unit, ...], *, behind: bool) -> Interaction | None:
     """A matrix measured before; None where there is none, or its file is damaged."""
     count = len(units)
-    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "raw": (torch.float32, (count, count)),
         "kl": (torch.float32, (count,)),
         "tokens": (torch.int64, ()),
     }
+    if behind:
+        row = (torch.float32, (count,))
+        expected |= {"gone": row, "pull": row, "base_kl": (torch.float32, ())}
     try:
         tensors, facts = unpacked(path, hashed=True)
         check_layout(tensors, expected)
@@ -335,7 +295,8 @@ def _read(path: Path, units: tuple[Unit, ...]) -> Interaction | None:
         return None
     if facts.get("format") != _FORMAT:
         return None
-    return Interaction(units, tensors["raw"], tensors["kl"], int(tensors["tokens"]))
+    around = Around(tensors["gone"], tensors["pull"], tensors["base_kl"]) if behind else None
+    return Interaction(units, tensors["raw"], tensors["kl"], int(tensors["tokens"]), around)
 
 
 def _shifted(

@@ -5,16 +5,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import ceil
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunenet.evaluation.slots import Game
+from prunenet.evaluation.slots import Game, Slot
 from prunenet.models.masks import top_channels
 from prunenet.runtime.choices import check_ratio
 
 _BISECTIONS, _FAR, _EDGE = 40, 20.0, 1e-6
+
+
+def check_cap(cap: float | None) -> None:
+    """Raises ValueError where a cap is below 1."""
+    if cap is not None and not cap >= 1:
+        raise ValueError(f"`cap` is a number of times the ratio, at least 1, or None, got {cap}")
+
+
+def capped(game: Game, ratio: float, cap: float | None = 1.5, *, guarded: int = 0) -> Game:
+    """The same game in which no slot gives much more than the others, so that what is searched on
+    one text empties no layer.
+
+    Args:
+        game: see `Game`; whole layers may go as before.
+        ratio: share of the game's cost that is to be removed, in [0, 1).
+        cap: a slot gives at most so many times the share that channels would give if heads stayed
+            whole, at least 1; groups of heads as many whole ones as that allows. None sets no cap.
+        guarded: layers at either end that stay whole.
+
+    Raises:
+        ValueError: a number out of range, or what may go does not make up the ratio.
+    """
+    check_cap(cap)
+    if guarded < 0:
+        raise ValueError(f"`guarded` counts layers, 0 or more, got {guarded}")
+    if cap is None and not guarded:
+        return game
+    channels = sum(slot.costs[-1] for slot in game.slots if slot.structure == "channels")
+    alone = check_ratio(ratio) * game.total / (channels or game.total)
+    most = 1.0 if cap is None else min(cap * alone, 1.0)
+    last, least = max(slot.layer for slot in game.slots), 0.0
+    slots: list[Slot] = []
+    for slot in game.slots:
+        count, stays = len(slot.units), slot.least
+        if slot.structure != "layers":
+            stays = max(stays, (1 - most) * count)
+            if min(slot.layer, last - slot.layer) < guarded:
+                stays = count
+            if slot.structure == "heads":
+                stays = ceil(stays - _EDGE)
+            least += slot.costs[-1] * stays / count
+        slots.append(replace(slot, least=stays))
+    droppable = any(slot.structure == "layers" for slot in slots)
+    if least > (1 - ratio) * game.total + _EDGE and not droppable:
+        raise ValueError(
+            f"at ratio {ratio} a cap of {cap} and {guarded} guarded layers at either end leave too"
+            f" little to remove: {1 - least / game.total:.3f} of the cost; raise the cap or guard"
+            " fewer"
+        )
+    return replace(game, slots=tuple(slots))
 
 
 def settled(game: Game, shares: Float[Tensor, "n slots"], ratio: float) -> Float[Tensor, "n slots"]:
@@ -134,7 +186,7 @@ def damages(
         if slot.structure != "layers":  # what a layer that goes held is priced by its own unit
             part = part * stays[:, number : number + 1]
         gone[:, columns] = part
-    each = torch.einsum("nu,duv,nv->dn", gone, game.matrices, gone) / 2
+    each = game.damages(gone)
     return each.amax(0) if worst else each.mean(0)
 
 

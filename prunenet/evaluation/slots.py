@@ -19,9 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunenet.evaluation.choices import Cost as Cost
-from prunenet.evaluation.interaction import Interaction, Structure, Unit
-from prunenet.evaluation.latency import LatencyTable
-from prunenet.models.heads import HEAD_DIM, QUERY_HEADS
+from prunenet.evaluation.choices import Structure
+from prunenet.evaluation.costs import unit_costs as unit_costs
+from prunenet.evaluation.interaction import Around, Interaction
+from prunenet.evaluation.units import Unit
 from prunenet.runtime.choices import check_ratio
 
 PLACE: tuple[str, ...] = ("is_layer", "is_heads", "is_channels")
@@ -38,7 +39,7 @@ class Slot:
         units: columns of the matrix, in the order in which they go.
         costs: of what stays when 0, 1, ... of the units stay, rising; of a layer, what is in none
             of its other slots.
-        least: fewest units that stay.
+        least: fewest units that stay; of the next unit to go, a part may have to.
         whole: column of the unit that stands for all units at once (the attention sublayer), where
             there is one.
         curved: whether the cost of a share that stays bends at numbers of units, as time does; else
@@ -49,7 +50,7 @@ class Slot:
     layer: int
     units: tuple[int, ...]
     costs: tuple[float, ...]
-    least: int
+    least: float
     whole: int | None = None
     curved: bool = False
 
@@ -65,6 +66,20 @@ class Slot:
             return cost / self.costs[-1] if self.costs[-1] else torch.ones_like(cost)
         return _interpolated(cost, self.costs, np.linspace(0, 1, len(self.costs)))
 
+    def stays(self) -> Float[Tensor, " levels"]:
+        """How many units stay at each decision: so many, and never fewer than the least."""
+        return torch.arange(len(self.costs)).double().clamp_min(self.least)
+
+    def prices(self) -> Float[Tensor, " levels"]:
+        """Cost of what stays at each decision."""
+        costs = torch.tensor(self.costs, dtype=torch.float64)
+        below = int(self.least)
+        if below < self.least:
+            costs[: below + 1] = costs[below] + (self.least - below) * (
+                costs[below + 1] - costs[below]
+            )
+        return costs
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Game:
@@ -75,12 +90,14 @@ class Game:
         matrices: (domains, units, units) quadratic forms, one for each kind of text.
         features: (slots, n): the layer's context, then `PLACE`; in [-4, 4].
         length: decisions of an episode; those behind the last slot are empty.
+        around: the cut model behind which the forms were measured; None where it is the dense one.
     """
 
     slots: tuple[Slot, ...]
     matrices: Float[Tensor, "domains units units"]
     features: Float[Tensor, "slots n"]
     length: int
+    around: Around | None = None
 
     @classmethod
     def of(
@@ -103,7 +120,8 @@ class Game:
             least: bins of channels that stay in every layer that stays, at least 1.
 
         Raises:
-            ValueError: no matrix, matrices of different units, or none of a structure's units.
+            ValueError: no matrix, matrices of different units or behind different cuts, or none of
+                a structure's units.
         """
         if not parts or any(part.units != parts[0].units for part in parts):
             raise ValueError("a game takes one interaction matrix or more, all of the same units")
@@ -112,12 +130,29 @@ class Game:
         if missing:
             raise ValueError(f"the interaction matrix has no {sorted(missing)[0]}: measure them")
         prices = [float(unit.parameters) for unit in units] if costs is None else list(costs)
-        alone = torch.stack([part.kl for part in parts]).mean(0)
+        alone, around = torch.stack([part.kl for part in parts]).mean(0), Around.of(parts)
+        if around is not None:
+            # what is gone already goes first
+            alone = alone.masked_fill(around.gone > 0.5, -1)
         slots = _slots(units, prices, alone, structures, least)
         kinds = torch.eye(len(_KINDS))
         rows = [torch.cat((context[s.layer], kinds[_KINDS.index(s.structure)])) for s in slots]
         forms = torch.stack([part.quadratic for part in parts]).float()
-        return cls(slots, forms, torch.stack(rows).float(), len(slots))
+        return cls(slots, forms, torch.stack(rows).float(), len(slots), around)
+
+    def damages(self, gone: Float[Tensor, "n units"]) -> Float[Tensor, "domains n"]:
+        """Predicted KL(dense || without these shares of the units), in nats per token."""
+        away, around = gone, self.around
+        if around is not None:
+            away = gone - around.gone
+        found = torch.einsum("nu,duv,nv->dn", away, self.matrices, away) / 2
+        return found if around is None else found + around.pull @ away.T + around.kl[:, None]
+
+    def slopes(self, gone: Float[Tensor, " units"]) -> Float[Tensor, "domains units"]:
+        """What the next of each unit adds to those damages, per unit, to first order."""
+        if self.around is None:
+            return self.matrices @ gone
+        return self.matrices @ (gone - self.around.gone) + self.around.pull
 
     def padded(self, length: int) -> Game:
         """The same game with empty decisions at the end, so that games of several models are of one
@@ -134,74 +169,6 @@ class Game:
     def total(self) -> float:
         """Cost of all slots."""
         return sum(slot.costs[-1] for slot in self.slots)
-
-
-def unit_costs(
-    units: Sequence[Unit],
-    config: Any,
-    cost: Cost,
-    tokens: int = 1024,
-    *,
-    table: LatencyTable | None = None,
-) -> list[float]:
-    """Returns what each unit costs.
-
-    Args:
-        units: of a dense model.
-        config: the model's.
-        cost: "params" and "active": parameters. "flops": of one token's forward pass, in the mean
-            over a sequence. "kv-bytes": of one token's keys and values in 16 bits. "latency":
-            microseconds, where the units of a layer go in the order of their numbers.
-        tokens: length of that sequence.
-        table: of "latency", see `prunenet.evaluation.latency.latency_table`.
-
-    Raises:
-        ValueError: "latency" without a table.
-    """
-    if cost in ("params", "active"):
-        return [float(unit.parameters) for unit in units]
-    if cost == "latency":
-        if table is None:
-            raise ValueError("costs by latency are measured: give the table of the model (`table`)")
-        return _times(units, table)
-    queries = int(getattr(config, QUERY_HEADS))
-    head_dim = int(getattr(config, HEAD_DIM, None) or config.hidden_size // queries)
-    groups = {u.layer: 0 for u in units}
-    for unit in units:
-        groups[unit.layer] += unit.structure == "heads"
-
-    def price(unit: Unit) -> float:
-        heads = {"heads": 1, "channels": 0}.get(unit.structure, groups[unit.layer])
-        if cost == "kv-bytes":
-            return 4.0 * head_dim * heads
-        each = queries // max(groups[unit.layer], 1)
-        # scores and mixing, each 2 * head_dim a pair, of half of all pairs
-        return 2.0 * unit.parameters + 2.0 * tokens * head_dim * each * heads
-
-    return [price(unit) for unit in units]
-
-
-def _times(units: Sequence[Unit], table: LatencyTable) -> list[float]:
-    """Microseconds that go with each unit, behind those of its layer that go before it."""
-    sizes: dict[tuple[str, int], list[int]] = {}
-    for unit in units:
-        sizes.setdefault((unit.structure, unit.layer), []).append(unit.parameters)
-    widest = max((sum(n) for (what, _), n in sizes.items() if what == "channels"), default=0)
-    groups = table.groups[-1] if table.groups else 0
-
-    def left(unit: Unit, gone: int) -> float:
-        """Time of the layer without so many of the unit's structure."""
-        own = sizes[unit.structure, unit.layer]
-        if unit.structure == "channels":
-            return table.at(table.widths[-1] * sum(own[gone:]) / widest)
-        stay = len(own) - gone if unit.structure == "heads" else 0 if gone else groups
-        return table.at(table.widths[-1], stay)
-
-    return [
-        table.whole if unit.structure == "layers" else left(unit, n) - left(unit, n + 1)
-        for unit in units
-        for n in (unit.number,)
-    ]
 
 
 def _slots(
@@ -288,10 +255,10 @@ class Episodes:
         self.slot = 0
         self.budget = float(budget)
         self.left = torch.full((count,), self.budget, dtype=torch.float64)
-        units = game.matrices.shape[1]
-        self._kept = torch.ones(units, count)
-        self._pull = torch.zeros(len(game.matrices), units, count)
-        self._damages = torch.zeros(len(game.matrices), count)
+        whole = torch.zeros(1, game.matrices.shape[1])
+        self._kept = torch.ones(game.matrices.shape[1], count)
+        self._pull = game.slopes(whole[0])[:, :, None].repeat(1, 1, count)
+        self._damages = game.damages(whole).repeat(1, count)
         self.damage = torch.zeros(count)
         self._gone = torch.zeros(count, dtype=torch.bool)
 
@@ -360,14 +327,13 @@ class Episodes:
     def _cut(self, slot: Slot, levels: Tensor, settled: bool) -> tuple[Tensor, Tensor]:
         """Columns of a slot and the shares of them that go; the budget pays for what stays."""
         count = len(slot.units)
-        amount = (count - levels).double()
-        cost = torch.tensor(slot.costs, dtype=torch.float64)
+        amount = count - slot.stays()[levels]
         if settled:
             share = slot.share(self.left).clamp(slot.least / count, 1)
             amount = torch.where(self._gone, float(count), count * (1 - share))
             spent = torch.where(self._gone, 0.0, slot.cost(share))
         else:
-            spent = cost[levels]
+            spent = torch.where(self._gone, 0.0, slot.prices()[levels])
         self.left = self.left - spent
         share = (amount[None] - torch.arange(count)[:, None]).clamp(0, 1).float()
         columns = torch.tensor(slot.units)
@@ -415,15 +381,15 @@ def _bounds(game: Game) -> _Bounds:
     tables: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for i in reversed(range(len(slots))):
         slot, after = slots[i], behind[slots[i].layer]
-        costs = torch.tensor(slot.costs, dtype=torch.float64)
+        costs = slot.prices()
         low, high = torch.full_like(costs, least[i + 1]), torch.full_like(costs, most[i + 1])
         if slot.structure == "layers":
             low[0], high[0] = least[after], most[after]
         # fewer than the least are priced out of every budget
-        low[: slot.least] = torch.inf
+        low[: int(slot.least)] = torch.inf
         for table, row in zip(tables, (costs, low, high), strict=True):
             table.insert(0, row)
-        least[i] = least[i + 1] + slot.costs[slot.least]
+        least[i] = least[i + 1] + float(costs[int(slot.least)])
         most[i] = most[i + 1] + slot.costs[-1]
         if slot.structure == "layers":
             least[i] = min(least[i + 1] + slot.costs[-1], least[after])

@@ -39,6 +39,10 @@ class Successors:
         top = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
         return cls(top, _binned(logits, top).log_softmax(-1))
 
+    def under(self, logits: Float[Tensor, "n tokens vocabulary"]) -> Successors:
+        """Bins the distributions that other logits give, into the same bins."""
+        return Successors(self.top, _binned(logits, self.top).log_softmax(-1))
+
     @property
     def probabilities(self) -> Float[Tensor, "n tokens bins"]:
         """Of the bins; they sum to 1."""

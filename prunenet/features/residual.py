@@ -42,7 +42,8 @@ class ResidualStream:
         self.energy = float(self.moment.trace())
         self.mean = torch.nn.functional.normalize(mean, dim=0)
         self.embedding = self.unembedding = normalised(self.moment)
-        if head is not None:
+        # a head of another width (reformer's reads both streams) is not read
+        if head is not None and head.shape[1] == table.shape[1]:
             self.unembedding = normalised(embedding_moments(head)[0])
         self.attention = torch.zeros_like(self.moment)
 
@@ -58,7 +59,8 @@ class ResidualStream:
             self.mean, self.attention = torch.zeros(ffn.d_model), torch.zeros_like(self.moment)
         for name in ("moment", "mean", "embedding", "unembedding", "attention"):
             setattr(self, name, getattr(self, name).to(ffn.up.device))
-        if ffn.attention_out is not None:
+        # one that writes to another width (muse_spark) is not read either
+        if ffn.attention_out is not None and len(ffn.attention_out) == ffn.d_model:
             rows = ffn.attention_out.float()
             check_weights(f"weights of layer {ffn.index}", rows)
             self.attention = self.attention + self_product(rows.T)

@@ -22,9 +22,15 @@ from prunenet.runtime.placement import parameters, present, ties
 
 _ACTIVATIONS = (
     *("hidden_activation", "hidden_act", "activation_function", "activation"),
-    *("mlp_hidden_act", "ffn_activation", "afn"),
+    *("mlp_hidden_act", "ffn_activation", "ff_activation", "afn"),
 )
 """Configuration fields that name the activation function of the FFNs."""
+_IN_CODE = {"lfm2": "silu", "lfm2_moe": "silu", "lfm3": "silu"} | {
+    "cpmant": "gelu",
+    "ctrl": "relu",
+    "rwkv": "relu2",
+}
+"""Activation functions of types whose code names them, and no field of the configuration."""
 
 
 @runtime_checkable
@@ -93,10 +99,18 @@ def ffn_at(model: Weights, index: int) -> FFN:
 def embeddings(model: Weights) -> tuple[EmbeddingMatrix, EmbeddingMatrix | None]:
     """(input embeddings, output embeddings); the second is None where it is the first, or where
     there is none.
+
+    Raises:
+        UnsupportedArchitecture: the model adds up several tables of embeddings.
     """
     if not isinstance(model, PreTrainedModel):
         return model.embeddings()
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if isinstance(table, nn.ModuleList):
+        raise UnsupportedArchitecture(
+            f"a {type(model).__name__} has {len(table)} tables of embeddings, and the statistics"
+            " that a policy reads need one; cut it without a policy"
+        )
     if head is not None and any(model.get_parameter(name) is head.weight for name in ties(model)):
         head = None
     with present(table, *(() if head is None else (head,))):
@@ -150,14 +164,15 @@ def activation(model: Weights) -> Callable[[Tensor], Tensor]:
     config = text_config(skeleton)
     stated = (getattr(config, field, None) for field in _ACTIVATIONS)
     row = architecture_for(skeleton.config, type(skeleton))
-    found = next((name for name in stated if name in ACT2FN), row.activation)
+    in_code = row.activation or _IN_CODE.get(config.model_type)
+    found = next((name for name in stated if name in ACT2FN), in_code)
     if found is None and not row.found:
         found = "silu"
     if found is None:
         raise UnsupportedArchitecture(
             f"the activation function of a {type(skeleton).__name__} is not known: none of"
-            f" {', '.join(_ACTIVATIONS)} in its configuration names one; give a row to"
-            " `prunenet.models.architectures.ARCHITECTURES`"
+            f" {', '.join(_ACTIVATIONS)} in its configuration names one; cut it without a policy,"
+            " or give a row to `prunenet.models.architectures.ARCHITECTURES`"
         )
     act: Callable[[Tensor], Tensor] = ACT2FN[found]
     return act

@@ -61,7 +61,7 @@ def narrowed(
         ValueError: not one mask per layer, a mask of the wrong length, or one that keeps nothing.
     """
     dense = Anatomy.of(model)
-    _check(dense, keep, groups)
+    check_masks(dense, keep, groups)
     return cut(dense, keep, groups)
 
 
@@ -106,7 +106,7 @@ def masking(
     the model's, where the caller has it.
     """
     anatomy = anatomy or Anatomy.of(model)
-    _check(anatomy, keep, groups)
+    check_masks(anatomy, keep, groups)
     with ExitStack() as hooks:
         hooks.enter_context(zeroed(anatomy.groups, keep))
         for linear, mask in () if groups is None else zip(anatomy.outs, groups, strict=True):
@@ -328,7 +328,8 @@ def _structure(
     return {"width": field, "layers": architecture.layers, "inputs": list(inputs), "output": output}
 
 
-def _check(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | None) -> None:
+def check_masks(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tensor] | None) -> None:
+    """Raises as `narrowed` does where masks do not fit a model."""
     anatomy.check_whole()
     widths = anatomy.widths
     if groups is not None:

@@ -67,8 +67,8 @@ class BlockTraining:
         ValueError: a number out of range.
     """
 
-    passes: int = 3
-    learning_rate: float = 3e-3
+    passes: int = 2
+    learning_rate: float = 5e-3
     batch: int = 4
     weights: Weights = "tokens"
     seed: int = 0

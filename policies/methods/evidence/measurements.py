@@ -24,10 +24,11 @@ from prunenet.policies.methods.evidence.gradients import (
     group_taylor_sums,
     taylor_sums,
 )
+from prunenet.policies.methods.widths.allocation import outlier_share
 from prunenet.policies.methods.widths.influence import block_influence
 from prunenet.refit.expert_use import expert_use
 from prunenet.refit.moments import Energies, LayerWalk, check_activations
-from prunenet.runtime.placement import check_together, device_of, home, is_placed
+from prunenet.runtime.placement import check_together, device_of, home, is_placed, present
 from prunenet.text.calibration import CalibrationSet
 
 _BATCH = 4
@@ -173,6 +174,15 @@ class Evidence:
         """Block influence of each layer over all tokens, in [0, 2]; see `block_influence`."""
         return block_influence(self.model, self.ids, batch=_BATCH)
 
+    @cached_property
+    def outliers(self) -> list[float]:
+        """Outlier share of each layer over all tokens, in [0, 100]; see `outlier_share`."""
+        found = []
+        for layer in self.input_norms:
+            weights = [_weight(linear) for linear, _ in layer]
+            found.append(outlier_share(weights, [norm for _, norm in layer]))
+        return found
+
     @property
     def _sequences(self) -> Int[Tensor, "n tokens"]:
         return draw_windows(self.ids, 10, 64, self.generator(), bos=self.bos)
@@ -257,3 +267,8 @@ def _checked(ffn: FFN) -> FFN:
     parts = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias)
     check_weights(f"weights of layer {ffn.index}", *(part for part in parts if part is not None))
     return ffn
+
+
+def _weight(linear: nn.Linear) -> Tensor:
+    with present(linear):
+        return linear.weight.detach()

@@ -197,15 +197,26 @@ def owl(budget: Budget, outliers: Sequence[float], *, lam: float = 0.08) -> list
     Raises:
         ValueError: an outlier share is not finite, or as `fitted`.
     """
+    shares = outlier_shares(budget.share, outliers, lam=lam)
+    return fitted(
+        budget, [share * d_ff for share, d_ff in zip(shares.tolist(), budget.d_ff, strict=True)]
+    )
+
+
+def outlier_shares(
+    share: float, outliers: Sequence[float], *, lam: float = 0.08
+) -> Float[Tensor, " layers"]:
+    """Returns what OWL keeps of each layer, `share` in the mean; arguments and errors as for `owl`.
+
+    A share may lie outside [0, 1].
+    """
     found = torch.tensor(outliers, dtype=torch.float64)
     if not bool(torch.isfinite(found).all()):
         raise ValueError(f"OWL needs finite shares of outliers, got {list(outliers)}")
     spread = found.max() - found.min()
     offset = 2 * lam * (found - found.min()) / spread if spread > 0 else torch.zeros_like(found)
-    shares = budget.share + offset - offset.mean()
-    return fitted(
-        budget, [share * d_ff for share, d_ff in zip(shares.tolist(), budget.d_ff, strict=True)]
-    )
+    shares: Tensor = share + offset - offset.mean()
+    return shares
 
 
 def outlier_share(

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -45,23 +45,33 @@ def by_influence(
         ValueError: a temperature that is not positive, not one influence a layer, or one that is
             not finite.
     """
-    if temperature <= 0:
-        raise ValueError(f"the temperature of a softmax must be above 0, got {temperature}")
-    found = torch.tensor(influence, dtype=torch.float64)
-    if len(found) != len(budget.d_ff) or not bool(torch.isfinite(found).all()):
-        raise ValueError(
-            f"{len(budget.d_ff)} layers need one finite influence each, got {list(influence)}"
-        )
-    weights = (-found / temperature).softmax(0)
-    whole = torch.tensor(
-        [cost * d_ff for cost, d_ff in zip(budget.costs, budget.d_ff, strict=True)]
-    )
-    # Layers of equal size: their mean removed share is the budget's, whatever the weights.
-    removed = weights * (budget.cost(budget.d_ff) - budget.parameters) / (weights @ whole.double())
+    whole = [float(cost * d_ff) for cost, d_ff in zip(budget.costs, budget.d_ff, strict=True)]
+    gone = float(budget.cost(budget.d_ff) - budget.parameters)
+    removed = influence_shares(whole, gone, influence, temperature=temperature)
     return fitted(
         budget,
         [(1 - share) * d_ff for share, d_ff in zip(removed.tolist(), budget.d_ff, strict=True)],
     )
+
+
+def influence_shares(
+    whole: Sequence[float], removed: float, influence: Sequence[float], *, temperature: float = 0.1
+) -> Float[Tensor, " layers"]:
+    """Returns the share of each layer that block influence removes; it may exceed 1.
+
+    Args:
+        whole: cost of each layer.
+        removed: cost that goes, in all.
+        influence, temperature: as for `by_influence`, which says the errors too.
+    """
+    if temperature <= 0:
+        raise ValueError(f"the temperature of a softmax must be above 0, got {temperature}")
+    found = torch.tensor(influence, dtype=torch.float64)
+    if len(found) != len(whole) or not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{len(whole)} layers need one finite influence each, got {[*influence]}")
+    weights = (-found / temperature).softmax(0)
+    # Layers of equal size: their mean removed share is the budget's, whatever the weights.
+    return weights * removed / (weights @ torch.tensor(whole).double())
 
 
 @torch.no_grad()
