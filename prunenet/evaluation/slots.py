@@ -332,7 +332,7 @@ class Episodes:
             amount = torch.where(self._gone, float(count), count * (1 - share))
             spent = torch.where(self._gone, 0.0, slot.cost(share))
         else:
-            spent = slot.prices()[levels]
+            spent = torch.where(self._gone, 0.0, slot.prices()[levels])
         self.left = self.left - spent
         share = (amount[None] - torch.arange(count)[:, None]).clamp(0, 1).float()
         columns = torch.tensor(slot.units)
