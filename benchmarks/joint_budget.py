@@ -6,117 +6,43 @@ Steps, each kept in --out and on disk, and not repeated:
              channels; controls search the first matrix alone; all are priced on the last one
   correlate  rank correlation of predicted and measured damage over allocations of all kinds
   validate   KL, total variation, flips and perplexity on other text
+  curve      measured KL on other text against the evaluations that a search may make on the mean
+             matrix (random, evolution, predictor, smooth; 5 seeds), levels that take none, and the
+             policy trained on these matrices near the ratio (--updates, --seeds, --cap)
+  refreshed  how well the form behind the policy's cut and the dense form rank and match drawn cuts
+
+Cost on SmolLM2-135M, in CPU seconds of one core: a matrix takes half a forward pass for each of 270
+units, 112 s for 128 tokens (docs/log.md, 2026-11-28); a measured cut 3.6 s for 512 tokens (3.2 and
+an eighth of the dense pass). `curve` measures some 90 distinct cuts a ratio, form, start and text:
+6 minutes for 512 tokens. `refreshed` measures 2 * --draws cuts a ratio on each text and on that of
+the matrices, and one matrix more a ratio and fitted row.
 
   python benchmarks/joint_budget.py MODEL --data ../shared/data --rows 4 --out results.jsonl
 """
 
 from __future__ import annotations
 
-import resource
 import time
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from _common import Line, append_line, is_measured, opened, parser, read_lines, setting
+from _common import Line, is_measured, parser, read_lines
+from _joint import RATIOS, TEXTS, Bench
+from _joint_curve import curve, refreshed
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.evaluation.divergence import Distances, mask_distances
-from prunenet.evaluation.interaction import (
-    Ablation,
-    Interaction,
-    interaction_folder,
-    measure_interaction,
-)
-from prunenet.evaluation.shares import allocated, damages, masks
-from prunenet.evaluation.slots import PLACE, Episodes, Game
-from prunenet.evaluation.units import Structure
-from prunenet.features.from_weights import CONTEXT, layer_context
-from prunenet.models.layers import ffn_widths, iter_ffns
+from prunenet.evaluation.shares import allocated, capped, damages, masks
+from prunenet.evaluation.slots import Episodes, Game
+from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import masking
-from prunenet.policies.artifact import Policy, zoo
 from prunenet.policies.methods.widths.joint import search_shares
-from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.slots import AllocatorRecipe, train_allocator
-from prunenet.text.calibration import self_blocks
 
-SEQUENCES, TOKENS, BINS, HELD = 24, 128, 6, 8
-STRUCTURES: tuple[Structure, ...] = ("channels", "heads")
-RATIOS = (0.2, 0.3, 0.5)
-HEADS_START = 1.0  # as `prunenet.policies.refine`
-
-
-class Bench:
-    """The model, its text and its matrices."""
-
-    def __init__(self, args: Namespace) -> None:
-        self.args = args
-        self.model, self.tokenizer = opened(args.model)
-        self.policy = Policy.from_pretrained(zoo()["llama"])
-        self.scores = self.policy.scores(self.model)
-        self.text = self_blocks(self.model, self.tokenizer, sequences=SEQUENCES, tokens=TOKENS)
-        self.front = int(self.text.bos is not None)
-        self.context = layer_context(self.model)
-        self.ffn = sum(ffn.channel_parameters * ffn.d_ff for ffn in iter_ffns(self.model))
-        self.parts: list[Interaction] = []
-
-    def matrices(self) -> None:
-        for row in range(self.args.rows):
-            start, cpu, ablated = time.perf_counter(), time.process_time(), []
-            (part,) = measure_interaction(
-                self.model,
-                self.text.ids[row : row + 1],
-                self.scores,
-                Ablation(bins=BINS, structures=STRUCTURES, unscored=self.front, batch=1),
-                cache=interaction_folder(),
-                progress=lambda done, _, ablated=ablated: ablated.append(done),
-            )
-            self.parts.append(part)
-            if not ablated:
-                continue  # read from disk: nothing was timed
-            place = {"step": "matrix", "row": row}
-            self.write(
-                place,
-                {
-                    "tokens": part.tokens,
-                    "units": len(part.units),
-                    "seconds": time.perf_counter() - start,
-                    "cpu_seconds": time.process_time() - cpu,
-                    "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                    "load": float(Path("/proc/loadavg").read_text().split()[0]),
-                },
-            )
-
-    def write(self, place: Line, found: Line) -> None:
-        if not is_measured(read_lines(self.args.out), place):
-            append_line(self.args.out, {**place, **found, **setting()})
-
-    def game(self, rows: slice) -> Game:
-        return Game.of(self.parts[rows], self.context, structures=STRUCTURES)
-
-    def share(self, game: Game, ratio: float) -> float:
-        """As many parameters as this share of the FFN channels has, of the game's."""
-        return ratio * self.ffn / game.total
-
-    def shipped(self, game: Game, heads: float = 100.0) -> Tensor:
-        """The shipped policy's log-odds; heads stay whole."""
-        offsets = self.policy.offsets(self.model)
-        return torch.tensor(
-            [offsets[s.layer] if s.structure == "channels" else heads for s in game.slots]
-        ).double()
-
-
-def start(bench: Bench, seed: int) -> SlotAllocator:
-    """An allocator whose channels are the shipped policy's."""
-    names = [name.removeprefix("is_") for name in PLACE]
-    made = SlotAllocator(CONTEXT, names, generator=torch.Generator().manual_seed(seed))
-    made.heads["channels"].load_state_dict(bench.policy.scorer.widths.state_dict())
-    with torch.no_grad():
-        made.levels[names.index("heads")] = HEADS_START
-    return made
+STEPS = ("speed", "learn", "correlate", "validate", "curve", "refreshed")
 
 
 def allocations(bench: Bench, seeds: int) -> Iterator[tuple[str, float, Tensor]]:
@@ -128,13 +54,16 @@ def allocations(bench: Bench, seeds: int) -> Iterator[tuple[str, float, Tensor]]
     for updates, games in tries:
         for seed in range(seeds if updates else 1):
             name = "learned on one" if games[0] is one and updates else f"learned on {len(games)}"
-            policy = start(bench, seed)
+            policy = bench.allocator(seed)
             if updates:
-                recipe = AllocatorRecipe(updates=updates, seed=seed, learning_rate=5e-3)
+                recipe = AllocatorRecipe(
+                    updates=updates, seed=seed, learning_rate=5e-3, cap=bench.args.cap
+                )
                 policy = train_allocator(games, policy, recipe).allocator
             for ratio in RATIOS:
                 share = bench.share(one, ratio)
-                shares = allocated(one, policy(one.features).detach(), share)[0]
+                limited = capped(one, share, bench.args.cap)
+                shares = allocated(limited, policy(one.features).detach(), share)[0]
                 yield (name if updates else "start with heads"), ratio, shares
     for ratio in RATIOS:
         share = bench.share(one, ratio)
@@ -145,7 +74,7 @@ def allocations(bench: Bench, seeds: int) -> Iterator[tuple[str, float, Tensor]]
 
 def rows(bench: Bench) -> list[Game]:
     """One game a matrix, all but the last."""
-    return [bench.game(slice(n, n + 1)) for n in range(max(len(bench.parts) - 1, 1))]
+    return [bench.game(slice(n, n + 1)) for n in bench.first]
 
 
 def learn(bench: Bench) -> dict[tuple[str, float], Tensor]:
@@ -160,7 +89,7 @@ def learn(bench: Bench) -> dict[tuple[str, float], Tensor]:
     for (name, ratio), each in found.items():
         stacked = torch.stack(each)
         bench.write(
-            {"step": "learn", "name": name, "ratio": ratio, "rows": bench.args.rows},
+            {"step": "learn", "name": name, "ratio": ratio, "cap": bench.args.cap, **bench.size},
             {
                 "on_first": damages(one, stacked).tolist(),
                 "on_last": damages(last, stacked).tolist(),
@@ -188,13 +117,16 @@ def correlate(bench: Bench, found: dict[tuple[str, float], Tensor]) -> None:
         drawn = allocated(game, offsets, share)
         named = [shares for (_, at), shares in found.items() if at == ratio]
         every = torch.stack([*drawn, *named])
-        place = {"step": "correlate", "ratio": ratio, "draws": bench.args.draws}
+        place = {"step": "correlate", "ratio": ratio, "draws": bench.args.draws, **bench.size}
         if is_measured(read_lines(bench.args.out), place):
             continue
         cuts = [masks(game, shares, bench.scores) for shares in every]
         line: Line = {"allocations": len(cuts)}
         predicted = damages(game, every)
-        for text, ids in (("fitted", bench.text.ids[:1]), ("other", bench.text.ids[-1:])):
+        for text, ids in (
+            ("fitted", bench.text.ids[: bench.args.blocks]),
+            ("other", bench.text.ids[-1:]),
+        ):
             true = mask_distances(bench.model, cuts, ids, unscored=bench.front)
             for name, values in zip(Distances._fields, true, strict=True):
                 line[f"{name}_{text}"] = float(spearmanr(predicted, values).statistic)
@@ -205,15 +137,8 @@ def correlate(bench: Bench, found: dict[tuple[str, float], Tensor]) -> None:
 
 def validate(bench: Bench, found: dict[tuple[str, float], Tensor]) -> None:
     """Measures policies and controls on text that nothing was fitted to."""
-    game, tokens = bench.game(slice(0, 1)), bench.args.tokens
-    texts = {"self": bench.text.ids[-HELD:].flatten()[:tokens].view(-1, TOKENS)}
-    for name, file in (("wikitext2", "wikitext2/wiki.valid.tokens"), ("ptb", "ptb/ptb.valid.txt")):
-        path = bench.args.data / file
-        if path.exists():
-            text = path.read_text(encoding="utf-8")[: tokens * 20]
-            ids = bench.tokenizer(text, return_tensors="pt").input_ids[0]
-            texts[name] = ids[:tokens].view(-1, 2 * TOKENS)
-    for text, ids in texts.items():
+    game = bench.game(slice(0, 1))
+    for text, ids in bench.texts(bench.args.tokens).items():
         cuts = {key: masks(game, shares, bench.scores) for key, shares in found.items()}
         whole = [torch.ones_like(mask) for mask in next(iter(cuts.values()))[0]]
         cuts = {("dense", 0.0): (whole, None)} | {
@@ -221,7 +146,7 @@ def validate(bench: Bench, found: dict[tuple[str, float], Tensor]) -> None:
         }
         places = {
             key: {"step": "validate", "name": key[0], "ratio": key[1], "text": text}
-            | {"rows": bench.args.rows, "tokens": ids.numel()}
+            | {"tokens": ids.numel(), "cap": bench.args.cap, **bench.size}
             for key in cuts
         }
         lines = read_lines(bench.args.out)
@@ -270,24 +195,41 @@ def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("model", type=str)
     asked.add_argument("--data", type=Path, default=Path("../shared/data"))
+    asked.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     asked.add_argument(
         "--rows", type=int, default=4, help="matrices; of 2 or more the last is held back"
     )
+    asked.add_argument("--blocks", type=int, default=1, help="of text in a matrix")
+    asked.add_argument("--text-tokens", type=int, default=128, help="of a block")
+    asked.add_argument("--cap", type=float, help="of a slot of learned policies; default none")
     asked.add_argument("--updates", type=int, default=150)
     asked.add_argument("--draws", type=int, default=20, help="random allocations a ratio")
-    asked.add_argument("--seeds", type=int, default=3)
+    asked.add_argument("--seeds", type=int, default=3, help="of policies")
     asked.add_argument("--tokens", type=int, default=2048, help="of each text that validates")
     asked.add_argument("--validate-at", type=float, nargs="+", default=RATIOS)
     asked.add_argument("--only", nargs="+", help="names of allocations to validate; default all")
+    asked.add_argument("--curve-at", type=float, nargs="+", default=(0.3,))
+    asked.add_argument("--curve-seeds", type=int, default=5)
+    asked.add_argument("--curve-tokens", type=int, default=512, help="of each text it is judged on")
+    asked.add_argument("--curve-texts", nargs="+", choices=TEXTS, default=TEXTS[:2])
+    asked.add_argument("--starts", nargs="+", choices=("policy", "equal"), default=("policy",))
+    asked.add_argument("--forms", nargs="+", choices=("dense", "behind"), default=("dense",))
     args = asked.parse_args()
     bench = Bench(args)
     assert len(set(ffn_widths(bench.model))) == 1
     bench.matrices()
-    speed(bench)
-    found = learn(bench)
-    correlate(bench, found)
-    wanted = {key: s for key, s in found.items() if not args.only or key[0] in args.only}
-    validate(bench, wanted)
+    if "speed" in args.steps:
+        speed(bench)
+    found = learn(bench) if {"learn", "correlate", "validate"} & {*args.steps} else {}
+    if "correlate" in args.steps:
+        correlate(bench, found)
+    if "validate" in args.steps:
+        wanted = {key: s for key, s in found.items() if not args.only or key[0] in args.only}
+        validate(bench, wanted)
+    if "refreshed" in args.steps:
+        refreshed(bench)
+    if "curve" in args.steps:
+        curve(bench)
 
 
 if __name__ == "__main__":
