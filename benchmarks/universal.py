@@ -1,18 +1,17 @@
-"""One policy for families that have none of their own: trains it, and judges it where it was not
-trained.
+"""One policy for families that have none of their own: widths learned over several models at once,
+judged on models that the training did not see.
 
-Trained on several models at once: the one given, and small ones of three families and sizes that
-are trained from scratch here (`trained_kinds.DENSE`). The scorer starts as the shipped llama
-policy's; in each of `ROUNDS` a copy learns on every model, and the copies are averaged. Where to
-cut is then learned over the interaction matrices of all models. Rewards, matrices and judgements
-are of text that each model writes; what is judged on is in no matrix. `stories15M` is never trained
-on.
+Which channels go is the shipped llama policy's choice: step `what` says on which models that is
+better than chance. Where to cut is learned over the interaction matrices of the model given and of
+small ones that are trained from scratch here (`trained_kinds.DENSE`, those with a gate). Matrices
+and judgements are of text that each model writes; what is judged on is in no matrix.
+`stories15M` is never trained on.
 
   python benchmarks/universal.py MODEL --data ../shared/data --out results.jsonl --policy OUT
 
-Steps, none of them repeated: the rounds, in --policy; `what`, channels at uniform widths by several
-scores; `where`, for each model widths that were learned on the other ones alone; `final`, widths
-learned on all, written to --policy and judged on stories15M.
+Steps, none of them repeated: `what`, channels at uniform widths by several scores; `where`, for
+each model widths that were learned on the other ones alone; `final`, widths learned on all, written
+to --policy and judged on stories15M.
 """
 
 from __future__ import annotations
@@ -39,15 +38,13 @@ from prunenet.models.masks import top_channels
 from prunenet.policies.artifact import Policy, zoo
 from prunenet.policies.methods.widths.joint import search_shares
 from prunenet.policies.scorer import SlotAllocator
-from prunenet.policies.training.recipe import recipe_for
 from prunenet.policies.training.slots import AllocatorRecipe, train_allocator
-from prunenet.policies.training.train import train, unfinished
 from prunenet.refit.folds import folds_of
 from prunenet.text.calibration import CalibrationSet, self_blocks
 
 BINS, ROWS, HELD, SEEDS = 6, 2, 3, 3
-ROUNDS, UPDATES = 4, 10
 RATIOS = (0.2, 0.3, 0.5)
+GATED = ("llama", "qwen3")
 SMALL_TEXT = 40  # sequences that a small model writes
 RECIPE = AllocatorRecipe(updates=150, learning_rate=1e-2)
 
@@ -65,25 +62,6 @@ class Opened:
         """Opens a checkpoint; its text is cached."""
         model, tokenizer = opened(source)
         return cls(name, model, self_blocks(model, tokenizer, sequences=sequences))
-
-
-def scored_by_all(models: list[Opened], begin: Policy, folder: Path) -> Policy:
-    """A policy whose scorer is the mean of those trained on each model, round after round."""
-    recipe = recipe_for("default", {"updates": UPDATES})
-    for turn in range(ROUNDS):
-        found = []
-        for one in models:
-            out = folder / f"{turn}-{one.name}"
-            if not (out / "config.json").exists():
-                asked = replace(recipe, seed=turn)
-                resume = unfinished(out)
-                train(one.model, asked, out=out, resume=resume, blocks=one.text, start=begin)
-            found.append(Policy.from_pretrained(out))
-        states = [policy.scorer.state_dict() for policy in found]
-        mean = {key: torch.stack([s[key] for s in states]).mean(0) for key in states[0]}
-        begin = Policy.from_pretrained(folder / f"{turn}-{models[-1].name}")
-        begin.scorer.load_state_dict(mean)
-    return begin
 
 
 @dataclass(frozen=True)
@@ -136,15 +114,17 @@ def start(policy: Policy | None, seed: int) -> SlotAllocator:
     return made
 
 
-def what(case: Case, llama: Policy) -> Line:
+def what(one: Opened, llama: Policy) -> Line:
     """KL at uniform widths of the channels that several scores keep."""
+    model, front = one.model, int(one.text.bos is not None)
+    held = torch.cat([kind[-HELD:] for kind in folds_of(one.text.ids, one.text.kinds)])
     generator = torch.Generator().manual_seed(0)
     norms = [
         f.up.norm(dim=1) * f.down.norm(dim=0) * (1 if f.gate is None else f.gate.norm(dim=1))
-        for f in iter_ffns(case.model)
+        for f in iter_ffns(model)
     ]
-    ways = {"universal": case.scores, "llama": llama.scores(case.model), "norms": norms} | {
-        f"random {n}": [torch.rand(w, generator=generator) for w in ffn_widths(case.model)]
+    ways = {"llama": llama.scores(model), "norms": norms} | {
+        f"random {n}": [torch.rand(w, generator=generator) for w in ffn_widths(model)]
         for n in range(3)
     }
     found: Line = {}
@@ -153,7 +133,7 @@ def what(case: Case, llama: Policy) -> Line:
             ([top_channels(s, round(len(s) * (1 - ratio))) for s in scores], None)
             for scores in ways.values()
         ]
-        kl = mask_distances(case.model, cuts, case.held, unscored=case.front).kl
+        kl = mask_distances(model, cuts, held, unscored=front).kl
         found[f"{ratio:g}"] = dict(zip(ways, kl.tolist(), strict=True))
     return {"kl": found}
 
@@ -183,7 +163,7 @@ def where(case: Case, others: list[Case], llama: Policy, seeds: int) -> Line:
     return {"found": found, "updates": RECIPE.updates}
 
 
-def final(cases: list[Case], scored: Policy, llama: Policy, args: Namespace) -> Line:
+def final(cases: list[Case], llama: Policy, args: Namespace) -> Line:
     """Trains on all models, writes the policy, and judges it on stories15M."""
     games = [case.game for case in cases]
     learned = train_allocator(games, start(llama, 0), RECIPE).allocator
@@ -194,7 +174,7 @@ def final(cases: list[Case], scored: Policy, llama: Policy, args: Namespace) -> 
         rows = {name: allocated(case.game, each, 0.3)[0] for name, each in ways.items()}
         found = case.measured(rows)
         gains.append(1 - math.exp(found["policy"]["kl"] - found["even"]["kl"]))
-    policy = scored
+    policy = Policy.from_pretrained(zoo()["llama"])
     policy.scorer.widths.load_state_dict(learned.heads["channels"].state_dict())
     names = {case.name: case.model.config.model_type for case in cases}
     policy.config = replace(
@@ -213,7 +193,7 @@ def final(cases: list[Case], scored: Policy, llama: Policy, args: Namespace) -> 
         }
         rows = {name: allocated(case.game, row, ratio)[0] for name, row in ways.items()}
         found[f"{ratio:g}"] = case.measured(rows)
-    return {"gains": dict(zip(names, gains, strict=True)), "stories": found, **what(case, llama)}
+    return {"gains": dict(zip(names, gains, strict=True)), "stories": found}
 
 
 def main() -> None:
@@ -225,24 +205,24 @@ def main() -> None:
     asked.add_argument("--seeds", type=int, default=SEEDS)
     args = asked.parse_args()
     llama = Policy.from_pretrained(zoo()["llama"])
-    models = [Opened.of(kind, trained(kind, args.data)) for kind in DENSE]
-    models.append(Opened.of("given", args.model, 160))
-    scored = scored_by_all(models, llama, args.policy / "rounds")
-    cases = [Case.of(one, scored) for one in models]
+    models = {kind: Opened.of(kind, trained(kind, args.data)) for kind in DENSE}
+    models["given"] = Opened.of("given", args.model, 160)
 
     def step(place: Line, make: object) -> None:
         if not is_measured(read_lines(args.out), place):
             assert callable(make)
             append_line(args.out, {**place, **make(), **setting()})
 
+    for one in (*models.values(), Opened.of("stories", stories_model())):
+        step({"step": "what", "model": one.name}, lambda one=one: what(one, llama))
+    cases = [Case.of(models[name], llama) for name in (*GATED, "given")]
     for case in cases:
         others = [other for other in cases if other is not case]
-        step({"step": "what", "model": case.name}, lambda case=case: what(case, llama))
         step(
             {"step": "where", "left_out": case.name},
             lambda case=case, others=others: where(case, others, llama, args.seeds),
         )
-    step({"step": "final"}, lambda: final(cases, scored, llama, args))
+    step({"step": "final"}, lambda: final(cases, llama, args))
 
 
 if __name__ == "__main__":

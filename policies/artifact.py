@@ -44,7 +44,7 @@ from prunenet.text.calibration import CalibrationSet
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ZOO = Path(__file__).parent / "zoo"
 UNIVERSAL = "universal"
-"""Name of the policy for families that have none of their own."""
+"""Name of the policy for families that have none of their own, and gated dense FFNs."""
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
 
 
@@ -325,20 +325,25 @@ def zoo() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(ZOO.glob("*/config.json"))}
 
 
-def policy_for(choice: str | None, model_type: str) -> tuple[Policy | None, str]:
+def policy_for(
+    choice: str | None, model_type: str, *, gated: bool = False
+) -> tuple[Policy | None, str]:
     """The policy that a user means, and its name for the record.
 
     Args:
         choice: a name in the zoo, a folder, "none", or None for the zoo's of this family, else its
-            `UNIVERSAL` one.
+            `UNIVERSAL` one, else none.
         model_type: of the model to be cut.
+        gated: whether its FFNs are such as the universal policy knows
+            (`prunenet.models.architectures.Architecture.gated`).
 
     Raises:
         PolicyError: neither in the zoo nor a folder with a policy.
     """
     if choice is None:
         shipped = zoo()
-        choice = next((name for name in (model_type, UNIVERSAL) if name in shipped), "none")
+        names = (model_type, UNIVERSAL) if gated else (model_type,)
+        choice = next((name for name in names if name in shipped), "none")
         if choice != "none":  # not by name: a folder may be called so
             return Policy.from_pretrained(shipped[choice]), choice
     if choice == "none":

@@ -369,8 +369,9 @@ def test_the_zoo_is_found_by_name_and_by_family(shipped):
         policy, name = policy_for(choice, family)
         assert (policy is not None, name) == (found, "llama" if found else "none")
     some_policy().save_pretrained(shipped / "universal")
-    named = [policy_for(None, family)[1] for family in ("llama", "opt")]
-    assert named == ["llama", "universal"]
+    gated = [policy_for(None, family, gated=True)[1] for family in ("llama", "gemma")]
+    assert gated == ["llama", "universal"]
+    assert policy_for(None, "opt") == (None, "none")
 
 
 def test_a_policy_that_is_neither_a_folder_nor_in_the_zoo_lists_what_is(shipped, tmp_path):

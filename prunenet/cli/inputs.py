@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunenet.checkpoints.streaming import StreamedCheckpoint
+    from prunenet.models.architectures import Architecture
+    from prunenet.policies.artifact import Policy
     from prunenet.text.calibration import CalibrationOptions, CalibrationSet
 
 
@@ -35,11 +37,18 @@ class Checkpoint:
     source: str
 
     @cached_property
-    def model_type(self) -> str:
-        """`config.model_type`. Raises as `load_model`, before any weight is read."""
+    def architecture(self) -> Architecture:
+        """Of the model. Raises as `load_model`, before any weight is read."""
         from prunenet.checkpoints.sources import open_checkpoint
 
-        return open_checkpoint(self.source).architecture.model_type
+        return open_checkpoint(self.source).architecture
+
+    def policy(self, choice: str | None) -> tuple[Policy | None, str]:
+        """As `prunenet.policies.artifact.policy_for`. Raises as that, and as `architecture`."""
+        from prunenet.policies.artifact import policy_for
+
+        found = self.architecture
+        return policy_for(choice, found.model_type, gated=found.gated)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

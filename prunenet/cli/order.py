@@ -15,14 +15,13 @@ def order(
     with one_process(out):
         from prunenet.checkpoints.load import load_model
         from prunenet.checkpoints.records import check_not_padded, load_provenance
-        from prunenet.policies.artifact import policy_for
         from prunenet.policies.order import save_ordered
         from prunenet.runtime.files import check_absent
 
         check_absent(out)
         check_not_padded(model, "which would count as channels; sort the dense model")
         source = Checkpoint(model)
-        trained, name = policy_for(policy, source.model_type)
+        trained, name = source.policy(policy)
         if trained is None:
             raise ValueError("no policy to sort the channels by: give one with --policy")
         dense = load_model(model, dtype=place.dtype, device=place.device)

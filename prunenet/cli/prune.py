@@ -62,13 +62,12 @@ def _cut(
     """Writes the pruned checkpoint."""
     from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.policies import apply
-    from prunenet.policies.artifact import policy_for
     from prunenet.policies.stream import prune_streamed
     from prunenet.refit.blocks import forget_blocks
     from prunenet.runtime import parallel
     from prunenet.runtime.files import check_room
 
-    trained, name = policy_for(policy, source.model_type)
+    trained, name = source.policy(policy)
     options.filled(trained, calibration.moments != "none")
     dense = open_model(source.source, reading, device)
     ratio = apply.ratio_of(dense, options)

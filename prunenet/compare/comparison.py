@@ -19,6 +19,7 @@ from prunenet.compare.run import check, check_spec
 from prunenet.compare.run import compare as run
 from prunenet.compare.spec import RESERVED, Spec, parse_all
 from prunenet.evaluation.task_files import task_files
+from prunenet.models.anatomy import Anatomy
 from prunenet.policies.artifact import policy_for
 from prunenet.text.calibration import block_tokens
 from prunenet.text.corpora import CalibrationText, TestText, load_text
@@ -70,7 +71,8 @@ def compare(
         str(model), dtype=loading.dtype, device=loading.device, max_memory=loading.max_memory
     )
     check_channels(dense, "compare on the checkpoint that it was exported from")
-    policy, policy_name = policy_for(options.policy, dense.config.model_type)
+    gated = Anatomy.of(dense).architecture.gated
+    policy, policy_name = policy_for(options.policy, dense.config.model_type, gated=gated)
     tokenizer, bos = load_tokenizer(str(model)), scored.options.bos
     amount = amount_of(calibration, dense, int(bos_token(tokenizer, bos) is not None))
     pruner = Pruner(

@@ -75,6 +75,16 @@ class Architecture:
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
     @property
+    def gated(self) -> bool:
+        """Whether every FFN has a gate, and none is an expert."""
+        return all(
+            not pattern.experts
+            and any(part.role in ("gate", "gate_up") for part in pattern.parts)
+            and not any(".experts." in part.tensor for part in pattern.parts)
+            for pattern in self.patterns
+        )
+
+    @property
     def per_layer(self) -> bool:
         """Whether each layer may get a width of its own, by `prunenet.models.modeling`."""
         return bool(self.up)
