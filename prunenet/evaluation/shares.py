@@ -84,12 +84,12 @@ def settled(game: Game, shares: Float[Tensor, "n slots"], ratio: float) -> Float
     """
     budget, slots = (1 - check_ratio(ratio)) * game.total, _Slots(game)
     wanted = shares.double()
-    whole, stays = slots.whole(wanted), slots.stay(wanted)
+    whole = slots.whole(wanted)
     odds = torch.logit(wanted.clamp(_EDGE, 1 - _EDGE))
 
     def at(theta: Tensor) -> Tensor:
         moved = torch.maximum(torch.sigmoid(odds + theta), slots.least)
-        return torch.where(stays, torch.where(slots.settling, moved, whole), 0)
+        return slots.left(wanted, torch.where(slots.settling, moved, whole))
 
     return at(_largest(len(shares), lambda theta: slots.cost(at(theta)) > budget))
 
@@ -108,8 +108,7 @@ def allocated(
 
     def at(theta: Tensor) -> Tensor:
         wanted = torch.sigmoid(rows + theta)
-        met = wanted if settles else slots.whole(wanted)
-        return torch.where(slots.stay(wanted), met, 0)
+        return slots.left(wanted, wanted if settles else slots.whole(wanted))
 
     theta = _largest(len(rows), lambda theta: slots.cost(at(theta)) > budget)
     return settled(game, torch.sigmoid(rows + theta), ratio)
@@ -153,6 +152,14 @@ class _Slots:
     def stay(self, shares: Float[Tensor, "n slots"]) -> Bool[Tensor, "n slots"]:
         """Which slots are in a layer that stays, the layer itself included."""
         return (shares[:, self._layer] >= 0.5) | (self._layer < 0)
+
+    def left(
+        self, wanted: Float[Tensor, "n slots"], met: Float[Tensor, "n slots"]
+    ) -> Float[Tensor, "n slots"]:
+        """The shares that are met, and 0 in slots of a layer that goes by what is wanted."""
+        if bool((self._layer < 0).all()):
+            return met
+        return torch.where(self.stay(wanted), met, 0)
 
     def whole(self, wanted: Float[Tensor, "n slots"]) -> Float[Tensor, "n slots"]:
         """The nearest whole numbers of units; channels that cost nothing stay."""
