@@ -1,5 +1,6 @@
 """Recovery as one command with the cut, and what it is said to take."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -181,6 +182,27 @@ def test_each_rung_is_a_checkpoint_and_those_that_are_there_are_not_done_again(
         1280,
         2560,
     ]
+
+
+def test_a_mixture_that_lost_whole_experts_learns_from_the_whole_one(dense, tmp_path):
+    model, _ = tiny("experts, concat")
+    model.save_pretrained(tmp_path / "mixture")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense / name, tmp_path / "mixture")
+    facts(
+        "prune",
+        tmp_path / "mixture",
+        "--experts",
+        2,
+        "--moments",
+        "none",
+        "--out",
+        tmp_path / "cut",
+    )
+    ask = ("recover", tmp_path / "cut", "--teacher", tmp_path / "mixture", "--steps", 2)
+    found = facts(*ask, "--tokens", 2048, "--updates", "full", "--out", tmp_path / "out")
+    assert found["loss_after"] <= found["loss_before"]
+    assert load_provenance(tmp_path / "out").how["experts"]
 
 
 @pytest.mark.parametrize("kind", ["experts, concat", "wrapper"])

@@ -279,6 +279,8 @@ def _check_shapes(teacher: str, dense: PreTrainedModel, provenance: Provenance) 
     widths, left = ffn_widths(dense), provenance.layers
     if left is not None and len(widths) == provenance.dense_layers:
         widths = [widths[number] for number in left]
+    if "experts" in provenance.how:  # of those that stay alone the record has widths
+        widths = list(provenance.dense_widths)
     said: tuple[Any, ...] = (list(provenance.dense_widths), provenance.parameters_before)
     if (widths, count_parameters(dense)[0]) != said:
         raise ValueError(
