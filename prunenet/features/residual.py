@@ -59,8 +59,7 @@ class ResidualStream:
             self.mean, self.attention = torch.zeros(ffn.d_model), torch.zeros_like(self.moment)
         for name in ("moment", "mean", "embedding", "unembedding", "attention"):
             setattr(self, name, getattr(self, name).to(ffn.up.device))
-        # one that writes to another width (muse_spark) is not read either
-        if ffn.attention_out is not None and len(ffn.attention_out) == ffn.d_model:
+        if ffn.attention_out is not None:
             rows = ffn.attention_out.float()
             check_weights(f"weights of layer {ffn.index}", rows)
             self.attention = self.attention + self_product(rows.T)

@@ -342,7 +342,9 @@ def _around(
     norms = (f"{layer}.{path}" for path in row.norms)
     norm = next((name for name in norms if modules.get(name) is not None), None)
     wanted.append(("norm_scale", norm or "", "weight", row.norm_offset))
-    if first and isinstance(modules.get(name := f"{layer}.{row.attention_out}"), nn.Linear):
+    out = modules.get(name := f"{layer}.{row.attention_out}")
+    # one that writes to another width (muse_spark) is not the stream's
+    if first and isinstance(out, nn.Linear) and out.out_features in down.tensor.shape:
         wanted.append(("attention_out", name, "weight", 0.0))
     return {
         field: (Slice(f"{name}.{own}", modules[name], "head", 0), offset)

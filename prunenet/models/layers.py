@@ -22,15 +22,9 @@ from prunenet.runtime.placement import parameters, present, ties
 
 _ACTIVATIONS = (
     *("hidden_activation", "hidden_act", "activation_function", "activation"),
-    *("mlp_hidden_act", "ffn_activation", "ff_activation", "afn"),
+    *("mlp_hidden_act", "ffn_activation", "afn"),
 )
 """Configuration fields that name the activation function of the FFNs."""
-_IN_CODE = {"lfm2": "silu", "lfm2_moe": "silu", "lfm3": "silu"} | {
-    "cpmant": "gelu",
-    "ctrl": "relu",
-    "rwkv": "relu2",
-}
-"""Activation functions of types whose code names them, and no field of the configuration."""
 
 
 @runtime_checkable
@@ -164,8 +158,7 @@ def activation(model: Weights) -> Callable[[Tensor], Tensor]:
     config = text_config(skeleton)
     stated = (getattr(config, field, None) for field in _ACTIVATIONS)
     row = architecture_for(skeleton.config, type(skeleton))
-    in_code = row.activation or _IN_CODE.get(config.model_type)
-    found = next((name for name in stated if name in ACT2FN), in_code)
+    found = next((name for name in stated if name in ACT2FN), row.activation)
     if found is None and not row.found:
         found = "silu"
     if found is None:
