@@ -283,6 +283,7 @@ def test_costs_by_latency_bend_where_the_table_does(model):
         unit_costs(units, model.config, "latency")
 
 
+@pytest.mark.slow
 def test_a_cut_by_latency_reaches_the_time_that_the_table_predicts(model, policy, monkeypatch):
     monkeypatch.setattr(refining, "latency_table", lambda model: TABLE)
     asked = {"structures": "channels,heads,layers", "budget": "latency", "ratio": 0.4}
