@@ -43,8 +43,8 @@ from prunenet.text.calibration import CalibrationSet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ZOO = Path(__file__).parent / "zoo"
-UNIVERSAL = "universal"
-"""Name of the policy for families that have none of their own, and gated dense FFNs."""
+FALLBACK = "llama"
+"""The policy for families that have none of their own, and gated dense FFNs."""
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
 
 
@@ -320,7 +320,7 @@ class Policy:
 
 def zoo() -> dict[str, Path]:
     """The policies that ship with the package: folder by name, which is the `config.model_type`
-    that it was trained for, or `UNIVERSAL`.
+    that it was trained for.
     """
     return {path.parent.name: path.parent for path in sorted(ZOO.glob("*/config.json"))}
 
@@ -331,10 +331,10 @@ def policy_for(
     """The policy that a user means, and its name for the record.
 
     Args:
-        choice: a name in the zoo, a folder, "none", or None for the zoo's of this family, else its
-            `UNIVERSAL` one, else none.
+        choice: a name in the zoo, a folder, "none", or None for the zoo's of this family, else
+            `FALLBACK`, else none.
         model_type: of the model to be cut.
-        gated: whether its FFNs are such as the universal policy knows
+        gated: whether its FFNs are such as `FALLBACK` knows
             (`prunenet.models.architectures.Architecture.gated`).
 
     Raises:
@@ -342,7 +342,7 @@ def policy_for(
     """
     if choice is None:
         shipped = zoo()
-        names = (model_type, UNIVERSAL) if gated else (model_type,)
+        names = (model_type, FALLBACK) if gated else (model_type,)
         choice = next((name for name in names if name in shipped), "none")
         if choice != "none":  # not by name: a folder may be called so
             return Policy.from_pretrained(shipped[choice]), choice
