@@ -78,8 +78,11 @@ class Pruned:
         """Writes an ordinary Hugging Face checkpoint, verified by reloading it; see
         `prunenet.checkpoints.save.save_pruned`.
         """
+        # heads might have been cut, and none was: the record then says nothing of them
+        whole = all(bool(mask.all()) for mask in self.groups or ())
+        groups = None if whole else self.groups
         return save_pruned(
-            self.model, out, self.keep, self.provenance, tokenizer=tokenizer, groups=self.groups
+            self.model, out, self.keep, self.provenance, tokenizer=tokenizer, groups=groups
         )
 
 

@@ -83,8 +83,6 @@ def save_pruned(
         ValueError: model, masks and provenance contradict each other.
     """
     _check_provenance(model, keep, provenance)
-    if groups is not None and all(bool(mask.all()) for mask in groups):
-        groups = None  # heads might have been cut, and none was
     if keep is not None:
         _check_heads(model, groups, provenance)
     out = expanded(out)
