@@ -208,31 +208,40 @@ def decide(
     if refined is None:
         advance = stage_of(progress, "ablating")
         refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
-    again = partial(_behind_layers, model, policy, blocks, scores, folder, progress)
+    given = _Given(model, policy, blocks, folder, progress)
     if any(found is not None and found.layers is not None for found in refined):
+        again = partial(_behind_layers, given, scores)
         return [again(*size) for size in zip(sizes, ratios, refined, strict=True)]
     ways = [
         allocations(model, policy, ratio, size, offsets) if found is None else found.way
         for size, ratio, found in zip(sizes, ratios, refined, strict=True)
     ]
     found = _cuts(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
-    settle = partial(_settled, model, policy, blocks, folder, progress)
+    settle = partial(_settled, given)
     return [settle(*size) for size in zip(sizes, ratios, found, refined, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What all sizes of one call of `decide` share; see there."""
+
+    model: Weights
+    policy: Policy | None
+    blocks: CalibrationSet | None
+    folder: Path | None
+    progress: Progress | None
+
+
 def _behind_layers(
-    model: Weights,
-    policy: Policy | None,
-    blocks: CalibrationSet | None,
+    given: _Given,
     scores: Sequence[Float[Tensor, " _"]] | None,
-    folder: Path | None,
-    progress: Progress | None,
     size: PruneOptions,
     ratio: float,
     found: Refined | None,
 ) -> Decision:
     """The decision of one size, all that is measured being measured behind the layers that go."""
-    fewer, size = model, replace(size, ratio=ratio, params=None, active=None)
+    model = fewer = given.model
+    size = replace(size, ratio=ratio, params=None, active=None)
     if found is not None and found.layers is not None:
         assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
         assert scores is not None, "PruneOptions.filled"
@@ -241,38 +250,35 @@ def _behind_layers(
     left = None if found is None else found.behind_layers()
     (decision,) = decide(
         fewer,
-        policy,
+        given.policy,
         [size],
-        blocks=blocks,
+        blocks=given.blocks,
         scores=scores,
         refined=[left],
-        folder=folder,
-        progress=progress,
+        folder=given.folder,
+        progress=given.progress,
     )
     return decision if found is None else replace(decision, layers=found.layers)
 
 
 def _settled(
-    model: Weights,
-    policy: Policy | None,
-    blocks: CalibrationSet | None,
-    folder: Path | None,
-    progress: Progress | None,
+    given: _Given,
     size: PruneOptions,
     ratio: float,
     cuts: dict[str, Cut],
     kept: Refined | None,
 ) -> Decision:
     """The decision of one size: the better of its cuts, repaired."""
+    model, policy, blocks = given.model, given.policy, given.blocks
     trained = None if policy is None else policy.config.gain
     gain = trained if blocks is None else _gain(model, cuts, blocks)
     chosen, gain = chosen_allocation(cuts, gain)
     cut = cuts[chosen] if kept is None else replace(cuts[chosen], groups=kept.groups)
     if blocks is not None:
         assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
-        shown = stage_of(progress, "refitting")
+        shown = stage_of(given.progress, "refitting")
         ids, kinds = blocks.ids, blocks.kinds
-        cut = repaired(model, cut, size.refit, ids, kinds, folder=folder, progress=shown)
+        cut = repaired(model, cut, size.refit, ids, kinds, folder=given.folder, progress=shown)
     how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
     if kept is not None and not size.exact:
         how |= How(structures=",".join(size.parts), budget=size.budget, reached=kept.reached)

@@ -93,6 +93,37 @@ class Refined:
         return {"refined": [int(mask.sum()) for mask in self.keep]}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refining:
+    """What may go, and how it is searched.
+
+    Attributes:
+        structures: any of "channels", "heads" (groups of them) and "layers" (whole ones). Channels
+            meet the budget to a multiple of `round_to`; the others alone meet it from below.
+        budget: what is saved.
+        of_all: whether the ratio is a share of what all layers cost.
+        round_to: widths are multiples of this.
+        cap: see `prunenet.evaluation.shares.capped`; None sets none.
+        refreshed: whether the matrix is measured once more, behind the best cut that the first one
+            knows, and searched again; not where layers may go. It takes as many forward passes as
+            the first.
+
+    Raises:
+        ValueError: no layers go from what is `refreshed`.
+    """
+
+    structures: Sequence[Structure] = ("channels",)
+    budget: Cost = "params"
+    of_all: bool = False
+    round_to: int = 8
+    cap: float | None = None
+    refreshed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.refreshed and "layers" in self.structures:
+            raise ValueError("no matrix is measured behind layers that go: leave `refreshed` out")
+
+
 @torch.no_grad()
 def refine(
     model: PreTrainedModel,
@@ -100,13 +131,8 @@ def refine(
     scores: Sequence[Float[Tensor, " _"]],
     offsets: Sequence[float],
     ratio: float,
+    options: Refining = Refining(),
     *,
-    structures: Sequence[Structure] = ("channels",),
-    budget: Cost = "params",
-    of_all: bool = False,
-    round_to: int = 8,
-    cap: float | None = None,
-    refreshed: bool = False,
     progress: Progress | None = None,
 ) -> Refined:
     """Refines a policy's allocation.
@@ -121,34 +147,24 @@ def refine(
         offsets: the policy's log-odds of each layer's channels.
         ratio: as much of the budget goes as that share of the FFN channels costs, in [0, 1); of all
             layers, where channels cost nothing.
-        structures: any of "channels", "heads" (groups of them) and "layers" (whole ones). Channels
-            meet the budget to a multiple of `round_to`; the others alone meet it from below.
-        budget: what is saved.
-        of_all: whether the ratio is a share of what all layers cost.
-        round_to: widths are multiples of this.
-        cap: see `prunenet.evaluation.shares.capped`; None sets none.
-        refreshed: whether the matrix is measured once more, behind the best cut that the first one
-            knows, and searched again; not where layers may go. It takes as many forward passes as
-            the first.
+        options: what may go, and how it is searched.
         progress: called with (parts ablated, in all), of each matrix.
 
     Raises:
         ValueError: a cap out of range, blocks that the model cannot read, logits that are not
-            finite, or structures that hold less of the budget than is to go, or cannot be
-            `refreshed`.
+            finite, or structures that hold less of the budget than is to go.
         UnsupportedArchitecture: heads, or layers, of this family cannot be cut.
     """
-    if refreshed and "layers" in structures:
-        raise ValueError("no matrix is measured behind layers that go: leave `refreshed` out")
     front = int(blocks.bos is not None)
-    known, whole = _game(model, blocks, scores, structures, budget, of_all, progress)
-    share = _share(known, ratio, whole, budget)
-    game = capped(known, share, cap)
+    known, whole = _game(model, blocks, scores, options, progress)
+    share = _share(known, ratio, whole, options.budget)
+    game = capped(known, share, options.cap)
     judged = held_back(blocks.ids)[1][:_JUDGED]
 
     def cuts(rows: Tensor) -> list[_Cut]:
         found = allocated(game, rows, share)
-        return [(*masks(game, row, scores, round_to), layers_left(game, row)) for row in found]
+        step = options.round_to
+        return [(*masks(game, row, scores, step), layers_left(game, row)) for row in found]
 
     def predicted(rows: Tensor) -> Tensor:
         return damages(game, allocated(game, rows, share))
@@ -158,9 +174,8 @@ def refine(
 
     starts = _starts(game, offsets, share)
     near, _ = smooth_search(game, starts[int(predicted(starts).argmin())], predicted, PREDICTED)
-    if refreshed:
-        behind = cuts(near[None])[0][:2]
-        again, _ = _game(model, blocks, scores, structures, budget, of_all, progress, behind)
+    if options.refreshed:
+        again, _ = _game(model, blocks, scores, options, progress, cuts(near[None])[0][:2])
         # groups of heads keep the order that the dense model gave them
         game = replace(again, slots=game.slots)
         near, _ = smooth_search(game, near, predicted, PREDICTED)
@@ -211,10 +226,12 @@ def refined_sizes(
             scores,
             policy.offsets(model),
             ratios[number],
-            structures=size.parts,
-            budget=size.budget,
-            of_all=size.params is not None and size.budget not in ("params", "active"),
-            round_to=step_of(Anatomy.of(model).groups, ratios[number], size.round_to),
+            Refining(
+                structures=size.parts,
+                budget=size.budget,
+                of_all=size.params is not None and size.budget not in ("params", "active"),
+                round_to=step_of(Anatomy.of(model).groups, ratios[number], size.round_to),
+            ),
             progress=progress,
         )
     return found
@@ -224,15 +241,14 @@ def _game(
     model: PreTrainedModel,
     blocks: CalibrationSet,
     scores: Sequence[Tensor],
-    structures: Sequence[Structure],
-    budget: Cost,
-    of_all: bool,
+    options: Refining,
     progress: Progress | None,
     behind: Cut | None = None,
 ) -> tuple[Game, float]:
     """The matrices of the first rows of either kind of the text, as one game of two domains; and
     what a ratio is a share of.
     """
+    structures, budget = options.structures, options.budget
     # what this family cannot do is said before minutes of measuring
     if "heads" in structures:
         attentions(model)
@@ -259,7 +275,7 @@ def _game(
     price = partial(unit_costs, config=text_config(model), cost=budget, table=table)
     every = units_of(model, bins)
     prices = dict(zip(every, price(every), strict=True))
-    of: Structure = "layers" if of_all or budget == "kv-bytes" else "channels"
+    of: Structure = "layers" if options.of_all or budget == "kv-bytes" else "channels"
     whole = sum(cost for unit, cost in prices.items() if unit.structure == of)
     costs = [prices[unit] for unit in parts[0].units]
     context = layer_context(model).cpu()

@@ -12,7 +12,7 @@ from prunenet.models.surgery import masking
 from prunenet.policies import refine as refining
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.options import PruneOptions
-from prunenet.policies.refine import refine
+from prunenet.policies.refine import Refining, refine
 from prunenet.runtime import files
 from prunenet.text.calibration import CalibrationSet
 
@@ -89,7 +89,9 @@ def test_refining_is_never_worse_than_the_policy_on_its_own_measure_and_determin
     model, policy
 ):
     scores, offsets = policy.scores(model), [1.0, 0.0, -1.0]
-    first, second = (refine(model, BLOCKS, scores, offsets, 0.3, round_to=4) for _ in range(2))
+    first, second = (
+        refine(model, BLOCKS, scores, offsets, 0.3, Refining(round_to=4)) for _ in range(2)
+    )
     assert first.end <= first.start
     assert first.end == pytest.approx(
         float(mask_divergences(model, [(first.keep, None)], BLOCKS.ids[-2:])), rel=1e-5
@@ -105,10 +107,7 @@ def test_a_refreshed_matrix_and_a_cap_refine_too(model, policy):
         policy.scores(model),
         [2.0, 0.0, -2.0],
         0.4,
-        structures=("channels", "heads"),
-        round_to=4,
-        cap=1.25,
-        refreshed=True,
+        Refining(structures=("channels", "heads"), round_to=4, cap=1.25, refreshed=True),
         progress=lambda done, of: ablated.append((done, of)),
     )
     assert found.end <= found.start

@@ -35,7 +35,7 @@ from prunenet.models.surgery import masking, narrowed
 from prunenet.policies import refine as refining
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.options import PruneOptions
-from prunenet.policies.refine import refine
+from prunenet.policies.refine import Refining, refine
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.runtime.files import CheckpointError
 from prunenet.text.calibration import CalibrationSet
@@ -185,11 +185,17 @@ def test_what_structures_cannot_give_is_one_sentence(model, policy):
             policy.scores(model),
             [0.0] * LAYERS,
             0.7,
-            structures=("channels", "heads"),
-            budget="kv-bytes",
+            Refining(structures=("channels", "heads"), budget="kv-bytes"),
         )
     with pytest.raises(ValueError, match=r"at most 0.0% of the budget 'kv-bytes' can go"):
-        refine(model, BLOCKS, policy.scores(model), [0.0] * LAYERS, 0.3, budget="kv-bytes")
+        refine(
+            model,
+            BLOCKS,
+            policy.scores(model),
+            [0.0] * LAYERS,
+            0.3,
+            Refining(budget="kv-bytes"),
+        )
 
 
 @pytest.mark.parametrize(
