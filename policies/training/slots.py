@@ -28,7 +28,7 @@ from prunenet.evaluation.slots import Game
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.actor_critic import SweepRolloutBuffer
 from prunenet.policies.training.swept_widths import mean_shares
-from prunenet.policies.training.vec_env import SB3VecEnv
+from prunenet.policies.training.vec_env import SB3VecEnv, quiet
 from prunenet.runtime.choices import check_ratio
 from prunenet.text.calibration import check_seed
 
@@ -136,6 +136,7 @@ def train_allocator(
             },
             seed=recipe.seed,
         )
+        algorithm.set_logger(quiet())
         watch = _Watch(games, recipe, length, progress)
         algorithm.learn(recipe.updates * length * recipe.episodes, callback=watch)
     finally:
