@@ -48,8 +48,8 @@ from prunenet.refit.folds import folds_of
 from prunenet.text.calibration import CalibrationSet, self_blocks
 from prunenet.text.corpora import TestText, load_text
 
-BINS, ROWS, HELD, SEEDS, WINDOWS = 6, 2, 3, 3, 16
-RATIOS = (0.2, 0.3, 0.5)
+BINS, ROWS, HELD, SEEDS, WINDOWS = 6, 2, 3, 3, 12
+RATIOS, READ_AT = (0.2, 0.3, 0.5), 0.3
 GATED = ("llama", "qwen3", "gemma3", "olmo2", "phi3")
 SMALL_TEXT = 40  # sequences that a small model writes
 RECIPE = AllocatorRecipe(updates=150, learning_rate=1e-2)
@@ -194,8 +194,8 @@ def final(cases: list[Case], llama: Policy, out: Path) -> Line:
 
 
 def judged(one: Opened, ways: dict[str, tuple[Policy, bool]], data: Path) -> Line:
-    """KL on the model's own text, and perplexity on two validation texts, of policies from weights
-    alone, at their own widths or at uniform ones.
+    """KL on the model's own text, and at 0.3 perplexity on two validation texts, of policies from
+    weights alone, at their own widths or at uniform ones.
     """
     model, front = one.model, int(one.text.bos is not None)
     held = torch.cat([kind[-HELD:] for kind in folds_of(one.text.ids, one.text.kinds)])
@@ -213,7 +213,7 @@ def judged(one: Opened, ways: dict[str, tuple[Policy, bool]], data: Path) -> Lin
             cut = policy.masks(model, ratio, per_layer=own)
             line = {"kl": float(mask_distances(model, [(cut, None)], held, unscored=front).kl[0])}
             with masking(model, cut):
-                for text, given in texts.items():
+                for text, given in texts.items() if ratio == READ_AT else ():
                     line[text] = perplexity(model, one.tokenizer, given, options).value
             found[f"{ratio:g} {name}"] = line
     return found
