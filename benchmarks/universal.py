@@ -10,14 +10,13 @@ and judgements are of text that each model writes; what is judged on is in no ma
   python benchmarks/universal.py MODEL --data ../shared/data --out results.jsonl --policy OUT
 
 Steps, none of them repeated: `what`, channels at uniform widths by several scores; `where`, for
-each model left out widths that were learned on the other ones alone; `final`, widths learned on the
-small ones alone, written to --policy; `judged`, that policy on MODEL and on stories15M, which
-trained none of its widths: KL on self-written text, perplexity on validation texts.
+each model left out widths that were learned on the other ones alone; `judged`, on MODEL and on
+stories15M a policy whose widths were learned on the small ones alone, which is written to --policy:
+KL on self-written text, perplexity on validation texts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,24 +30,22 @@ from trained_kinds import DENSE, trained
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.evaluation.divergence import mask_distances
-from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.evaluation.shares import allocated, damages, masks
-from prunenet.evaluation.slots import PLACE, Game
-from prunenet.features.from_weights import CONTEXT, layer_context
+from prunenet.evaluation.slots import Game
 from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels
 from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy, zoo
 from prunenet.policies.methods.widths.joint import search_shares
-from prunenet.policies.scorer import SlotAllocator
+from prunenet.policies.training.matrices import Measured, allocator, train_widths
 from prunenet.policies.training.slots import AllocatorRecipe, train_allocator
 from prunenet.refit.folds import folds_of
 from prunenet.text.calibration import CalibrationSet, self_blocks
 from prunenet.text.corpora import TestText, load_text
 
-BINS, ROWS, HELD, SEEDS, WINDOWS = 6, 2, 3, 3, 12
+HELD, SEEDS, WINDOWS = 3, 3, 12
 RATIOS, READ_AT = (0.2, 0.3, 0.5), 0.3
 GATED = ("llama", "qwen3", "gemma3", "olmo2", "phi3")
 SMALL_TEXT = 40  # sequences that a small model writes
@@ -78,26 +75,21 @@ class Case:
     name: str
     model: PreTrainedModel
     scores: list[Tensor]
-    game: Game
+    known: Measured
     held: Tensor
     front: int
 
     @classmethod
-    def of(cls, opened_model: Opened, policy: Policy) -> Case:
+    def of(cls, one: Opened, policy: Policy) -> Case:
         """Measures a model's matrix, channels in the order of a policy's scores."""
-        model, text = opened_model.model, opened_model.text
-        front, scores = int(text.bos is not None), policy.scores(model)
-        kinds = folds_of(text.ids, text.kinds)
-        parts = measure_interaction(
-            model,
-            torch.cat([kind[:ROWS] for kind in kinds]),
-            scores,
-            Ablation(bins=BINS, structures=("channels",), unscored=front, batch=ROWS),
-            cache=interaction_folder(),
-        )
-        game = Game.of(parts, layer_context(model).cpu(), structures=("channels",))
-        held = torch.cat([kind[-HELD:] for kind in kinds])
-        return cls(opened_model.name, model, scores, game, held, front)
+        held = torch.cat([kind[-HELD:] for kind in folds_of(one.text.ids, one.text.kinds)])
+        known, front = Measured.of(one.model, one.text, policy), int(one.text.bos is not None)
+        return cls(one.name, one.model, policy.scores(one.model), known, held, front)
+
+    @property
+    def game(self) -> Game:
+        """Its rules."""
+        return self.known.game
 
     def measured(self, rows: dict[str, Tensor]) -> Line:
         """Predicted damage of allocations, and measured distances on held text."""
@@ -110,15 +102,6 @@ class Case:
             | {"tv": float(true.tv[n]), "flips": float(true.flips[n])}
             for n, name in enumerate(rows)
         }
-
-
-def start(policy: Policy | None, seed: int) -> SlotAllocator:
-    """An allocator whose channels are a policy's, or untrained."""
-    names = [name.removeprefix("is_") for name in PLACE]
-    made = SlotAllocator(CONTEXT, names, generator=torch.Generator().manual_seed(seed))
-    if policy is not None:
-        made.heads["channels"].load_state_dict(policy.scorer.widths.state_dict())
-    return made
 
 
 def what(one: Opened, llama: Policy) -> Line:
@@ -156,7 +139,7 @@ def where(case: Case, others: list[Case], llama: Policy, seeds: int) -> Line:
             ("others", [other.game for other in others], llama if known else None),
             ("own", [case.game], None),
         ):
-            learned = train_allocator(games, start(begin, seed), recipe).allocator
+            learned = train_allocator(games, allocator(begin, seed), recipe).allocator
             offsets[f"{name} {seed}"] = learned(case.game.features).detach()
     found: Line = {}
     for ratio in RATIOS:
@@ -168,29 +151,6 @@ def where(case: Case, others: list[Case], llama: Policy, seeds: int) -> Line:
                 rows[f"{drawn} {seed}"] = search_shares(case.game, ratio, drawn, seed=seed)
         found[f"{ratio:g}"] = case.measured(rows)
     return {"found": found, "updates": RECIPE.updates}
-
-
-def final(cases: list[Case], llama: Policy, out: Path) -> Line:
-    """Trains on small models alone, from nothing, and writes the policy."""
-    games = [case.game for case in cases]
-    learned = train_allocator(games, start(None, 0), RECIPE).allocator
-    gains = {}
-    for case in cases:
-        offsets = learned(case.game.features).detach()
-        ways = {"even": torch.zeros_like(offsets), "policy": offsets}
-        rows = {name: allocated(case.game, each, 0.3)[0] for name, each in ways.items()}
-        found = case.measured(rows)
-        gains[case.name] = 1 - math.exp(found["policy"]["kl"] - found["even"]["kl"])
-    policy = Policy.from_pretrained(zoo()["llama"])
-    policy.scorer.widths.load_state_dict(learned.heads["channels"].state_dict())
-    names = {case.name: case.model.config.model_type for case in cases}
-    policy.config = replace(
-        policy.config,
-        gain=sum(gains.values()) / len(gains),
-        trained_on={**llama.config.trained_on, "widths": names},
-    )
-    policy.save_pretrained(out)
-    return {"gains": gains}
 
 
 def judged(one: Opened, ways: dict[str, tuple[Policy, bool]], data: Path) -> Line:
@@ -244,9 +204,9 @@ def main() -> None:
         others = [case for case in cases.values() if case.name != name]
         place = {"left_out": name, "others": [case.name for case in others]}
         step({"step": "where", **place}, partial(where, cases[name], others, llama, args.seeds))
-    small = [cases[name] for name in GATED]
-    step({"step": "final", "models": list(GATED)}, partial(final, small, llama, args.policy))
-    universal = Policy.from_pretrained(args.policy)
+    small = [cases[name].known for name in GATED]
+    universal = train_widths(llama, small, RECIPE, anew=True)
+    universal.save_pretrained(args.policy)
     ways = {"uniform": (llama, False), "llama": (llama, True), "universal": (universal, True)}
     for one in (models["given"], stories):
         place = {"step": "judged", "model": one.name, "models": list(GATED)}

@@ -74,6 +74,8 @@ class AllocatorRecipe:
                 "training takes 1 or more updates between evaluations and 2 or more episodes, got"
                 f" {self.updates}, {self.evaluate_every} and {self.episodes}"
             )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, slots=True)
