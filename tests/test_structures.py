@@ -202,7 +202,10 @@ def test_what_structures_cannot_give_is_one_sentence(model, policy):
     ("choices", "message"),
     [
         ({"structures": "channels,joists"}, "unknown structures 'joists'; it is one of channels"),
-        ({"structures": "channels,attention"}, "attention sublayers stay, .* say heads"),
+        (
+            {"structures": "channels,attention", "widths": "auto"},
+            "only refined widths cut channels,a",
+        ),
         ({"structures": "layers", "widths": "auto"}, "only refined widths cut layers; say"),
         ({"budget": "flops", "widths": "uniform"}, "only refined widths cut by flops; say"),
         ({"budget": "kv-bytes"}, "channels hold nothing of the KV cache; say heads too"),

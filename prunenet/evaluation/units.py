@@ -78,7 +78,8 @@ def units_of(
         if heads:
             groups, each = heads[layer.index].groups, heads[layer.index].group_parameters
             units += [Unit("heads", layer.index, group, each) for group in range(groups)]
-            units.append(Unit("attention", layer.index, 0, groups * each))
+            if groups:
+                units.append(Unit("attention", layer.index, 0, groups * each))
         whole = sum(parameter.numel() for parameter in layer.module.parameters())
         units.append(Unit("layers", layer.index, 0, whole))
     return tuple(unit for unit in units if unit.structure in structures)
