@@ -147,7 +147,7 @@ class NoHeads:
 
 
 @cache
-def without_heads(stock: Any, written_by: str) -> Any:
+def without_heads(stock: type, written_by: str) -> Any:
     """Returns a class of attention without heads; `written_by` names its output linear."""
     fields = {"__module__": __name__, "stock_class": stock, "written_by": written_by}
     return type(f"NoHeads{stock.__name__}", (NoHeads, stock), fields)
@@ -158,7 +158,7 @@ def settle_heads(model: Any, structure: dict[str, Any], counts: Any) -> None:
     path, _, name = structure["output"].rpartition(".")
     for layer, count in zip(layers_of(model, structure), counts, strict=True):
         attention = layer.get_submodule(path)
-        stock = getattr(type(attention), "stock_class", type(attention))
+        stock: type = getattr(type(attention), "stock_class", type(attention))
         attention.__class__ = stock if count else without_heads(stock, name)
 
 
