@@ -53,9 +53,9 @@ class PruneOptions:
             channels in all), "auto": per-layer where that is predicted to lower perplexity by more
             than 5 % (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on
             calibration text (`prunenet.policies.refine`).
-        structures: what refined widths cut: one or more of "channels", "heads" (groups of them) and
-            "layers" (whole ones), with commas; as many parameters in all as the ratio takes from
-            channels.
+        structures: what refined widths cut: one or more of "channels", "heads" (groups of them),
+            "attention" (heads, and of a layer all of them) and "layers" (whole ones), with commas;
+            as many parameters in all as the ratio takes from channels.
         budget: what refined widths save: "params", "active" (of dense models the same), "flops",
             "kv-bytes" or "latency" (`prunenet.evaluation.latency`). The ratio then is a share of
             what FFN channels cost in it, or of everything where they cost nothing; `params` is a
@@ -123,8 +123,11 @@ class PruneOptions:
 
     @property
     def parts(self) -> tuple[Structure, ...]:
-        """The structures that are cut, in the order of `prunenet.evaluation.interaction`."""
-        given = [name.strip() for name in self.structures.split(",")]
+        """The structures that are cut, in the order of `prunenet.evaluation.interaction`; attention
+        goes by its heads.
+        """
+        given = {name.strip() for name in self.structures.split(",")}
+        given |= {"heads"} if "attention" in given else set()
         return tuple(name for name in STRUCTURES if name in given)
 
     @property
@@ -184,11 +187,6 @@ def _check_structures(options: PruneOptions) -> None:
     given = [name.strip() for name in options.structures.split(",")]
     for name in given:
         check_choice("structures", name, Structure)
-    if "attention" in given:
-        raise ValueError(
-            "attention sublayers stay, for stock attention computes one group of heads at least;"
-            " say heads, of which each layer keeps a group, or layers"
-        )
     if options.parts == ("channels",) and options.budget == "kv-bytes":
         raise ValueError("FFN channels hold nothing of the KV cache; say heads too, or layers")
     if (*options.parts, options.budget) != ("channels", "params") and options.widths != "refined":

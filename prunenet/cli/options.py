@@ -225,7 +225,7 @@ HELP: dict[str, Any] = {
     "structures": typer.Option(
         metavar="NAME,...",
         help="What refined widths cut, at as many parameters in all: channels, heads (groups of"
-        " them), layers (whole ones).",
+        " them), attention (heads, and of a layer all of them), layers (whole ones).",
     ),
     "budget": typer.Option(
         help="What refined widths save; --ratio is the share of what FFN channels cost in it (of"
