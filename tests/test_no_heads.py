@@ -274,8 +274,12 @@ def test_layers_in_which_tokens_are_counted_keep_a_group_and_stay(dense) -> None
         assert layers_left(game, shares)[0]
         _, groups = masks_of(game, shares, scores)
         assert int(groups[0].sum()) >= 1
-    with pytest.raises(ValueError, match="name heads among the structures too"):
-        game_of(dense, token_ids(2, 12), structures=("channels", "attention"), bins=2)
+    for refused in (
+        lambda: game_of(dense, token_ids(2, 12), structures=("channels", "attention"), bins=2),
+        lambda: refining.Refining(structures=("channels", "attention")),
+    ):
+        with pytest.raises(ValueError, match="name heads among the structures too"):
+            refused()
 
 
 @pytest.mark.parametrize("budget", ["params", pytest.param("kv-bytes", marks=pytest.mark.slow)])
