@@ -32,7 +32,7 @@ from prunenet.evaluation.shares import (
     masks,
     shares_of,
 )
-from prunenet.evaluation.slots import Game
+from prunenet.evaluation.slots import Game, check_attention
 from prunenet.evaluation.smooth import smooth_search
 from prunenet.evaluation.units import Cut, units_of
 from prunenet.features.from_weights import layer_context
@@ -110,7 +110,7 @@ class Refining:
             the first.
 
     Raises:
-        ValueError: no layers go from what is `refreshed`.
+        ValueError: no layers go from what is `refreshed`, and no attention without heads.
     """
 
     structures: Sequence[Structure] = ("channels",)
@@ -123,6 +123,7 @@ class Refining:
     def __post_init__(self) -> None:
         if self.refreshed and "layers" in self.structures:
             raise ValueError("no matrix is measured behind layers that go: leave `refreshed` out")
+        check_attention(self.structures)
 
 
 @torch.no_grad()

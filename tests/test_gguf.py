@@ -309,9 +309,11 @@ def test_another_rule_and_a_token_outside_the_embedding_are_refused() -> None:
     [
         ("llama", [32] * LAYERS, None, {"tied": True}),
         ("llama", PER_LAYER, [[True, False], [True, True], [False, True]], {"bias": True}),
+        ("llama", PER_LAYER, [[True, False], [False, False], [False, True]], {}),
         ("mistral", PER_LAYER, None, {}),
         ("qwen2", [32] * LAYERS, None, {}),
         ("qwen2", PER_LAYER, [[True, False], [True, True], [False, True]], {"tied": True}),
+        ("qwen2", [32] * LAYERS, [[True, False], [True, True], [False, False]], {"tied": True}),
         ("qwen3", [32] * LAYERS, None, {}),
         ("qwen3", PER_LAYER, [[True, False], [True, True], [False, True]], {"tied": True}),
         ("granite", [32] * LAYERS, None, {}),

@@ -66,7 +66,7 @@ def test_attention_without_heads_computes_what_the_masked_dense_model_computes(m
     assert group_counts(narrow) == counts
     ids, seen = token_ids(), torch.ones_like(token_ids())
     seen[0, :4] = 0  # padded on the left
-    settings = {"attention_mask": seen, "max_new_tokens": 5, "do_sample": False}
+    settings = {"attention_mask": seen, "max_new_tokens": 3, "do_sample": False}
     with masking(model, WHOLE, groups):
         expected = logits(model)
         texts = [model.generate(ids, num_beams=n, use_cache=False, **settings) for n in (1, 2)]
@@ -121,6 +121,20 @@ def test_what_has_lost_its_attention_is_cut_again_and_filled_up_again(dense) -> 
     torch.testing.assert_close(logits(padded), logits(once), atol=3e-5, rtol=0)
     with pytest.raises(ValueError, match=r"every layer has some, and layers \[1\] have none"):
         cut(Evidence(once), "magnitude", 0.3, heads=True)
+
+
+def test_a_placed_model_loses_attention_like_one_in_memory(dense, checkpoint, tmp_path) -> None:
+    pytest.importorskip("accelerate")
+    dense.save_pretrained(tmp_path / "dense")
+    placed = load_model(tmp_path / "dense", device="auto", max_memory="cpu=10KB")
+    groups = masks(COUNTS)
+    narrow = narrowed(placed, WHOLE, groups)
+    assert logits(narrow).equal(logits(narrowed(dense, WHOLE, groups)))
+    assert logits(placed).equal(logits(dense))
+    again = load_model(checkpoint[0], device="auto", max_memory="cpu=10KB")
+    assert logits(again).equal(logits(checkpoint[1]))
+    filled = logits(zero_padded(again))
+    torch.testing.assert_close(filled, logits(checkpoint[1]), atol=3e-5, rtol=0)
 
 
 # --- checkpoints ---
@@ -184,6 +198,15 @@ def test_numbers_of_groups_below_zero_or_beyond_what_is_stored_are_refused(
         (folder / "config.json").write_text(json.dumps(spoilt))
         with pytest.raises(CheckpointError):
             load_model(folder)
+
+
+def test_a_first_layer_without_heads_is_refused_by_the_code_beside_a_checkpoint(dense) -> None:
+    config = narrowed(dense, WHOLE, masks(COUNTS)).config
+    config.per_layer_config = {
+        layer: {"num_key_value_heads": count} for layer, count in enumerate([0, 2, 3])
+    }
+    with pytest.raises(ValueError, match="layer 0 has no heads, and caches count tokens there"):
+        modeling.PerLayerLlamaForCausalLM(config)
 
 
 # --- exports ---
@@ -251,11 +274,15 @@ def test_layers_in_which_tokens_are_counted_keep_a_group_and_stay(dense) -> None
         assert layers_left(game, shares)[0]
         _, groups = masks_of(game, shares, scores)
         assert int(groups[0].sum()) >= 1
-    with pytest.raises(ValueError, match="name heads among the structures too"):
-        game_of(dense, token_ids(2, 12), structures=("channels", "attention"), bins=2)
+    for refused in (
+        lambda: game_of(dense, token_ids(2, 12), structures=("channels", "attention"), bins=2),
+        lambda: refining.Refining(structures=("channels", "attention")),
+    ):
+        with pytest.raises(ValueError, match="name heads among the structures too"):
+            refused()
 
 
-@pytest.mark.parametrize("budget", ["kv-bytes", "params"])
+@pytest.mark.parametrize("budget", ["params", pytest.param("kv-bytes", marks=pytest.mark.slow)])
 def test_attention_that_hardly_matters_goes_in_prune(budget, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(refining, "PREDICTED", (3, 4))

@@ -132,15 +132,13 @@ class Game:
         missing = {*structures} - {unit.structure for unit in units}
         if missing:
             raise ValueError(f"the interaction matrix has no {sorted(missing)[0]}: measure them")
-        whole = "attention" in structures
-        if whole and "heads" not in structures:
-            raise ValueError("attention goes group by group: name heads among the structures too")
+        check_attention(structures)
         prices = [float(unit.parameters) for unit in units] if costs is None else list(costs)
         alone, around = torch.stack([part.kl for part in parts]).mean(0), Around.of(parts)
         if around is not None:
             # what is gone already goes first
             alone = alone.masked_fill(around.gone > 0.5, -1)
-        slots = _slots(units, prices, alone, structures, least, {*counting} if whole else set())
+        slots = _slots(units, prices, alone, structures, least, counting)
         kinds = torch.eye(len(_KINDS))
         rows = [torch.cat((context[s.layer], kinds[_KINDS.index(s.structure)])) for s in slots]
         forms = torch.stack([part.quadratic for part in parts]).float()
@@ -177,16 +175,22 @@ class Game:
         return sum(slot.costs[-1] for slot in self.slots)
 
 
+def check_attention(structures: Sequence[Structure]) -> None:
+    """Raises ValueError for attention without heads among structures."""
+    if "attention" in structures and "heads" not in structures:
+        raise ValueError("attention goes group by group: name heads among the structures too")
+
+
 def _slots(
     units: Sequence[Unit],
     prices: Sequence[float],
     alone: Tensor,
     structures: Sequence[Structure],
     least: int,
-    counting: set[int],
+    counting: Sequence[int],
 ) -> tuple[Slot, ...]:
     found: list[Slot] = []
-    last = max(unit.layer for unit in units)
+    last, sublayers = max(unit.layer for unit in units), "attention" in structures
     numbered = [*enumerate(units)]
     for layer, rows in groupby(numbered, key=lambda pair: pair[1].layer):
         of: dict[str, list[int]] = {}
@@ -196,7 +200,7 @@ def _slots(
         if "heads" in structures and "heads" in of:
             # the group that costs least alone goes first
             order = sorted(of["heads"], key=lambda column: float(alone[column]))
-            goes = "attention" in structures and layer not in counting
+            goes = sublayers and layer not in counting
             whole = of["attention"][0] if goes else None
             keep = int(whole is None)
             made = Slot("heads", layer, tuple(order), _rising(of["heads"], prices), keep, whole)
@@ -208,7 +212,7 @@ def _slots(
         if "layers" in structures and layer != last:
             (column,) = of["layers"]
             rest = prices[column] - sum(slot.costs[-1] for slot in inside)
-            stays = int(layer in counting)
+            stays = int(sublayers and layer in counting)
             found.append(Slot("layers", layer, (column,), (0.0, max(rest, 0.0)), stays))
         found += inside
     return tuple(found)

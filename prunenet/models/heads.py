@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import check_heads
 from prunenet.models.groups import Group, Part, Pattern, Slice
+from prunenet.models.modeling import counting_layers as counting_layers
 
 GROUPS, QUERY_HEADS, HEAD_DIM = "num_key_value_heads", "num_attention_heads", "head_dim"
 """Configuration fields of the families whose heads can be cut."""
@@ -86,17 +87,6 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
 def group_counts(model: PreTrainedModel) -> list[int]:
     """Groups of each layer; raises as `attentions`."""
     return [attention.groups for attention in attentions(model)]
-
-
-def counting_layers(config: Any) -> list[int]:
-    """Layers that stock caches and masks ask for the number of tokens: the first of each kind of
-    attention. These keep a group of heads.
-
-    Args:
-        config: of a text model.
-    """
-    kinds = getattr(config, "layer_types", None) or ["one"]
-    return sorted({kinds.index(kind) for kind in kinds})
 
 
 def out_linears(model: PreTrainedModel) -> list[nn.Linear]:

@@ -62,7 +62,13 @@ class PerLayerWidths:
                 narrow(self, structure, widths[field], getattr(*holder_of(config, field)))
             if hasattr(config, HEADS):
                 structure = getattr(config, HEADS)
-                settle_heads(self, structure, widths[structure["width"]])
+                counts = widths[structure["width"]]
+                for layer in counting_layers(text):
+                    if counts[layer] < 1:
+                        raise ValueError(
+                            f"layer {layer} has no heads, and caches count tokens there"
+                        )
+                settle_heads(self, structure, counts)
         finally:
             text.per_layer_config = stated
 
@@ -103,6 +109,14 @@ def layer_values(config: Any, field: str) -> list[int]:
     given = overrides(config)
     widest = vars(config)[config.attribute_map.get(name, name)]  # they may not be asked for it
     return [given.get(layer, {}).get(name, widest) for layer in range(config.num_hidden_layers)]
+
+
+def counting_layers(config: Any) -> list[int]:
+    """Returns the layers that stock caches and masks ask for the number of tokens: the first of
+    each kind of attention. These keep a group of heads.
+    """
+    kinds = getattr(config, "layer_types", None) or ["one"]
+    return sorted({kinds.index(kind) for kind in kinds})
 
 
 def layers_of(model: Any, structure: dict[str, Any]) -> Any:
@@ -160,6 +174,8 @@ def settle_heads(model: Any, structure: dict[str, Any], counts: Any) -> None:
         attention = layer.get_submodule(path)
         stock: type = getattr(type(attention), "stock_class", type(attention))
         attention.__class__ = stock if count else without_heads(stock, name)
+        if "_old_forward" in vars(attention):  # accelerate's hooks call that of the class before
+            attention._old_forward = type(attention).forward.__get__(attention)
 
 
 def __getattr__(name: str) -> Any:
