@@ -9,6 +9,10 @@ All masks remove the same share of channels. A mask ranks channels by a score wi
 random, a weight norm in either direction, activation energy on self-written text, or the policy's.
 Widths are uniform or random. Perplexity is that of WikiText-2 validation; rewards read the model's
 own text.
+
+With `--tasks ../shared/data/tasks` and another --out it measures, of the same masks, KL, total
+variation and flips on the model's own text, and zero-shot accuracy on the first --questions of
+every task: which of the three ranks masks as accuracy does.
 """
 
 from __future__ import annotations
@@ -20,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Line, append_line, opened, parser, read_lines
+from _common import Line, append_line, is_measured, opened, parser, read_lines
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
+from prunenet.evaluation.divergence import mask_distances
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
+from prunenet.evaluation.zeroshot import zero_shot
 from prunenet.models.layers import down_linears, ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels, width_at, widths_for_budget
 from prunenet.models.surgery import masking
@@ -37,6 +43,8 @@ from prunenet.text.calibration import self_blocks
 from prunenet.text.corpora import TestText, load_text
 
 NOISES = (0.0, 0.5, 1.0, 2.0)
+DISTANCE_ROWS = 6
+NAMES = ("KL", "total variation", "flips")
 
 
 class Masks:
@@ -124,6 +132,28 @@ def study(arguments: argparse.Namespace) -> None:
             print(number, kinds[index], round(value, 1), flush=True)
 
 
+def accuracies(arguments: argparse.Namespace) -> None:
+    """Distances and accuracy of the first masks, one line each."""
+    model, tokenizer = opened(arguments.model)
+    text = self_blocks(model, tokenizer)
+    masks = Masks(model, Policy.from_pretrained(arguments.policy), text.ids, arguments.ratio)
+    front, held = int(text.bos is not None), text.ids[-DISTANCE_ROWS:]
+    for number in range(arguments.masks):
+        place: Line = {"mask": number, "ratio": arguments.ratio, "questions": arguments.questions}
+        if is_measured(read_lines(arguments.out), place):
+            continue
+        kind, keep = masks.draw(number)
+        found = mask_distances(model, [(keep, None)], held, unscored=front)
+        with masking(model, keep):
+            results = zero_shot(model, tokenizer, arguments.tasks, limit=arguments.questions)
+        right = sum(result.accuracy * result.n for result in results)
+        asked = sum(result.n for result in results)
+        line = {**place, "kind": kind, "accuracy": right / asked}
+        line["rewards"] = {name: -float(value[0]) for name, value in zip(NAMES, found, strict=True)}
+        append_line(arguments.out, line)
+        print(number, kind, round(line["accuracy"], 3), flush=True)
+
+
 def _paid(reward: Reward, keep: list[Tensor]) -> Tensor:
     """The layers' mean plus the sweep's, for each mask."""
     layers = [
@@ -133,8 +163,8 @@ def _paid(reward: Reward, keep: list[Tensor]) -> Tensor:
 
 
 def summary(lines: Sequence[Line]) -> dict[str, float]:
-    """Spearman's rank correlation of each reward with minus the perplexity."""
-    quality = [-line["perplexity"] for line in lines]
+    """Spearman's rank correlation of each reward with accuracy, or with minus the perplexity."""
+    quality = [line.get("accuracy", -line.get("perplexity", 0.0)) for line in lines]
     return {
         name: float(spearmanr([line["rewards"][name] for line in lines], quality)[0])
         for name in lines[0]["rewards"]
@@ -145,14 +175,20 @@ def figure(lines: Sequence[Line], path: Path) -> None:
     from matplotlib import pyplot
 
     correlations = summary(lines)
-    sheet, axes = pyplot.subplots(1, 5, figsize=(18, 4.2), sharey=True, constrained_layout=True)
+    count, judge = len(lines[0]["rewards"]), "accuracy" if "accuracy" in lines[0] else "perplexity"
+    sheet, axes = pyplot.subplots(
+        1, count, figsize=(3.6 * count, 4.2), sharey=True, constrained_layout=True
+    )
     colours = {"random": "tab:grey", "policy": "tab:red", "energy": "tab:blue"}
     for axis, (name, value) in zip(axes.flat, correlations.items(), strict=True):
         for line in lines:
             colour = colours.get(line["kind"].split(",")[0], "tab:green")
-            axis.scatter(line["rewards"][name], line["perplexity"], s=9, color=colour, alpha=0.7)
-        axis.set(yscale="log", title=f"{name}\nrank correlation {value:.2f}", xlabel="reward")
-    axes[0].set_ylabel("perplexity (WikiText-2 validation)")
+            axis.scatter(line["rewards"][name], line[judge], s=9, color=colour, alpha=0.7)
+        axis.set(title=f"{name}\nrank correlation {value:.2f}", xlabel="reward")
+        if judge == "perplexity":
+            axis.set_yscale("log")
+    where = "zero-shot" if judge == "accuracy" else "WikiText-2 validation"
+    axes[0].set_ylabel(f"{judge} ({where})")
     sheet.suptitle(
         f"{len(lines)} masks at ratio {lines[0]['ratio']:g}. Grey: random; green: norms; blue:"
         " activation energy; red: policy"
@@ -167,12 +203,14 @@ def main() -> None:
     made.add_argument("--policy")
     made.add_argument("--ratio", type=float, default=0.3)
     made.add_argument("--masks", type=int, default=200)
+    made.add_argument("--tasks", type=Path, help="folder of <task>.jsonl: accuracy, not perplexity")
+    made.add_argument("--questions", type=int, default=100, help="of each task, the first")
     made.add_argument("--figure", type=Path, help="draw what --out holds, measure nothing")
     arguments = made.parse_args()
     if arguments.figure is None and None in (arguments.model, arguments.data, arguments.policy):
         made.error("give MODEL, --data and --policy, or --figure")
     if arguments.figure is None:
-        study(arguments)
+        (study if arguments.tasks is None else accuracies)(arguments)
     lines = read_lines(arguments.out)
     if arguments.figure is not None:
         figure(lines, arguments.figure)

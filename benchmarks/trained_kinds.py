@@ -94,6 +94,25 @@ DENSE: dict[str, tuple[str, dict[str, Any], int]] = {
         | {"num_attention_heads": 6, "head_dim": 32},
         400,
     ),
+    "gemma3": (
+        "gemma3_text",
+        _LARGER
+        | {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6}
+        | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
+        400,
+    ),
+    "olmo2": (
+        "olmo2",
+        _LARGER
+        | {"hidden_size": 160, "num_hidden_layers": 12, "intermediate_size": 448}
+        | {"num_attention_heads": 5, "num_key_value_heads": 5},
+        400,
+    ),
+    "phi3": (
+        "phi3",
+        _LARGER | {"num_hidden_layers": 6, "intermediate_size": 704},
+        400,
+    ),
 }
 
 

@@ -10,15 +10,16 @@ and judgements are of text that each model writes; what is judged on is in no ma
   python benchmarks/universal.py MODEL --data ../shared/data --out results.jsonl --policy OUT
 
 Steps, none of them repeated: `what`, channels at uniform widths by several scores; `where`, for
-each model widths that were learned on the other ones alone; `final`, widths learned on all, written
-to --policy and judged on stories15M.
+each model left out widths that were learned on the other ones alone; `judged`, on MODEL and on
+stories15M a policy whose widths were learned on the small ones alone, which is written to --policy:
+KL on self-written text, perplexity on validation texts.
 """
 
 from __future__ import annotations
 
-import math
-from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,25 +27,27 @@ from _common import Line, append_line, is_measured, opened, parser, read_lines, 
 from stories import stories_model
 from torch import Tensor
 from trained_kinds import DENSE, trained
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.evaluation.divergence import mask_distances
-from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
+from prunenet.evaluation.options import EvaluationOptions
+from prunenet.evaluation.perplexity import perplexity
 from prunenet.evaluation.shares import allocated, damages, masks
-from prunenet.evaluation.slots import PLACE, Game
-from prunenet.features.from_weights import CONTEXT, layer_context
+from prunenet.evaluation.slots import Game
 from prunenet.models.layers import ffn_widths, iter_ffns
 from prunenet.models.masks import top_channels
+from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy, zoo
 from prunenet.policies.methods.widths.joint import search_shares
-from prunenet.policies.scorer import SlotAllocator
+from prunenet.policies.training.matrices import Measured, allocator, train_widths
 from prunenet.policies.training.slots import AllocatorRecipe, train_allocator
 from prunenet.refit.folds import folds_of
 from prunenet.text.calibration import CalibrationSet, self_blocks
+from prunenet.text.corpora import TestText, load_text
 
-BINS, ROWS, HELD, SEEDS = 6, 2, 3, 3
-RATIOS = (0.2, 0.3, 0.5)
-GATED = ("llama", "qwen3")
+HELD, SEEDS, WINDOWS = 3, 3, 12
+RATIOS, READ_AT = (0.2, 0.3, 0.5), 0.3
+GATED = ("llama", "qwen3", "gemma3", "olmo2", "phi3")
 SMALL_TEXT = 40  # sequences that a small model writes
 RECIPE = AllocatorRecipe(updates=150, learning_rate=1e-2)
 
@@ -55,13 +58,14 @@ class Opened:
 
     name: str
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     text: CalibrationSet
 
     @classmethod
     def of(cls, name: str, source: Path | str, sequences: int = SMALL_TEXT) -> Opened:
         """Opens a checkpoint; its text is cached."""
         model, tokenizer = opened(source)
-        return cls(name, model, self_blocks(model, tokenizer, sequences=sequences))
+        return cls(name, model, tokenizer, self_blocks(model, tokenizer, sequences=sequences))
 
 
 @dataclass(frozen=True)
@@ -71,26 +75,21 @@ class Case:
     name: str
     model: PreTrainedModel
     scores: list[Tensor]
-    game: Game
+    known: Measured
     held: Tensor
     front: int
 
     @classmethod
-    def of(cls, opened_model: Opened, policy: Policy) -> Case:
+    def of(cls, one: Opened, policy: Policy) -> Case:
         """Measures a model's matrix, channels in the order of a policy's scores."""
-        model, text = opened_model.model, opened_model.text
-        front, scores = int(text.bos is not None), policy.scores(model)
-        kinds = folds_of(text.ids, text.kinds)
-        parts = measure_interaction(
-            model,
-            torch.cat([kind[:ROWS] for kind in kinds]),
-            scores,
-            Ablation(bins=BINS, structures=("channels",), unscored=front, batch=ROWS),
-            cache=interaction_folder(),
-        )
-        game = Game.of(parts, layer_context(model).cpu(), structures=("channels",))
-        held = torch.cat([kind[-HELD:] for kind in kinds])
-        return cls(opened_model.name, model, scores, game, held, front)
+        held = torch.cat([kind[-HELD:] for kind in folds_of(one.text.ids, one.text.kinds)])
+        known, front = Measured.of(one.model, one.text, policy), int(one.text.bos is not None)
+        return cls(one.name, one.model, policy.scores(one.model), known, held, front)
+
+    @property
+    def game(self) -> Game:
+        """Its rules."""
+        return self.known.game
 
     def measured(self, rows: dict[str, Tensor]) -> Line:
         """Predicted damage of allocations, and measured distances on held text."""
@@ -103,15 +102,6 @@ class Case:
             | {"tv": float(true.tv[n]), "flips": float(true.flips[n])}
             for n, name in enumerate(rows)
         }
-
-
-def start(policy: Policy | None, seed: int) -> SlotAllocator:
-    """An allocator whose channels are a policy's, or untrained."""
-    names = [name.removeprefix("is_") for name in PLACE]
-    made = SlotAllocator(CONTEXT, names, generator=torch.Generator().manual_seed(seed))
-    if policy is not None:
-        made.heads["channels"].load_state_dict(policy.scorer.widths.state_dict())
-    return made
 
 
 def what(one: Opened, llama: Policy) -> Line:
@@ -149,7 +139,7 @@ def where(case: Case, others: list[Case], llama: Policy, seeds: int) -> Line:
             ("others", [other.game for other in others], llama if known else None),
             ("own", [case.game], None),
         ):
-            learned = train_allocator(games, start(begin, seed), recipe).allocator
+            learned = train_allocator(games, allocator(begin, seed), recipe).allocator
             offsets[f"{name} {seed}"] = learned(case.game.features).detach()
     found: Line = {}
     for ratio in RATIOS:
@@ -163,37 +153,30 @@ def where(case: Case, others: list[Case], llama: Policy, seeds: int) -> Line:
     return {"found": found, "updates": RECIPE.updates}
 
 
-def final(cases: list[Case], llama: Policy, args: Namespace) -> Line:
-    """Trains on all models, writes the policy, and judges it on stories15M."""
-    games = [case.game for case in cases]
-    learned = train_allocator(games, start(llama, 0), RECIPE).allocator
-    offsets = [learned(game.features).detach() for game in games]
-    gains = []
-    for case, row in zip(cases, offsets, strict=True):
-        ways = {"even": torch.zeros_like(row), "policy": row}
-        rows = {name: allocated(case.game, each, 0.3)[0] for name, each in ways.items()}
-        found = case.measured(rows)
-        gains.append(1 - math.exp(found["policy"]["kl"] - found["even"]["kl"]))
-    policy = Policy.from_pretrained(zoo()["llama"])
-    policy.scorer.widths.load_state_dict(learned.heads["channels"].state_dict())
-    names = {case.name: case.model.config.model_type for case in cases}
-    policy.config = replace(
-        policy.config,
-        gain=sum(gains) / len(gains),
-        trained_on={**llama.config.trained_on, "widths": names},
-    )
-    policy.save_pretrained(args.policy)
-    case = Case.of(Opened.of("stories", stories_model()), policy)
-    found = {}
+def judged(one: Opened, ways: dict[str, tuple[Policy, bool]], data: Path) -> Line:
+    """KL on the model's own text, and at 0.3 perplexity on two validation texts, of policies from
+    weights alone, at their own widths or at uniform ones.
+    """
+    model, front = one.model, int(one.text.bos is not None)
+    held = torch.cat([kind[-HELD:] for kind in folds_of(one.text.ids, one.text.kinds)])
+    options = EvaluationOptions(window=512, max_windows=WINDOWS)
+    texts = {
+        name: load_text(str(data / file), TestText)
+        for name, file in {
+            "wikitext2": "wikitext2/wiki.valid.tokens",
+            "ptb": "ptb/ptb.valid.txt",
+        }.items()
+    }
+    found: Line = {}
     for ratio in RATIOS:
-        ways = {
-            "universal": torch.tensor(policy.offsets(case.model)),
-            "llama": torch.tensor(llama.offsets(case.model)),
-            "uniform": torch.zeros(len(case.game.slots)),
-        }
-        rows = {name: allocated(case.game, row, ratio)[0] for name, row in ways.items()}
-        found[f"{ratio:g}"] = case.measured(rows)
-    return {"gains": dict(zip(names, gains, strict=True)), "stories": found}
+        for name, (policy, own) in ways.items():
+            cut = policy.masks(model, ratio, per_layer=own)
+            line = {"kl": float(mask_distances(model, [(cut, None)], held, unscored=front).kl[0])}
+            with masking(model, cut):
+                for text, given in texts.items() if ratio == READ_AT else ():
+                    line[text] = perplexity(model, one.tokenizer, given, options).value
+            found[f"{ratio:g} {name}"] = line
+    return found
 
 
 def main() -> None:
@@ -203,26 +186,31 @@ def main() -> None:
     asked.add_argument("--data", type=Path, default=Path("../shared/data"))
     asked.add_argument("--policy", type=Path, required=True, help="folder that is written")
     asked.add_argument("--seeds", type=int, default=SEEDS)
+    asked.add_argument("--left-out", nargs="+", default=("given",), help="models, each in turn")
     args = asked.parse_args()
     llama = Policy.from_pretrained(zoo()["llama"])
     models = {kind: Opened.of(kind, trained(kind, args.data)) for kind in DENSE}
     models["given"] = Opened.of("given", args.model, 160)
+    stories = Opened.of("stories", stories_model())
 
-    def step(place: Line, make: object) -> None:
+    def step(place: Line, make: Callable[[], Line]) -> None:
         if not is_measured(read_lines(args.out), place):
-            assert callable(make)
             append_line(args.out, {**place, **make(), **setting()})
 
-    for one in (*models.values(), Opened.of("stories", stories_model())):
-        step({"step": "what", "model": one.name}, lambda one=one: what(one, llama))
-    cases = [Case.of(models[name], llama) for name in (*GATED, "given")]
-    for case in cases:
-        others = [other for other in cases if other is not case]
-        step(
-            {"step": "where", "left_out": case.name},
-            lambda case=case, others=others: where(case, others, llama, args.seeds),
-        )
-    step({"step": "final"}, lambda: final(cases, llama, args))
+    for one in (*models.values(), stories):
+        step({"step": "what", "model": one.name}, partial(what, one, llama))
+    cases = {name: Case.of(models[name], llama) for name in (*GATED, "given")}
+    for name in args.left_out:
+        others = [case for case in cases.values() if case.name != name]
+        place = {"left_out": name, "others": [case.name for case in others]}
+        step({"step": "where", **place}, partial(where, cases[name], others, llama, args.seeds))
+    small = [cases[name].known for name in GATED]
+    universal = train_widths(llama, small, RECIPE, anew=True)
+    universal.save_pretrained(args.policy)
+    ways = {"uniform": (llama, False), "llama": (llama, True), "universal": (universal, True)}
+    for one in (models["given"], stories):
+        place = {"step": "judged", "model": one.name, "models": list(GATED)}
+        step(place, partial(judged, one, ways, args.data))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from prunenet.evaluation.shares import capped, check_cap
 from prunenet.evaluation.slots import Episodes, Game
 from prunenet.evaluation.units import Structure, units_of
 from prunenet.features.from_weights import layer_context
-from prunenet.models.layers import iter_ffns
+from prunenet.models.heads import counting_layers
+from prunenet.models.layers import iter_ffns, text_config
 from prunenet.runtime.choices import check_choice
 from prunenet.text.random_tokens import random_blocks
 
@@ -75,7 +76,9 @@ def game_of(
     )
     table = latency_table(model) if cost == "latency" else None
     costs = unit_costs(units, model.config, cost, table=table)
-    return Game.of(parts, layer_context(model).cpu(), structures=structures, costs=costs)
+    counting = counting_layers(text_config(model))
+    context = layer_context(model).cpu()
+    return Game.of(parts, context, structures=structures, costs=costs, counting=counting)
 
 
 class _Rules:

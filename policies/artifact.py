@@ -79,8 +79,8 @@ class PolicyConfig:
         trained_on: name and model type of the training model.
         recipe: how it was trained.
         text: what the reward was measured on; None in the weights regime.
-        gain: by which share learned widths lowered exp(KL) against uniform ones, on that text; None
-            if none were learned.
+        gain: by which share learned widths lowered exp(KL) against uniform ones, on that text, or
+            as matrices predict (`prunenet.policies.training.matrices`); None if none were learned.
     """
 
     statistics: tuple[str, ...] = STATISTICS

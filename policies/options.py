@@ -54,10 +54,11 @@ class PruneOptions:
             channels in all), "auto": per-layer where that is predicted to lower perplexity by more
             than 5 % (`prunenet.policies.apply.AUTO_GAIN`), or "refined": per-layer, changed on
             calibration text (`prunenet.policies.refine`).
-        structures: what refined widths cut: one or more of "channels", "heads" (groups of them) and
-            "layers" (whole ones), with commas; as many parameters in all as the ratio takes from
-            channels. Of a mixture "channels,experts" or "experts": how many experts stay, all of
-            one width, is measured on text (`prunenet.policies.mixture`).
+        structures: what refined widths cut: one or more of "channels", "heads" (groups of them),
+            "attention" (heads, and of a layer all of them) and "layers" (whole ones), with commas;
+            as many parameters in all as the ratio takes from channels. Of a mixture
+            "channels,experts" or "experts": how many experts stay, all of one width, is measured
+            on text (`prunenet.policies.mixture`).
         budget: what refined widths save: "params", "active" (of dense models the same), "flops",
             "kv-bytes" or "latency" (`prunenet.evaluation.latency`). The ratio then is a share of
             what FFN channels cost in it, or of everything where they cost nothing; `params` is a
@@ -125,8 +126,11 @@ class PruneOptions:
 
     @property
     def parts(self) -> tuple[Structure, ...]:
-        """The structures that are cut, in the order of `prunenet.evaluation.interaction`."""
-        given = [name.strip() for name in self.structures.split(",")]
+        """The structures that are cut, in the order of `prunenet.evaluation.interaction`; attention
+        goes by its heads.
+        """
+        given = {name.strip() for name in self.structures.split(",")}
+        given |= {"heads"} if "attention" in given else set()
         return tuple(name for name in STRUCTURES if name in given)
 
     @property
@@ -197,11 +201,6 @@ def _check_structures(options: PruneOptions) -> None:
     given = [name.strip() for name in options.structures.split(",")]
     for name in given:
         check_choice("structures", name, Cuttable)
-    if "attention" in given:
-        raise ValueError(
-            "attention sublayers stay, for stock attention computes one group of heads at least;"
-            " say heads, of which each layer keeps a group, or layers"
-        )
     if options.shares_experts:
         _check_shared_experts(options)
     if options.parts == ("channels",) and options.budget == "kv-bytes":

@@ -38,7 +38,7 @@ from prunenet.evaluation.units import Cut, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.depth import without_layers
-from prunenet.models.heads import attentions
+from prunenet.models.heads import attentions, counting_layers
 from prunenet.models.knobs import step_of
 from prunenet.models.layers import Weights, decoder_layers, text_config
 from prunenet.policies.artifact import Policy
@@ -57,7 +57,7 @@ _MOST = 1 - 1e-9  # a ratio at which all goes that can
 _START: dict[Structure, float] = {"heads": 1.0, "layers": 8.0}
 """Log-odds beside those of channels, which alone the policy knows: whole layers stay."""
 _GONE, _DEEPEST = -60.0, 4
-"""Log-odds of a layer that goes, and how many layers are tried."""
+"""Log-odds of a layer or a layer's attention that goes, and how many are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,9 @@ class Refining:
     """What may go, and how it is searched.
 
     Attributes:
-        structures: any of "channels", "heads" (groups of them) and "layers" (whole ones). Channels
-            meet the budget to a multiple of `round_to`; the others alone meet it from below.
+        structures: any of "channels", "heads" (groups of them), beside these "attention" (the last
+            group of a layer too), and "layers" (whole ones). Channels meet the budget to a multiple
+            of `round_to`; the others alone meet it from below.
         budget: what is saved.
         of_all: whether the ratio is a share of what all layers cost.
         round_to: widths are multiples of this.
@@ -279,7 +280,9 @@ def _game(
     whole = sum(cost for unit, cost in prices.items() if unit.structure == of)
     costs = [prices[unit] for unit in parts[0].units]
     context = layer_context(model).cpu()
-    return Game.of(parts, context, structures=structures, costs=costs), whole
+    counting = counting_layers(text_config(model))
+    game = Game.of(parts, context, structures=structures, costs=costs, counting=counting)
+    return game, whole
 
 
 def _share(game: Game, ratio: float, whole: float, budget: Cost) -> float:
@@ -300,8 +303,9 @@ def _share(game: Game, ratio: float, whole: float, budget: Cost) -> float:
 
 
 def _starts(game: Game, offsets: Sequence[float], share: float) -> Float[Tensor, "starts slots"]:
-    """Log-odds to start from: the policy's with every layer whole; then, where layers can go, with
-    one layer after the other gone, each the one that the matrix predicts to cost least.
+    """Log-odds to start from: the policy's with every layer whole; then, where layers or their
+    attention can go, with one after the other gone, each the one that the matrix predicts to cost
+    least.
     """
     start = torch.tensor(
         [offsets[s.layer] if s.structure == "channels" else _START[s.structure] for s in game.slots]
@@ -310,10 +314,12 @@ def _starts(game: Game, offsets: Sequence[float], share: float) -> Float[Tensor,
     alone = game.matrices.diagonal(dim1=1, dim2=2).mean(0)
     for place, n in enumerate(sorted(layers, key=lambda n: float(alone[game.slots[n].units[0]]))):
         start[n] += place / len(layers)  # who goes first where nothing else is left
+    can_go = [n for n in layers if not game.slots[n].least]
+    can_go += [n for n, slot in enumerate(game.slots) if slot.whole is not None]
     found = [start]
     exact = any(slot.structure == "channels" and slot.costs[-1] for slot in game.slots)
-    for _ in range(min(_DEEPEST, len(layers))):
-        rows = torch.stack([found[-1].index_fill(0, torch.tensor(n), _GONE) for n in layers])
+    for _ in range(min(_DEEPEST, len(can_go))):
+        rows = torch.stack([found[-1].index_fill(0, torch.tensor(n), _GONE) for n in can_go])
         shares = allocated(game, rows, share)
         price = damages(game, shares)
         price[(rows == found[-1]).all(1)] = torch.inf

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, tiny_model, token_ids
+from test_group_refit import tiny
 from torch.nn.functional import kl_div
 
 from prunenet.evaluation import interaction
@@ -43,7 +44,8 @@ def masked_logits(model, unit):
         keep[unit.layer][order[size * unit.number : size * (unit.number + 1)]] = False
     else:
         groups[unit.layer][unit.number] = False
-    with masking(model, keep, groups), torch.no_grad():
+    heads = None if unit.structure == "channels" else groups
+    with masking(model, keep, heads), torch.no_grad():
         return model(input_ids=token_ids(2, 12)).logits
 
 
@@ -55,6 +57,17 @@ def test_a_pass_from_stored_hidden_states_is_the_whole_pass_of_the_masked_model(
             true = divergence(dense, masked_logits(model, unit))
             # the successors beyond the top are one bin: a vocabulary of 64 has none
             assert float(measured.kl[number]) == pytest.approx(true, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_channels_that_stand_in_rows_or_in_columns_are_ablated_alike(family):
+    other = tiny(family) if family == "gpt2" else tiny_model(family)
+    found = Ablation(bins=BINS, structures=("channels",))
+    (part,) = measure_interaction(other, token_ids(2, 12), scores_of(other), found)
+    with torch.no_grad():
+        dense = other(input_ids=token_ids(2, 12)).logits
+    for kl, unit in zip(part.kl.tolist(), part.units, strict=True):
+        assert kl == pytest.approx(divergence(dense, masked_logits(other, unit)), rel=1e-3)
 
 
 def test_a_skipped_layer_and_a_silent_attention_are_ablated_as_a_whole(model, measured):

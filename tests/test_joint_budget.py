@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import tempfile
 
 import pytest
 import torch
@@ -204,10 +205,12 @@ def test_an_untrained_allocator_cuts_all_slots_alike_and_a_trained_one_serves_ot
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
-def test_the_same_seed_trains_the_same_allocator(one, cap):
+def test_the_same_seed_trains_the_same_allocator(one, cap, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     recipe = AllocatorRecipe(updates=2, episodes=8, evaluate_every=1, cap=cap)
     first, second = (train_allocator([one], untrained(), recipe).history for _ in range(2))
     assert first == second
+    assert not list(tmp_path.iterdir()), "training leaves nothing in the temporary folder"
 
 
 def test_log_probabilities_are_of_legal_numbers_alone(one):

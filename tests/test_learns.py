@@ -1,5 +1,6 @@
 """The policy learns."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,7 +33,10 @@ class PlantedReward:
 
 
 @pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
-def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(algorithm):
+def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(
+    algorithm, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = tiny_model("llama")
     planted = torch.randperm(48, generator=torch.Generator().manual_seed(1))[:PLANTED]
     for ffn in iter_ffns(model):
@@ -54,6 +58,7 @@ def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(algorithm
     for scores in trained.policy.scores(model):
         kept = top_channels(scores, PLANTED)
         assert (kept & expected).sum() >= PLANTED - 1
+    assert not list(tmp_path.iterdir()), "training leaves nothing in the temporary folder"
 
 
 @pytest.mark.slow

@@ -202,7 +202,10 @@ def test_what_structures_cannot_give_is_one_sentence(model, policy):
     ("choices", "message"),
     [
         ({"structures": "channels,joists"}, "unknown structures 'joists'; it is one of channels"),
-        ({"structures": "channels,attention"}, "attention sublayers stay, .* say heads"),
+        (
+            {"structures": "channels,attention", "widths": "auto"},
+            "only refined widths cut channels,a",
+        ),
         ({"structures": "layers", "widths": "auto"}, "only refined widths cut layers; say"),
         ({"budget": "flops", "widths": "uniform"}, "only refined widths cut by flops; say"),
         ({"budget": "kv-bytes"}, "channels hold nothing of the KV cache; say heads too"),
@@ -257,7 +260,7 @@ def test_a_table_is_measured_once_and_costs_are_time_that_goes_away(model, monke
     monkeypatch.setattr(latency, "measure_latency", None)
     assert latency_table(model) == first
     assert first.widths == (6, 12, 18, 24, 30, 36, 42, 48)
-    assert first.groups == (1, 2)
+    assert first.groups == (0, 1, 2)
     assert first.heads[-1] == first.channels[-1] == first.whole > 0
 
 

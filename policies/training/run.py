@@ -35,7 +35,7 @@ from prunenet.policies.training.actor_critic import (
 )
 from prunenet.policies.training.recipe import Recipe, as_json
 from prunenet.policies.training.state import Progress, load_state, save_state
-from prunenet.policies.training.vec_env import SB3VecEnv
+from prunenet.policies.training.vec_env import SB3VecEnv, quiet
 from prunenet.runtime.files import make_folders
 
 
@@ -85,7 +85,7 @@ def _algorithm(
     else:
         batch = view.layers * recipe.masks
         algorithm = partial(PPO, n_epochs=recipe.epochs, batch_size=batch)
-    return algorithm(
+    made = algorithm(
         KeepMaskPolicy,
         env,
         learning_rate=lambda remaining: recipe.learning_rate * remaining,
@@ -102,6 +102,9 @@ def _algorithm(
         seed=recipe.seed,
         device=view.context.device,
     )
+    if folder is None:
+        made.set_logger(quiet())
+    return made
 
 
 class Run(BaseCallback):

@@ -28,7 +28,7 @@ from prunenet.evaluation.slots import Game
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.actor_critic import SweepRolloutBuffer
 from prunenet.policies.training.swept_widths import mean_shares
-from prunenet.policies.training.vec_env import SB3VecEnv
+from prunenet.policies.training.vec_env import SB3VecEnv, quiet
 from prunenet.runtime.choices import check_ratio
 from prunenet.text.calibration import check_seed
 
@@ -74,6 +74,8 @@ class AllocatorRecipe:
                 "training takes 1 or more updates between evaluations and 2 or more episodes, got"
                 f" {self.updates}, {self.evaluate_every} and {self.episodes}"
             )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ def train_allocator(
             },
             seed=recipe.seed,
         )
+        algorithm.set_logger(quiet())
         watch = _Watch(games, recipe, length, progress)
         algorithm.learn(recipe.updates * length * recipe.episodes, callback=watch)
     finally:

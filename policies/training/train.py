@@ -167,7 +167,7 @@ def _config(
         prior=dict(recipe.prior or (MOMENT_PRIOR if read else {})),
         regime=_regime(regime, recipe, blocks, read),
         text=None if blocks is None else dict(blocks.source),
-        trained_on=_identity(model),
+        trained_on=identity_of(model),
         recipe=recorded(recipe)
         | {"reward": recipe.reward if reward is None else type(reward).__name__},
     )
@@ -398,7 +398,7 @@ def _reward(
     return ReconstructionReward(model, blocks.ids)
 
 
-def _identity(model: PreTrainedModel | StreamedCheckpoint) -> dict[str, str]:
+def identity_of(model: PreTrainedModel | StreamedCheckpoint) -> dict[str, str]:
     """What a policy records of the model that it was trained on."""
     return {
         "model": _name(model),

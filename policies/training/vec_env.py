@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from prunenet.envs.layerwise import Info
@@ -110,3 +111,10 @@ def _row(observations: Any, number: int) -> Any:
     if isinstance(observations, dict):
         return {key: value[number] for key, value in observations.items()}
     return observations[number]
+
+
+def quiet() -> Logger:
+    """A logger that writes nothing; stable-baselines3's own leaves an empty folder in the system's
+    temporary one for every training.
+    """
+    return Logger(folder=None, output_formats=[])

@@ -283,7 +283,8 @@ def _summary(made: Provenance) -> str:
 
 def _amount(made: Provenance) -> str:
     """How much was cut of several structures at once, or by another budget."""
-    cut = {"heads": made.groups, "layers": made.layers}
+    gone = True if made.groups is not None and 0 in made.groups else None
+    cut = {"heads": made.groups, "attention": gone, "layers": made.layers}
     names = ["channels", *(name for name, left in cut.items() if left is not None)]
     if "tried" in made.how:
         names = made.how["structures"].split(",")
@@ -307,6 +308,9 @@ def _counts(made: Provenance) -> str:
             f"\n\nGroups of attention heads left, with {made.group_heads} query heads each:"
             f" {_numbers(made.groups)}."
         )
+        places = made.layers or range(len(made.groups))
+        without = [str(n) for n, left in zip(places, made.groups, strict=True) if not left]
+        said += f" No attention in layers {', '.join(without)}." if without else ""
     if made.layers is not None:
         gone = [n for n in range(made.dense_layers or 0) if n not in made.layers]
         said += (

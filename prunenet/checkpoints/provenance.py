@@ -24,6 +24,7 @@ _OF_GROUPS = ("dense_groups", "groups")
 _LEFT_OUT = (*_OF_GROUPS, "group_heads", "padded_groups", "dense_layers", "layers")
 """Fields that are not written where they say nothing."""
 _Widths = tuple[Annotated[int, Within(1, 2**24)], ...]  # masks of so many entries are made
+_Groups = tuple[Annotated[int, Within(0, 2**24)], ...]
 
 
 class BlockStep(TypedDict):
@@ -151,9 +152,9 @@ class Provenance:
             (`prunenet.models.sliced_modeling`), at each point; None elsewhere.
         padded_to: width to which `prunenet.checkpoints.save.export_padded` filled every layer with
             zeros; None in other checkpoints.
-        dense_groups, groups: groups of attention heads of each layer before and after; None where
-            heads were left whole. Then `ratio` states an amount, as many parameters as that share
-            of FFN channels has, and not a place.
+        dense_groups, groups: groups of attention heads of each layer before and after, 0 where
+            attention is gone; None where heads were left whole. Else `ratio` states an amount, as
+            many parameters as that share of FFN channels has, and not a place.
         group_heads: query heads of a group.
         padded_groups: number to which groups were filled with zeros.
         dense_layers: decoder layers of the base model; None where all stay.
@@ -177,8 +178,8 @@ class Provenance:
     how: How = field(default_factory=How)
     residual_widths: _Widths | None = None
     padded_to: Positive | None = None
-    dense_groups: _Widths | None = None
-    groups: _Widths | None = None
+    dense_groups: _Groups | None = None
+    groups: _Groups | None = None
     group_heads: Positive | None = None
     padded_groups: Positive | None = None
     dense_layers: Annotated[int, Within(1, 2**16)] | None = None

@@ -236,7 +236,7 @@ def _sound(name: str, indices: Tensor, count: int, length: int) -> Tensor:
     if indices.dtype != torch.int32 or indices.shape != (count,):
         raise ContentError(f"{name} is not the numbers of {count} entries, as {RECORD} says")
     rising = bool((indices.diff() > 0).all())
-    if not rising or int(indices[0]) < 0 or int(indices[-1]) >= length:
+    if not rising or bool(((indices < 0) | (indices >= length)).any()):
         raise ContentError(f"{name} is not numbers that rise from 0 to {length - 1} at most")
     return indices.long()
 

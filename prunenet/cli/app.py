@@ -27,6 +27,7 @@ from prunenet.cli.recover import recover
 from prunenet.cli.report import report
 from prunenet.cli.signals import ending_cleanly
 from prunenet.cli.train import train
+from prunenet.cli.train_widths import train_widths
 
 app = typer.Typer(
     help="Learns once per model family which FFN channels matter, and cuts any model of that family"
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     train,
+    train_widths,
     prune,
     evaluate,
     compare,
@@ -50,7 +52,8 @@ COMMANDS = (
     demo,
 )
 for command in COMMANDS:
-    app.command("eval" if command is evaluate else command.__name__)(grouped(command))
+    name = "eval" if command is evaluate else command.__name__.replace("_", "-")
+    app.command(name)(grouped(command))
 
 
 def _version(wanted: bool) -> bool:

@@ -226,7 +226,8 @@ HELP: dict[str, Any] = {
     "structures": typer.Option(
         metavar="NAME,...",
         help="What refined widths cut, at as many parameters in all: channels, heads (groups of"
-        " them), layers (whole ones); of a mixture channels,experts or experts.",
+        " them), attention (heads, and of a layer all of them), layers (whole ones); of a mixture"
+        " channels,experts or experts.",
     ),
     "budget": typer.Option(
         help="What refined widths save; --ratio is the share of what FFN channels cost in it (of"

@@ -45,7 +45,11 @@ class Training:
     """A preset, what is changed of it, and the text that its rewards read."""
 
     preset: Annotated[
-        str, typer.Option(help="default, spectral (weights only), or paper (the published recipe).")
+        str,
+        typer.Option(
+            help="default, widths (where to cut alone, for the channels of --start), spectral"
+            " (weights only), or paper (the published recipe)."
+        ),
     ] = "default"
     updates: Annotated[
         int | None, typer.Option(help="Sweeps over the layers, each followed by one update.")

@@ -29,11 +29,11 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.depth import without_layers
 from prunenet.models.heads import HEAD_DIM, QUERY_HEADS, group_counts
 from prunenet.models.layers import decoder_layers, text_config
-from prunenet.models.surgery import narrowed
+from prunenet.models.surgery import cut
 from prunenet.refit.calls import layer_calls
 from prunenet.runtime import parallel
 from prunenet.runtime.files import cache_folder, write_atomic
-from prunenet.runtime.json_files import Positive, Within, parse_json, read_json
+from prunenet.runtime.json_files import Count, Positive, Within, parse_json, read_json
 from prunenet.runtime.placement import home
 
 TOKENS = 128
@@ -48,8 +48,8 @@ class LatencyTable:
 
     Attributes:
         widths, channels: FFN channels, and the time of the layer at each with all of its heads.
-        groups, heads: groups of heads, and the time at each with all channels; none where heads of
-            the family cannot be cut.
+        groups, heads: groups of heads from 0, and the time at each with all channels; none where
+            heads of the family cannot be cut.
 
     Raises:
         ValueError: not one time for each number, or numbers that do not rise.
@@ -57,7 +57,7 @@ class LatencyTable:
 
     widths: tuple[Positive, ...]
     channels: _Times
-    groups: tuple[Positive, ...]
+    groups: tuple[Count, ...]
     heads: _Times
 
     def __post_init__(self) -> None:
@@ -104,7 +104,8 @@ def table_path(model: PreTrainedModel) -> Path:
     shapes = [tuple(tensor.shape) for tensor in decoder_layers(model)[0].parameters()]
     attention = [getattr(config, name, None) for name in (QUERY_HEADS, HEAD_DIM)]
     kind = [type(model).__name__, model.config._attn_implementation, str(model.dtype)]
-    said = repr((kind, shapes, attention, max(Anatomy.of(model).widths), machine, TOKENS))
+    measured = max(Anatomy.of(model).widths), machine, TOKENS, "from 0 groups"
+    said = repr((kind, shapes, attention, *measured))
     name = hashlib.sha256(said.encode()).hexdigest()[:24]
     return cache_folder() / "latency" / f"{name}.json"
 
@@ -136,7 +137,8 @@ def measure_latency(
     widest = max(range(len(widths)), key=lambda layer: widths[layer])
     one = without_layers(model, torch.arange(len(widths)) == widest)
     width, count = widths[widest], _group_count(one)
-    sizes = [(n, count) for n in _points(width)] + [(width, n) for n in _points(count)[:-1]]
+    groups = [0, *_points(count)] if count else []
+    sizes = [(n, count) for n in _points(width)] + [(width, n) for n in groups[:-1]]
     variants = [_layer(one, *size, count) for size in sizes]
     times: list[list[float]] = [[] for _ in variants]
     for turn in range(_WARM + rounds):
@@ -149,7 +151,7 @@ def measure_latency(
     channels = _rising(spent[: len(_points(width))])
     heads = [min(value, channels[-1]) for value in _rising(spent[len(channels) :])]
     heads += channels[-1:] if count else ()
-    return LatencyTable(tuple(_points(width)), channels, tuple(_points(count)), tuple(heads))
+    return LatencyTable(tuple(_points(width)), channels, tuple(groups), tuple(heads))
 
 
 def _points(most: int) -> list[int]:
@@ -169,7 +171,7 @@ def _layer(one: PreTrainedModel, width: int, groups: int, count: int) -> Callabl
     """What passes text through the layer of a model of one layer, narrowed."""
     keep = [torch.arange(Anatomy.of(one).widths[0]) < width]
     heads = [torch.arange(count) < groups] if groups < count else None
-    narrow = narrowed(one, keep, heads)
+    narrow = cut(Anatomy.of(one), keep, heads)  # no cache counts tokens here: it needs no heads
     narrow.train(False)
     ids = torch.arange(TOKENS, device=home(narrow))[None] % text_config(narrow).vocab_size
     (layer,), (call,) = decoder_layers(narrow), layer_calls(narrow, ids)

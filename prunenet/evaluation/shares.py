@@ -151,6 +151,7 @@ class _Slots:
 
     def stay(self, shares: Float[Tensor, "n slots"]) -> Bool[Tensor, "n slots"]:
         """Which slots are in a layer that stays, the layer itself included."""
+        shares = torch.maximum(shares, self.least)
         return (shares[:, self._layer] >= 0.5) | (self._layer < 0)
 
     def left(
@@ -220,14 +221,14 @@ def masks(
     Widths are rounded to multiples so that their sum is that of the shares, from below.
 
     Args:
-        game: of channels, and of heads and layers if they are cut; no attention sublayer goes.
+        game: of channels, and of heads and layers if they are cut.
         shares: see `settled`.
         scores: of each layer's channels, those that the matrix was measured with.
         round_to: widths are multiples of this.
 
     Returns:
-        Masks of channels; masks of groups, None where the game has none. Those of a layer that goes
-        keep all.
+        Masks of channels; masks of groups, None where the game has none, and empty in a layer
+        without any. Those of a layer that goes keep all.
     """
     by = {
         (slot.structure, slot.layer): (slot, float(share))
@@ -243,9 +244,12 @@ def masks(
         return keep, None
     groups = []
     for layer in range(len(scores)):
+        if ("heads", layer) not in by:
+            groups.append(torch.zeros(0, dtype=torch.bool))
+            continue
         slot, share = by["heads", layer]
         mask, first = torch.zeros(len(slot.units), dtype=torch.bool), min(slot.units)
-        stay = round(share * len(slot.units)) or len(slot.units)
+        stay = round((share if left is None or left[layer] else 1) * len(slot.units))
         mask[[column - first for column in slot.units[len(slot.units) - stay :]]] = True
         groups.append(mask)
     return keep, groups

@@ -106,21 +106,25 @@ class Game:
         structures: Sequence[Structure] = ("channels", "heads"),
         costs: Sequence[float] | None = None,
         least: int = 1,
+        counting: Sequence[int] = (),
     ) -> Game:
         """Makes the game of a measured model.
 
         Args:
             parts: one matrix a domain, all of the same units.
             context: of each layer, see `prunenet.features.from_weights.layer_context`.
-            structures: that may be cut. "attention" lets the last group of heads of a layer go;
-                "layers" lets whole layers go, except the last, with all that they hold.
+            structures: that may be cut. "attention", beside "heads", lets the last group of heads
+                of a layer go; "layers" lets whole layers go, except the last, with all that they
+                hold.
             costs: of each unit; default its parameters. See
                 `prunenet.evaluation.costs.unit_costs`.
             least: bins of channels that stay in every layer that stays, at least 1.
+            counting: layers that keep a group of heads where "attention" may go, and so stay; see
+                `prunenet.models.heads.counting_layers`.
 
         Raises:
-            ValueError: no matrix, matrices of different units or behind different cuts, or none of
-                a structure's units.
+            ValueError: no matrix, matrices of different units or behind different cuts, none of a
+                structure's units, or attention without heads.
         """
         if not parts or any(part.units != parts[0].units for part in parts):
             raise ValueError("a game takes one interaction matrix or more, all of the same units")
@@ -128,12 +132,15 @@ class Game:
         missing = {*structures} - {unit.structure for unit in units}
         if missing:
             raise ValueError(f"the interaction matrix has no {sorted(missing)[0]}: measure them")
+        whole = "attention" in structures
+        if whole and "heads" not in structures:
+            raise ValueError("attention goes group by group: name heads among the structures too")
         prices = [float(unit.parameters) for unit in units] if costs is None else list(costs)
         alone, around = torch.stack([part.kl for part in parts]).mean(0), Around.of(parts)
         if around is not None:
             # what is gone already goes first
             alone = alone.masked_fill(around.gone > 0.5, -1)
-        slots = _slots(units, prices, alone, structures, least)
+        slots = _slots(units, prices, alone, structures, least, {*counting} if whole else set())
         kinds = torch.eye(len(_KINDS))
         rows = [torch.cat((context[s.layer], kinds[_KINDS.index(s.structure)])) for s in slots]
         forms = torch.stack([part.quadratic for part in parts]).float()
@@ -176,6 +183,7 @@ def _slots(
     alone: Tensor,
     structures: Sequence[Structure],
     least: int,
+    counting: set[int],
 ) -> tuple[Slot, ...]:
     found: list[Slot] = []
     last = max(unit.layer for unit in units)
@@ -188,7 +196,8 @@ def _slots(
         if "heads" in structures and "heads" in of:
             # the group that costs least alone goes first
             order = sorted(of["heads"], key=lambda column: float(alone[column]))
-            whole = of["attention"][0] if "attention" in structures else None
+            goes = "attention" in structures and layer not in counting
+            whole = of["attention"][0] if goes else None
             keep = int(whole is None)
             made = Slot("heads", layer, tuple(order), _rising(of["heads"], prices), keep, whole)
             inside.append(replace(made, curved=_is_curved(of["heads"], units, prices)))
@@ -199,7 +208,8 @@ def _slots(
         if "layers" in structures and layer != last:
             (column,) = of["layers"]
             rest = prices[column] - sum(slot.costs[-1] for slot in inside)
-            found.append(Slot("layers", layer, (column,), (0.0, max(rest, 0.0)), 0))
+            stays = int(layer in counting)
+            found.append(Slot("layers", layer, (column,), (0.0, max(rest, 0.0)), stays))
         found += inside
     return tuple(found)
 
@@ -390,7 +400,7 @@ def _bounds(game: Game) -> _Bounds:
             table.insert(0, row)
         least[i] = least[i + 1] + float(costs[int(slot.least)])
         most[i] = most[i + 1] + slot.costs[-1]
-        if slot.structure == "layers":
+        if slot.structure == "layers" and not slot.least:
             least[i] = min(least[i + 1] + slot.costs[-1], least[after])
     assert not droppable or slots[settling].layer not in droppable, "the last layer stays"
     return _Bounds(tables, most, least[0], settling)

@@ -21,9 +21,10 @@ from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.groups import Group
 from prunenet.models.heads import attentions
-from prunenet.models.hooks import calling, zeroing
+from prunenet.models.hooks import zeroing
 from prunenet.models.layers import ffn_at
 from prunenet.runtime.choices import check_choice
+from prunenet.runtime.placement import device_of
 
 Cut = tuple[Masks, Masks | None]
 """Keep masks of each layer's channels, and of its groups of heads; None where these stay whole."""
@@ -78,7 +79,8 @@ def units_of(
         if heads:
             groups, each = heads[layer.index].groups, heads[layer.index].group_parameters
             units += [Unit("heads", layer.index, group, each) for group in range(groups)]
-            units.append(Unit("attention", layer.index, 0, groups * each))
+            if groups:
+                units.append(Unit("attention", layer.index, 0, groups * each))
         whole = sum(parameter.numel() for parameter in layer.module.parameters())
         units.append(Unit("layers", layer.index, 0, whole))
     return tuple(unit for unit in units if unit.structure in structures)
@@ -145,8 +147,9 @@ class Ablations:
         if unit.structure == "layers":
             yield 1.0
         elif unit.structure == "attention":
-            linear = self._attention(unit)
-            with calling({linear: lambda h: h.new_zeros(*h.shape[:-1], linear.out_features)}):
+            linear = self._attention(unit)  # its bias stays, as where all heads are cut
+            all_inputs = torch.ones(linear.in_features, dtype=torch.bool, device=device_of(linear))
+            with linear.register_forward_pre_hook(zeroing(all_inputs)):
                 yield 1.0
         else:
             module, columns = self._columns[unit]

@@ -56,15 +56,17 @@ class DecoderLayer:
         return plain_linear(self.module, path)
 
     def heads(self, count: int) -> list[Slice]:
-        """Where the `count` groups of heads lie: query, key, value and output linears."""
+        """Where the `count` groups of heads lie: query, key, value and output linears. Without any
+        they have no size.
+        """
         row, made = self.architecture, []
         for path in row.attention_in:
             linear = self.linear(path)
             for name, tensor in linear.named_parameters(recurse=False):
                 full = f"{self.path}.{path}.{name}"
-                made.append(Slice(full, linear, "head", 0, size=len(tensor) // count))
+                made.append(Slice(full, linear, "head", 0, size=len(tensor) // max(count, 1)))
         out, name = self.linear(row.attention_out), f"{self.path}.{row.attention_out}.weight"
-        return [*made, Slice(name, out, "head", 1, size=out.in_features // count)]
+        return [*made, Slice(name, out, "head", 1, size=out.in_features // max(count, 1))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

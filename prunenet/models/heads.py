@@ -5,7 +5,8 @@ A *group* is what can be cut from an attention layer as one piece: a key-value h
 heads that read it, under multi-head attention one head. Group i is the i-th part of the rows of the
 query, key and value linears and of the columns of the output linear: heads lie one after the other,
 and a key-value head's query heads together. All groups have the same number of query heads, and
-keep it.
+keep it. A layer may have no groups, and its attention then writes nothing, but for the layers of
+`counting_layers`.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ class Attention:
 
     @property
     def group_parameters(self) -> int:
-        """Parameters that go away with one group."""
+        """Parameters that go away with one group; 0 where there is none."""
         parts = (self.query, self.key, self.value, self.out, *self.biases)
-        return sum(part.numel() for part in parts) // self.groups
+        return sum(part.numel() for part in parts) // max(self.groups, 1)
 
     @property
     def group_inputs(self) -> int:
-        """Columns of the output linear that are one group's."""
-        return self.out.shape[1] // self.groups
+        """Columns of the output linear that are one group's; 0 where there is none."""
+        return self.out.shape[1] // max(self.groups, 1)
 
 
 def attentions(model: PreTrainedModel) -> list[Attention]:
@@ -85,6 +86,17 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
 def group_counts(model: PreTrainedModel) -> list[int]:
     """Groups of each layer; raises as `attentions`."""
     return [attention.groups for attention in attentions(model)]
+
+
+def counting_layers(config: Any) -> list[int]:
+    """Layers that stock caches and masks ask for the number of tokens: the first of each kind of
+    attention. These keep a group of heads.
+
+    Args:
+        config: of a text model.
+    """
+    kinds = getattr(config, "layer_types", None) or ["one"]
+    return sorted({kinds.index(kind) for kind in kinds})
 
 
 def out_linears(model: PreTrainedModel) -> list[nn.Linear]:
@@ -133,7 +145,7 @@ def state_counts(config: Any, counts: Sequence[int]) -> bool:
         Whether the stock fields say it all.
     """
     stated = int(getattr(config, GROUPS))
-    number = stock_count(config, max(counts))
+    number = stock_count(config, max(*counts, 1))
     if number != stated:
         if getattr(config, HEAD_DIM, None) is None:
             setattr(config, HEAD_DIM, config.hidden_size // getattr(config, QUERY_HEADS))

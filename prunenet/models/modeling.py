@@ -9,10 +9,14 @@ A copy of this file lies beside every checkpoint with per-layer widths; it needs
 `config.per_layer_heads` the attention, whose width is its number of key-value heads. A model has
 either or both. Of a multimodal model the widths are in `config.text_config.per_layer_config`.
 
+Attention may have no heads: it then writes nothing, or its output linear's bias (`NoHeads`). Stock
+caches and masks count tokens in the first layer of each kind of attention, so these keep heads.
+
 Its `config.json` asks for an attention called `UNTRUSTED`, which does not exist. Stock code then
 refuses the model by that name; the classes of this file take the default attention.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,6 +60,9 @@ class PerLayerWidths:
             for structure in structures:
                 field = structure["width"]
                 narrow(self, structure, widths[field], getattr(*holder_of(config, field)))
+            if hasattr(config, HEADS):
+                structure = getattr(config, HEADS)
+                settle_heads(self, structure, widths[structure["width"]])
         finally:
             text.per_layer_config = stated
 
@@ -98,13 +105,18 @@ def layer_values(config: Any, field: str) -> list[int]:
     return [given.get(layer, {}).get(name, widest) for layer in range(config.num_hidden_layers)]
 
 
+def layers_of(model: Any, structure: dict[str, Any]) -> Any:
+    """Returns the decoder layers of a causal LM, or of a bare decoder such as LlamaModel."""
+    layers, prefix = structure["layers"], model.base_model_prefix
+    return model.get_submodule(
+        layers if hasattr(model, prefix) else layers.removeprefix(f"{prefix}.")
+    )
+
+
 def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int) -> None:
     """Keeps the first channels, or heads, of each freshly built layer."""
     paths = [*((path, 0) for path in structure["inputs"]), (structure["output"], 1)]
-    layers, prefix = structure["layers"], model.base_model_prefix
-    if not hasattr(model, prefix):  # a bare decoder, such as LlamaModel
-        layers = layers.removeprefix(f"{prefix}.")
-    for layer, width in zip(model.get_submodule(layers), widths, strict=True):
+    for layer, width in zip(layers_of(model, structure), widths, strict=True):
         for path, dim in paths:
             linear = layer.get_submodule(path)
             turned = isinstance(linear, Conv1D)  # its weight is (in, out)
@@ -121,6 +133,33 @@ def narrow(model: Any, structure: dict[str, Any], widths: list[int], widest: int
             parent = layer.get_submodule(path.rpartition(".")[0])
             if hasattr(parent, "intermediate_size"):
                 parent.intermediate_size = width
+
+
+class NoHeads:
+    """Attention without heads: it puts nothing into a cache, and gives what the stock one would."""
+
+    written_by: str
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+        """Returns what the output linear makes of nothing, and no weights of attention."""
+        nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+        return getattr(self, self.written_by)(nothing), None
+
+
+@cache
+def without_heads(stock: type, written_by: str) -> Any:
+    """Returns a class of attention without heads; `written_by` names its output linear."""
+    fields = {"__module__": __name__, "stock_class": stock, "written_by": written_by}
+    return type(f"NoHeads{stock.__name__}", (NoHeads, stock), fields)
+
+
+def settle_heads(model: Any, structure: dict[str, Any], counts: Any) -> None:
+    """Gives the attention of layers without heads a class of its own, and others the stock one."""
+    path, _, name = structure["output"].rpartition(".")
+    for layer, count in zip(layers_of(model, structure), counts, strict=True):
+        attention = layer.get_submodule(path)
+        stock: type = getattr(type(attention), "stock_class", type(attention))
+        attention.__class__ = stock if count else without_heads(stock, name)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,10 @@ from prunenet.models import modeling
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import Architecture, UnsupportedArchitecture
 from prunenet.models.groups import Group, Slice, laid_out
-from prunenet.models.heads import GROUPS, group_counts, state_counts
+from prunenet.models.heads import GROUPS, counting_layers, group_counts, state_counts
 from prunenet.models.hooks import skipping, zeroing
 from prunenet.models.knobs import restate, tied
+from prunenet.models.layers import text_config
 from prunenet.models.masks import check_keep
 from prunenet.models.rebuilt import forget_quantisation
 from prunenet.runtime.placement import derive, device_of, shared_copy
@@ -52,8 +54,8 @@ def narrowed(
     Args:
         model: a `*ForCausalLM` model.
         keep: for each layer, first to last, a mask of length d_ff with at least one channel kept.
-        groups: for each layer a mask over its groups of heads with at least one kept; None leaves
-            attention whole.
+        groups: for each layer a mask over its groups of heads, with at least one kept in
+            `prunenet.models.heads.counting_layers`; None leaves attention whole.
 
     Raises:
         UnsupportedArchitecture: the model's type has no row in the table, its FFN is quantised, or
@@ -110,7 +112,7 @@ def masking(
     with ExitStack() as hooks:
         hooks.enter_context(zeroed(anatomy.groups, keep))
         for linear, mask in () if groups is None else zip(anatomy.outs, groups, strict=True):
-            whole = mask.repeat_interleave(linear.in_features // len(mask))
+            whole = mask.repeat_interleave(linear.in_features // max(len(mask), 1))
             hooks.enter_context(_zeroed_inputs(linear, whole))
         if layers is not None:
             modules = [layer.module for layer in anatomy.layers]
@@ -177,13 +179,14 @@ def zero_padded(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, modeling.HEADS):
         # The stock field then says how many groups a stock model can have.
         config.per_layer_config = None
-        index = torch.arange(getattr(config, GROUPS))
-        pick(
-            [
-                (layer.heads(count), torch.where(index < count, index, -1), count)
-                for layer, count in zip(wide.layers, group_counts(model), strict=True)
-            ]
-        )
+        index, left = torch.arange(getattr(config, GROUPS)), group_counts(model)
+        sizes = [where.size for where in wide.layers[0].heads(left[0])]  # it has a group
+        filled = []
+        for layer, count in zip(wide.layers, left, strict=True):
+            found = zip(layer.heads(count), sizes, strict=True)
+            slices = [replace(where, size=size) for where, size in found]
+            filled.append((slices, torch.where(index < count, index, -1), count))
+        pick(filled)
         counts = group_counts(wide.model)
     set_widths(wide, wide.groups, [max(widths)] * len(widths), counts)
     return wide.model
@@ -201,8 +204,8 @@ def set_widths(
         anatomy: of a causal LM, changed in place.
         dense: the groups whose widths its configuration states so far.
         widths: channels of each group, at least 1.
-        counts: groups of heads of each layer, at least 1; None where there are as many as the stock
-            fields say.
+        counts: groups of heads of each layer; None where there are as many as the stock fields
+            say.
 
     Raises:
         ValueError: a configuration field cannot hold the number.
@@ -233,10 +236,13 @@ def set_widths(
         varying[field] = widths
         inputs, output = architecture.input_linears, architecture.down
         setattr(config, modeling.FFN, _structure(architecture, architecture.width, inputs, output))
-    if counts is not None and not state_counts(config, counts):
-        varying[GROUPS] = counts
+    if counts is not None:
         inputs, output = architecture.attention_in, architecture.attention_out
-        setattr(config, modeling.HEADS, _structure(architecture, GROUPS, inputs, output))
+        heads = _structure(architecture, GROUPS, inputs, output)
+        modeling.settle_heads(model, heads, counts)
+        if not state_counts(config, counts):
+            varying[GROUPS] = counts
+            setattr(config, modeling.HEADS, heads)
     if varying:
         text.per_layer_config = {
             index: own.get(index, {}) | {name: numbers[index] for name, numbers in varying.items()}
@@ -334,7 +340,7 @@ def check_masks(anatomy: Anatomy, keep: Sequence[Tensor], groups: Sequence[Tenso
     anatomy.check_whole()
     widths = anatomy.widths
     if groups is not None:
-        _check_groups(group_counts(anatomy.model), groups)
+        _check_groups(anatomy.model, groups)
     what = "layer" if anatomy.free else "group"
     if len(keep) != len(widths):
         raise ValueError(
@@ -365,7 +371,8 @@ def _check_tied(anatomy: Anatomy, kept: Sequence[int]) -> None:
                 )
 
 
-def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
+def _check_groups(model: PreTrainedModel, groups: Sequence[Tensor]) -> None:
+    counts, counting = group_counts(model), counting_layers(text_config(model))
     if len(groups) != len(counts):
         raise ValueError(
             f"the model has {len(counts)} layers and needs one mask of heads for each, got"
@@ -377,10 +384,10 @@ def _check_groups(counts: Sequence[int], groups: Sequence[Tensor]) -> None:
                 f"layer {index}: a mask of heads has {count} booleans here, one a group; got"
                 f" {tuple(mask.shape)}, {mask.dtype}"
             )
-        if not bool(mask.any()):
+        if index in counting and not bool(mask.any()):
             raise ValueError(
-                f"layer {index}: a mask of heads must keep at least one group, got one that keeps"
-                " none"
+                f"layer {index}: a mask of heads must keep at least one group in the first layer of"
+                " each kind of attention, where caches count tokens; got one that keeps none"
             )
 
 
@@ -425,6 +432,8 @@ def _resize(module: nn.Module) -> None:
 
 
 def _selected(tensor: Tensor, dim: int, index: Int[Tensor, "*experts n"]) -> Tensor:
+    if tensor.shape[dim] == 0:  # whatever is picked is zeros
+        return tensor.new_zeros((*tensor.shape[:dim], len(index), *tensor.shape[dim + 1 :]))
     if index.dim() == 2:
         pairs = zip(tensor, index, strict=True)
         return torch.stack([_selected(part, dim - 1, own) for part, own in pairs])

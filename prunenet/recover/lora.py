@@ -19,8 +19,8 @@ _SCALE = 2  # s, of an update of any rank: peft's alpha over the rank
 
 
 def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """A copy with a low-rank update beside every linear of its decoder layers; it changes nothing
-    yet.
+    """A copy with a low-rank update beside every linear of its decoder layers, but for those of
+    attention without heads; it changes nothing yet.
 
     The weights themselves lie where the given model's lie. Updates are held in float32 (or better).
 
@@ -29,7 +29,7 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
         ValueError: the rank is above the smaller side of every linear, where it adds nothing.
     """
     peft = load_peft()
-    linears = [m for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
+    linears = _linears(model)
     most = max(min(linear.weight.shape) for linear in linears)
     if rank > most:
         raise ValueError(
@@ -41,9 +41,7 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
     student = copy.deepcopy(model, shared)
-    inside = {
-        module for module in decoder_layers(student).modules() if isinstance(module, nn.Linear)
-    }
+    inside = {*_linears(student)}
     names = [name for name, module in student.named_modules() if module in inside]
     config = peft.LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names)
     # peft draws from the global generator; what it draws is replaced
@@ -57,6 +55,12 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
         start = (2 * torch.rand(down.shape, generator=generator) - 1) * down.shape[1] ** -0.5
         down.data, up.data = start.to(down.device, dtype), torch.zeros_like(up, dtype=dtype)
     return student
+
+
+def _linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """Those of the decoder layers, without empty ones."""
+    found = (m for m in decoder_layers(model).modules() if isinstance(m, nn.Linear))
+    return [linear for linear in found if linear.weight.numel()]
 
 
 def updates_of(student: PreTrainedModel) -> nn.ParameterList:

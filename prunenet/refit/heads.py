@@ -28,8 +28,8 @@ def refit_heads(
     kinds: Int[Tensor, " n"] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cut:
-    """Refits attention's output matrix, as `cut_layers` does down matrices, in layers whose heads a
-    cut has removed.
+    """Refits attention's output matrix, as `cut_layers` does down matrices, in layers that lose
+    some of their heads; those that lose all have none to refit.
 
     Args:
         model: the dense model, in eval mode; not changed.
@@ -50,7 +50,7 @@ def refit_heads(
             continue
         units, out = cut.groups[index], outputs[index]
         found[index] = []
-        if not bool(units.all()):
+        if bool(units.any()) and not bool(units.all()):
             keep = units.repeat_interleave(out.width // len(units))
             folds = [walk.moments(index) for walk in walks]
             found[index] = [refit_matrix(model, out.down.tensor, keep, folds)[0]]

@@ -52,8 +52,14 @@ class StructurePool:
 
         Raises:
             UnsupportedArchitecture: heads of this family cannot be cut.
+            ValueError: a layer has none.
         """
         found = attentions(model)
+        if without := [a.index for a in found if not a.groups]:
+            raise ValueError(
+                f"methods score heads where every layer has some, and layers {without} have none;"
+                " cut FFN channels alone"
+            )
         return cls(ffn, tuple(a.groups for a in found), tuple(a.group_parameters for a in found))
 
     @property

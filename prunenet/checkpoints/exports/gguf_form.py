@@ -24,7 +24,7 @@ from prunenet.checkpoints.exports import gguf_gemma
 from prunenet.checkpoints.exports.llama_cpp import CLOSE, ROUGH
 from prunenet.models import modeling
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.heads import GROUPS, HEAD_DIM, QUERY_HEADS, attentions
+from prunenet.models.heads import GROUPS, HEAD_DIM, QUERY_HEADS, attentions, group_counts
 from prunenet.runtime.files import CheckpointError
 
 Value = bool | int | float | str | list[int] | list[float] | list[str]
@@ -128,6 +128,7 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_OUT = "self_attn.o_proj"
 _AROUND = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -173,6 +174,11 @@ def form_of(model: PreTrainedModel) -> Form:
         raise CheckpointError(
             f"{form.name}, the one architecture of llama.cpp for a {config.model_type} whose layers"
             " differ, has no LM head of its own, and this model has one; cut with --widths uniform"
+        )
+    if form.fused and hasattr(config, modeling.HEADS) and 0 in group_counts(model):
+        raise CheckpointError(
+            f"{form.name} of llama.cpp has attention in every layer, and this model has not; fill"
+            " it up (--pad)"
         )
     if form.fused and getattr(config, "attention_bias", False):
         raise CheckpointError(
@@ -249,7 +255,9 @@ def parts(model: PreTrainedModel, form: Form) -> list[Part]:
 def _layer_parts(index: int, own: dict[str, Tensor], form: Form, head_dim: int) -> Iterable[Part]:
     """The tensors of a layer, taken out of `own`."""
     made = []
-    if form.fused:
+    if not own[f"{_OUT}.weight"].numel():
+        _drop_attention(index, own)
+    elif form.fused:
         three = [own.pop(f"self_attn.{name}_proj.weight") for name in "qkv"]
         made.append(Part(f"blk.{index}.attn_qkv.weight", tuple(three), (0, 0, 0)))
     for name, theirs in (_LAYER | _AROUND if form.local else _LAYER).items():
@@ -260,6 +268,18 @@ def _layer_parts(index: int, own: dict[str, Tensor], form: Form, head_dim: int) 
                 full = f"blk.{index}.{theirs}.{kind}"
                 made.append(Part(full, (tensor,), (heads,), _plus(full, form)))
     return made
+
+
+def _drop_attention(index: int, own: dict[str, Tensor]) -> None:
+    """Takes the tensors of attention without heads out of `own`: llama.cpp skips it."""
+    bias = own.get(f"{_OUT}.bias")
+    if bias is not None and bool(bias.any()):
+        raise CheckpointError(
+            f"attention of layer {index} has no heads and still writes its bias, which llama.cpp"
+            " skips with it; fill it up (--pad)"
+        )
+    for name in [name for name in own if name.startswith(("input_layernorm.", "self_attn."))]:
+        del own[name]
 
 
 def _plus(name: str, form: Form) -> float:
