@@ -1,5 +1,6 @@
 """Prunes a trained tiny model of each kind by the commands that users type: `prune` with its
 defaults, `train`, `eval` and `compare` with whole experts at equal total and active parameters.
+Mixtures also share a budget of parameters between whole experts and channels, in one process.
 
     python benchmarks/kinds.py --data ../shared/data --out benchmarks/results/kinds.jsonl
 
@@ -15,12 +16,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _common import Line, append_line, is_measured, parser, read_lines
+import torch
+from _common import Line, append_line, is_measured, opened, parser, read_lines
 from trained_kinds import KINDS, has_experts, home, texts, trained
+
+from prunenet.evaluation.divergence import model_divergences
+from prunenet.evaluation.options import EvaluationOptions
+from prunenet.evaluation.perplexity import perplexity
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.experts import Experts
+from prunenet.models.layers import active_parameters, count_parameters
+from prunenet.policies.apply import prune
+from prunenet.text.calibration import calibration_for
+from prunenet.text.corpora import TestText, load_text
 
 _RATIO = "0.3"
 _WINDOW = ("--window", "256")
@@ -34,6 +47,13 @@ _RATIOS_OF = {
     ("wrapper", "channels"): "0.3,0.5,0.7",
     ("hybrid", "active"): "0.19",  # with one expert a token, and its shared one, it is 0.2 smaller
 }
+_SHARES = (0.2, 0.3, 0.5)
+_SHARED: dict[str, dict[str, Any]] = {
+    "channels": {},
+    "experts": {"widths": "refined", "structures": "experts"},
+    "channels,experts": {"widths": "refined", "structures": "channels,experts"},
+}
+_OTHER = 64  # blocks of 256 tokens of the held-out text on which KL is measured
 
 
 def main() -> None:
@@ -49,6 +69,8 @@ def main() -> None:
             "prune": partial(_pruned, model, held_out),
             "train": partial(_trained, model, held_out),
         }
+        if has_experts(kind):
+            steps["budget"] = partial(_shared, model, held_out)
         for share_of in _COMPARED:
             steps[f"compare {share_of}"] = partial(
                 _compared, kind, model, held_out, share_of, given.seeds
@@ -82,6 +104,33 @@ def _trained(model: Path, held_out: Path) -> Iterator[Line]:
     _prunenet("prune", model, "--out", out, "--ratio", _RATIO, *weights)
     (narrow,) = _scored(held_out, out)
     yield {"method": "trained", "ratio": float(_RATIO), "seconds": seconds} | narrow
+
+
+def _shared(model: Path, held_out: Path) -> Iterator[Line]:
+    """Channels alone, experts alone by REAP, and both, at equal shares of all parameters."""
+    dense, tokenizer = opened(model)
+    blocks = calibration_for(dense, tokenizer, "self", "builtin")
+    text, asked = load_text(str(held_out), TestText), EvaluationOptions(window=256)
+    ids = torch.tensor(tokenizer.encode(held_out.read_text(encoding="utf-8")))
+    other = ids[: _OTHER * 256].view(_OTHER, 256)
+    for share in _SHARES:
+        for method, options in _SHARED.items():
+            start = time.perf_counter()
+            made = prune(dense, blocks=blocks, params=share, **options)
+            seconds = time.perf_counter() - start
+            narrow = partial(nullcontext, made.model)
+            yield {
+                "method": method,
+                "ratio": share,
+                "parameters": count_parameters(made.model)[0],
+                "active_parameters": active_parameters(Anatomy.of(made.model)),
+                "experts": Experts.of(made.model).count,
+                "widths": sorted(set(made.provenance.widths)),
+                "tried": made.provenance.how.get("tried"),
+                "kl": float(model_divergences(dense, [narrow], other)[0]),
+                "perplexity": perplexity(made.model, tokenizer, text, asked).value,
+                "seconds": seconds,
+            }
 
 
 def _compared(kind: str, model: Path, held_out: Path, share_of: str, seeds: str) -> Iterator[Line]:

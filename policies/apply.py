@@ -8,7 +8,7 @@ measures and refits. `prune` cuts a model in memory or placed by its decision; `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,29 +28,25 @@ from prunenet.models.anatomy import Anatomy
 from prunenet.models.depth import without_layers
 from prunenet.models.experts import without_experts
 from prunenet.models.layers import Weights, count_parameters
-from prunenet.models.masks import top_channels
 from prunenet.policies.artifact import Policy
 from prunenet.policies.budget import allocations as allocations
 from prunenet.policies.budget import bytes_left as bytes_left
 from prunenet.policies.budget import ratio_of as ratio_of
-from prunenet.policies.experts import keep_experts
-from prunenet.policies.options import Channels, PruneChoices, PruneOptions, options_of
+from prunenet.policies.cuts import Progress as Progress
+from prunenet.policies.cuts import cuts_of, read_scores
+from prunenet.policies.cuts import stage_of as stage_of
+from prunenet.policies.mixture import removal, said_of
+from prunenet.policies.options import PruneChoices, PruneOptions, options_of
 from prunenet.policies.refine import Refined, refined_sizes
 from prunenet.policies.repair import repaired
-from prunenet.refit.cut import Cut, cut_layers
+from prunenet.refit.cut import Cut
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
 from prunenet.text.calibration import CalibrationSet
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, in all)."""
 AUTO_GAIN = 0.05
 """Least predicted gain in perplexity for which widths "auto" are per-layer: stock loaders read such
 checkpoints only padded.
-"""
-MEASURED = 1 / 3
-"""Share of the measured energies' ranks in "blend": the best of 1/5, 1/4, 1/3 and 2/5 on validation
-texts.
 """
 _JUDGED = 8  # blocks on which uniform and per-layer widths are compared
 
@@ -136,7 +132,7 @@ def prune(
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
     asked = options_of(options, choices)
-    if asked.experts is not None:
+    if asked.experts is not None or asked.shares_experts:
         return _without_experts(model, policy, asked, blocks, policy_name, progress)
     (decision,) = decide(
         model, policy, [asked], blocks=blocks, scores=scores, folder=folder, progress=progress
@@ -153,21 +149,22 @@ def _without_experts(
     progress: Progress | None,
 ) -> Pruned:
     """`prune` of a model from which whole experts are removed first."""
-    assert asked.experts is not None
-    ids = None if blocks is None else blocks.ids
-    kept = keep_experts(model, asked.experts, asked.experts_by, blocks=ids)
-    fewer = without_experts(model, kept)
-    regime = blocks.regime if blocks is not None and asked.experts_by == "reap" else "weights"
-    if asked.ratio == 0:
+    gone = removal(model, policy, asked, blocks, progress)
+    fewer = model if gone.whole else without_experts(model, gone.kept)
+    read = blocks.regime if blocks is not None and gone.measured else "weights"
+    if gone.size.ratio == 0:
         whole = [torch.ones(group.width, dtype=torch.bool) for group in Anatomy.of(fewer).groups]
-        decision = Decision(Cut(whole, None), 0.0, regime, How(widths="uniform"))
+        decision = Decision(Cut(whole, None), 0.0, read, How(widths="uniform"))
     else:
-        (decision,) = decide(fewer, policy, [asked], blocks=blocks, progress=progress)
-    name = policy_name if asked.ratio != 0 else asked.experts_by
-    made = pruned_by(fewer, replace(decision, regime=most([decision.regime, regime])), policy, name)
-    numbers = {str(layer): mask.nonzero().flatten().tolist() for layer, mask in kept.items()}
-    how: How = {**made.provenance.how, "experts": numbers, "experts_by": asked.experts_by}
-    return replace(made, provenance=_of_base(model, replace(made.provenance, how=how)))
+        (decision,) = decide(fewer, policy, [gone.size], blocks=blocks, progress=progress)
+    ratio = decision.ratio if gone.ratio is None else gone.ratio
+    decision = replace(decision, regime=most([decision.regime, read]), ratio=ratio)
+    made = pruned_by(fewer, decision, policy, policy_name)
+    how: How = {**made.provenance.how, **said_of(model, made.model, asked, gone, blocks)}
+    story = replace(_of_base(model, made.provenance), how=how)
+    if gone.size.ratio == 0:  # no channels were chosen
+        story = replace(story, policy=gone.by, policy_sha256=None)
+    return replace(made, provenance=story)
 
 
 @torch.no_grad()
@@ -204,7 +201,7 @@ def decide(
         scores = None
     elif scores is None:
         assert policy is not None
-        scores, offsets = _read(model, policy, blocks, stage_of(progress, "scoring"))
+        scores, offsets = read_scores(model, policy, blocks, stage_of(progress, "scoring"))
     if refined is None:
         advance = stage_of(progress, "ablating")
         refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
@@ -216,7 +213,7 @@ def decide(
         allocations(model, policy, ratio, size, offsets) if found is None else found.way
         for size, ratio, found in zip(sizes, ratios, refined, strict=True)
     ]
-    found = _cuts(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
+    found = cuts_of(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
     settle = partial(_settled, given)
     return [settle(*size) for size in zip(sizes, ratios, found, refined, strict=True)]
 
@@ -342,53 +339,6 @@ def chosen_allocation(names: Mapping[str, object], gain: float | None) -> tuple[
     return "per-layer" if gain is not None and gain > AUTO_GAIN else "uniform", gain
 
 
-def _read(
-    model: Weights,
-    policy: Policy,
-    blocks: CalibrationSet | None,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[Float[Tensor, " _"]], list[float] | None]:
-    """Scores of each layer's channels and, where the same pass over the weights gives them, the
-    layers' log-odds.
-    """
-    if not policy.config.moments:
-        # A pass over weights in memory takes a moment, one over a file does not.
-        return policy.read(model, progress=None if isinstance(model, PreTrainedModel) else progress)
-    assert isinstance(model, PreTrainedModel), "PruneOptions.filled"
-    return policy.scores(model, blocks, progress=progress), None
-
-
-def _cuts(
-    model: Weights,
-    ways: Sequence[Mapping[str, Sequence[int]]],
-    channels: Channels | None,
-    refit: bool,
-    scores: Sequence[Float[Tensor, " _"]] | None,
-    blocks: CalibrationSet | None,
-    progress: Progress | None,
-) -> list[dict[str, Cut]]:
-    """A cut for every allocation of every size, in one pass over the layers."""
-    flat = [widths for way in ways for widths in way.values()]
-    if blocks is None:
-        assert scores is not None
-        pairs = (zip(scores, widths, strict=True) for widths in flat)
-        made = [Cut([top_channels(*pair) for pair in rows], None) for rows in pairs]
-    else:
-        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
-        made = cut_layers(
-            model,
-            blocks.ids,
-            flat,
-            kinds=blocks.kinds,
-            scores=scores,
-            measured=MEASURED if channels == "blend" else 0.0,
-            refit=refit,
-            progress=stage_of(progress, "cutting"),
-        )
-    left = iter(made)
-    return [{name: next(left) for name in way} for way in ways]
-
-
 def _gain(model: Weights, cuts: dict[str, Cut], blocks: CalibrationSet) -> float | None:
     """By which share per-layer widths lower exp(KL), and so perplexity, on some of the blocks.
 
@@ -420,10 +370,3 @@ def _regime(policy: Policy | None, blocks: CalibrationSet | None) -> str:
     """What the whole way looked at, training included: the most that any step of it did."""
     seen = [policy.config.regime] if policy is not None else []
     return most([*seen, *([blocks.regime] if blocks is not None else [])])
-
-
-def stage_of(
-    progress: Callable[[str, int, int], None] | None, what: str
-) -> Callable[[int, int], None] | None:
-    """The callback of one stage."""
-    return None if progress is None else lambda done, of: progress(what, done, of)

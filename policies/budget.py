@@ -12,7 +12,7 @@ from prunenet.models.masks import ratio_for_parameters, widths_for_budget
 from prunenet.models.modeling import is_per_layer
 from prunenet.models.surgery import check_stock
 from prunenet.policies.artifact import Policy
-from prunenet.policies.experts import check_experts
+from prunenet.policies.experts import check_experts, line_of_cost
 from prunenet.policies.options import PruneOptions
 from prunenet.refit.blocks import check_blocks
 from prunenet.runtime.choices import RoundTo
@@ -29,7 +29,9 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     check_channels(model, "prune the checkpoint that it was exported from, and export that")
     anatomy, ratio = Anatomy.of(structure(model)), options.ratio
     if options.experts is not None:
-        check_experts(anatomy.model, options.experts_by, options.experts)
+        check_experts(anatomy.model, options.experts_by or "aimer", options.experts)
+    if options.shares_experts:  # by whatever they are chosen, routers must be known
+        check_experts(anatomy.model, "reap")
     if options.refit == "blocks":
         check_blocks(anatomy.model)
     if ratio is None and options.budget not in ("params", "active"):
@@ -44,7 +46,9 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
             costs = [cost * g.share for cost, g in zip(costs, anatomy.groups, strict=True)]
         assert share is not None
         ratio = ratio_for_parameters(share, total, costs, anatomy.widths)
-    if anatomy.tied_by and options.widths in ("per-layer", "refined"):
+    if options.shares_experts:
+        line_of_cost(anatomy.model, options, ratio)
+    elif anatomy.tied_by and options.widths in ("per-layer", "refined"):
         raise ValueError(
             f"the layers of a {type(anatomy.model).__name__} share one width, for"
             f" {anatomy.tied_by}; give uniform `widths`"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from prunenet.evaluation.choices import STRUCTURES, Cost, Structure
+from prunenet.evaluation.choices import STRUCTURES, Cost, Cuttable, Structure
 from prunenet.runtime.choices import RoundTo, check_choice, check_ratio
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class PruneChoices(TypedDict, total=False):
     params: float | None
     active: float | None
     experts: int | None
-    experts_by: ExpertsBy
+    experts_by: ExpertsBy | None
     round_to: RoundTo
     widths: Widths
     structures: str
@@ -45,7 +45,8 @@ class PruneOptions:
             is given; or none, where experts alone are removed.
         experts: experts that stay in each layer of a mixture, chosen before channels; None: all.
         experts_by: "aimer" (from weights), "reap" (measured on text) or "random"; see
-            `prunenet.policies.experts`.
+            `prunenet.policies.experts`. None: where experts share a budget reap, if the text has
+            tokens enough (`prunenet.policies.mixture`); else aimer.
         round_to: widths are multiples of this; "auto": 64 where that moves a uniform width by less
             than 1 % of its channels, else 32, and less in experts and narrow FFNs; see
             `prunenet.models.knobs.rounding`.
@@ -55,7 +56,9 @@ class PruneOptions:
             calibration text (`prunenet.policies.refine`).
         structures: what refined widths cut: one or more of "channels", "heads" (groups of them),
             "attention" (heads, and of a layer all of them) and "layers" (whole ones), with commas;
-            as many parameters in all as the ratio takes from channels.
+            as many parameters in all as the ratio takes from channels. Of a mixture
+            "channels,experts" or "experts": how many experts stay, all of one width, is measured
+            on text (`prunenet.policies.mixture`).
         budget: what refined widths save: "params", "active" (of dense models the same), "flops",
             "kv-bytes" or "latency" (`prunenet.evaluation.latency`). The ratio then is a share of
             what FFN channels cost in it, or of everything where they cost nothing; `params` is a
@@ -79,7 +82,7 @@ class PruneOptions:
     params: float | None = None
     active: float | None = None
     experts: int | None = None
-    experts_by: ExpertsBy = "aimer"
+    experts_by: ExpertsBy | None = None
     round_to: RoundTo = "auto"
     widths: Widths = "auto"
     structures: str = "channels"
@@ -131,6 +134,16 @@ class PruneOptions:
         return tuple(name for name in STRUCTURES if name in given)
 
     @property
+    def shares_experts(self) -> bool:
+        """Whether whole experts pay for the budget too."""
+        return "experts" in self.structures
+
+    @property
+    def counts_active(self) -> bool:
+        """Whether the budget counts active parameters, and not all."""
+        return self.active is not None or self.budget == "active"
+
+    @property
     def exact(self) -> bool:
         """Whether the number of parameters is met to a multiple of a channel's."""
         return self.budget == "params" and {"channels"} <= {*self.parts} <= {"channels", "heads"}
@@ -164,17 +177,18 @@ class PruneOptions:
                 "no policy to choose the channels; give one (`policy`), or text to choose them by"
                 " (`blocks`)"
             )
-        if policy is None and self.widths in ("per-layer", "refined"):
+        refined = self.widths == "refined" and not self.shares_experts
+        if policy is None and (refined or self.widths == "per-layer"):
             raise ValueError(
                 "no policy to allocate widths; give one (`policy`), or take uniform `widths`"
             )
         if self.widths == "refined":
             if not measured:
+                instead = "a number of `experts`" if self.shares_experts else "per-layer `widths`"
                 raise ValueError(
-                    "refined widths are measured on text: give it (`blocks`), or take per-layer"
-                    " `widths`"
+                    f"refined widths are measured on text: give it (`blocks`), or take {instead}"
                 )
-            if channels == "elimination" or refit == "sequential":
+            if refined and (channels == "elimination" or refit == "sequential"):
                 raise ValueError(
                     "refined widths need the policy's scores and a refit on dense activations: no"
                     " elimination and no sequential refit"
@@ -186,14 +200,46 @@ def _check_structures(options: PruneOptions) -> None:
     """Raises ValueError for structures that are not known, or that nothing here can cut."""
     given = [name.strip() for name in options.structures.split(",")]
     for name in given:
-        check_choice("structures", name, Structure)
+        check_choice("structures", name, Cuttable)
+    if options.shares_experts:
+        _check_shared_experts(options)
     if options.parts == ("channels",) and options.budget == "kv-bytes":
         raise ValueError("FFN channels hold nothing of the KV cache; say heads too, or layers")
-    if (*options.parts, options.budget) != ("channels", "params") and options.widths != "refined":
+    plain = (*options.parts, options.budget) == ("channels", "params")
+    if not (plain and not options.shares_experts) and options.widths != "refined":
         what = "" if options.structures == "channels" else f" {options.structures}"
         by = "" if options.budget == "params" else f" by {options.budget}"
         raise ValueError(
             f"only refined widths cut{what}{by}; say widths='refined', or cut channels alone"
+        )
+
+
+def _check_shared_experts(options: PruneOptions) -> None:
+    """Raises ValueError for what does not go together with experts that pay for a budget."""
+    beside = [name for name in options.parts if name != "channels"]
+    if beside:
+        raise ValueError(
+            f"experts share a budget with channels alone, got {', '.join(beside)} too; say"
+            " structures='channels,experts'"
+        )
+    if options.experts is not None:
+        raise ValueError(
+            "`experts` says how many stay, and `structures` asks which number is best; give one of"
+            " the two"
+        )
+    if options.budget not in ("params", "active"):
+        raise ValueError(
+            f"whole experts are counted in parameters, and the budget is {options.budget!r}; give"
+            " params or active"
+        )
+    if options.params is not None and options.budget == "active":
+        raise ValueError(
+            "`params` is a share of all parameters, and the budget is 'active'; give `active`"
+        )
+    if options.counts_active and not options.parts:
+        raise ValueError(
+            "a token passes through as many experts when some are gone, so they alone leave the"
+            " active parameters as they are; say structures='channels,experts', or give `params`"
         )
 
 

@@ -7,8 +7,14 @@ its reason. What ships is compared with a discovery of each, some seconds a type
 import importlib.util
 
 import pytest
+import torch
+from transformers import CONFIG_MAPPING
 
 from prunenet.models import known
+from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.experts import Experts, rerouted, without_experts
+from prunenet.models.twin import logits_of, twin
+from prunenet.refit.expert_use import check_readable
 
 CUT = 240
 """Types of which a class is cut; raise it with `known_types.json`."""
@@ -52,3 +58,32 @@ def test_what_ships_of_a_type_is_what_a_discovery_proves_now(entry, shipped) -> 
     assert found.architecture == before.architecture, found.reason
     assert bool(found.reason) == bool(before.reason)
     assert found.left == before.left
+
+
+def mixtures():
+    """Entries whose groups are experts."""
+    rows = {name: found.architecture for name, found in known.shipped().items()}
+    return [name for name, row in rows.items() if row and any(p.experts for p in row.patterns)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", mixtures())
+def test_a_mixture_computes_rerouted_what_it_computes_without_its_experts(entry) -> None:
+    model_type, name = entry.split()
+    kind = known.class_of(model_type, name)
+    model, ids = twin(kind, CONFIG_MAPPING[model_type])
+    try:
+        experts = Experts.of(model)
+        check_readable(model)
+    except UnsupportedArchitecture as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    fewest = experts.possible[0]
+    assert fewest < experts.count
+    kept = {
+        layer: experts.best(torch.rand(experts.count, generator=generator), fewest)
+        for layer in experts.layers
+    }
+    expected = logits_of(without_experts(model, kept), ids)
+    torch.testing.assert_close(logits_of(rerouted(model, kept), ids), expected)
+    assert not torch.allclose(logits_of(model, ids), expected, rtol=1e-2)

@@ -27,8 +27,9 @@ from typer.testing import CliRunner
 from prunenet.cli.app import app
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
-from prunenet.models.experts import Experts, concentration, without_experts
+from prunenet.models.experts import Experts, concentration, rerouted, without_experts
 from prunenet.models.layers import active_parameters, count_parameters
+from prunenet.models.surgery import masking
 from prunenet.policies.apply import prune, ratio_of
 from prunenet.policies.experts import keep_experts
 from prunenet.policies.methods import METHODS, Evidence, cut, pruned_model
@@ -182,6 +183,37 @@ def test_without_experts_the_others_compute_as_if_these_were_never_chosen(model_
             expected = model(input_ids=IDS).logits
     assert not torch.equal(expected, model(input_ids=IDS).logits)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MAKE)
+def test_the_rerouted_model_computes_what_the_cut_one_does_and_shares_its_experts(
+    model_type, models
+):
+    model = models[model_type]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = keep_experts(model, 4, "random", seed=3)
+    made, narrow = rerouted(model, kept), without_experts(model, kept)
+    generator = torch.Generator().manual_seed(2)
+    groups = Anatomy.of(model).groups
+    keep = [
+        torch.randperm(group.width, generator=generator) < 3 * group.width // 4 for group in groups
+    ]
+    left = [
+        mask
+        for group, mask in zip(groups, keep, strict=True)
+        if group.expert is None or kept[group.layer][group.expert]
+    ]
+    with torch.no_grad():
+        expected = narrow(input_ids=IDS).logits
+        torch.testing.assert_close(made(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+        with masking(narrow, left), masking(made, keep):
+            zeroed = narrow(input_ids=IDS).logits
+            torch.testing.assert_close(made(input_ids=IDS).logits, zeroed, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(zeroed, expected, atol=1e-2)
+    own = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in made.named_parameters():
+        assert id(parameter) in own or parameter.numel() < 8 * 33, name  # rows of routers alone
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def _results_table(results: Sequence[Mapping[str, Any]]) -> str:
 def _command(made: Provenance) -> str:
     """The command that makes this checkpoint from its base model, where the record says enough."""
     how = made.how
-    if made.policy == UNRECORDED or "channels" not in how or made.residual_widths:
+    if made.policy == UNRECORDED or not how.keys() & {"channels", "tried"} or made.residual_widths:
         return ""
     said = f"prunenet prune {made.base_model} --ratio {made.ratio:.10g} --widths {how['widths']}"
     if how["widths"] == "ordered":
@@ -219,14 +219,20 @@ def _command(made: Provenance) -> str:
     else:
         if "structures" in how:
             said += f" --structures {how['structures']} --budget {how['budget']}"
-        said += f" --channels {how['channels']} --refit {how['refit']}"
+        if "experts_by" in how:
+            said += f" --experts-by {how['experts_by']}"
+        if "tried" not in how and (experts := how.get("experts")):
+            said += f" --experts {len(next(iter(experts.values())))}"
+        if "channels" in how:
+            said += f" --channels {how['channels']} --refit {how['refit']}"
         if made.regime == "self":
             said += " --moments self"
         elif (name := text.get("text")) is not None:
             said += f" --moments data --text {name!r}"
         else:
             return ""
-    return f"\n```console\n{said} --policy {made.policy} --out smaller\n```\n"
+    policy = "none" if made.policy in ("elimination", how.get("experts_by")) else made.policy
+    return f"\n```console\n{said} --policy {policy} --out smaller\n```\n"
 
 
 def _limits(made: Provenance) -> str:
@@ -280,7 +286,9 @@ def _amount(made: Provenance) -> str:
     gone = True if made.groups is not None and 0 in made.groups else None
     cut = {"heads": made.groups, "attention": gone, "layers": made.layers}
     names = ["channels", *(name for name, left in cut.items() if left is not None)]
-    of = f"from {', '.join(names[:-1])} and {names[-1]}" if names[1:] else "from channels"
+    if "tried" in made.how:
+        names = made.how["structures"].split(",")
+    of = f"from {', '.join(names[:-1])} and {names[-1]}" if names[1:] else f"from {names[0]}"
     if made.how.get("budget", "params") == "params":
         return f"as many parameters as {made.ratio:.1%} of its FFN channels have, {of}"
     budget, reached = made.how["budget"], made.how["reached"]
@@ -308,6 +316,11 @@ def _counts(made: Provenance) -> str:
         said += (
             f"\n\nDecoder layers left: {len(made.layers)} of {made.dense_layers}; gone:"
             f" {', '.join(map(str, gone))}."
+        )
+    if experts := made.how.get("experts"):
+        said += (
+            f"\n\nExperts left in each layer: {len(next(iter(experts.values())))}, chosen by"
+            f" `{made.how['experts_by']}`."
         )
     if made.padded_groups is not None:
         said += f"\nEvery layer is filled with zeros to {made.padded_groups} groups."

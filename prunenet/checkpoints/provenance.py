@@ -57,9 +57,12 @@ class How(TypedDict, total=False):
             `prunenet.refit.few_tokens`; absent where there are none.
         experts: numbers of the experts that stayed, by layer; absent where all did.
         experts_by: "aimer", "reap" or "random".
-        structures: what a cut of whole layers, or by another budget than parameters, could take.
+        structures: what a cut of whole layers or experts, or by another budget than parameters,
+            could take.
         budget: what such a cut's ratio is a share of, see `prunenet.evaluation.slots.Cost`.
         reached: the ratio that it reaches.
+        tried: KL(dense || cut), nats per token on text held back, of each number of experts that
+            was tried, by the number; channels alone are the greatest. Before the refit.
     """
 
     widths: str
@@ -77,6 +80,7 @@ class How(TypedDict, total=False):
     structures: str
     budget: str
     reached: float
+    tried: dict[str, float]
 
 
 class _Since(TypedDict, total=False):

@@ -208,7 +208,8 @@ HELP: dict[str, Any] = {
     ),
     "experts": typer.Option(help="Experts that stay in each layer of a mixture. Default: all."),
     "experts_by": typer.Option(
-        help="Which experts stay: aimer (from weights), reap (measured on text) or random."
+        help="Which experts stay: aimer (from weights), reap (measured on text) or random. Default:"
+        " reap where experts share a budget (--structures), else aimer."
     ),
     "round_to": typer.Option(
         "--round",
@@ -225,7 +226,8 @@ HELP: dict[str, Any] = {
     "structures": typer.Option(
         metavar="NAME,...",
         help="What refined widths cut, at as many parameters in all: channels, heads (groups of"
-        " them), attention (heads, and of a layer all of them), layers (whole ones).",
+        " them), attention (heads, and of a layer all of them), layers (whole ones); of a mixture"
+        " channels,experts or experts.",
     ),
     "budget": typer.Option(
         help="What refined widths save; --ratio is the share of what FFN channels cost in it (of"

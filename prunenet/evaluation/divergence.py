@@ -4,8 +4,8 @@ itself (docs/methods.md, section 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ Masks = Sequence[Bool[Tensor, " _"]]
 """One mask a layer, True where a unit stays."""
 Cuts = Sequence[tuple[Masks, Masks | None] | tuple[Masks, Masks | None, Tensor | None]]
 """Each the masks of channels, of groups of heads or None, and of layers."""
-_Context = Callable[[], AbstractContextManager[object]]
+Context = Callable[[], AbstractContextManager[PreTrainedModel]]
+"""Inside, the model that it yields is the cut one."""
 _BLOCKS = 4  # per forward pass
 
 
@@ -71,13 +72,26 @@ def divergences(
     """
     places = Anatomy.of(model).down_places()
 
-    def context(way: Downs) -> _Context:
-        cut: dict[nn.Module, Callable[..., object]] = {
-            place[0]: _cut(place, groups, way) for place, groups in places.items()
-        }
-        return lambda: calling(cut)
+    @contextmanager
+    def context(way: Downs) -> Iterator[PreTrainedModel]:
+        with calling({place[0]: _cut(place, groups, way) for place, groups in places.items()}):
+            yield model
 
-    return _compared(model, [context(way) for way in ways], blocks, unscored).kl
+    return _compared(model, [partial(context, way) for way in ways], blocks, unscored).kl
+
+
+@torch.no_grad()
+def model_divergences(
+    model: PreTrainedModel,
+    cuts: Sequence[Context],
+    blocks: Int[Tensor, "n tokens"],
+    *,
+    unscored: int = 0,
+) -> Float[Tensor, " cuts"]:
+    """Measures the KL(dense || cut), in nats per token, of any models that contexts yield; other
+    arguments and errors as for `divergences`.
+    """
+    return _compared(model, cuts, blocks, unscored).kl
 
 
 class Distances(NamedTuple):
@@ -120,7 +134,7 @@ def mask_divergences(
 
 
 def _compared(
-    model: PreTrainedModel, contexts: Sequence[_Context], blocks: Tensor, unscored: int
+    model: PreTrainedModel, contexts: Sequence[Context], blocks: Tensor, unscored: int
 ) -> Distances:
     check_tokens(model, blocks)
     if not 0 <= unscored < blocks.shape[1]:
@@ -136,8 +150,8 @@ def _compared(
                 f"the model's logits are not finite: damaged weights, or {model.dtype} overflows"
             )
         for number, context in enumerate(contexts):
-            with context():
-                found = _log_probabilities(model, part, unscored)
+            with context() as cut:
+                found = _log_probabilities(cut, part, unscored)
             total[0, number] += (expected.exp() * (expected - found)).sum()
             total[1, number] += (expected.exp() - found.exp()).abs().sum() / 2
             total[2, number] += (expected.argmax(-1) != found.argmax(-1)).sum()

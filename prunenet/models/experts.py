@@ -11,13 +11,15 @@ routing group, in the order of the original.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunenet.models.anatomy import Anatomy
@@ -25,8 +27,8 @@ from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.groups import starred
 from prunenet.models.knobs import field_of, set_field, top_k
 from prunenet.models.rebuilt import forget_quantisation
-from prunenet.models.surgery import check_built, restate_modules, shapes_of
-from prunenet.runtime.placement import check_together, shared_copy
+from prunenet.models.surgery import built, check_built, restate_modules, shapes_of
+from prunenet.runtime.placement import check_together, home, shared_copy
 
 _FIELDS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -140,6 +142,81 @@ def without_experts(
         UnsupportedArchitecture: as `Experts.of`.
         ValueError: a number of experts that a layer cannot be left with.
     """
+    experts, count = _checked(model, keep)
+    narrow = shared_copy(model)
+    for name, axis in experts.axes.items():
+        _pick(narrow, name, axis, keep[_layer(name)])
+    set_field(narrow.config, experts.field, count)
+    narrow.__dict__.pop("_weight_conversions", None)
+    forget_quantisation(narrow)
+    restate_modules(narrow, check_built(narrow))
+    return narrow
+
+
+def rerouted(
+    model: PreTrainedModel, keep: Mapping[int, Bool[Tensor, " experts"]]
+) -> PreTrainedModel:
+    """A model that computes what `without_experts` gives, with all experts in their places: its
+    routers know those alone that stay. It is there to be measured, not saved.
+
+    Routers alone are new; every other parameter, the experts' included, is the same tensor in both
+    models. Numbers that routers give become those of the dense model in front of the experts.
+
+    Args:
+        model, keep: as for `without_experts`; its experts are called as
+            `prunenet.refit.expert_use.check_readable` demands.
+
+    Raises:
+        UnsupportedArchitecture, ValueError: as `without_experts`.
+    """
+    experts, count = _checked(model, keep)
+    made = shared_copy(model)
+    places = [g.down.name for g in Anatomy.of(made).groups if g.expert is not None]
+    banks = {place.rpartition(".")[0]: keep[_layer(place)] for place in places}
+    for name, axis in experts.axes.items():
+        if not any(name.startswith(f"{bank}.") for bank in banks):
+            _pick(made, name, axis, keep[_layer(name)])
+    set_field(made.config, experts.field, count)
+    own = {name: dict(vars(made.get_submodule(name))) for name in banks}
+    restate_modules(made, built(type(made), copy.deepcopy(made.config)))
+    for name, mask in banks.items():
+        bank = made.get_submodule(name)
+        vars(bank).update(own[name])  # it holds all experts still
+        stay = mask.nonzero().flatten().to(home(made))
+        bank.register_forward_pre_hook(partial(_renumbered, stay, len(mask)), with_kwargs=True)
+        if len(takes(bank)) == 1:
+            bank.register_forward_hook(partial(_of_those, stay, len(mask)))
+    return made
+
+
+def takes(bank: nn.Module) -> list[str]:
+    """Names of what a bank of experts is called with: tokens, indices and weights; or one scaled
+    copy of all tokens for each expert.
+    """
+    return list(inspect.signature(type(bank).forward).parameters)[1:]
+
+
+def _renumbered(stay: Tensor, count: int, bank: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a bank is called with, where numbers count those that stay, for one of all experts."""
+    call, names = inspect.signature(type(bank).forward).bind(bank, *args, **kwargs), takes(bank)
+    if len(names) == 1:
+        given = call.arguments[names[0]]
+        rows = given.reshape(len(stay), -1, given.shape[-1])
+        whole = rows.new_zeros(count, *rows.shape[1:]).index_copy(0, stay, rows)
+        call.arguments[names[0]] = whole.flatten(0, 1)
+    else:
+        call.arguments[names[1]] = stay[call.arguments[names[1]]]
+    return call.args[1:], call.kwargs
+
+
+def _of_those(stay: Tensor, count: int, _bank: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    """What the experts that stay write, of what all do."""
+    rows = output.reshape(count, -1, output.shape[-1])
+    return rows[stay].reshape(-1, *output.shape[1:])
+
+
+def _checked(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> tuple[Experts, int]:
+    """The experts of a model, and how many stay in each layer; raises as `without_experts`."""
     check_together(model, "removing experts")
     experts = Experts.of(model)
     left = {int(mask.sum()) for mask in keep.values()}
@@ -149,23 +226,20 @@ def without_experts(
             f" {sorted(left)} in {sorted(keep)}"
         )
     experts.check(count := left.pop())
-    narrow = shared_copy(model)
-    for name, axis in experts.axes.items():
-        module, _, own = name.rpartition(".")
-        owner = narrow.get_submodule(module)
-        index = keep[_layer(name)].nonzero().flatten()
-        tensor = getattr(owner, own)
-        picked = tensor.detach().index_select(axis, index.to(tensor.device))
-        if own in owner._parameters:
-            picked = torch.nn.Parameter(picked, requires_grad=tensor.requires_grad)
-        setattr(owner, own, picked)
-        if own == "weight" and isinstance(owner, torch.nn.Linear):
-            owner.out_features = len(picked)
-    set_field(narrow.config, experts.field, count)
-    narrow.__dict__.pop("_weight_conversions", None)
-    forget_quantisation(narrow)
-    restate_modules(narrow, check_built(narrow))
-    return narrow
+    return experts, count
+
+
+def _pick(model: PreTrainedModel, name: str, axis: int, mask: Tensor) -> None:
+    """Cuts one tensor to the experts that stay."""
+    module, _, own = name.rpartition(".")
+    owner = model.get_submodule(module)
+    tensor = getattr(owner, own)
+    picked = tensor.detach().index_select(axis, mask.nonzero().flatten().to(tensor.device))
+    if own in owner._parameters:
+        picked = nn.Parameter(picked, requires_grad=tensor.requires_grad)
+    setattr(owner, own, picked)
+    if own == "weight" and isinstance(owner, nn.Linear):
+        owner.out_features = len(picked)
 
 
 def concentration(model: PreTrainedModel) -> dict[int, Tensor]:

@@ -280,7 +280,7 @@ def check_stock(anatomy: Anatomy, widths: Sequence[int]) -> None:
         for where in group.slices:
             halves = 1 if where.layout == "plain" else 2
             expected[where.name][where.axis] = width * halves
-    _compare(_built(type(anatomy.model), config), expected)
+    _compare(built(type(anatomy.model), config), expected)
 
 
 def check_built(model: PreTrainedModel) -> PreTrainedModel:
@@ -290,12 +290,13 @@ def check_built(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UnsupportedArchitecture: a tensor has another shape.
     """
-    made = _built(type(model), copy.deepcopy(model.config))
+    made = built(type(model), copy.deepcopy(model.config))
     _compare(made, {n: list(t.shape) for n, t in model.state_dict(keep_vars=True).items()})
     return made
 
 
-def _built(kind: Any, config: Any) -> PreTrainedModel:
+def built(kind: Any, config: Any) -> PreTrainedModel:
+    """A model newly built on the meta device."""
     with torch.device("meta"):
         made = kind(config)
     assert isinstance(made, PreTrainedModel)
@@ -304,7 +305,7 @@ def _built(kind: Any, config: Any) -> PreTrainedModel:
 
 def shapes_of(kind: Any, config: Any) -> dict[str, list[int]]:
     """Shapes of the stored tensors of a model newly built on the meta device, by name."""
-    made = _built(kind, config)
+    made = built(kind, config)
     return {n: list(t.shape) for n, t in made.state_dict(keep_vars=True).items()}
 
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.experts import takes
 from prunenet.models.groups import Group
 from prunenet.models.layers import check_tokens
 from prunenet.runtime.placement import home
@@ -132,11 +133,11 @@ def check_readable(model: PreTrainedModel) -> None:
             weights, nor with one scaled copy of all tokens for each expert.
     """
     for group in Anatomy.of(model).groups:
-        if group.expert is not None and len(_takes(group.down.module)) not in (1, 3):
+        if group.expert is not None and len(takes(group.down.module)) not in (1, 3):
             raise UnsupportedArchitecture(
                 f"what the router of a {type(model).__name__} gives its experts is not known"
                 f" ({type(group.down.module).__name__} takes"
-                f" {', '.join(_takes(group.down.module))}); choose experts by weights (aimer)"
+                f" {', '.join(takes(group.down.module))}); choose experts by weights (aimer)"
             )
 
 
@@ -158,12 +159,7 @@ def written_alone(
 
 def routes(bank: nn.Module) -> bool:
     """Whether a bank of experts is called with tokens, indices and weights."""
-    return len(_takes(bank)) == 3
-
-
-def _takes(bank: nn.Module) -> list[str]:
-    """Names of what a bank of experts is called with."""
-    return list(inspect.signature(type(bank).forward).parameters)[1:]
+    return len(takes(bank)) == 3
 
 
 def _add_scaled(module: nn.Module, hidden: Tensor, sums: Float[Tensor, "2 experts"]) -> None:

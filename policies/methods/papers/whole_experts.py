@@ -17,9 +17,9 @@ from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.experts import Experts, without_experts
 from prunenet.models.knobs import set_field, top_k, top_k_field
-from prunenet.models.layers import active_parameters, count_parameters
+from prunenet.models.layers import active_parameters
 from prunenet.models.surgery import check_built, restate_modules
-from prunenet.policies.experts import check_experts, scores_without_text
+from prunenet.policies.experts import MixtureCost, check_experts, scores_without_text
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.methods.widths.allocation import parameters_left
 from prunenet.policies.options import ExpertsBy
@@ -56,11 +56,8 @@ def fewer_experts(
 
 def _within(model: PreTrainedModel, experts: Experts, most: int) -> int:
     """The most experts of a layer in a model of at most so many parameters."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    numbered = [tensors[name] for name in experts.axes if name in tensors]
-    each = sum(tensor.numel() for tensor in numbered) // experts.count
-    room = experts.count - -(-(count_parameters(model)[0] - most) // each)
-    fitting = [left for left in experts.possible if left <= room]
+    price = MixtureCost.of(model, active=False)
+    fitting = [left for left in experts.possible if price.whole(left) <= most]
     if not fitting:
         raise ValueError(
             f"the {experts.fewest} experts that a layer must keep leave more parameters than this"
