@@ -159,7 +159,8 @@ def judged(one: Opened, ways: dict[str, tuple[Policy, bool]], data: Path) -> Lin
     """
     model, front = one.model, int(one.text.bos is not None)
     held = torch.cat([kind[-HELD:] for kind in folds_of(one.text.ids, one.text.kinds)])
-    options = EvaluationOptions(window=512, max_windows=WINDOWS)
+    longest = int(model.config.max_position_embeddings) - front
+    options = EvaluationOptions(window=min(512, longest), max_windows=WINDOWS)
     texts = {
         name: load_text(str(data / file), TestText)
         for name, file in {

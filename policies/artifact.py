@@ -43,7 +43,7 @@ from prunenet.text.calibration import CalibrationSet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ZOO = Path(__file__).parent / "zoo"
-FALLBACK = "llama"
+FALLBACK = "universal"
 """The policy for families that have none of their own, and gated dense FFNs."""
 FORMAT_VERSION = 3  # 3: the scorer has the layers' log-odds
 
@@ -320,7 +320,7 @@ class Policy:
 
 def zoo() -> dict[str, Path]:
     """The policies that ship with the package: folder by name, which is the `config.model_type`
-    that it was trained for.
+    that it was trained for, or `FALLBACK`.
     """
     return {path.parent.name: path.parent for path in sorted(ZOO.glob("*/config.json"))}
 

@@ -368,9 +368,10 @@ def test_the_zoo_is_found_by_name_and_by_family(shipped):
     for choice, family, found in asked:
         policy, name = policy_for(choice, family)
         assert (policy is not None, name) == (found, "llama" if found else "none")
-    some_policy().save_pretrained(shipped / "gemma")
+    for name in ("gemma", "universal"):
+        some_policy().save_pretrained(shipped / name)
     gated = [policy_for(None, family, gated=True)[1] for family in ("llama", "gemma", "qwen2")]
-    assert gated == ["llama", "gemma", "llama"]
+    assert gated == ["llama", "gemma", "universal"]
     assert policy_for(None, "opt") == (None, "none")
 
 

@@ -13,14 +13,16 @@ from prunenet.models import known
 from prunenet.models.architectures import ARCHITECTURES, UnsupportedArchitecture
 from prunenet.models.layers import ffn_widths
 from prunenet.models.twin import twin
-from prunenet.policies.artifact import Policy, PolicyError, policy_for, zoo
+from prunenet.policies.artifact import FALLBACK, Policy, PolicyError, policy_for, zoo
 
 
 def test_every_policy_of_the_zoo_loads_and_says_what_it_was_trained_on():
-    assert "llama" in zoo()
+    assert {"llama", FALLBACK} == zoo().keys()
     for name, folder in zoo().items():
         policy = Policy.from_pretrained(name)
-        assert policy.config.trained_on["model_type"] == name
+        learned = policy.config.recipe["where"].get("models", [policy.config.trained_on])
+        families = {model["model_type"] for model in learned}
+        assert families == {name} if name != FALLBACK else len(families) == len(learned) == 5
         assert policy.config.regime in ("weights", "self")
         assert policy.config.gain > 0
         assert not (folder / "training").exists()
@@ -29,10 +31,17 @@ def test_every_policy_of_the_zoo_loads_and_says_what_it_was_trained_on():
 def test_a_model_s_family_chooses_its_policy_unless_the_user_does():
     assert policy_for(None, "llama")[1] == "llama"
     assert policy_for("none", "llama") == (None, "none")
-    assert policy_for(None, "a family without one", gated=True)[1] == "llama"
+    assert policy_for(None, "a family without one", gated=True)[1] == "universal"
     assert policy_for(None, "a family without one") == (None, "none")
-    with pytest.raises(PolicyError, match=r"does not exist.*take one that ships: llama"):
+    with pytest.raises(PolicyError, match=r"does not exist.*one that ships: llama, universal"):
         policy_for("lama", "llama")
+
+
+def test_the_universal_policy_has_llama_s_channels_and_widths_of_its_own():
+    llama, universal = (Policy.from_pretrained(name).scorer.state_dict() for name in zoo())
+    same = {name for name in llama if torch.equal(llama[name], universal[name])}
+    assert all(name in same for name in llama if not name.startswith("widths."))
+    assert any(name not in same for name in llama if name.startswith("widths."))
 
 
 def test_gated_dense_ffns_are_told_from_others():

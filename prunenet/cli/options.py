@@ -82,8 +82,8 @@ ReportTo = Annotated[
 PolicyName = Annotated[
     str | None,
     typer.Option(
-        help="A policy that ships with prunenet (llama), the folder of a trained one, or none."
-        " Default: the model family's, else llama's where FFNs are gated and dense."
+        help="A policy that ships with prunenet (llama, universal), the folder of a trained one, or"
+        " none. Default: the model family's, else the universal one where FFNs are gated and dense."
     ),
 ]
 CalibrationSource = Annotated[

@@ -25,7 +25,7 @@ class CompareOptions:
         seeds: of text, windows and draws, in [0, 2^32).
         round_to: widths are multiples of this; "auto": see `prunenet.policies.PruneOptions`.
         policy: a policy that ships, the folder of a trained one, or "none"; None: the family's,
-            else llama's where FFNs are gated and dense.
+            else the universal one where FFNs are gated and dense.
         recover_tokens: of self-written text that methods `+recovered` learn from.
         tuning: how they are trained; the seed is the cell's.
     """
