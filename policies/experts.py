@@ -153,8 +153,9 @@ class MixtureCost:
 def line_of_cost(model: PreTrainedModel, options: PruneOptions, ratio: float) -> dict[int, float]:
     """Numbers of experts, and with each the share of the channels that must go: all cost the same.
 
-    The fewest experts may cost less than the budget: then no channels go. They are all that there
-    is where experts go alone, and the budget is met from below.
+    Of numbers whose widths are rounded to the same the most experts are taken. The fewest experts
+    may cost less than the budget: then no channels go. They are all that there is where experts go
+    alone, and the budget is met from below.
 
     Args:
         model: a mixture; shapes alone are read.
@@ -185,7 +186,10 @@ def line_of_cost(model: PreTrainedModel, options: PruneOptions, ratio: float) ->
             f" {experts.count} stay in each layer; ask for less, or say"
             " structures='channels,experts'"
         )
-    numbers, last = list(found), len(found) - 1
-    steps = min(CANDIDATES, len(found)) - 1
+    anatomy, best = Anatomy.of(model), dict[tuple[int, ...], int]()
+    for left, over in found.items():
+        best.setdefault(tuple(anatomy.uniform_widths(over, options.round_to)), left)
+    numbers, last = list(best.values()), len(best) - 1
+    steps = min(CANDIDATES, len(best)) - 1
     places = [round(step * last / steps) for step in range(steps + 1)] if steps else [0]
     return {numbers[place]: found[numbers[place]] for place in places}

@@ -2,16 +2,16 @@
 (docs/methods.md, sections 13 and 19).
 
 Engines read one number of experts and one width, so what is shared is a line of equal cost: for
-each number of experts that can be left, the width that meets the budget. A few of them are cut as
-masks of the dense model, and the least KL(dense || cut) on text that chose nothing decides. All
-experts, at the width that channels alone need, are among them.
+each number of experts that can be left, the width that meets the budget. A few are tried, from all
+experts at the width that channels alone need downwards, until they get worse. The least
+KL(dense || cut) on text that chose nothing decides, behind the refit: it repairs what channels lose
+and nothing of an expert that goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import get_args
 
 import torch
@@ -20,21 +20,23 @@ from transformers import PreTrainedModel
 
 from prunenet.checkpoints.provenance import How
 from prunenet.evaluation.choices import Cuttable
-from prunenet.evaluation.divergence import Context, model_divergences
+from prunenet.evaluation.divergence import model_divergences, with_downs
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.experts import Experts, rerouted
-from prunenet.models.surgery import masking
 from prunenet.policies.artifact import Policy
 from prunenet.policies.budget import ratio_of
 from prunenet.policies.cuts import Progress, cuts_of, read_scores, stage_of
 from prunenet.policies.experts import MixtureCost, expert_scores, keep_experts, line_of_cost
 from prunenet.policies.options import ExpertsBy, PruneOptions
+from prunenet.refit.cut import Cut
 from prunenet.refit.folds import held_back
 from prunenet.runtime.placement import check_together
 from prunenet.text.calibration import CalibrationSet
 
 TOKENS = 16
 """Tokens that reach an expert in the mean, below which the weights choose (aimer), and not reap."""
+PATIENCE = 2
+"""Numbers of experts in a row, worse than the best, behind which none is tried."""
 _JUDGED = 8
 
 
@@ -115,16 +117,18 @@ def _shared(
         left: {layer: experts.best(values, left) for layer, values in scores.items()}
         for left in line
     }
-    keep = _channels(model, policy, asked, blocks.rows(slice(len(fit))), line, progress)
-    cuts: list[Context] = [
-        partial(
-            masking, model if left == experts.count else rerouted(model, kept[left]), keep[left]
-        )
-        for left in line
-    ]
-    front = int(blocks.bos is not None)
-    found = model_divergences(model, cuts, judged[:_JUDGED], unscored=front).tolist()
-    tried = dict(zip(line, found, strict=True))
+    text, front = blocks.rows(slice(len(fit))), int(blocks.bos is not None)
+    rows = None
+    if asked.parts and asked.channels != "elimination":
+        assert policy is not None, "PruneOptions.filled"
+        rows, _ = read_scores(model, policy, text, stage_of(progress, "scoring"))
+    tried: dict[int, float] = {}
+    for left, share in line.items():
+        fewer = model if left == experts.count else rerouted(model, kept[left])
+        way = with_downs(fewer, _cut(model, asked, text, rows, share, progress).down)
+        tried[left] = float(model_divergences(model, [way], judged[:_JUDGED], unscored=front)[0])
+        if min([*tried.values()][-PATIENCE:]) > min(tried.values()):
+            break
     best = min(tried, key=tried.__getitem__)  # of equal ones the most experts
     size = replace(
         asked,
@@ -138,30 +142,22 @@ def _shared(
     return Removal(kept[best], by, size, ratio, tried)
 
 
-def _channels(
+def _cut(
     model: PreTrainedModel,
-    policy: Policy | None,
     asked: PruneOptions,
     text: CalibrationSet,
-    line: Mapping[int, float],
+    scores: Sequence[Tensor] | None,
+    ratio: float,
     progress: Progress | None,
-) -> dict[int, list[Tensor]]:
-    """Masks of each group's channels at each place of the line, as if all experts stayed."""
+) -> Cut:
+    """The cut of all experts to the width of one place on the line."""
     anatomy = Anatomy.of(model)
-    whole = [torch.ones(group.width, dtype=torch.bool) for group in anatomy.groups]
-    ways = {
-        str(left): anatomy.uniform_widths(ratio, asked.round_to)
-        for left, ratio in line.items()
-        if ratio
-    }
-    if not ways:
-        return dict.fromkeys(line, whole)
-    rows = None
-    if asked.channels != "elimination":
-        assert policy is not None, "PruneOptions.filled"
-        rows, _ = read_scores(model, policy, text, stage_of(progress, "scoring"))
-    (cuts,) = cuts_of(model, [ways], asked.channels, False, rows, text, progress)
-    return {left: cuts[str(left)].keep if ratio else whole for left, ratio in line.items()}
+    if not ratio:
+        return Cut([torch.ones(group.width, dtype=torch.bool) for group in anatomy.groups], None)
+    way = {"uniform": anatomy.uniform_widths(ratio, asked.round_to)}
+    refit = asked.refit != "off"
+    (cuts,) = cuts_of(model, [way], asked.channels, refit, scores, text, progress)
+    return cuts["uniform"]
 
 
 def said_of(

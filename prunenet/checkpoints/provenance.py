@@ -62,7 +62,7 @@ class How(TypedDict, total=False):
         budget: what such a cut's ratio is a share of, see `prunenet.evaluation.slots.Cost`.
         reached: the ratio that it reaches.
         tried: KL(dense || cut), nats per token on text held back, of each number of experts that
-            was tried, by the number; channels alone are the greatest. Before the refit.
+            was tried, by the number; channels alone are the greatest. Behind the refit.
     """
 
     widths: str

@@ -70,14 +70,19 @@ def divergences(
         ValueError: blocks that the model cannot read, no position left to score, or logits that are
             not finite.
     """
+    return _compared(model, [with_downs(model, way) for way in ways], blocks, unscored).kl
+
+
+def with_downs(model: PreTrainedModel, way: Downs) -> Context:
+    """A context in which a model computes with the down matrices of a cut; no weight changes."""
     places = Anatomy.of(model).down_places()
 
     @contextmanager
-    def context(way: Downs) -> Iterator[PreTrainedModel]:
+    def context() -> Iterator[PreTrainedModel]:
         with calling({place[0]: _cut(place, groups, way) for place, groups in places.items()}):
             yield model
 
-    return _compared(model, [partial(context, way) for way in ways], blocks, unscored).kl
+    return context
 
 
 @torch.no_grad()
