@@ -279,6 +279,7 @@ def _settled(
     how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
     if kept is not None and not size.exact:
         how |= How(structures=",".join(size.parts), budget=size.budget, reached=kept.reached)
+        how |= How(of_all=True) if size.of_all else How()
     if cut.losses:
         how["blocks"] = {
             str(number): BlockStep(before=loss.before, after=loss.after, strength=loss.strength)

@@ -148,6 +148,11 @@ class PruneOptions:
         """Whether the number of parameters is met to a multiple of a channel's."""
         return self.budget == "params" and {"channels"} <= {*self.parts} <= {"channels", "heads"}
 
+    @property
+    def of_all(self) -> bool:
+        """Whether the amount is a share of what all layers cost, and not FFN channels alone."""
+        return self.params is not None and self.budget not in ("params", "active")
+
     def filled(self, policy: Policy | None, measured: bool) -> PruneOptions:
         """These options with the defaults of `channels` and `refit` filled in.
 

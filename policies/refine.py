@@ -231,7 +231,7 @@ def refined_sizes(
             Refining(
                 structures=size.parts,
                 budget=size.budget,
-                of_all=size.params is not None and size.budget not in ("params", "active"),
+                of_all=size.of_all,
                 round_to=step_of(Anatomy.of(model).groups, ratios[number], size.round_to),
             ),
             progress=progress,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from functools import partial
 
 import families
@@ -13,6 +14,7 @@ from test_cli import save_tiny
 import prunenet
 from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model
+from prunenet.checkpoints.model_card import card_of
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.records import (
     load_head_masks,
@@ -104,7 +106,13 @@ def test_a_layer_that_hardly_matters_goes_and_the_parameters_are_met(model, poli
     assert load_provenance(tmp_path / "out") == story
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Decoder layers left: 4 of 5; gone: 2." in card
-    assert "--structures channels,heads,layers --budget params" in card
+    assert "--ratio 0.4 --widths refined --structures channels,heads,layers --budget params" in card
+    shared = {k: v for k, v in story.how.items() if k not in ("structures", "budget", "reached")}
+    heads = {"dense_groups": (2,) * 4, "groups": (1, 2, 2, 2), "group_heads": 2}
+    exact = card_of(replace(story, how=shared, layers=None, dense_layers=None, **heads))
+    assert "--ratio 0.4 --widths refined --structures channels,heads --channels" in exact
+    of_all = card_of(replace(story, how={**story.how, "budget": "flops", "of_all": True}))
+    assert "--params 0.4 --widths refined --structures channels,heads,layers --budget" in of_all
 
 
 def test_a_record_whose_masks_name_other_layers_is_refused(model, policy, tmp_path):
@@ -173,6 +181,7 @@ def test_a_share_of_all_that_layers_cost_is_asked_by_params(model, policy):
     made = prunenet.prune(model, policy, blocks=BLOCKS, params=0.3, **asked)
     assert 0.3 <= made.provenance.how["reached"] < 0.3 + 4 / (48 * LAYERS)
     assert made.provenance.ratio == 0.3
+    assert made.provenance.how["of_all"]
     with pytest.raises(ValueError, match="`active` is a share of parameters"):
         PruneOptions(active=0.3, **asked)
 

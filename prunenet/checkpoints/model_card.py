@@ -211,7 +211,8 @@ def _command(made: Provenance) -> str:
     how = made.how
     if made.policy == UNRECORDED or not how.keys() & {"channels", "tried"} or made.residual_widths:
         return ""
-    said = f"prunenet prune {made.base_model} --ratio {made.ratio:.10g} --widths {how['widths']}"
+    amount = "--params" if how.get("of_all") else "--ratio"
+    said = f"prunenet prune {made.base_model} {amount} {made.ratio:.10g} --widths {how['widths']}"
     if how["widths"] == "ordered":
         said = f"prunenet order {made.base_model}"
     elif (text := how.get("text")) is None:
@@ -219,6 +220,8 @@ def _command(made: Provenance) -> str:
     else:
         if "structures" in how:
             said += f" --structures {how['structures']} --budget {how['budget']}"
+        elif made.groups is not None and how["widths"] == "refined":
+            said += " --structures channels,heads"
         if "experts_by" in how:
             said += f" --experts-by {how['experts_by']}"
         if "tried" not in how and (experts := how.get("experts")):

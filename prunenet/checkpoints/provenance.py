@@ -60,6 +60,8 @@ class How(TypedDict, total=False):
         structures: what a cut of whole layers or experts, or by another budget than parameters,
             could take.
         budget: what such a cut's ratio is a share of, see `prunenet.evaluation.slots.Cost`.
+        of_all: whether that is a share of what all layers cost, and not FFN channels alone; absent
+            where it is not.
         reached: the ratio that it reaches.
         tried: KL(dense || cut), nats per token on text held back, of each number of experts that
             was tried, by the number; channels alone are the greatest. Behind the refit.
@@ -79,6 +81,7 @@ class How(TypedDict, total=False):
     experts_by: str
     structures: str
     budget: str
+    of_all: bool
     reached: float
     tried: dict[str, float]
 
