@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,8 @@ def python(code: str, *args: object, **options: object) -> subprocess.Popen[byte
         [sys.executable, "-c", code, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # under nohup the tests themselves ignore it, and children would too
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
         **options,  # type: ignore[call-overload]
     )
 
