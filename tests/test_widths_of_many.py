@@ -90,6 +90,14 @@ def test_what_cannot_be_learned_is_said_before_a_model_is_read(options, said, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_second_model_without_a_tokenizer_is_said_before_the_first_is_measured(tmp_path):
+    whole = save_tiny(tmp_path / "whole")
+    tiny_model("qwen3").save_pretrained(tmp_path / "bare")
+    asked = ("train-widths", whole, tmp_path / "bare", "--start", "llama")
+    assert "has no tokenizer" in refused(*asked, "--out", tmp_path / "out")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_policy_that_reads_activations_and_no_models_are_clear_errors(start):
     with pytest.raises(ValueError, match="one model or more, got none"):
         train_widths(start, [])

@@ -69,7 +69,7 @@ def train_widths(
         start.check_measured(False)
         sources = [Checkpoint(source) for source in models]
         for source in sources:  # what cannot be read is said before minutes of measuring
-            assert source.architecture, source.tokenizer
+            _ = source.architecture, source.tokenizer
         measured = []
         for source in sources:
             model = load_model(source.source, dtype=place.dtype, device=place.device)
