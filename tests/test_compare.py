@@ -342,6 +342,7 @@ def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_re
     )
 
 
+@pytest.mark.slow
 def test_every_allocation_runs_and_every_refit(benches):
     specs = [spec for spec in legal() if spec.method == "flap"]
     runs([spec for spec in specs if spec.refit == "off" or spec.allocation == "uniform"], benches)

@@ -200,7 +200,7 @@ def test_a_mixture_that_lost_whole_experts_learns_from_the_whole_one(dense, tmp_
         tmp_path / "cut",
     )
     ask = ("recover", tmp_path / "cut", "--teacher", tmp_path / "mixture", "--steps", 2)
-    found = facts(*ask, "--tokens", 2048, "--updates", "full", "--out", tmp_path / "out")
+    found = facts(*ask, "--moments", "data", "--updates", "full", "--out", tmp_path / "out")
     assert found["loss_after"] <= found["loss_before"]
     assert load_provenance(tmp_path / "out").how["experts"]
 

@@ -333,6 +333,7 @@ def lines(path: Path) -> dict[str, dict[str, object]]:
     }
 
 
+@pytest.mark.slow
 def test_a_comparison_has_the_same_lines_and_a_killed_one_goes_on_with_another_number_of_processes(
     home,
 ):
