@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
@@ -124,6 +125,40 @@ def judge(bench: Bench, game: Game, where: Line, every: list[Found]) -> None:
             place = {"step": "curve", "text": text, **where, **how, **bench.size}
             measured = {name: line[name] for name in (*Distances._fields, "cut", "tokens")}
             bench.write(place, {"predicted": price, **measured})
+
+
+def figure(lines: list[Line], path: Path) -> None:
+    """Draws measured KL against evaluations, mean and range over seeds; levels that take none as
+    dotted lines.
+    """
+    from matplotlib import pyplot
+
+    lines = [line for line in lines if line["step"] == "curve" and line["form"] == "dense"]
+    texts = sorted({line["text"] for line in lines})
+    sheet, axes = pyplot.subplots(
+        1, len(texts), figsize=(5 * len(texts), 4.2), constrained_layout=True, squeeze=False
+    )
+    for axis, text in zip(axes[0], texts, strict=True):
+        here = [line for line in lines if line["text"] == text]
+        for search in CURVES:
+            found: dict[int, list[float]] = {}
+            for line in here:
+                if line["search"] == search:
+                    found.setdefault(line["evaluations"], []).append(line["kl"])
+            counts, each = sorted(found), [found[count] for count in sorted(found)]
+            (drawn,) = axis.plot(counts, [sum(kl) / len(kl) for kl in each], label=search)
+            edges = [min(kl) for kl in each], [max(kl) for kl in each]
+            axis.fill_between(counts, *edges, color=drawn.get_color(), alpha=0.15)
+        for number, line in enumerate(one for one in here if not one["evaluations"]):
+            axis.axhline(line["kl"], color=f"C{len(CURVES) + number}", ls=":", label=line["search"])
+        learned = [line for line in here if line["search"].startswith("learned")]
+        for line in learned:
+            label = "learned policy" if line is learned[0] else None
+            axis.plot(line["evaluations"], line["kl"], "k*", label=label)
+        axis.set(xscale="log", xlabel="allocations priced on the matrix", title=f"on {text} text")
+    axes[0][0].set_ylabel("measured KL to the dense model, nats a token")
+    axes[0][-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    sheet.savefig(path, dpi=110)
 
 
 def refreshed(bench: Bench) -> None:

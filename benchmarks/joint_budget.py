@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from _common import Line, is_measured, parser, read_lines
 from _joint import RATIOS, TEXTS, Bench
-from _joint_curve import curve, refreshed
+from _joint_curve import curve, figure, refreshed
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -214,7 +214,10 @@ def main() -> None:
     asked.add_argument("--curve-texts", nargs="+", choices=TEXTS, default=TEXTS[:2])
     asked.add_argument("--starts", nargs="+", choices=("policy", "equal"), default=("policy",))
     asked.add_argument("--forms", nargs="+", choices=("dense", "behind"), default=("dense",))
+    asked.add_argument("--figure", type=Path, help="draw the curves of --out, measure nothing")
     args = asked.parse_args()
+    if args.figure is not None:
+        return figure(read_lines(args.out), args.figure)
     bench = Bench(args)
     assert len(set(ffn_widths(bench.model))) == 1
     bench.matrices()
