@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import tiny_model, token_ids
 from test_cli import refused, run, save_tiny
+from test_kinds import tiny as mixture_of
 
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.training.matrices import Measured, train_widths
@@ -95,6 +96,17 @@ def test_a_second_model_without_a_tokenizer_is_said_before_the_first_is_measured
     tiny_model("qwen3").save_pretrained(tmp_path / "bare")
     asked = ("train-widths", whole, tmp_path / "bare", "--start", "llama")
     assert "has no tokenizer" in refused(*asked, "--out", tmp_path / "out")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_mixture_is_refused_before_a_model_is_measured(tmp_path):
+    whole = save_tiny(tmp_path / "whole")
+    mixture, _ = mixture_of("experts, concat")
+    mixture.save_pretrained(tmp_path / "mixture")
+    asked = ("train-widths", whole, tmp_path / "mixture", "--start", "llama")
+    assert "channels are ablated where each layer has one FFN" in refused(
+        *asked, "--out", tmp_path / "out"
+    )
     assert not (tmp_path / "cache").exists()
 
 

@@ -20,8 +20,10 @@ from prunenet.checkpoints.regimes import most
 from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
 from prunenet.evaluation.shares import allocated, damages
 from prunenet.evaluation.slots import PLACE, Game
+from prunenet.evaluation.units import ffns_of
 from prunenet.features.from_weights import CONTEXT, layer_context
-from prunenet.models.layers import ffn_widths
+from prunenet.models.anatomy import Anatomy
+from prunenet.models.layers import Weights, ffn_widths, structure
 from prunenet.policies.artifact import Policy
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.slots import AllocatorRecipe, train_allocator
@@ -69,7 +71,7 @@ class Measured:
             ValueError: a policy that reads activations, or blocks that the model cannot read.
             UnsupportedArchitecture: a layer has experts, several FFNs or none.
         """
-        check_trainable(model)
+        check_measurable(model)
         scores = policy.scores(model)
         kinds = folds_of(blocks.ids, blocks.kinds)
         rows = min(ROWS, *map(len, kinds))
@@ -85,6 +87,12 @@ class Measured:
         )
         game = Game.of(parts, layer_context(model).cpu(), structures=("channels",))
         return cls(identity_of(model), game, blocks.regime)
+
+
+def check_measurable(model: Weights) -> None:
+    """Raises as `Measured.of` for a model whose matrix cannot be measured; reads no weight."""
+    check_trainable(model)
+    ffns_of(Anatomy.of(structure(model)))
 
 
 def allocator(policy: Policy | None, seed: int) -> SlotAllocator:

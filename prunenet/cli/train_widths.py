@@ -51,8 +51,9 @@ def train_widths(
     """
     with one_process(out):
         from prunenet.checkpoints.load import load_model
+        from prunenet.checkpoints.streaming import StreamedCheckpoint
         from prunenet.policies.artifact import Policy
-        from prunenet.policies.training.matrices import Measured
+        from prunenet.policies.training.matrices import Measured, check_measurable
         from prunenet.policies.training.matrices import train_widths as learn
         from prunenet.policies.training.slots import AllocatorRecipe
         from prunenet.policies.training.train import check_run
@@ -69,7 +70,8 @@ def train_widths(
         start.check_measured(False)
         sources = [Checkpoint(source) for source in models]
         for source in sources:  # what cannot be read is said before minutes of measuring
-            _ = source.architecture, source.tokenizer
+            check_measurable(StreamedCheckpoint.open(source.source))
+            _ = source.tokenizer
         measured = []
         for source in sources:
             model = load_model(source.source, dtype=place.dtype, device=place.device)

@@ -100,7 +100,7 @@ class Ablations:
         self._columns: dict[Unit, tuple[nn.Module, Tensor]] = {}
         self._gone: dict[nn.Module, Tensor] = {}
         beside = Counter((unit.structure, unit.layer) for unit in units)
-        ffns = _ffns(anatomy) if any(unit.structure == "channels" for unit in units) else {}
+        ffns = ffns_of(anatomy) if any(unit.structure == "channels" for unit in units) else {}
         for unit in units:
             if unit.structure == "channels":
                 ffn, ranked = ffns[unit.layer], order[unit.layer]
@@ -167,8 +167,8 @@ class Ablations:
         return layer.linear(self._anatomy.architecture.attention_out)
 
 
-def _ffns(anatomy: Anatomy) -> dict[int, Group]:
-    """The FFN of each layer.
+def ffns_of(anatomy: Anatomy) -> dict[int, Group]:
+    """The FFN of each layer, whose channels can be ablated.
 
     Raises:
         UnsupportedArchitecture: a layer has experts, several FFNs or none.
