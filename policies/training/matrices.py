@@ -17,13 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.regimes import most
+from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
 from prunenet.evaluation.shares import allocated, damages
 from prunenet.evaluation.slots import PLACE, Game
 from prunenet.evaluation.units import ffns_of
 from prunenet.features.from_weights import CONTEXT, layer_context
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.layers import Weights, ffn_widths, structure
+from prunenet.models.layers import ffn_widths, structure
 from prunenet.policies.artifact import Policy
 from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.slots import AllocatorRecipe, train_allocator
@@ -89,7 +90,7 @@ class Measured:
         return cls(identity_of(model), game, blocks.regime)
 
 
-def check_measurable(model: Weights) -> None:
+def check_measurable(model: PreTrainedModel | StreamedCheckpoint) -> None:
     """Raises as `Measured.of` for a model whose matrix cannot be measured; reads no weight."""
     check_trainable(model)
     ffns_of(Anatomy.of(structure(model)))
