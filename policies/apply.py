@@ -133,7 +133,7 @@ def prune(
     """
     asked = options_of(options, choices)
     if asked.experts is not None or asked.shares_experts:
-        return _without_experts(model, policy, asked, blocks, policy_name, progress)
+        return _without_experts(model, policy, asked, blocks, policy_name, folder, progress)
     (decision,) = decide(
         model, policy, [asked], blocks=blocks, scores=scores, folder=folder, progress=progress
     )
@@ -146,6 +146,7 @@ def _without_experts(
     asked: PruneOptions,
     blocks: CalibrationSet | None,
     policy_name: str,
+    folder: Path | None,
     progress: Progress | None,
 ) -> Pruned:
     """`prune` of a model from which whole experts are removed first."""
@@ -156,7 +157,9 @@ def _without_experts(
         whole = [torch.ones(group.width, dtype=torch.bool) for group in Anatomy.of(fewer).groups]
         decision = Decision(Cut(whole, None), 0.0, read, How(widths="uniform"))
     else:
-        (decision,) = decide(fewer, policy, [gone.size], blocks=blocks, progress=progress)
+        (decision,) = decide(
+            fewer, policy, [gone.size], blocks=blocks, folder=folder, progress=progress
+        )
     ratio = decision.ratio if gone.ratio is None else gone.ratio
     decision = replace(decision, regime=most([decision.regime, read]), ratio=ratio)
     made = pruned_by(fewer, decision, policy, policy_name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from prunenet.checkpoints.records import check_channels
 from prunenet.models.anatomy import Anatomy
+from prunenet.models.experts import check_grouped
 from prunenet.models.knobs import step_of
 from prunenet.models.layers import Weights, active_parameters, count_parameters, structure
 from prunenet.models.masks import ratio_for_parameters, widths_for_budget
@@ -56,6 +57,9 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     uniform = options.widths == "uniform"
     even = anatomy.uniform_widths if uniform else anatomy.even_widths
     widths = even(ratio, options.round_to)
+    step = step_of(anatomy.groups, ratio, options.round_to)
+    # beside whole experts any multiple is tried
+    check_grouped(anatomy, [step] * len(widths) if options.shares_experts else widths)
     if anatomy.architecture.found and not is_per_layer(anatomy.model):
         check_stock(anatomy, widths)
     return ratio

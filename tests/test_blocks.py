@@ -1,6 +1,6 @@
 """FFNs trained as a whole behind the refit."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -196,6 +196,27 @@ def test_prune_records_what_each_ffn_loses_and_repeats_itself():
     assert type(first.provenance).from_json(first.provenance.to_json()) == first.provenance
     assert first.provenance == second.provenance
     assert same(first.model, second.model)
+
+
+def test_training_behind_removed_experts_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    model, folder = model_of("deepseek_v3"), tmp_path / "out.blocks"
+    blocks = CalibrationSet(text(), "self", {}, kinds=KINDS)
+    cut = partial(prune, model, ratio=0.4, experts=4, refit="blocks", blocks=blocks)
+    whole, train, done = cut(), module._trained, []
+
+    def killed(*asked):
+        done.append(asked)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return train(*asked)
+
+    monkeypatch.setattr(module, "_trained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cut(folder=folder)
+    assert len(list(folder.iterdir())) == 1
+    resumed = cut(folder=folder)
+    assert len(done) == 1 + len(resumed.provenance.how["blocks"])
+    assert same(resumed.model, whole.model)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,31 @@ def test_one_command_cuts_and_recovers_and_a_killed_one_goes_on_to_the_same_byte
     assert not [name for name in left if not name.startswith("events")]
 
 
+def test_what_a_kill_behind_the_last_step_leaves_goes_with_the_next_command_and_nothing_else(
+    dense, tmp_path, monkeypatch
+):
+    ask = ["prune", dense, "--policy", "none", "--ratio", 0.5, "--tokens", 1024]
+    ask += ["--recover", "fast", "--out", tmp_path / "out"]
+    left = tmp_path / "out.recovery" / "pruned"
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering.Unfinished, "remove", killed)
+        assert run(*ask).exit_code == 130
+    assert left.is_dir()
+    record = left / "prunenet.json"
+    was = record.read_bytes()
+    record.write_bytes(was.replace(b'"ratio": 0.5', b'"ratio": 0.4'))
+    assert record.read_bytes() != was
+    assert "out exists" in refused(*ask)
+    assert left.is_dir(), "the cut of another run"
+    record.write_bytes(was)
+    assert "out exists" in refused(*ask)
+    assert not left.exists()
+
+
 def test_a_cut_made_on_external_text_learns_as_many_tokens_from_that_text(dense, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     words = token_ids(1, 2400).flatten().remainder(62).tolist()

@@ -2,6 +2,7 @@
 and what a comparison says of both sizes.
 """
 
+import copy
 import json
 
 import pytest
@@ -269,6 +270,28 @@ def test_what_is_no_mixture_or_has_an_unknown_router_is_refused_before_anything_
         prune(models["qwen3_moe"], experts=4, experts_by="reap")
     with pytest.raises(ValueError, match="must be from 2 to 8 here, got 1"):
         ratio_of(models["qwen3_moe"], PruneOptions(experts=1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio", "unit"), [(torch.float32, 0.1, 4), (torch.bfloat16, 0.25, 8)]
+)
+def test_widths_that_the_grouped_product_refuses_are_refused_before_the_work(
+    models, dtype, ratio, unit
+) -> None:
+    model, ids = copy.deepcopy(models["qwen3_moe"]).to(dtype), torch.randint(3, 60, (2, 16))
+    asked = PruneOptions(ratio=ratio, round_to=unit // 2)
+    model.set_experts_implementation("eager")
+    assert ratio_of(model, asked) == ratio  # one expert after another takes any width
+    model.set_experts_implementation("grouped_mm")
+    both = {"widths": "refined", "structures": "channels,experts", "round_to": 1}
+    for wrong in (asked, PruneOptions(ratio=0.25, **both)):
+        with pytest.raises(ValueError, match=f"takes multiples of {unit}; give `round_to` {unit}"):
+            ratio_of(model, wrong)
+    blocks = CalibrationSet(ids, "self", {})
+    cut = prune(model, ratio=ratio, round_to=unit, blocks=blocks).model
+    assert cut.config._experts_implementation == "grouped_mm"
+    with torch.no_grad():
+        assert torch.isfinite(cut(ids).logits).all()
 
 
 def test_experts_of_one_number_have_one_allocation(models) -> None:

@@ -30,6 +30,8 @@ def prune(
         from prunenet.runtime import parallel
         from prunenet.runtime.files import check_absent
 
+        if parallel.is_first():
+            Unfinished.beside(out, model).forget_made()
         check_absent(out)
         check_text(calibration.moments, calibration.text, calibration.tokens)
         measured = calibration.moments != "none"

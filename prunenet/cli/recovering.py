@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -74,6 +74,13 @@ class Unfinished:
     folder: Path
 
     @classmethod
+    def beside(cls, out: Path, dense: str) -> Unfinished:
+        """Names the folder beside `out`; touches nothing."""
+        from prunenet.recover.record import run_folder
+
+        return cls(out, dense, run_folder(out))
+
+    @classmethod
     def of(
         cls,
         out: Path,
@@ -90,10 +97,9 @@ class Unfinished:
                 what is there was asked for with other options.
         """
         from prunenet.checkpoints.identity import identify
-        from prunenet.recover.record import run_folder
         from prunenet.runtime import parallel
 
-        found = cls(out, source.source, run_folder(out))
+        found = cls.beside(out, source.source)
         asked = {
             "model": list(identify(source.source)),
             "policy": policy,
@@ -125,6 +131,25 @@ class Unfinished:
         else:
             make_folders(self.folder)
             write_atomic(note, json.dumps(asked).encode())
+
+    def forget_made(self) -> None:
+        """Removes what is left where it has made `out`: a kill behind the last step left it."""
+        from prunenet.runtime.paths import CheckpointError
+        from prunenet.checkpoints.records import find_provenance
+
+        if not (self.out.is_dir() and self.cut.is_dir()):
+            return
+        try:
+            made, cut = find_provenance(self.out), find_provenance(self.cut)
+        except CheckpointError:
+            return
+        if made and cut and made.recovered and replace(made, recovered=cut.recovered) == cut:
+            self.remove()
+
+    def remove(self) -> None:
+        """Removes the cut and what was asked for; the log of the training stays."""
+        (self.folder / _ASKED).unlink(missing_ok=True)
+        shutil.rmtree(self.cut)
 
     @property
     def cut(self) -> Path:
@@ -173,6 +198,5 @@ class Unfinished:
                 watch=Watch(estimate=say_estimate, progress=advance),
             )
         if parallel.is_first():
-            (self.folder / _ASKED).unlink()
-            shutil.rmtree(self.cut)
+            self.remove()
         return {"loss_before": found.before, "loss_after": found.after}

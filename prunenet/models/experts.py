@@ -37,6 +37,32 @@ _FIELDS = (
 _GROUPS = ("n_group", "num_expert_group", "n_groups")
 
 
+_ALIGNED = 16
+"""Bytes of which the rows of each expert must have a multiple in torch's grouped product."""
+
+
+def check_grouped(anatomy: Anatomy, widths: Sequence[int]) -> None:
+    """Checks that experts of these widths can be multiplied as transformers multiplies them.
+
+    Args:
+        anatomy: of a dense model; only configuration and dtype are read.
+        widths: of each group.
+
+    Raises:
+        ValueError: torch's grouped product refuses a width in the model's dtype.
+    """
+    if getattr(anatomy.model.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    dtype = anatomy.model.dtype
+    unit = _ALIGNED // dtype.itemsize
+    for group, width in zip(anatomy.groups, widths, strict=True):
+        if group.expert is not None and width % unit:
+            raise ValueError(
+                f"experts of {width} channels cannot run in {str(dtype).removeprefix('torch.')},"
+                f" whose grouped product takes multiples of {unit}; give `round_to` {unit}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The experts of a model.
@@ -107,9 +133,11 @@ class Experts:
     def check(self, left: int) -> None:
         """Raises ValueError for a number of experts that a layer cannot be left with."""
         if not self.fewest <= left <= self.count:
+            why = f"a token passes through {self.least}"
+            if self.fewest > self.least:
+                why = f"each of {self.routing_groups} routing groups is judged by its two best"
             raise ValueError(
-                f"`experts` must be from {self.fewest} to {self.count} here, got {left}: a token"
-                f" passes through {self.least}"
+                f"`experts` must be from {self.fewest} to {self.count} here, got {left}: {why}"
             )
         if left % self.routing_groups:
             raise ValueError(
