@@ -11,9 +11,10 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from prunenet.envs import BUDGET_ENV_ID, BudgetPruningEnv, BudgetPruningVectorEnv
 from prunenet.envs.budget import game_of
 from prunenet.evaluation.costs import unit_costs
-from prunenet.evaluation.interaction import Ablation, measure_interaction
+from prunenet.evaluation.interaction import Ablation, Interaction, measure_interaction
+from prunenet.evaluation.shares import allocated, cost
 from prunenet.evaluation.slots import Episodes, Game
-from prunenet.evaluation.units import units_of
+from prunenet.evaluation.units import Unit, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed
@@ -62,6 +63,48 @@ def test_any_actions_end_at_the_quadratic_form_s_damage_within_the_budget(
         if "layers" not in structures:
             assert float(episodes.left.abs().max()) < 1e-6
         assert float(episodes.left.min()) > -1e-6
+
+
+SHARED = [
+    ("channels", "heads"),
+    ("channels", "layers"),
+    ("heads",),
+    ("layers",),
+    ("heads", "attention", "layers"),
+    ALL,
+]
+
+
+@pytest.mark.parametrize("structures", SHARED, ids=",".join)
+def test_every_budget_that_can_be_met_is_met_by_whatever_is_played_or_asked(structures):
+    parts = [planted(layers=4, bins=2, groups=2, structures=structures)]
+    game = Game.of(parts, torch.zeros(4, 1), structures=structures)
+    asked = torch.randn(32, len(game.slots), generator=torch.Generator().manual_seed(0)) * 3
+    whole = torch.zeros(1, len(game.slots))
+    holds = 1 - float(cost(game, allocated(game, whole, 1 - 1e-9))) / game.total
+    for ratio in (0.1, 0.2, 0.3, 0.45, 0.6, 0.9):
+        if ratio <= holds:
+            budget = (1 - ratio) * game.total
+            assert float(cost(game, allocated(game, asked, ratio)).max()) <= budget * (1 + 1e-6)
+            episodes, _ = played(game, ratio)
+            assert float(episodes.left.min()) > -1e-6
+            if "channels" not in structures:
+                assert set(episodes.kept.unique().tolist()) <= {0.0, 1.0}, "units go whole"
+
+
+def planted(layers: int, bins: int, groups: int, structures) -> Interaction:
+    """A random quadratic form of a model whose bins have 100 parameters and groups of heads 70."""
+    sizes = {"channels": [100] * bins, "heads": [70] * groups, "attention": [70 * groups]}
+    sizes["layers"] = [100 * bins + 70 * groups + 20]
+    units = tuple(
+        Unit(structure, layer, number, size)
+        for layer in range(layers)
+        for structure, each in sizes.items()
+        for number, size in enumerate(each)
+        if structure in structures
+    )
+    phi = torch.randn(len(units), 40, generator=torch.Generator().manual_seed(0))
+    return Interaction(units, phi @ phi.T / 40, phi.square().sum(1) / 80, 40)
 
 
 def test_the_budget_is_met_to_the_parameter_by_a_narrow_model(model, game):
