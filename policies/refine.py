@@ -38,11 +38,10 @@ from prunenet.evaluation.shares import (
 )
 from prunenet.evaluation.slots import Game, check_attention
 from prunenet.evaluation.smooth import smooth_search
-from prunenet.evaluation.units import Cut, Unit, units_of
+from prunenet.evaluation.units import Cut, Unit, check_cuttable, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.depth import without_layers
-from prunenet.models.heads import attentions, counting_layers
+from prunenet.models.heads import counting_layers
 from prunenet.models.knobs import step_of
 from prunenet.models.layers import Weights, decoder_layers, ffn_widths, structure, text_config
 from prunenet.policies.artifact import Policy
@@ -277,16 +276,7 @@ class _Priced:
 def _priced(model: PreTrainedModel, options: Refining) -> _Priced:
     """Raises as `refine` for structures that this family cannot lose."""
     structures, budget = options.structures, options.budget
-    if "heads" in structures:
-        attentions(model)
-    if "layers" in structures:
-        layers = torch.arange(len(decoder_layers(model)))
-        if len(layers) == 1:
-            raise ValueError(
-                "the last layer of a model stays, and this one has no other: leave layers out of"
-                " `structures`"
-            )
-        without_layers(model, layers != len(layers) // 2)
+    check_cuttable(model, structures)
     table = latency_table(model) if budget == "latency" else None
     bins = min(BINS, *ffn_widths(model))
     every = units_of(model, bins)
