@@ -133,13 +133,14 @@ class Policy:
         """
         folder = _find(source)
         config = _read_config(folder / CONFIG)
-        policy = cls.untrained(config)
         try:
             weights, facts = unpacked(folder / WEIGHTS)
-            check_layout(weights, layout_of(policy.scorer.state_dict()))
-            # older policies say nothing of their configuration
-            if facts.get("config", policy._config_sha256) != policy._config_sha256:
+            # before a network of another's size is made; older policies say nothing of it
+            known = _sha256_of(config)
+            if facts.get("config", known) != known:
                 raise ContentError(f"it was not written with this {CONFIG}")
+            policy = cls.untrained(config)
+            check_layout(weights, layout_of(policy.scorer.state_dict()))
         except FileNotFoundError:
             raise PolicyError(
                 f"policy {str(source)!r} has no {WEIGHTS}; train it again or copy the whole folder"
@@ -167,8 +168,8 @@ class Policy:
         """
         folder = expanded(folder)
         make_folders(folder)
-        config = json.dumps(self._fields(), indent=2, sort_keys=True) + "\n"
-        facts = {"config": self._config_sha256}
+        config = json.dumps(_fields(self.config), indent=2, sort_keys=True) + "\n"
+        facts = {"config": _sha256_of(self.config)}
         write_atomic(folder / WEIGHTS, packed(self.scorer.state_dict(), facts))
         write_atomic(folder / CONFIG, config.encode())
         return folder
@@ -181,24 +182,10 @@ class Policy:
             }
         )
 
-    def _fields(self) -> dict[str, Any]:
-        fields = asdict(self.config)
-        if not self.config.moments:  # as it was before policies read any, hash included
-            del fields["moments"], fields["moments_version"]
-        return fields
-
     @property
     def sha256(self) -> str:
         """Hash of the weights and of the configuration: what provenance records."""
-        return hashlib.sha256(self._weights() + self._config).hexdigest()
-
-    @property
-    def _config(self) -> bytes:
-        return json.dumps(self._fields(), sort_keys=True).encode()
-
-    @property
-    def _config_sha256(self) -> str:
-        return hashlib.sha256(self._config).hexdigest()
+        return hashlib.sha256(self._weights() + _stated(self.config)).hexdigest()
 
     @torch.no_grad()
     def scores(
@@ -361,6 +348,21 @@ def _find(source: str | Path) -> Path:
     what = "holds no policy (no config.json)" if folder.is_dir() else "does not exist"
     names = f" (or take one that ships: {', '.join(shipped)})" if shipped else ""
     raise PolicyError(f"policy {str(source)!r} {what}; make one with 'prunenet train'{names}")
+
+
+def _fields(config: PolicyConfig) -> dict[str, Any]:
+    fields = asdict(config)
+    if not config.moments:  # as it was before policies read any, hash included
+        del fields["moments"], fields["moments_version"]
+    return fields
+
+
+def _stated(config: PolicyConfig) -> bytes:
+    return json.dumps(_fields(config), sort_keys=True).encode()
+
+
+def _sha256_of(config: PolicyConfig) -> str:
+    return hashlib.sha256(_stated(config)).hexdigest()
 
 
 def _read_config(path: Path) -> PolicyConfig:

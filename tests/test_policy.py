@@ -399,3 +399,12 @@ def test_an_empty_zoo_is_no_error(tmp_path, monkeypatch):
     assert policy_for(None, "llama") == (None, "none")
     with pytest.raises(PolicyError, match=r"make one with 'prunenet train'$"):
         policy_for("llama", "llama")
+
+
+def test_no_network_is_made_of_a_configuration_that_is_not_the_weights_own(tmp_path, monkeypatch):
+    Policy.untrained(PolicyConfig(hidden=(4,))).save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stated | {"hidden": [4096] * 8}))
+    monkeypatch.setattr(Policy, "untrained", None)
+    with pytest.raises(PolicyError, match=r"not written with this config\.json"):
+        Policy.from_pretrained(tmp_path)
