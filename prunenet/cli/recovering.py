@@ -134,8 +134,8 @@ class Unfinished:
 
     def forget_made(self) -> None:
         """Removes what is left where it has made `out`: a kill behind the last step left it."""
-        from prunenet.runtime.paths import CheckpointError
         from prunenet.checkpoints.records import find_provenance
+        from prunenet.runtime.paths import CheckpointError
 
         if not (self.out.is_dir() and self.cut.is_dir()):
             return
