@@ -8,8 +8,8 @@ measures and refits. `prune` cuts a model in memory or placed by its decision; `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -281,17 +281,18 @@ def _better(
     (own,) = _decided(given, [quick], [ratio], [None])
     held, front = held_back(blocks.ids)[1], int(blocks.bos is not None)
     judged = held[_JUDGED : 2 * _JUDGED] if len(held) > _JUDGED else held
-    ways = [partial(nullcontext, _narrow_of(model, way)) for way in (made, own)]
+    ways = [partial(_narrow_of, model, way) for way in (made, own)]
     kl, other = model_divergences(model, ways, judged, unscored=front).tolist()
     if kl <= other:
         return made
     return own if quick == size else _decided(given, [size], [ratio], [None])[0]
 
 
-def _narrow_of(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
+@contextmanager
+def _narrow_of(model: PreTrainedModel, decision: Decision) -> Iterator[PreTrainedModel]:
     """The narrow model of a decision; the given one stays as it is."""
     base = model if decision.layers is None else without_layers(model, decision.layers)
-    return decision.cut.model(base)
+    yield decision.cut.model(base)
 
 
 def _settled(
