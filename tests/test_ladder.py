@@ -209,6 +209,16 @@ def test_each_rung_is_a_checkpoint_and_those_that_are_there_are_not_done_again(
     ]
 
 
+def test_rungs_that_external_text_is_too_short_for_are_refused_before_any_is_run(dense, tmp_path):
+    facts("prune", dense, "--policy", "none", "--ratio", 0.5, "--out", tmp_path / "cut")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number % 60}" for number in range(2000)))
+    ask = ("recover", tmp_path / "cut", "--teacher", dense, "--out", tmp_path / "out")
+    ask += ("--rungs", "1280,12800", "--moments", "data", "--text", text)
+    assert "has 31 windows of 64 tokens, fewer than the 216 asked for" in refused(*ask)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
+
+
 def test_a_mixture_that_lost_whole_experts_learns_from_the_whole_one(dense, tmp_path):
     model, _ = tiny("experts, concat")
     model.save_pretrained(tmp_path / "mixture")

@@ -175,10 +175,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, taught):
 
 def test_a_loss_that_explodes_is_one_clear_sentence():
     dense, narrow = cut()
-    with pytest.raises(ValueError, match="give a smaller `learning_rate` than 1e"):
-        tuned(
-            narrow, text(), dataclasses.replace(QUICK, learning_rate=1e30, steps=20), teacher=dense
-        )
+    for steps in (1, 20):  # found by a judgement, or by a step
+        asked = dataclasses.replace(QUICK, learning_rate=1e30, steps=steps)
+        with pytest.raises(ValueError, match="give a smaller `learning_rate` than 1e"):
+            tuned(narrow, text(), asked, teacher=dense)
 
 
 @pytest.mark.parametrize(
@@ -407,10 +407,22 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
             (unknown, "--teacher", tmp_path / "qwen2", "--out", out),
             "has other sizes than the model that was pruned",
         ),
+        ((dense, "--teacher", dense, "--out", out), "is the dense model that is to teach"),
         (
             (dense, "--out", out, "--moments", "data", "--text", words),
             "is not a checkpoint of prunenet: it has no prunenet.json",
         ),
+        ((pruned, *taught, "--text-column", "x"), "--text-column is read with --moments data only"),
+        ((pruned, *taught, "--moments", "data", "--text", ""), "the path is empty"),
+        (
+            ("none", *taught, "--moments", "data", "--text", "none.txt"),  # before any model
+            "text file 'none.txt' does not exist",
+        ),
+        (
+            (pruned, "--out", out, "--moments", "data", "--text", words, "--loss", "top256"),
+            "--loss top256 is of a teacher's predictions",
+        ),
+        ((pruned, *taught, "--out", out.with_name("x" * 250)), "its name is too long"),
         ((pruned, *taught, "--rank", 100000), "--rank must be at most"),
         ((pruned, *taught, "--rank", 0), "--rank must be at least 1, got 0"),
         ((pruned, *taught, "--steps", 0), "--steps must be at least 1, got 0"),
@@ -642,7 +654,7 @@ def test_large_states_are_written_a_twentieth_of_the_time(tmp_path, monkeypatch)
     assert clock[0] - saved[-1] == 0
 
 
-def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, monkeypatch):
+def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, tmp_path, monkeypatch):
     from prunenet.checkpoints.load import load_tokenizer
     from prunenet.recover import text as module
     from prunenet.recover.options import RecoverText
@@ -667,3 +679,11 @@ def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, monkeypatc
     by_steps = module.learning_text(model, tokenizer, RecoverText(), Tuning(batch=4, steps=3))
     assert torch.equal(by_steps.ids, short.ids)
     assert torch.equal(long.ids[-2:], short.ids[-2:]), "held back is the same text"
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(f"w{(n * n + n // 61) % 61}" for n in range(3000)))
+    read = {"moments": "data", "text": str(words)}
+    external = (RecoverText(**read, tokens=count * block) for count in (12, 16))
+    short, long = (module.learning_text(model, tokenizer, text, tuning).ids for text in external)
+    assert (len(short), len(long), len(long.unique(dim=0))) == (14, 18, 18)
+    assert torch.equal(long[:12], short[:12])
+    assert torch.equal(long[-2:], short[-2:]), "no longer text learns from what a shorter held back"

@@ -115,9 +115,10 @@ class Unfinished:
         """See `of`."""
         from prunenet.policies.training.state import check_run
         from prunenet.recover.state import STATE
-        from prunenet.runtime.files import make_folders, write_atomic
+        from prunenet.runtime.files import check_home, make_folders, write_atomic
         from prunenet.runtime.json_files import read_json
 
+        check_home(self.folder)
         note, asked = self.folder / _ASKED, json.loads(json.dumps(asked))
         if (note.exists() or (self.folder / STATE).exists()) and not resume:
             raise ValueError(
@@ -134,8 +135,8 @@ class Unfinished:
 
     def forget_made(self) -> None:
         """Removes what is left where it has made `out`: a kill behind the last step left it."""
-        from prunenet.runtime.paths import CheckpointError
         from prunenet.checkpoints.records import find_provenance
+        from prunenet.runtime.paths import CheckpointError
 
         if not (self.out.is_dir() and self.cut.is_dir()):
             return
