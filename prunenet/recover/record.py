@@ -267,8 +267,8 @@ def _check_base(source: str, teacher: str, provenance: Provenance | None) -> Non
     if provenance is None:
         if identify(source)[1] == revision:
             raise ValueError(
-                f"{source} is the dense model that is to teach, so there is nothing to recover; give"
-                " a pruned checkpoint"
+                f"{source} is the dense model that is to teach, so there is nothing to recover;"
+                " give a pruned checkpoint"
             )
         return
     known = provenance.revision
