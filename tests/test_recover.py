@@ -84,6 +84,25 @@ def test_a_merged_update_computes_what_it_did_beside_the_linear(dtype):
     assert error < (1e-5 if dtype == torch.float32 else 0.05)
 
 
+def test_linears_whose_weights_lie_the_other_way_are_updated_too():
+    from test_group_refit import tiny
+
+    model = tiny("gpt2")
+    student, before = adapted(model, 2, seed=1), state(model)
+    assert len(updates_of(student)) == 2 * 4 * len(model.transformer.h)
+    assert torch.equal(student(token_ids()).logits, model(token_ids()).logits)
+    for update in updates_of(student):
+        update.data = torch.full(update.shape, 0.1)
+    beside = student(token_ids()).logits
+    assert not torch.allclose(beside, model(token_ids()).logits, atol=1e-3)
+    assert torch.allclose(merged(student)(token_ids()).logits, beside, atol=1e-5)
+    assert same(state(model), before)
+    for layer in model.transformer.h:
+        layer.attn = layer.mlp = torch.nn.Identity()
+    with pytest.raises(ValueError, match="has a linear to update; give `updates` full"):
+        adapted(model, 2, seed=1)
+
+
 @pytest.mark.parametrize("taught", [True, False])
 @pytest.mark.parametrize("widths", [None, PER_LAYER])
 def test_training_lowers_the_loss_on_text_held_back_and_leaves_both_models_alone(taught, widths):
