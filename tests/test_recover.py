@@ -103,6 +103,25 @@ def test_linears_whose_weights_lie_the_other_way_are_updated_too():
         adapted(model, 2, seed=1)
 
 
+def test_linears_beside_fused_experts_are_updated_and_the_experts_stay():
+    from test_group_refit import tiny
+
+    model = tiny("deepseek_v3")  # of a type whose names peft takes for those of fused experts
+    inside = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    student, before = adapted(model, 2, seed=1), state(model)
+    assert len(updates_of(student)) == 2 * len(inside)
+    assert torch.equal(student(token_ids()).logits, model(token_ids()).logits)
+    for update in updates_of(student):
+        update.data = torch.full(update.shape, 0.1)
+    after = state(merged(student))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {
+        f"model.layers.{name}.weight"
+        for name, module in model.model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
 @pytest.mark.parametrize("taught", [True, False])
 @pytest.mark.parametrize("widths", [None, PER_LAYER])
 def test_training_lowers_the_loss_on_text_held_back_and_leaves_both_models_alone(taught, widths):

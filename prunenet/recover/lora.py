@@ -45,18 +45,19 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
     student = copy.deepcopy(model, shared)
-    inside = {*_linears(student)}
-    names = [name for name, module in student.named_modules() if module in inside]
+    # the layers alone: of a whole mixture peft takes names for those of fused experts
+    layers, inside = decoder_layers(student), {*_linears(student)}
+    names = [name for name, module in layers.named_modules() if module in inside]
     turned = any(isinstance(linear, Conv1D) for linear in linears)  # its weight is (in, out)
     config = peft.LoraConfig(
         r=rank, lora_alpha=_SCALE * rank, target_modules=names, fan_in_fan_out=turned
     )
     # peft draws from the global generator; what it draws is replaced
     with torch.random.fork_rng(devices=[]):
-        peft.inject_adapter_in_model(config, student)
+        peft.inject_adapter_in_model(config, layers)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        update: Any = student.get_submodule(name)
+        update: Any = layers.get_submodule(name)
         down, up = update.lora_A["default"].weight, update.lora_B["default"].weight
         dtype = torch.promote_types(down.dtype, torch.float32)
         start = (2 * torch.rand(down.shape, generator=generator) - 1) * down.shape[1] ** -0.5
@@ -94,7 +95,7 @@ def merged(student: PreTrainedModel) -> PreTrainedModel:
             )
             parent, _, last = name.rpartition(".")
             setattr(student.get_submodule(parent), last, linear)
-    vars(student).pop("peft_config", None)
+    vars(decoder_layers(student)).pop("peft_config", None)
     return student.requires_grad_(True)
 
 
