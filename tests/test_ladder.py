@@ -1,6 +1,7 @@
 """Recovery as one command with the cut, and what it is said to take."""
 
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,13 +122,25 @@ def test_a_cut_made_on_external_text_learns_as_many_tokens_from_that_text(dense,
     assert (made.regime, step["regime"], step["tokens"]) == ("data", "data", 5 * 4 * 64)
 
 
-def test_a_training_that_could_not_be_done_is_refused_before_the_cut(dense, tmp_path):
+def test_a_training_that_could_not_be_done_is_refused_before_the_cut(dense, tmp_path, monkeypatch):
     ask = ("prune", dense, "--ratio", 0.5, "--out", tmp_path / "out")
     stream = ("--recover", "fast", "--stream", "--moments", "none")
     assert "leave --stream and --device auto out" in refused(*ask, *stream)
     assert "say --recover fast too" in refused(*ask, "--resume")
     assert "nothing to resume" in refused(*ask, "--recover", "fast", "--resume")
     assert [path.name for path in tmp_path.iterdir()] == []
+    alone = ("--recover", "fast", "--moments", "none", "--policy", "none", "--refit", "off")
+    assert "no BOS token" in refused(*ask, *alone, "--bos", "yes")
+    with monkeypatch.context() as patch:
+        patch.setattr("prunenet.recover.options.FULL", 0)
+        patch.setattr(recovering, "Tuning", Tuning)
+        patch.setitem(sys.modules, "peft", None)
+        assert "pip install 'prunenet[recover]'" in refused(*ask, *alone)
+    bare = shutil.copytree(dense, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    assert "has no tokenizer that can be read" in refused(ask[0], bare, *ask[2:], *alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
 def test_time_and_memory_are_said_before_the_text_is_written(dense, tmp_path, monkeypatch):

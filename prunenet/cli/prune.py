@@ -38,8 +38,8 @@ def prune(
         )
         measured = calibration.moments != "none"
         check_streamable(reading, measured, "say --moments none as well")
-        check_recoverable(recovering, reading)
         source, facts = Checkpoint(model), dict[str, Any]()
+        check_recoverable(recovering, reading, source, calibration)
         if recovering.recover == "off":
             _cut(source, out, options, calibration, reading, place, policy)
         else:
