@@ -1,5 +1,6 @@
 """Recovery as one command with the cut, and what it is said to take."""
 
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -230,6 +231,24 @@ def test_rungs_that_external_text_is_too_short_for_are_refused_before_any_is_run
     ask += ("--rungs", "1280,12800", "--moments", "data", "--text", text)
     assert "has 31 windows of 64 tokens, fewer than the 216 asked for" in refused(*ask)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
+
+
+def test_the_card_s_commands_recover_to_the_same_bytes(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense, "tiny")
+    Path("words.txt").write_text(" ".join(f"w{n * n % 61}" for n in range(2600)))
+    facts("prune", "tiny", "--policy", "none", "--ratio", 0.5, "--out", "smaller")
+    first = ("--embeddings", "--updates", "full", "--tokens", 1000, "--loss", "top256", "--seed", 1)
+    facts("recover", "smaller", "--teacher", "tiny", "--out", "once", *first)
+    read = ("--moments", "data", "--text", "words.txt", "--steps", 3, "--batch", 2, "--betas", 0.8)
+    facts("recover", "once", "--out", "twice", *read, 0.9, "--updates", "lora", "--rank", 3)
+    lines = Path("twice/README.md").read_text().splitlines()
+    cut, *trainings = [line for line in lines if line.startswith("prunenet ")]
+    assert cut.endswith("--policy none --out smaller")
+    for command in trainings:
+        facts(*shlex.split(command)[1:])
+    assert contents(Path("recovered")) == contents(Path("once"))
+    assert contents(Path("recovered-2")) == contents(Path("twice"))
 
 
 def test_a_mixture_that_lost_whole_experts_learns_from_the_whole_one(dense, tmp_path):

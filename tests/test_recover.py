@@ -400,6 +400,19 @@ def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
         patch.setattr(training._Run, "_step", killed)
         assert "killed" in refused(*ask, "--out", tmp_path / "out")
     assert "holds an unfinished run; say --resume" in refused(*ask, "--out", tmp_path / "out")
+    other = refused(*ask, "--out", tmp_path / "out", "--resume", "--learning-rate", 0.004)
+    assert "was started with learning_rate 0.005, not 0.004" in other
+    best = tmp_path / "out.recovery" / "best.safetensors"
+    seen = best.read_bytes()
+    best.write_bytes(seen[:-1])
+    assert "best.safetensors is damaged (it has" in refused(
+        *ask, "--out", tmp_path / "out", "--resume"
+    )
+    best.unlink()
+    assert "best.safetensors is damaged (it is missing" in refused(
+        *ask, "--out", tmp_path / "out", "--resume"
+    )
+    best.write_bytes(seen)
     facts(*ask, "--out", tmp_path / "out", "--resume")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -140,10 +140,12 @@ def check_run(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) ->
     """Raises PolicyError where the state belongs to another run."""
     changed = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if changed:
-        key = changed[0]
+        before, now = saved.get(key := changed[0]), asked.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            check_run(path, before, now)
         raise PolicyError(
-            f"the run in {path.parent} was started with {key} {saved.get(key)!r}, not"
-            f" {asked.get(key)!r}; resume it with the same settings, or give another folder"
+            f"the run in {path.parent} was started with {key} {before!r}, not {now!r}; resume it"
+            " with the same settings, or give another folder"
         )
 
 
