@@ -401,7 +401,7 @@ def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
         assert "killed" in refused(*ask, "--out", tmp_path / "out")
     assert "holds an unfinished run; say --resume" in refused(*ask, "--out", tmp_path / "out")
     other = refused(*ask, "--out", tmp_path / "out", "--resume", "--learning-rate", 0.004)
-    assert "was started with learning_rate 0.005, not 0.004" in other
+    assert "was started with tuning: learning_rate 0.005, not 0.004" in other
     best = tmp_path / "out.recovery" / "best.safetensors"
     seen = best.read_bytes()
     best.write_bytes(seen[:-1])
