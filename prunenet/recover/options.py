@@ -149,7 +149,10 @@ class RecoverText:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.text and self.moments != "data":
-            raise ValueError(
-                "`text` is read with `moments` data only: add that, or leave `text` out"
-            )
+        if self.moments not in ("self", "data"):
+            raise ValueError(f"`moments` must be self or data, got {self.moments!r}")
+        for name in ("text", "column"):
+            if getattr(self, name) is not None and self.moments != "data":
+                raise ValueError(
+                    f"`{name}` is read with `moments` data only: add that, or leave `{name}` out"
+                )
