@@ -19,15 +19,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.envs.drawing import RENDER_MODES, drawn
-from prunenet.envs.shared import Named, check_render_mode, check_reset_options, opened, with_masks
-from prunenet.envs.sweep import PROGRESS, draw_ratio
+from prunenet.envs.shared import (
+    Named,
+    check_num_envs,
+    check_render_mode,
+    check_reset_options,
+    opened,
+    whole_number,
+    with_masks,
+)
+from prunenet.envs.sweep import PROGRESS, check_ratios, draw_ratio
 from prunenet.evaluation.choices import Cost
 from prunenet.evaluation.costs import unit_costs
 from prunenet.evaluation.interaction import Ablation, measure_interaction
 from prunenet.evaluation.latency import latency_table
 from prunenet.evaluation.shares import capped, check_cap
-from prunenet.evaluation.slots import Episodes, Game
-from prunenet.evaluation.units import Structure, units_of
+from prunenet.evaluation.slots import Episodes, Game, check_attention
+from prunenet.evaluation.units import Structure, check_cuttable, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.heads import counting_layers
 from prunenet.models.layers import iter_ffns, text_config
@@ -58,27 +66,63 @@ def game_of(
         bins: of a layer's channels, which go in the order of the products of their norms.
 
     Raises:
-        ValueError: a streamed model, an unknown cost, or see `measure_interaction` and `Game.of`.
+        ValueError: a streamed model, an unknown cost or one that the structures do not have, or see
+            `measure_interaction` and `Game.of`.
+        UnsupportedArchitecture: heads, or layers, of this family cannot be cut.
     """
     check_choice("cost", cost, Cost)
     model = opened(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError("ablations need the model in memory, and this one is streamed: load it")
+    check_cuttable(model, structures)
+    check_attention(structures)
+    units = units_of(model, bins, structures)
+    table = latency_table(model) if cost == "latency" else None
+    costs = unit_costs(units, model.config, cost, table=table)
+    if not any(costs):
+        raise ValueError(
+            f"{', '.join(structures)} cost nothing by {cost!r}; name others (`structures`), or"
+            " another `cost`"
+        )
     if blocks is None:
         blocks = random_blocks(model, 4, 32, torch.Generator().manual_seed(0))
     scores = []
     for ffn in iter_ffns(model):
         norms = ffn.up.float().norm(dim=1) * ffn.down.float().norm(dim=0)
         scores.append(norms if ffn.gate is None else norms * ffn.gate.float().norm(dim=1))
-    units = units_of(model, bins, structures)
     parts = measure_interaction(
         model, blocks, scores, Ablation(bins=bins, structures=structures, batch=len(blocks))
     )
-    table = latency_table(model) if cost == "latency" else None
-    costs = unit_costs(units, model.config, cost, table=table)
     counting = counting_layers(text_config(model))
     context = layer_context(model).cpu()
     return Game.of(parts, context, structures=structures, costs=costs, counting=counting)
+
+
+def _games(model: Named, games: Game | Sequence[Game] | None, options: Info) -> list[Game]:
+    """The games given, or that of the model.
+
+    Raises:
+        ValueError: none, or a model and its options beside games; or as `game_of`.
+        TypeError: something that is no game.
+    """
+    if games is None:
+        return [game_of(model, **options)]
+    found = [games] if isinstance(games, Game) else list(games)
+    if not found or model is not None or options:
+        beside = ["model"] * (model is not None) + sorted(options)
+        given = f"{', '.join(beside)} beside them" if beside else "none"
+        raise ValueError(f"`games` are one or more measured games, and no model, got {given}")
+    for game in found:
+        if not isinstance(game, Game):
+            raise TypeError(f"`games` are of `game_of` or `Game.of`, got a {type(game).__name__}")
+    return found
+
+
+def _started(episodes: Episodes | None) -> Episodes:
+    """The episodes. Raises RuntimeError where there are none yet."""
+    if episodes is None:
+        raise RuntimeError("there is no episode: call reset() first")
+    return episodes
 
 
 class _Rules:
@@ -93,12 +137,15 @@ class _Rules:
         cap: float | None,
         options: Info,
     ) -> None:
-        draw_ratio(ratio, 0.5)
+        check_ratios(ratio)
         check_cap(cap)
-        found = [games] if isinstance(games, Game) else list(games or [game_of(model, **options)])
+        found = _games(model, games, options)
         self.length = max(game.length for game in found)
         self.games = [game.padded(self.length) for game in found]
         self.ratio, self._worst, self._cap = ratio, worst, cap
+        for number in range(len(found)):
+            for bound in check_ratios(ratio):
+                self._begun(number, bound, 1)
         n_features = self.games[0].features.shape[1] + len(PROGRESS)
         levels = max(game.levels for game in self.games)
         self.observation_space = spaces.Dict(
@@ -114,11 +161,14 @@ class _Rules:
     def start(self, count: int, generator: np.random.Generator, options: Any) -> Episodes:
         """Begins episodes of a drawn game at a drawn ratio; options fix either."""
         known = check_reset_options(options, "ratio", "game")
-        number = known.get("game", int(generator.integers(len(self.games))))
+        number = whole_number(known.get("game", int(generator.integers(len(self.games)))))
         if not 0 <= number < len(self.games):
             raise ValueError(f"there are games 0 to {len(self.games) - 1}, got {number}")
         ratio = draw_ratio(known.get("ratio", self.ratio), float(generator.random()))
         self.game = number
+        return self._begun(number, ratio, count)
+
+    def _begun(self, number: int, ratio: float, count: int) -> Episodes:
         game = capped(self.games[number], ratio, self._cap)
         return Episodes(game, count, ratio, worst=self._worst)
 
@@ -275,15 +325,15 @@ class BudgetPruningEnv(gymnasium.Env[Observation, np.int64]):
         episodes = self._episodes
         if episodes is None or episodes.done:
             raise RuntimeError("the episode is over: call reset() before the next step()")
-        if not 0 <= int(action) < self._levels:
+        level = whole_number(action)
+        if not 0 <= level < self._levels:
             raise ValueError(f"an action is in [0, {self._levels}), got {action}")
-        reward = -float(episodes.play(torch.tensor([int(action)])))
+        reward = -float(episodes.play(torch.tensor([level])))
         return self._observe(episodes), reward, episodes.done, False, self._info(episodes)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Returns which numbers of units may stay, (levels,)."""
-        assert self._episodes is not None, "reset() comes first"
-        masks: NDArray[np.bool_] = self._rules.masks(self._episodes)[0]
+        masks: NDArray[np.bool_] = self._rules.masks(_started(self._episodes))[0]
         return masks
 
     def render(self) -> Any:
@@ -307,9 +357,6 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
     Args:
         model, games, ratio, worst, cap, render_mode, options: as for `BudgetPruningEnv`.
         num_envs: episodes at a time, at least 1.
-
-    Attributes:
-        episodes: those that are played now.
     """
 
     metadata: Info = {  # noqa: RUF012 (as gymnasium declares it)
@@ -330,8 +377,7 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        check_num_envs(num_envs)
         self.render_mode = check_render_mode(render_mode, RENDER_MODES)
         self._rules = _Rules(model, games, ratio, worst, cap, options)
         self.num_envs = num_envs
@@ -339,13 +385,19 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
         self.single_action_space = self._rules.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self._episodes: Episodes | None = None
+
+    @property
+    def episodes(self) -> Episodes:
+        """Those that are played now. Raises RuntimeError before the first `reset`."""
+        return _started(self._episodes)
 
     def reset(
         self, *, seed: int | None = None, options: Info | None = None
     ) -> tuple[Observation, Info]:
         """Starts all episodes; options as for `BudgetPruningEnv`."""
         super().reset(seed=seed)
-        self.episodes = self._rules.start(self.num_envs, self.np_random, options)
+        self._episodes = self._rules.start(self.num_envs, self.np_random, options)
         infos = with_masks(self._rules.info(self.episodes), self.num_envs)
         return self._rules.observe(self.episodes), infos
 
@@ -361,7 +413,8 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
             ValueError: not actions of `action_space`.
         """
         levels, most = np.asarray(actions), int(self._rules.action_space.n)
-        if levels.shape != (self.num_envs,) or levels.min() < 0 or levels.max() >= most:
+        whole = levels.shape == (self.num_envs,) and levels.dtype.kind in "iub"
+        if not whole or levels.min() < 0 or levels.max() >= most:
             raise ValueError(f"actions are {self.num_envs} numbers in [0, {most}), got {actions}")
         reward = -self.episodes.play(torch.from_numpy(levels.astype(np.int64))).double().numpy()
         final: Info = {}
@@ -369,7 +422,7 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
         if done:
             final["final_obs"] = self._rules.observe(self.episodes)
             final["final_info"] = self._rules.info(self.episodes)
-            self.episodes = self._rules.start(self.num_envs, self.np_random, None)
+            self._episodes = self._rules.start(self.num_envs, self.np_random, None)
         infos = with_masks(self._rules.info(self.episodes) | final, self.num_envs)
         ended = np.full(self.num_envs, done)
         return self._rules.observe(self.episodes), reward, ended, np.zeros_like(ended), infos

@@ -146,6 +146,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         )
         every = channel_parameters(self.model)
         self._channel_parameters = [every[number] for number in self._view.groups]
+        self._removed: int | None = None
         self.metadata = {**self.metadata, "n_stats": self._view.statistics[0].shape[1]}
         self.observation_space = observation_space(self._view)  # type: ignore[assignment]
         self.action_space = spaces.MultiBinary(self._view.d_ff)
@@ -176,10 +177,11 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
 
         Raises:
             ValueError: not a mask of `action_space`; the sweep stays where it was.
-            RuntimeError: the sweep is over.
+            RuntimeError: there is no sweep, or it is over.
         """
-        if self._sweep.done:
-            raise RuntimeError("the sweep is over: call reset() before the next step()")
+        if self._removed is None or self._sweep.done:
+            what = "there is no sweep" if self._removed is None else "the sweep is over"
+            raise RuntimeError(f"{what}: call reset() before the next step()")
         keep = as_keep(action, self._sweep)
         if keep.ndim != 1:
             raise ValueError(

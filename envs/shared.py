@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,14 @@ def opened(model: Named) -> Weights:
 
     Raises:
         CheckpointError, OSError: as `prunenet.load_model`.
+        TypeError: something else.
     """
     if isinstance(model, str | Path):
         return load_model(str(model))
+    if not isinstance(model, Weights | None):
+        raise TypeError(
+            f"`model` is a causal LM, its folder or hub id, or None, got {type(model).__name__}"
+        )
     return tiny_model() if model is None else model
 
 
@@ -69,6 +75,20 @@ def check_render_mode(mode: str | None, known: list[str]) -> str | None:
     if mode is not None and mode not in known:
         raise ValueError(f"`render_mode` must be one of {', '.join(known)}, got {mode!r}")
     return mode
+
+
+def whole_number(value: Any) -> int:
+    """Returns a whole number of any library. Raises ValueError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"this is a whole number, got {value!r}") from None
+
+
+def check_num_envs(count: Any) -> None:
+    """Raises ValueError unless it is a whole number, at least 1."""
+    if not (isinstance(count, int) and count >= 1):
+        raise ValueError(f"num_envs must be at least 1, a whole number, got {count!r}")
 
 
 def check_reset_options(options: Mapping[str, Any] | None, *known: str) -> Mapping[str, Any]:

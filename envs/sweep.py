@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -148,7 +149,7 @@ class Sweep:
     def __init__(
         self, view: View, reward: Reward, masks: int = 1, *, min_width: int = 1, slack: float = 0.25
     ) -> None:
-        if not 1 <= min_width <= view.d_ff:
+        if not (isinstance(min_width, int) and 1 <= min_width <= view.d_ff):
             raise ValueError(f"min_width must be in [1, {view.d_ff}], got {min_width}")
         if not 0 <= slack <= 1:
             raise ValueError(f"slack must be in [0, 1], got {slack}")
@@ -270,11 +271,20 @@ def draw_ratio(ratio: float | Sequence[float], uniform: float) -> float:
         uniform: position in the range, in [0, 1].
 
     Raises:
-        ValueError: a bound is not in [0, 1), or low is above high.
+        ValueError: neither of these, a bound is not in [0, 1), or low is above high.
     """
-    if not isinstance(ratio, Sequence):
-        return check_ratio(float(ratio))
-    low, high = (check_ratio(bound) for bound in ratio)
+    low, high = check_ratios(ratio)
+    return low + (high - low) * uniform
+
+
+def check_ratios(ratio: float | Sequence[float]) -> tuple[float, float]:
+    """Returns the bounds of a ratio or a range. Raises as `draw_ratio`."""
+    bounds = [*ratio] if isinstance(ratio, Sequence) else [ratio, ratio]
+    if len(bounds) != 2 or not all(isinstance(bound, Real) for bound in bounds):
+        raise ValueError(
+            f"`ratio` is a share in [0, 1), or a range (low, high) of them, got {ratio!r}"
+        )
+    low, high = (check_ratio(bound) for bound in bounds)
     if low > high:
         raise ValueError(f"the range of ratios must rise, got {low} to {high}")
-    return low + (high - low) * uniform
+    return low, high

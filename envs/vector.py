@@ -25,10 +25,12 @@ from prunenet.envs.layerwise import (
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.shared import (
     Named,
+    check_num_envs,
     check_render_mode,
     check_reset_options,
     check_reward,
     opened,
+    whole_number,
     with_masks,
 )
 from prunenet.envs.sweep import Sweep, View, draw_ratio
@@ -70,8 +72,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         channels: bool = True,
         render_mode: str | None = None,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        check_num_envs(num_envs)
         draw_ratio(ratio, 0.5)
         self.render_mode = check_render_mode(render_mode, RENDER_MODES)
         reward = None if reward is None else check_reward(reward)
@@ -83,6 +84,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         self._channel_parameters = [every[number] for number in self.view.groups]
         self._number = 0
         self._seed = 0
+        self._removed: NDArray[np.int64] | None = None
         self._channels = channels
         self._sweep = Sweep(
             self.view,
@@ -110,7 +112,9 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         options = dict(check_reset_options(options, "ratio", "sweep"))
         if seed is not None:
             self._seed, self._number = seed, 0
-        self._number = options.get("sweep", self._number)
+        self._number = whole_number(options.get("sweep", self._number))
+        if self._number < 0:
+            raise ValueError(f"sweeps are counted from 0, got {self._number}")
         self._start(options)
         return self._observe(), with_masks(self._budget_info(), self.num_envs)
 
@@ -135,7 +139,10 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
 
         Raises:
             ValueError: not masks of `action_space`; all sweeps stay where they were.
+            RuntimeError: there are no sweeps yet.
         """
+        if self._removed is None:
+            raise RuntimeError("there is no sweep: call reset() before the next step()")
         keep = as_keep(actions, self._sweep)
         if keep.shape != (self.num_envs, self.view.d_ff):
             raise ValueError(

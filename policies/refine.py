@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +20,12 @@ from transformers import PreTrainedModel
 from prunenet.evaluation.choices import Cost, Structure
 from prunenet.evaluation.costs import unit_costs
 from prunenet.evaluation.divergence import mask_divergences
-from prunenet.evaluation.interaction import Ablation, interaction_folder, measure_interaction
+from prunenet.evaluation.interaction import (
+    Ablation,
+    Interaction,
+    interaction_folder,
+    measure_interaction,
+)
 from prunenet.evaluation.latency import latency_table
 from prunenet.evaluation.shares import (
     allocated,
@@ -34,13 +38,12 @@ from prunenet.evaluation.shares import (
 )
 from prunenet.evaluation.slots import Game, check_attention
 from prunenet.evaluation.smooth import smooth_search
-from prunenet.evaluation.units import Cut, units_of
+from prunenet.evaluation.units import Cut, Unit, check_cuttable, units_of
 from prunenet.features.from_weights import layer_context
 from prunenet.models.anatomy import Anatomy
-from prunenet.models.depth import without_layers
-from prunenet.models.heads import attentions, counting_layers
+from prunenet.models.heads import counting_layers
 from prunenet.models.knobs import step_of
-from prunenet.models.layers import Weights, decoder_layers, text_config
+from prunenet.models.layers import Weights, decoder_layers, ffn_widths, structure, text_config
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import PruneOptions
 from prunenet.refit.folds import folds_of, held_back
@@ -157,9 +160,9 @@ def refine(
             finite, or structures that hold less of the budget than is to go.
         UnsupportedArchitecture: heads, or layers, of this family cannot be cut.
     """
-    front = int(blocks.bos is not None)
-    known, whole = _game(model, blocks, scores, options, progress)
-    share = _share(known, ratio, whole, options.budget)
+    front, priced = int(blocks.bos is not None), _priced(model, options)
+    share, whole = _share(model, ratio, options, priced), priced.whole
+    known = _game(model, blocks, scores, options, priced, progress)
     game = capped(known, share, options.cap)
     judged = held_back(blocks.ids)[1][:_JUDGED]
 
@@ -177,7 +180,8 @@ def refine(
     starts = _starts(game, offsets, share)
     near, _ = smooth_search(game, starts[int(predicted(starts).argmin())], predicted, PREDICTED)
     if options.refreshed:
-        again, _ = _game(model, blocks, scores, options, progress, cuts(near[None])[0][:2])
+        behind = cuts(near[None])[0][:2]
+        again = _game(model, blocks, scores, options, priced, progress, behind)
         # groups of heads keep the order that the dense model gave them
         game = replace(again, slots=game.slots)
         near, _ = smooth_search(game, near, predicted, PREDICTED)
@@ -228,15 +232,59 @@ def refined_sizes(
             scores,
             policy.offsets(model),
             ratios[number],
-            Refining(
-                structures=size.parts,
-                budget=size.budget,
-                of_all=size.of_all,
-                round_to=step_of(Anatomy.of(model).groups, ratios[number], size.round_to),
-            ),
+            _refining(model, size, ratios[number]),
             progress=progress,
         )
     return found
+
+
+def check_refined(model: Weights, size: PruneOptions, ratio: float) -> None:
+    """Raises as `refine` where shapes alone say that a size which asks for refined widths cannot be
+    reached, so that no text is written for it.
+    """
+    if size.widths == "refined" and not size.shares_experts and isinstance(model, PreTrainedModel):
+        options = _refining(model, size, ratio)
+        _share(model, ratio, options, _priced(model, options))
+
+
+def _refining(model: Weights, size: PruneOptions, ratio: float) -> Refining:
+    return Refining(
+        structures=size.parts,
+        budget=size.budget,
+        of_all=size.of_all,
+        round_to=step_of(Anatomy.of(structure(model)).groups, ratio, size.round_to),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Priced:
+    """What the parts of a model cost.
+
+    Attributes:
+        units: that may go.
+        bins: of a layer's channels.
+        costs: of each unit.
+        whole: what a ratio is a share of.
+    """
+
+    units: tuple[Unit, ...]
+    bins: int
+    costs: list[float]
+    whole: float
+
+
+def _priced(model: PreTrainedModel, options: Refining) -> _Priced:
+    """Raises as `refine` for structures that this family cannot lose."""
+    structures, budget = options.structures, options.budget
+    check_cuttable(model, structures)
+    table = latency_table(model) if budget == "latency" else None
+    bins = min(BINS, *ffn_widths(model))
+    every = units_of(model, bins)
+    prices = dict(zip(every, unit_costs(every, text_config(model), budget, table=table), strict=True))
+    of: Structure = "layers" if options.of_all or budget == "kv-bytes" else "channels"
+    whole = sum(price for unit, price in prices.items() if unit.structure == of)
+    units = tuple(unit for unit in every if unit.structure in structures)
+    return _Priced(units, bins, [prices[unit] for unit in units], whole)
 
 
 def _game(
@@ -244,29 +292,20 @@ def _game(
     blocks: CalibrationSet,
     scores: Sequence[Tensor],
     options: Refining,
+    priced: _Priced,
     progress: Progress | None,
     behind: Cut | None = None,
-) -> tuple[Game, float]:
-    """The matrices of the first rows of either kind of the text, as one game of two domains; and
-    what a ratio is a share of.
-    """
-    structures, budget = options.structures, options.budget
-    # what this family cannot do is said before minutes of measuring
-    if "heads" in structures:
-        attentions(model)
-    if "layers" in structures:
-        layers = torch.arange(len(decoder_layers(model)))
-        without_layers(model, layers != len(layers) // 2)
-    table = latency_table(model) if budget == "latency" else None
+) -> Game:
+    """The matrices of the first rows of either kind of the text, as one game of two domains."""
     kinds = [fold[:ROWS, :TOKENS] for fold in folds_of(blocks.ids, blocks.kinds)]
-    rows, bins = min(map(len, kinds)), min(BINS, *(len(row) for row in scores))
+    rows = min(map(len, kinds))
     parts = measure_interaction(
         model,
         torch.cat([kind[:rows] for kind in kinds]),
         scores,
         Ablation(
-            bins=bins,
-            structures=structures,
+            bins=priced.bins,
+            structures=options.structures,
             unscored=int(blocks.bos is not None),
             batch=rows,
             behind=behind,
@@ -274,31 +313,38 @@ def _game(
         cache=interaction_folder(),
         progress=progress,
     )
-    price = partial(unit_costs, config=text_config(model), cost=budget, table=table)
-    every = units_of(model, bins)
-    prices = dict(zip(every, price(every), strict=True))
-    of: Structure = "layers" if options.of_all or budget == "kv-bytes" else "channels"
-    whole = sum(cost for unit, cost in prices.items() if unit.structure == of)
-    costs = [prices[unit] for unit in parts[0].units]
-    context = layer_context(model).cpu()
+    return _game_of(model, parts, layer_context(model).cpu(), options, priced)
+
+
+def _game_of(
+    model: PreTrainedModel,
+    parts: Sequence[Interaction],
+    context: Tensor,
+    options: Refining,
+    priced: _Priced,
+) -> Game:
     counting = counting_layers(text_config(model))
-    game = Game.of(parts, context, structures=structures, costs=costs, counting=counting)
-    return game, whole
+    structures, costs = options.structures, priced.costs
+    return Game.of(parts, context, structures=structures, costs=costs, counting=counting)
 
 
-def _share(game: Game, ratio: float, whole: float, budget: Cost) -> float:
-    """The share of the game's cost that goes.
+def _share(model: PreTrainedModel, ratio: float, options: Refining, priced: _Priced) -> float:
+    """The share of the game's cost that goes; shapes alone are read.
 
     Raises:
         ValueError: the game's slots hold less than that.
     """
-    gone = ratio * whole
+    count = len(priced.units)
+    nothing = Interaction(priced.units, torch.zeros(count, count), torch.zeros(count), 1)
+    context = torch.zeros(len(decoder_layers(model)), 1)
+    game = _game_of(model, [nothing], context, options, priced)
+    gone, whole = ratio * priced.whole, priced.whole
     holds = game.total - float(cost(game, allocated(game, torch.zeros(len(game.slots)), _MOST)))
-    if game.total == 0 or (budget != "params" and gone > holds * (1 + 1e-6)):
+    if game.total == 0 or gone > holds * (1 + 1e-6):
         said = holds / whole if whole else 0.0
         raise ValueError(
-            f"at most {said:.1%} of the budget {budget!r} can go from these structures, got a"
-            f" `ratio` of {ratio}; ask for less, or name more `structures`"
+            f"at most {said:.1%} of the budget {options.budget!r} can go from these structures, got"
+            f" a `ratio` of {ratio}; ask for less, or name more `structures`"
         )
     return gone / game.total
 
@@ -324,7 +370,9 @@ def _starts(game: Game, offsets: Sequence[float], share: float) -> Float[Tensor,
         shares = allocated(game, rows, share)
         price = damages(game, shares)
         price[(rows == found[-1]).all(1)] = torch.inf
-        if exact:  # more must not go than is asked
+        # more must not go than is asked, unless no layer can stay that is not chosen to go
+        now = allocated(game, found[-1][None], share)[0]
+        if exact and all(now[n] > 0 or found[-1][n] == _GONE for n in layers):
             short = cost(game, shares)[:, 0] < (1 - share) * game.total * (1 - 1e-6)
             price[short] = torch.inf
         if not bool(price.isfinite().any()):

@@ -11,10 +11,13 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from prunenet.envs import BUDGET_ENV_ID, BudgetPruningEnv, BudgetPruningVectorEnv
 from prunenet.envs.budget import game_of
 from prunenet.evaluation.costs import unit_costs
-from prunenet.evaluation.interaction import Ablation, measure_interaction
+from prunenet.evaluation.interaction import Ablation, Interaction, measure_interaction
+from prunenet.evaluation.shares import allocated, cost
 from prunenet.evaluation.slots import Episodes, Game
-from prunenet.evaluation.units import units_of
+from prunenet.evaluation.units import Unit, units_of
 from prunenet.features.from_weights import layer_context
+from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.depth import without_layers
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.models.surgery import narrowed
 
@@ -62,6 +65,48 @@ def test_any_actions_end_at_the_quadratic_form_s_damage_within_the_budget(
         if "layers" not in structures:
             assert float(episodes.left.abs().max()) < 1e-6
         assert float(episodes.left.min()) > -1e-6
+
+
+SHARED = [
+    ("channels", "heads"),
+    ("channels", "layers"),
+    ("heads",),
+    ("layers",),
+    ("heads", "attention", "layers"),
+    ALL,
+]
+
+
+@pytest.mark.parametrize("structures", SHARED, ids=",".join)
+def test_every_budget_that_can_be_met_is_met_by_whatever_is_played_or_asked(structures):
+    parts = [planted(layers=4, bins=2, groups=2, structures=structures)]
+    game = Game.of(parts, torch.zeros(4, 1), structures=structures)
+    asked = torch.randn(32, len(game.slots), generator=torch.Generator().manual_seed(0)) * 3
+    whole = torch.zeros(1, len(game.slots))
+    holds = 1 - float(cost(game, allocated(game, whole, 1 - 1e-9))) / game.total
+    for ratio in (0.1, 0.2, 0.3, 0.45, 0.6, 0.9):
+        if ratio <= holds:
+            budget = (1 - ratio) * game.total
+            assert float(cost(game, allocated(game, asked, ratio)).max()) <= budget * (1 + 1e-6)
+            episodes, _ = played(game, ratio)
+            assert float(episodes.left.min()) > -1e-6
+            if "channels" not in structures:
+                assert set(episodes.kept.unique().tolist()) <= {0.0, 1.0}, "units go whole"
+
+
+def planted(layers: int, bins: int, groups: int, structures) -> Interaction:
+    """A random quadratic form of a model whose bins have 100 parameters and groups of heads 70."""
+    sizes = {"channels": [100] * bins, "heads": [70] * groups, "attention": [70 * groups]}
+    sizes["layers"] = [100 * bins + 70 * groups + 20]
+    units = tuple(
+        Unit(structure, layer, number, size)
+        for layer in range(layers)
+        for structure, each in sizes.items()
+        for number, size in enumerate(each)
+        if structure in structures
+    )
+    phi = torch.randn(len(units), 40, generator=torch.Generator().manual_seed(0))
+    return Interaction(units, phi @ phi.T / 40, phi.square().sum(1) / 80, 40)
 
 
 def test_the_budget_is_met_to_the_parameter_by_a_narrow_model(model, game):
@@ -199,6 +244,62 @@ def test_masked_random_play_is_never_changed(game):
         action = env.action_space.sample(mask=info["action_mask"].astype(np.int8))
         assert int(env._episodes.nearest(torch.tensor([action]))) == action
         _, _, done, _, info = env.step(action)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"ratio": (0.1, 0.99)}, r"at ratio 0\.99 .* at most 0\.7"),
+        ({"ratio": "a"}, r"`ratio` is a share in \[0, 1\), or a range \(low, high\).* got 'a'"),
+        ({"ratio": (0.1,)}, r"a range \(low, high\) of them, got \(0\.1,\)"),
+        ({"ratio": None}, "`ratio` is a share .* got None"),
+        ({"structures": []}, r"`structures` is a list of any of channels, .* got \[\]"),
+        ({"structures": "channels,heads"}, "`structures` is a list .* got 'channels,heads'"),
+        ({"structures": ["attention"]}, "name heads among the structures too"),
+        ({"structures": ["channels"], "cost": "kv-bytes"}, "channels cost nothing by 'kv-bytes'"),
+        ({"bins": 1.5}, r"bins must be in \[1, 96\], got 1\.5"),
+        ({"games": []}, "`games` are one or more measured games, and no model, got none"),
+    ],
+)
+def test_an_environment_that_cannot_be_played_is_refused_before_its_matrix_is_measured(
+    asked, message, monkeypatch, unchecked
+):
+    if "ratio" not in asked or not isinstance(asked["ratio"], tuple) or len(asked["ratio"]) < 2:
+        monkeypatch.setattr("prunenet.envs.budget.measure_interaction", None)
+    with pytest.raises(ValueError, match=message):
+        gymnasium.make(BUDGET_ENV_ID, **asked)
+
+
+def test_models_that_lack_the_structures_are_refused_by_their_family(model, game, unchecked):
+    with pytest.raises(UnsupportedArchitecture, match="heads of model type 'phi3' cannot be cut"):
+        BudgetPruningEnv(tiny_model("phi3"))
+    alone = without_layers(model, torch.tensor([True, False, False]))
+    with pytest.raises(ValueError, match="this one has no other: leave layers out"):
+        BudgetPruningEnv(alone, structures=["layers"])
+    with pytest.raises(ValueError, match="got model, bins beside them"):
+        BudgetPruningEnv(model, games=game, bins=3)
+    with pytest.raises(TypeError, match=r"are of `game_of` or .*, got a str"):
+        BudgetPruningEnv(games="x")
+    with pytest.raises(TypeError, match=r"`model` is a causal LM, its folder .* got int"):
+        BudgetPruningEnv(3)
+
+
+def test_moves_that_are_no_moves_are_refused_and_the_episode_stays(game):
+    env, batch = BudgetPruningEnv(games=game), BudgetPruningVectorEnv(num_envs=2, games=game)
+    for started in (env.action_masks, batch.action_masks, lambda: batch.step(np.zeros(2, int))):
+        with pytest.raises(RuntimeError, match=r"call reset\(\) first"):
+            started()
+    env.reset(seed=0), batch.reset(seed=0)
+    for action in (1.5, None, "x", np.nan, np.array([1, 2])):
+        with pytest.raises(ValueError, match="a whole number, got"):
+            env.step(action)
+    with pytest.raises(ValueError, match="actions are 2 numbers"):
+        batch.step(np.array([1.5, 2]))
+    for number in ("x", 0.5):
+        with pytest.raises(ValueError, match="a whole number, got"):
+            env.reset(options={"game": number})
+    env.reset(seed=0)
+    assert env.step(np.int64(1))[4] != {}
 
 
 def test_what_cannot_be_met_or_is_not_there_is_a_clear_error(model, parts, game, unchecked):

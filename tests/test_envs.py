@@ -263,6 +263,20 @@ def test_a_wrong_reward_option_or_drawing_is_refused_at_once(model, unchecked):
             cls(model).reset(options={"ratios": 0.5})
 
 
+def test_a_step_before_the_first_reset_and_numbers_that_are_none_are_refused(model, unchecked):
+    env, batch = LayerwisePruningEnv(model), LayerwisePruningVectorEnv(model, 2)
+    for play in (lambda: env.step(halves(1)[0]), lambda: batch.step(halves(2))):
+        with pytest.raises(RuntimeError, match=r"there is no sweep: call reset\(\)"):
+            play()
+    for number, message in (("x", "a whole number, got 'x'"), (-1, "counted from 0, got -1")):
+        with pytest.raises(ValueError, match=message):
+            batch.reset(options={"sweep": number})
+    with pytest.raises(ValueError, match=r"num_envs must be at least 1, a whole number, got 1\.5"):
+        LayerwisePruningVectorEnv(model, 1.5)
+    with pytest.raises(ValueError, match=r"min_width must be in \[1, 48\], got 1.5"):
+        LayerwisePruningEnv(model, min_width=1.5)
+
+
 def test_widths_are_drawn_bar_by_bar(model):
     env = LayerwisePruningEnv(model, ratio=0.5, render_mode="ansi")
     env.reset(seed=0)

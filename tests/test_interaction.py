@@ -141,6 +141,11 @@ def test_a_measurement_goes_on_with_the_batch_that_it_was_at(model, tmp_path, mo
     damaged.write_bytes(damaged.read_bytes()[:-1])
     measure_interaction(model, ids, scores, Ablation(bins=BINS), cache=tmp_path)
     assert len(passes) == 2
+    one, other = sorted(tmp_path.glob("q-*.safetensors"))
+    one.write_bytes(other.read_bytes())  # of another text, as sound as its own
+    last = measure_interaction(model, ids, scores, Ablation(bins=BINS), cache=tmp_path)
+    assert len(passes) == 3
+    assert all(map(torch.equal, [part.raw for part in last], [part.raw for part in again]))
 
 
 def test_matrices_average_by_their_tokens_and_only_over_the_same_units(model, measured):

@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 from families import D_MODEL, provenance, random_keep, tiny_model, token_ids
-from test_cli import save_tiny
+from test_cli import refused, save_tiny
 
 import prunenet
 from prunenet.checkpoints.identity import identify
@@ -37,7 +37,7 @@ from prunenet.models.surgery import masking, narrowed
 from prunenet.policies import refine as refining
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.options import PruneOptions
-from prunenet.policies.refine import Refining, refine
+from prunenet.policies.refine import Refining, check_refined, refine
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.runtime.files import CheckpointError
 from prunenet.text.calibration import CalibrationSet
@@ -208,6 +208,34 @@ def test_what_structures_cannot_give_is_one_sentence(model, policy):
 
 
 @pytest.mark.parametrize(
+    ("family", "ratio", "structures", "message"),
+    [
+        ("llama", 0.95, ("channels",), r"at most 83.3% of the budget 'params' can go"),
+        ("llama", 0.95, ("heads",), r"at most 33.3% of the budget 'params' can go"),
+        ("phi3", 0.3, ("channels", "heads"), "heads of model type 'phi3' cannot be cut"),
+        ("one layer", 0.3, ("layers",), "and this one has no other: leave layers out"),
+    ],
+)
+def test_what_shapes_rule_out_is_said_before_any_text_is_read(family, ratio, structures, message):
+    model = tiny_model(family.replace("one layer", "llama"))
+    if family == "one layer":
+        model = without_layers(model, torch.tensor([True, False, False]))
+    size = PruneOptions(ratio=ratio, widths="refined", structures=",".join(structures))
+    with pytest.raises(ValueError, match=message):
+        check_refined(model, size, ratio)
+    with pytest.raises(ValueError, match=message):
+        refine(model, BLOCKS, [], [], ratio, Refining(structures=structures))
+
+
+def test_the_command_writes_no_text_for_a_cut_that_cannot_be(tmp_path):
+    base = save_tiny(tmp_path / "dense")
+    asked = ("--ratio", 0.95, "--widths", "refined", "--structures", "heads")
+    said = refused("prune", base, "--policy", "llama", *asked, "--out", tmp_path / "out")
+    assert "at most 33.3% of the budget 'params'" in said
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("choices", "message"),
     [
         ({"structures": "channels,joists"}, "unknown structures 'joists'; it is one of channels"),
@@ -299,6 +327,17 @@ def test_costs_by_latency_bend_where_the_table_does(model):
     assert first == [30, 30, 0, 0, 40, 40, 80, 100]
     with pytest.raises(ValueError, match="costs by latency are measured"):
         unit_costs(units, model.config, "latency")
+
+
+def test_where_only_a_layer_can_meet_the_budget_one_goes_and_heads_stay(model, policy, monkeypatch):
+    slow = LatencyTable((24, 48), (98.0, 100.0), (1, 2), (99.0, 100.0))
+    monkeypatch.setattr(refining, "latency_table", lambda model: slow)
+    asked = Refining(structures=("channels", "heads", "layers"), budget="latency", of_all=True)
+    found = refine(model, BLOCKS, policy.scores(model), [0.0] * LAYERS, 0.1, asked)
+    assert found.layers.tolist().count(False) == 1
+    assert found.reached == pytest.approx(1 / LAYERS)
+    left = found.behind_layers()
+    assert all(bool(mask.all()) for mask in (*left.keep, *left.groups))
 
 
 @pytest.mark.slow

@@ -237,6 +237,7 @@ def test_tensorboard_shows_terms_widths_and_the_recipe_and_no_critic_where_there
         ({"masks": 1}, "take 2 masks or more"),
         ({"gamma": 1.5}, r"gamma must be in \[0, 1\]"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and at most 1"),
         ({"ratio": (0.5, 0.1)}, "must rise"),
         ({"evaluate_at": (1.5,)}, "got 1.5"),
         ({"seed": -1}, "`seed` must be in"),

@@ -72,7 +72,9 @@ def test_the_command_writes_a_policy_that_prunes_and_twice_the_same(start, tmp_p
     assert once.sha256 == twice.sha256
     cut = ("prune", folders[0], "--policy", tmp_path / "once", "--moments", "none")
     assert run(*cut, "--ratio", 0.3, "--out", tmp_path / "cut").exit_code == 0
-    assert "holds a policy" in refused(*ask, "--out", tmp_path / "once")
+    said = refused(*ask, "--out", tmp_path / "once")
+    assert "holds a policy" in said
+    assert "resume" not in said, "there is no such option here"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,7 @@ def test_the_command_writes_a_policy_that_prunes_and_twice_the_same(start, tmp_p
     [
         (("--episodes", 1), "2 or more episodes"),
         (("--learning-rate", 0), "learning_rate must be above 0"),
+        (("--learning-rate", "inf"), "learning_rate must be above 0 and at most 1, got inf"),
         (("--start", "nowhere"), "policy 'nowhere' does not exist"),
         (("--seed", -1), "seed"),
     ],
@@ -89,6 +92,12 @@ def test_what_cannot_be_learned_is_said_before_a_model_is_read(options, said, tm
     given = options if "--start" in options else (*options, "--start", "llama")
     assert said in refused(*asked, *given)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_preset_of_widths_takes_no_other_widths(tmp_path):
+    asked = ("train", tmp_path / "absent", "--out", tmp_path / "out", "--preset", "widths")
+    for given in ("uniform", "per-layer"):
+        assert f"leave --widths {given} out" in refused(*asked, "--widths", given)
 
 
 def test_a_second_model_without_a_tokenizer_is_said_before_the_first_is_measured(tmp_path):

@@ -74,8 +74,8 @@ class AllocatorRecipe:
                 "training takes 1 or more updates between evaluations and 2 or more episodes, got"
                 f" {self.updates}, {self.evaluate_every} and {self.episodes}"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning_rate must be above 0 and at most 1, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -424,8 +424,8 @@ def _state(folder: Path, stage: str) -> Path:
     return folder / "training" / stage / "state.safetensors"
 
 
-def check_run(folder: Path, resume: bool) -> Path:
-    """Checks that a run can start in a folder, or continue there with `resume`.
+def check_run(folder: Path, resume: bool | None) -> Path:
+    """Checks that a run can start in a folder, or continue there with `resume` (None: never).
 
     Creates nothing. Only the first process looks: the others may not share its disk.
 
@@ -442,8 +442,9 @@ def check_run(folder: Path, resume: bool) -> Path:
     if resume and not unfinished(folder):
         raise PolicyError(f"nothing to resume in {folder}: it holds no run; start a new one")
     if not resume and ((folder / "config.json").exists() or unfinished(folder)):
+        instead = "" if resume is None else "say `resume`, or "
         raise PolicyError(
-            f"{folder} holds a policy or an unfinished run; say `resume`, or give another folder"
+            f"{folder} holds a policy or an unfinished run; {instead}give another folder"
         )
     check_home(folder)
     return folder

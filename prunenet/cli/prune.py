@@ -66,6 +66,7 @@ def _cut(
     """Writes the pruned checkpoint."""
     from prunenet.checkpoints.streaming import StreamedCheckpoint
     from prunenet.policies import apply
+    from prunenet.policies.refine import check_refined
     from prunenet.policies.stream import prune_streamed
     from prunenet.refit.blocks import forget_blocks
     from prunenet.runtime import parallel
@@ -77,6 +78,7 @@ def _cut(
     options.filled(trained, calibration.moments != "none")
     dense = open_model(source.source, reading, device)
     ratio = apply.ratio_of(dense, options)
+    check_refined(dense, options, ratio)
     check_room(out, apply.bytes_left(dense, ratio, options.round_to))
     if isinstance(dense, StreamedCheckpoint):
         assert trained is not None, "PruneOptions.filled"

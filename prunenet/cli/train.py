@@ -136,6 +136,11 @@ class Training:
             raise ValueError(
                 f"--algorithm {self.algorithm} belongs to --gradient reinforce: leave it out"
             )
+        if self.preset == "widths" and self.widths is not None:
+            raise ValueError(
+                f"--preset widths learns per-layer widths and nothing else: leave --widths"
+                f" {self.widths} out"
+            )
         from prunenet.policies.training.recipe import recipe_for, widths_recipe
 
         given = {name: getattr(self, name) for name in (*_CHANGES, "learning_rate", "seed")}

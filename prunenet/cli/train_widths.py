@@ -65,7 +65,7 @@ def train_widths(
             learning_rate=learning.learning_rate,
             seed=learning.seed,
         )
-        check_run(out, resume=False)
+        check_run(out, resume=None)
         start = Policy.from_pretrained(learning.start)
         start.check_measured(False)
         sources = [Checkpoint(source) for source in models]

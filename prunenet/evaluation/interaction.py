@@ -274,11 +274,11 @@ def _write(path: Path, found: Interaction) -> None:
         around = found.around
         tensors |= {"gone": around.gone, "pull": around.pull, "base_kl": around.kl}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, packed(tensors, {"format": _FORMAT}))
+    write_atomic(path, packed(tensors, {"format": _FORMAT, "of": path.stem}))
 
 
 def _read(path: Path, units: tuple[Unit, ...], *, behind: bool) -> Interaction | None:
-    """A matrix measured before; None where there is none, or its file is damaged."""
+    """A matrix measured before; None where there is none, or its file is damaged or another's."""
     count = len(units)
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "raw": (torch.float32, (count, count)),
@@ -293,7 +293,8 @@ def _read(path: Path, units: tuple[Unit, ...], *, behind: bool) -> Interaction |
         check_layout(tensors, expected)
     except (FileNotFoundError, ContentError):
         return None
-    if facts.get("format") != _FORMAT:
+    # older files do not say whose they are
+    if facts.get("format") != _FORMAT or facts.get("of", path.stem) != path.stem:
         return None
     around = Around(tensors["gone"], tensors["pull"], tensors["base_kl"]) if behind else None
     return Interaction(units, tensors["raw"], tensors["kl"], int(tensors["tokens"]), around)

@@ -108,10 +108,19 @@ def allocated(
 
     def at(theta: Tensor) -> Tensor:
         wanted = torch.sigmoid(rows + theta)
-        return slots.left(wanted, wanted if settles else slots.whole(wanted))
+        met = torch.maximum(wanted, slots.least) if settles else slots.whole(wanted)
+        return slots.left(wanted, met)
 
-    theta = _largest(len(rows), lambda theta: slots.cost(at(theta)) > budget)
-    return settled(game, torch.sigmoid(rows + theta), ratio)
+    def fewest(theta: Tensor) -> Tensor:
+        """What is left at least, once groups and layers are whole numbers."""
+        wanted = torch.sigmoid(rows + theta)
+        met = torch.where(slots.settling, slots.least, slots.whole(wanted))
+        return slots.left(wanted, met)
+
+    def over(theta: Tensor) -> Tensor:
+        return (slots.cost(at(theta)) > budget) | (slots.cost(fewest(theta)) > budget)
+
+    return settled(game, torch.sigmoid(rows + _largest(len(rows), over)), ratio)
 
 
 def cost(game: Game, shares: Float[Tensor, "n slots"]) -> Float[Tensor, "n 1"]:

@@ -237,7 +237,8 @@ class Episodes:
     """A batch of episodes of one game, in step: all at the same slot, each with its own budget.
 
     Every decision is legal: it is moved to the nearest one from which the budget can be met. The
-    last slot of channels takes what is left, to the parameter.
+    last slot of channels takes what is left, to the parameter; without channels the budget is met
+    from below.
 
     Args:
         game: see `Game`.
@@ -297,7 +298,9 @@ class Episodes:
             return allowed
         costs, low, high = (row[self.slot] for row in self._bounds.tables)
         rest = self.left[:, None] - costs
-        off = torch.maximum((low - rest).clamp_min(0), (rest - high).clamp_min(0))
+        # what overdraws the budget is never as near as what leaves some of it
+        over = low > rest + 1e-9 * self.game.total
+        off = torch.where(over, torch.inf, (rest - high).clamp_min(0))
         allowed[:, : len(costs)] = off <= off.amin(1, keepdim=True)
         allowed[self._gone] = False
         allowed[self._gone, 0] = True
@@ -375,19 +378,19 @@ class _Bounds:
             later slots can keep.
         room: cost of this slot and all later ones.
         least: of the whole game.
-        settling: the slot that takes what is left.
+        settling: the slot of channels that takes what is left; None without channels.
     """
 
     tables: tuple[list[Tensor], list[Tensor], list[Tensor]]
     room: list[float]
     least: float
-    settling: int
+    settling: int | None
 
 
 def _bounds(game: Game) -> _Bounds:
     slots = game.slots
-    settling = max(i for i, slot in enumerate(slots) if slot.structure == slots[-1].structure)
-    droppable = {slot.layer for slot in slots if slot.structure == "layers"}
+    # a layer's channels come last, and the last layer stays
+    settling = len(slots) - 1 if slots[-1].structure == "channels" else None
     # least[i], most[i]: of slot i and all later ones, given that its layer stays
     least, most = [0.0] * (len(slots) + 1), [0.0] * (len(slots) + 1)
     behind: Mapping[int, int] = {slot.layer: i + 1 for i, slot in enumerate(slots)}
@@ -406,5 +409,4 @@ def _bounds(game: Game) -> _Bounds:
         most[i] = most[i + 1] + slot.costs[-1]
         if slot.structure == "layers" and not slot.least:
             least[i] = min(least[i + 1] + slot.costs[-1], least[after])
-    assert not droppable or slots[settling].layer not in droppable, "the last layer stays"
     return _Bounds(tables, most, least[0], settling)

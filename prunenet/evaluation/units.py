@@ -19,10 +19,11 @@ from prunenet.evaluation.choices import Structure as Structure
 from prunenet.evaluation.divergence import Masks
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.models.depth import without_layers
 from prunenet.models.groups import Group
 from prunenet.models.heads import attentions
 from prunenet.models.hooks import zeroing
-from prunenet.models.layers import ffn_at
+from prunenet.models.layers import decoder_layers, ffn_at
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.placement import device_of
 
@@ -64,7 +65,7 @@ def units_of(
     for structure in structures:
         check_choice("structure", structure, Structure)
     anatomy = Anatomy.of(model)
-    if not 1 <= bins <= min(anatomy.widths):
+    if not (isinstance(bins, int) and 1 <= bins <= min(anatomy.widths)):
         raise ValueError(f"bins must be in [1, {min(anatomy.widths)}], got {bins}")
     try:
         heads: Sequence[Any] = attentions(model)
@@ -84,6 +85,30 @@ def units_of(
         whole = sum(parameter.numel() for parameter in layer.module.parameters())
         units.append(Unit("layers", layer.index, 0, whole))
     return tuple(unit for unit in units if unit.structure in structures)
+
+
+def check_cuttable(model: PreTrainedModel, structures: Sequence[Structure]) -> None:
+    """Checks that a model can lose structures, before minutes of measuring.
+
+    Raises:
+        ValueError: no structure, an unknown one, or layers of a model that has only one.
+        UnsupportedArchitecture: heads, or layers, of this family cannot be cut.
+    """
+    if not structures or isinstance(structures, str):
+        known = ", ".join(STRUCTURES)
+        raise ValueError(f"`structures` is a list of any of {known}, got {structures!r}")
+    for structure in structures:
+        check_choice("structure", structure, Structure)
+    if "heads" in structures:
+        attentions(model)
+    if "layers" in structures:
+        layers = torch.arange(len(decoder_layers(model)))
+        if len(layers) == 1:
+            raise ValueError(
+                "the last layer of a model stays, and this one has no other: leave layers out of"
+                " `structures`"
+            )
+        without_layers(model, layers != len(layers) // 2)
 
 
 class Ablations:
