@@ -4,6 +4,7 @@ checkpoint.
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from itertools import pairwise
@@ -595,6 +596,38 @@ def test_the_rate_rises_and_falls_as_asked():
     assert rates["cosine"][6] == pytest.approx(0.5) == rates["linear"][6]
     steady = Tuning(warmup=0)
     assert steady.rate_at(25, 100) == pytest.approx(0.75 * steady.rate)
+
+
+def test_a_light_cut_is_trained_at_a_rate_in_proportion_to_what_it_has_lost():
+    chosen = Tuning().chosen(1000)
+    assert (chosen.updates, chosen.gentle, chosen.rate) == ("full", 0.4, 2e-4)
+    whole = chosen.rate_at(50, 100)
+    assert [chosen.rate_at(50, 100, kl) for kl in (0.4, 9.0)] == [whole, whole]
+    assert chosen.rate_at(50, 100, 0.1) == pytest.approx(whole / 4)
+    assert chosen.rate_at(50, 100, -1e-9) == 0.0
+    for given in (Tuning(learning_rate=2e-4), Tuning(updates="lora"), Tuning(gentle=0.0)):
+        steady = given.chosen(1000)
+        assert steady.gentle == 0.0
+        assert steady.rate_at(50, 100, 0.0) == steady.rate_at(50, 100)
+    assert Tuning(learning_rate=1e-3, gentle=1.0).chosen(1000).gentle == 1.0
+    assert chosen.chosen(1000) == chosen
+
+
+def test_the_rate_follows_the_divergence_before_the_training_where_there_is_a_teacher(monkeypatch):
+    seen = []
+    rate_at = Tuning.rate_at
+
+    def told(self, step, steps, before):
+        seen.append(before)
+        return rate_at(self, step, steps, before)
+
+    monkeypatch.setattr(Tuning, "rate_at", told)
+    dense, narrow = cut()
+    found = tuned(narrow, text(), QUICK, teacher=dense)
+    assert set(seen) == {found.before}
+    seen.clear()
+    tuned(narrow, text(), QUICK)
+    assert set(seen) == {math.inf}
 
 
 def test_the_likeliest_tokens_and_a_bin_for_the_rest_bound_the_divergence_from_below(monkeypatch):

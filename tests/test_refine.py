@@ -103,9 +103,7 @@ def test_refining_is_never_worse_than_the_policy_on_its_own_measure_and_determin
     assert all(torch.equal(a, b) for a, b in zip(first.keep, second.keep, strict=True))
 
 
-@pytest.mark.parametrize(
-    "refit", ["layerwise", pytest.param("blocks", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("refit", ["layerwise", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_a_search_that_loses_behind_the_refit_gives_way_to_the_policys_own_allocation(
     model, policy, monkeypatch, refit
 ):

@@ -22,8 +22,8 @@ _LARGEST = 1_000_000
 """Bytes of a source's card that are read at most."""
 _INHERITED = ("license", "license_name", "license_link", "language")
 _SAID = (
-    *("updates", "steps", "batch", "micro_batch", "learning_rate", "warmup", "schedule", "hidden"),
-    *("average", "seed"),
+    *("updates", "steps", "batch", "micro_batch", "learning_rate", "gentle", "warmup", "schedule"),
+    *("hidden", "average", "seed"),
 )
 """Settings of a training that its command always says: defaults may change."""
 _AMOUNTS = (("blocks", "count"), ("tokens", "window"))

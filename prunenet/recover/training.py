@@ -239,11 +239,16 @@ class _Run:
             )
         return loss
 
+    @property
+    def before(self) -> float:
+        """The KL of the given model on the blocks held back; infinite without a teacher."""
+        return math.inf if self.teacher is None else self.state.history[0][1]
+
     def _step(self, step: int) -> float:
         """Takes one step; returns its loss."""
         tuning, learned = self.tuning, list(self.state.learned)
         for settings in self.state.optimizer.param_groups:
-            settings["lr"] = tuning.rate_at(step, self.steps)
+            settings["lr"] = tuning.rate_at(step, self.steps, self.before)
         *gradients, loss = self._summed(
             self.student,
             self.fit[batch_of(step, tuning.batch, len(self.fit), tuning.seed)],
