@@ -8,7 +8,8 @@ measures and refits. `prune` cuts a model in memory or placed by its decision; `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import BlockStep, How, Provenance
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
-from prunenet.evaluation.divergence import divergence
+from prunenet.evaluation.divergence import divergence, model_divergences
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.depth import without_layers
 from prunenet.models.experts import without_experts
@@ -178,7 +179,6 @@ def decide(
     *,
     blocks: CalibrationSet | None = None,
     scores: Sequence[Float[Tensor, " _"]] | None = None,
-    refined: Sequence[Refined | None] | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Decision]:
@@ -188,7 +188,6 @@ def decide(
         model: in memory, placed, or streamed (without blocks).
         policy, blocks, scores, folder, progress: as for `prune`.
         sizes: differ in ratio, params, round_to and widths alone.
-        refined: the refined allocation of each size, where the caller has them already.
 
     Returns:
         One decision a size.
@@ -197,28 +196,20 @@ def decide(
         ValueError, UnsupportedArchitecture: as `prune`.
     """
     sizes = [size.filled(policy, blocks is not None) for size in sizes]
-    (choice,) = {(size.channels, size.refit) for size in sizes}
+    (channels,) = {size.channels for size in sizes}
     ratios = [ratio_of(model, size) for size in sizes]
     offsets: list[float] | None = None
-    if choice[0] == "elimination":
+    if channels == "elimination":
         scores = None
     elif scores is None:
         assert policy is not None
         scores, offsets = read_scores(model, policy, blocks, stage_of(progress, "scoring"))
-    if refined is None:
-        advance = stage_of(progress, "ablating")
-        refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
-    given = _Given(model, policy, blocks, folder, progress)
-    if any(found is not None and found.layers is not None for found in refined):
-        again = partial(_behind_layers, given, scores)
-        return [again(*size) for size in zip(sizes, ratios, refined, strict=True)]
-    ways = [
-        allocations(model, policy, ratio, size, offsets) if found is None else found.way
-        for size, ratio, found in zip(sizes, ratios, refined, strict=True)
-    ]
-    found = cuts_of(model, ways, choice[0], choice[1] != "off", scores, blocks, progress)
-    settle = partial(_settled, given)
-    return [settle(*size) for size in zip(sizes, ratios, found, refined, strict=True)]
+    advance = stage_of(progress, "ablating")
+    refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
+    given = _Given(model, policy, blocks, scores, offsets, folder, progress)
+    made = _decided(given, sizes, ratios, refined)
+    better = partial(_better, given)
+    return [better(*each) for each in zip(sizes, ratios, made, refined, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,37 +219,80 @@ class _Given:
     model: Weights
     policy: Policy | None
     blocks: CalibrationSet | None
+    scores: Sequence[Float[Tensor, " _"]] | None
+    offsets: list[float] | None
     folder: Path | None
     progress: Progress | None
 
 
-def _behind_layers(
+def _decided(
     given: _Given,
-    scores: Sequence[Float[Tensor, " _"]] | None,
-    size: PruneOptions,
-    ratio: float,
-    found: Refined | None,
+    sizes: Sequence[PruneOptions],
+    ratios: Sequence[float],
+    refined: Sequence[Refined | None],
+) -> list[Decision]:
+    """The decisions of sizes whose refined allocations are known."""
+    if any(found is not None and found.layers is not None for found in refined):
+        return [_behind_layers(given, *each) for each in zip(sizes, ratios, refined, strict=True)]
+    model = given.model
+    ways = [
+        allocations(model, given.policy, ratio, size, given.offsets) if found is None else found.way
+        for size, ratio, found in zip(sizes, ratios, refined, strict=True)
+    ]
+    ((channels, refit),) = {(size.channels, size.refit) for size in sizes}
+    cuts = cuts_of(
+        model, ways, channels, refit != "off", given.scores, given.blocks, given.progress
+    )
+    settle = partial(_settled, given)
+    return [settle(*each) for each in zip(sizes, ratios, cuts, refined, strict=True)]
+
+
+def _behind_layers(
+    given: _Given, size: PruneOptions, ratio: float, found: Refined | None
 ) -> Decision:
     """The decision of one size, all that is measured being measured behind the layers that go."""
-    model = fewer = given.model
-    size = replace(size, ratio=ratio, params=None, active=None)
-    if found is not None and found.layers is not None:
-        assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
-        assert scores is not None, "PruneOptions.filled"
-        fewer = without_layers(model, found.layers)
-        scores = [row for row, stays in zip(scores, found.layers.tolist(), strict=True) if stays]
-    left = None if found is None else found.behind_layers()
-    (decision,) = decide(
-        fewer,
-        given.policy,
-        [size],
-        blocks=given.blocks,
-        scores=scores,
-        refined=[left],
-        folder=given.folder,
-        progress=given.progress,
-    )
-    return decision if found is None else replace(decision, layers=found.layers)
+    if found is None or found.layers is None:
+        return _decided(given, [size], [ratio], [found])[0]
+    assert isinstance(given.model, PreTrainedModel), "a streamed checkpoint measures nothing"
+    assert given.scores is not None, "PruneOptions.filled"
+    fewer = without_layers(given.model, found.layers)
+    rows = zip(given.scores, found.layers.tolist(), strict=True)
+    given = replace(given, model=fewer, scores=[row for row, stays in rows if stays])
+    (decision,) = _decided(given, [size], [ratio], [found.behind_layers()])
+    return replace(decision, layers=found.layers)
+
+
+def _better(
+    given: _Given, size: PruneOptions, ratio: float, made: Decision, found: Refined | None
+) -> Decision:
+    """The refined decision, or the policy's own allocation of as many channels where its KL is
+    lower behind the refit, on blocks that the search has not judged by.
+
+    The search measures before the refit, which repairs channels well and heads little: on
+    SmolLM2-135M it let heads go and lost 21 % of perplexity (docs/log.md, 2026-11-29).
+    """
+    if found is None or size.budget != "params":
+        return made
+    model, blocks = given.model, given.blocks
+    assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
+    assert blocks is not None, "PruneOptions.filled"
+    size = replace(size, widths="per-layer", structures="channels")
+    quick = replace(size, refit="layerwise") if size.refit == "blocks" else size
+    (own,) = _decided(given, [quick], [ratio], [None])
+    held, front = held_back(blocks.ids)[1], int(blocks.bos is not None)
+    judged = held[_JUDGED : 2 * _JUDGED] if len(held) > _JUDGED else held
+    ways = [partial(_narrow_of, model, way) for way in (made, own)]
+    kl, other = model_divergences(model, ways, judged, unscored=front).tolist()
+    if kl <= other:
+        return made
+    return own if quick == size else _decided(given, [size], [ratio], [None])[0]
+
+
+@contextmanager
+def _narrow_of(model: PreTrainedModel, decision: Decision) -> Iterator[PreTrainedModel]:
+    """The narrow model of a decision; the given one stays as it is."""
+    base = model if decision.layers is None else without_layers(model, decision.layers)
+    yield decision.cut.model(base)
 
 
 def _settled(

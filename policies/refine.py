@@ -280,7 +280,9 @@ def _priced(model: PreTrainedModel, options: Refining) -> _Priced:
     table = latency_table(model) if budget == "latency" else None
     bins = min(BINS, *ffn_widths(model))
     every = units_of(model, bins)
-    prices = dict(zip(every, unit_costs(every, text_config(model), budget, table=table), strict=True))
+    prices = dict(
+        zip(every, unit_costs(every, text_config(model), budget, table=table), strict=True)
+    )
     of: Structure = "layers" if options.of_all or budget == "kv-bytes" else "channels"
     whole = sum(price for unit, price in prices.items() if unit.structure == of)
     units = tuple(unit for unit in every if unit.structure in structures)

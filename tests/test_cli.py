@@ -291,6 +291,9 @@ def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
         (("--policy", "none", "--moments", "none"), "no policy to choose the channels"),
         (("--policy", "alpaca"), "policy 'alpaca' does not exist"),
         (("--text", "words.txt"), "--text is read with --moments data only"),
+        (("--text", ""), "--text is read with --moments data only"),
+        (("--text-column", "x"), "--text-column is read with --moments data only"),
+        (("--moments", "data", "--text", ""), "the path is empty (an unset variable?)"),
         (
             ("--moments", "none", "--tokens", "4096"),
             "--moments none reads no text: leave --tokens 4096 out",
@@ -490,6 +493,7 @@ def test_train_learns_where_to_cut_too_unless_widths_are_to_be_uniform(model, tm
     ("options", "message"),
     [
         (("--text", "x.txt"), "--text is read with --moments data only"),
+        (("--text-column", "x"), "--text-column is read with --moments data only"),
         (("--preset", "spectral", "--moments", "data"), "leave --moments and --text out"),
         (("--distance", "ks"), "--distance belongs to the spectral reward"),
         (("--spectrum", "exact"), "--spectrum belongs to the spectral reward"),

@@ -267,6 +267,8 @@ def test_names_come_from_the_tables():
         ("flap:owl+heads", ["uniform, protected, global", "owl"]),
         ("flap+heads+sequential", ["+mean_bias", "+layerwise", "sequential"]),
         ("flap+headss", ["unknown refit 'headss'", "[+heads]"]),
+        ("flap+ridge+recovered", ["unknown refit 'ridge'"]),
+        ("flap+recovered+recovered", ["recovered twice"]),
     ],
 )
 def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
@@ -856,6 +858,7 @@ def test_a_file_that_is_too_large_for_a_comparison_is_not_read(tmp_path, monkeyp
         (["random"], {"policy": "nowhere"}, ["nowhere"]),
         (["random"], {"round": 64}, ["64"]),
         (["random"], {"tasks": "piqa"}, ["--task-data"]),
+        (["random"], {"recover_tokens": 256}, ["--recover-tokens 256 is of methods +recovered"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_file(specs, options, words, folder, tmp_path):

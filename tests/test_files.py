@@ -377,6 +377,18 @@ def test_what_cannot_be_a_folder_is_said_before_any_work(tmp_path, monkeypatch, 
     assert names(tmp_path) == before
 
 
+def test_a_file_system_that_takes_no_new_file_is_said_to_be_one_and_not_tried_for_ever(
+    tmp_path, monkeypatch
+):
+    def refused(file):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(file))
+
+    monkeypatch.setattr(files, "hold", refused)  # as /proc answers
+    said = "out cannot be written: No such file or directory"
+    with pytest.raises(CheckpointError, match=said), lock(tmp_path / "out"):
+        pass
+
+
 def test_a_name_that_the_locale_does_not_know_is_refused_before_any_work(tmp_path):
     code = "files.check_absent(Path(sys.argv[1]))"
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

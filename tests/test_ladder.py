@@ -1,6 +1,8 @@
 """Recovery as one command with the cut, and what it is said to take."""
 
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,13 +123,25 @@ def test_a_cut_made_on_external_text_learns_as_many_tokens_from_that_text(dense,
     assert (made.regime, step["regime"], step["tokens"]) == ("data", "data", 5 * 4 * 64)
 
 
-def test_a_training_that_could_not_be_done_is_refused_before_the_cut(dense, tmp_path):
+def test_a_training_that_could_not_be_done_is_refused_before_the_cut(dense, tmp_path, monkeypatch):
     ask = ("prune", dense, "--ratio", 0.5, "--out", tmp_path / "out")
     stream = ("--recover", "fast", "--stream", "--moments", "none")
     assert "leave --stream and --device auto out" in refused(*ask, *stream)
     assert "say --recover fast too" in refused(*ask, "--resume")
     assert "nothing to resume" in refused(*ask, "--recover", "fast", "--resume")
     assert [path.name for path in tmp_path.iterdir()] == []
+    alone = ("--recover", "fast", "--moments", "none", "--policy", "none", "--refit", "off")
+    assert "no BOS token" in refused(*ask, *alone, "--bos", "yes")
+    with monkeypatch.context() as patch:
+        patch.setattr("prunenet.recover.options.FULL", 0)
+        patch.setattr(recovering, "Tuning", Tuning)
+        patch.setitem(sys.modules, "peft", None)
+        assert "pip install 'prunenet[recover]'" in refused(*ask, *alone)
+    bare = shutil.copytree(dense, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    assert "has no tokenizer that can be read" in refused(ask[0], bare, *ask[2:], *alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
 def test_time_and_memory_are_said_before_the_text_is_written(dense, tmp_path, monkeypatch):
@@ -207,6 +221,34 @@ def test_each_rung_is_a_checkpoint_and_those_that_are_there_are_not_done_again(
         1280,
         2560,
     ]
+
+
+def test_rungs_that_external_text_is_too_short_for_are_refused_before_any_is_run(dense, tmp_path):
+    facts("prune", dense, "--policy", "none", "--ratio", 0.5, "--out", tmp_path / "cut")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number % 60}" for number in range(2000)))
+    ask = ("recover", tmp_path / "cut", "--teacher", dense, "--out", tmp_path / "out")
+    ask += ("--rungs", "1280,12800", "--moments", "data", "--text", text)
+    assert "has 31 windows of 64 tokens, fewer than the 216 asked for" in refused(*ask)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
+
+
+def test_the_card_s_commands_recover_to_the_same_bytes(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense, "tiny")
+    Path("words.txt").write_text(" ".join(f"w{n * n % 61}" for n in range(2600)))
+    facts("prune", "tiny", "--policy", "none", "--ratio", 0.5, "--out", "smaller")
+    first = ("--embeddings", "--updates", "full", "--tokens", 1000, "--loss", "top256", "--seed", 1)
+    facts("recover", "smaller", "--teacher", "tiny", "--out", "once", *first)
+    read = ("--moments", "data", "--text", "words.txt", "--steps", 3, "--batch", 2, "--betas", 0.8)
+    facts("recover", "once", "--out", "twice", *read, 0.9, "--updates", "lora", "--rank", 3)
+    lines = Path("twice/README.md").read_text().splitlines()
+    cut, *trainings = [line for line in lines if line.startswith("prunenet ")]
+    assert cut.endswith("--policy none --out smaller")
+    for command in trainings:
+        facts(*shlex.split(command)[1:])
+    assert contents(Path("recovered")) == contents(Path("once"))
+    assert contents(Path("recovered-2")) == contents(Path("twice"))
 
 
 def test_a_mixture_that_lost_whole_experts_learns_from_the_whole_one(dense, tmp_path):

@@ -4,6 +4,7 @@ checkpoint.
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from itertools import pairwise
@@ -82,6 +83,44 @@ def test_a_merged_update_computes_what_it_did_beside_the_linear(dtype):
     assert (beside - narrow(token_ids()).logits).abs().max() > 0.1
     error = (merged(student)(token_ids()).logits - beside).abs().max() / beside.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_linears_whose_weights_lie_the_other_way_are_updated_too():
+    from test_group_refit import tiny
+
+    model = tiny("gpt2")
+    student, before = adapted(model, 2, seed=1), state(model)
+    assert len(updates_of(student)) == 2 * 4 * len(model.transformer.h)
+    assert torch.equal(student(token_ids()).logits, model(token_ids()).logits)
+    for update in updates_of(student):
+        update.data = torch.full(update.shape, 0.1)
+    beside = student(token_ids()).logits
+    assert not torch.allclose(beside, model(token_ids()).logits, atol=1e-3)
+    assert torch.allclose(merged(student)(token_ids()).logits, beside, atol=1e-5)
+    assert same(state(model), before)
+    for layer in model.transformer.h:
+        layer.attn = layer.mlp = torch.nn.Identity()
+    with pytest.raises(ValueError, match="has a linear to update; give `updates` full"):
+        adapted(model, 2, seed=1)
+
+
+def test_linears_beside_fused_experts_are_updated_and_the_experts_stay():
+    from test_group_refit import tiny
+
+    model = tiny("deepseek_v3")  # of a type whose names peft takes for those of fused experts
+    inside = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    student, before = adapted(model, 2, seed=1), state(model)
+    assert len(updates_of(student)) == 2 * len(inside)
+    assert torch.equal(student(token_ids()).logits, model(token_ids()).logits)
+    for update in updates_of(student):
+        update.data = torch.full(update.shape, 0.1)
+    after = state(merged(student))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {
+        f"model.layers.{name}.weight"
+        for name, module in model.model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -175,10 +214,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, taught):
 
 def test_a_loss_that_explodes_is_one_clear_sentence():
     dense, narrow = cut()
-    with pytest.raises(ValueError, match="give a smaller `learning_rate` than 1e"):
-        tuned(
-            narrow, text(), dataclasses.replace(QUICK, learning_rate=1e30, steps=20), teacher=dense
-        )
+    for steps in (1, 20):  # found by a judgement, or by a step
+        asked = dataclasses.replace(QUICK, learning_rate=1e30, steps=steps)
+        with pytest.raises(ValueError, match="give a smaller `learning_rate` than 1e"):
+            tuned(narrow, text(), asked, teacher=dense)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +401,19 @@ def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
         patch.setattr(training._Run, "_step", killed)
         assert "killed" in refused(*ask, "--out", tmp_path / "out")
     assert "holds an unfinished run; say --resume" in refused(*ask, "--out", tmp_path / "out")
+    other = refused(*ask, "--out", tmp_path / "out", "--resume", "--learning-rate", 0.004)
+    assert "was started with tuning: learning_rate 0.005, not 0.004" in other
+    best = tmp_path / "out.recovery" / "best.safetensors"
+    seen = best.read_bytes()
+    best.write_bytes(seen[:-1])
+    assert "best.safetensors is damaged (it has" in refused(
+        *ask, "--out", tmp_path / "out", "--resume"
+    )
+    best.unlink()
+    assert "best.safetensors is damaged (it is missing" in refused(
+        *ask, "--out", tmp_path / "out", "--resume"
+    )
+    best.write_bytes(seen)
     facts(*ask, "--out", tmp_path / "out", "--resume")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -407,10 +459,22 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
             (unknown, "--teacher", tmp_path / "qwen2", "--out", out),
             "has other sizes than the model that was pruned",
         ),
+        ((dense, "--teacher", dense, "--out", out), "is the dense model that is to teach"),
         (
             (dense, "--out", out, "--moments", "data", "--text", words),
             "is not a checkpoint of prunenet: it has no prunenet.json",
         ),
+        ((pruned, *taught, "--text-column", "x"), "--text-column is read with --moments data only"),
+        ((pruned, *taught, "--moments", "data", "--text", ""), "the path is empty"),
+        (
+            ("none", *taught, "--moments", "data", "--text", "none.txt"),  # before any model
+            "text file 'none.txt' does not exist",
+        ),
+        (
+            (pruned, "--out", out, "--moments", "data", "--text", words, "--loss", "top256"),
+            "--loss top256 is of a teacher's predictions",
+        ),
+        ((pruned, *taught, "--out", out.with_name("x" * 250)), "its name is too long"),
         ((pruned, *taught, "--rank", 100000), "--rank must be at most"),
         ((pruned, *taught, "--rank", 0), "--rank must be at least 1, got 0"),
         ((pruned, *taught, "--steps", 0), "--steps must be at least 1, got 0"),
@@ -534,6 +598,38 @@ def test_the_rate_rises_and_falls_as_asked():
     assert steady.rate_at(25, 100) == pytest.approx(0.75 * steady.rate)
 
 
+def test_a_light_cut_is_trained_at_a_rate_in_proportion_to_what_it_has_lost():
+    chosen = Tuning().chosen(1000)
+    assert (chosen.updates, chosen.gentle, chosen.rate) == ("full", 0.4, 2e-4)
+    whole = chosen.rate_at(50, 100)
+    assert [chosen.rate_at(50, 100, kl) for kl in (0.4, 9.0)] == [whole, whole]
+    assert chosen.rate_at(50, 100, 0.1) == pytest.approx(whole / 4)
+    assert chosen.rate_at(50, 100, -1e-9) == 0.0
+    for given in (Tuning(learning_rate=2e-4), Tuning(updates="lora"), Tuning(gentle=0.0)):
+        steady = given.chosen(1000)
+        assert steady.gentle == 0.0
+        assert steady.rate_at(50, 100, 0.0) == steady.rate_at(50, 100)
+    assert Tuning(learning_rate=1e-3, gentle=1.0).chosen(1000).gentle == 1.0
+    assert chosen.chosen(1000) == chosen
+
+
+def test_the_rate_follows_the_divergence_before_the_training_where_there_is_a_teacher(monkeypatch):
+    seen = []
+    rate_at = Tuning.rate_at
+
+    def told(self, step, steps, before):
+        seen.append(before)
+        return rate_at(self, step, steps, before)
+
+    monkeypatch.setattr(Tuning, "rate_at", told)
+    dense, narrow = cut()
+    found = tuned(narrow, text(), QUICK, teacher=dense)
+    assert set(seen) == {found.before}
+    seen.clear()
+    tuned(narrow, text(), QUICK)
+    assert set(seen) == {math.inf}
+
+
 def test_the_likeliest_tokens_and_a_bin_for_the_rest_bound_the_divergence_from_below(monkeypatch):
     from prunenet.evaluation import successors
 
@@ -642,7 +738,7 @@ def test_large_states_are_written_a_twentieth_of_the_time(tmp_path, monkeypatch)
     assert clock[0] - saved[-1] == 0
 
 
-def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, monkeypatch):
+def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, tmp_path, monkeypatch):
     from prunenet.checkpoints.load import load_tokenizer
     from prunenet.recover import text as module
     from prunenet.recover.options import RecoverText
@@ -667,3 +763,11 @@ def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, monkeypatc
     by_steps = module.learning_text(model, tokenizer, RecoverText(), Tuning(batch=4, steps=3))
     assert torch.equal(by_steps.ids, short.ids)
     assert torch.equal(long.ids[-2:], short.ids[-2:]), "held back is the same text"
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(f"w{(n * n + n // 61) % 61}" for n in range(3000)))
+    read = {"moments": "data", "text": str(words)}
+    external = (RecoverText(**read, tokens=count * block) for count in (12, 16))
+    short, long = (module.learning_text(model, tokenizer, text, tuning).ids for text in external)
+    assert (len(short), len(long), len(long.unique(dim=0))) == (14, 18, 18)
+    assert torch.equal(long[:12], short[:12])
+    assert torch.equal(long[-2:], short[-2:]), "no longer text learns from what a shorter held back"

@@ -1,5 +1,7 @@
 """Refined widths: the policy's allocation, changed on text, at as many parameters."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import tiny_model, token_ids
@@ -9,10 +11,12 @@ from prunenet.checkpoints.records import load_head_masks
 from prunenet.evaluation.divergence import divergence, mask_distances, mask_divergences
 from prunenet.models.layers import count_parameters
 from prunenet.models.surgery import masking
+from prunenet.policies import apply
 from prunenet.policies import refine as refining
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.policies.options import PruneOptions
 from prunenet.policies.refine import Refining, refine
+from prunenet.refit.folds import held_back
 from prunenet.runtime import files
 from prunenet.text.calibration import CalibrationSet
 
@@ -97,6 +101,36 @@ def test_refining_is_never_worse_than_the_policy_on_its_own_measure_and_determin
         float(mask_divergences(model, [(first.keep, None)], BLOCKS.ids[-2:])), rel=1e-5
     )
     assert all(torch.equal(a, b) for a, b in zip(first.keep, second.keep, strict=True))
+
+
+@pytest.mark.parametrize("refit", ["layerwise", pytest.param("blocks", marks=pytest.mark.slow)])
+def test_a_search_that_loses_behind_the_refit_gives_way_to_the_policys_own_allocation(
+    model, policy, monkeypatch, refit
+):
+    blocks = CalibrationSet(token_ids(60, 24), "self", {"text": "random"})
+    cut = partial(prunenet.prune, model, policy, blocks=blocks, ratio=0.4, round_to=4, refit=refit)
+    seen = []
+
+    def measured(_, ways, judged, **__):
+        seen.append(judged)
+        return torch.tensor([loss, 1.0])
+
+    monkeypatch.setattr(apply, "model_divergences", measured)
+    refined = partial(cut, widths="refined", structures="channels,heads")
+    loss = 2.0
+    own, plain = refined(), cut(widths="per-layer")
+    assert own.groups is None
+    assert own.provenance == plain.provenance
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(own.model.state_dict()[name], tensor)
+    loss = 1.0
+    won = refined()
+    assert won.groups is not None
+    assert won.provenance.how["widths"] == "refined"
+    searched = {tuple(row) for row in held_back(blocks.ids)[1][: refining._JUDGED].tolist()}
+    for judged in seen:
+        assert len(judged)
+        assert searched.isdisjoint(map(tuple, judged.tolist()))
 
 
 def test_a_refreshed_matrix_and_a_cap_refine_too(model, policy):

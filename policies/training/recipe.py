@@ -144,7 +144,9 @@ class Recipe:
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
         if not 0 < self.learning_rate <= 1:
-            raise ValueError(f"learning_rate must be above 0 and at most 1, got {self.learning_rate}")
+            raise ValueError(
+                f"learning_rate must be above 0 and at most 1, got {self.learning_rate}"
+            )
 
 
 _CHOICES = {

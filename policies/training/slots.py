@@ -75,7 +75,9 @@ class AllocatorRecipe:
                 f" {self.updates}, {self.evaluate_every} and {self.episodes}"
             )
         if not 0 < self.learning_rate <= 1:
-            raise ValueError(f"learning_rate must be above 0 and at most 1, got {self.learning_rate}")
+            raise ValueError(
+                f"learning_rate must be above 0 and at most 1, got {self.learning_rate}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,14 +136,20 @@ def load_state(
     return progress
 
 
-def check_run(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises PolicyError where the state belongs to another run."""
+def check_run(
+    path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any], inside: str = ""
+) -> None:
+    """Raises PolicyError where the state belongs to another run; `inside`: names of what the two
+    are part of.
+    """
     changed = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if changed:
-        key = changed[0]
+        before, now = saved.get(key := changed[0]), asked.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            check_run(path, before, now, f"{inside}{key}: ")
         raise PolicyError(
-            f"the run in {path.parent} was started with {key} {saved.get(key)!r}, not"
-            f" {asked.get(key)!r}; resume it with the same settings, or give another folder"
+            f"the run in {path.parent} was started with {inside}{key} {before!r}, not {now!r};"
+            " resume it with the same settings, or give another folder"
         )
 
 

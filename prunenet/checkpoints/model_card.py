@@ -21,6 +21,13 @@ CARD = "README.md"
 _LARGEST = 1_000_000
 """Bytes of a source's card that are read at most."""
 _INHERITED = ("license", "license_name", "license_link", "language")
+_SAID = (
+    *("updates", "steps", "batch", "micro_batch", "learning_rate", "gentle", "warmup", "schedule"),
+    *("hidden", "average", "seed"),
+)
+"""Settings of a training that its command always says: defaults may change."""
+_AMOUNTS = (("blocks", "count"), ("tokens", "window"))
+"""Of self-written text, and of external text."""
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -230,12 +237,46 @@ def _command(made: Provenance) -> str:
             said += f" --channels {how['channels']} --refit {how['refit']}"
         if made.regime == "self":
             said += " --moments self"
-        elif (name := text.get("text")) is not None:
-            said += f" --moments data --text {name!r}"
+        elif text.get("text") is not None:
+            said += f" --moments data --text {_text_name(text)}"
         else:
             return ""
     policy = "none" if made.policy in ("elimination", how.get("experts_by")) else made.policy
-    return f"\n```console\n{said} --policy {policy} --out smaller\n```\n"
+    lines = [f"{said} --policy {policy} --out smaller", *_trainings(made)]
+    return "\n```console\n" + "\n".join(lines) + "\n```\n"
+
+
+def _trainings(made: Provenance) -> list[str]:
+    """The command of each training behind the cut; none where a record says too little."""
+    lines, given = [], "smaller"
+    for number, step in enumerate(made.recovered, 1):
+        text: Any = step["text"]
+        blocks, tokens = (text.get(a, text.get(b)) for a, b in _AMOUNTS)
+        if "betas" not in step or blocks is None or tokens is None:
+            return []
+        out = "recovered" if number == 1 else f"recovered-{number}"
+        said = f"prunenet recover {given} --out {out}"
+        if step["loss"] != "next token":
+            said += f" --teacher {made.base_model}"
+        if step["regime"] == "data":
+            said += f" --moments data --text {_text_name(text)}"
+        # a fifth, at most 16 blocks, was held back
+        said += f" --tokens {(blocks - min(16, max(1, round(0.2 * blocks)))) * tokens}"
+        flags = {name: step[name] for name in _SAID if name in step}  # type: ignore[literal-required]
+        flags |= {"rank": step["rank"]} if step.get("updates") == "lora" else {}
+        flags |= {"loss": "top256"} if "top 256" in step["loss"] else {}
+        for name, value in flags.items():
+            said += f" --{name.replace('_', '-')} {value}"
+        said += " --betas {:g} {:g}".format(*step["betas"])
+        lines.append(said + (" --embeddings" if step.get("embeddings") else ""))
+        given = out
+    return lines
+
+
+def _text_name(text: Mapping[str, Any]) -> str:
+    """As `--text` takes it."""
+    name = str(text["text"])
+    return "builtin" if name.startswith("builtin ") else repr(name)
 
 
 def _limits(made: Provenance) -> str:

@@ -91,6 +91,7 @@ class _Since(TypedDict, total=False):
 
     updates: str
     embeddings: bool
+    gentle: float
     warmup: float
     schedule: str
     betas: list[float]
@@ -103,7 +104,7 @@ class RecoveryStep(_Since):
     """One training after a cut, see `prunenet.recover`; losses in nats per token on text held back.
 
     Attributes:
-        updates, embeddings, warmup, schedule, betas, hidden, average: as in
+        updates, embeddings, gentle, warmup, schedule, betas, hidden, average: as in
             `prunenet.recover.Tuning`.
         tokens: that were read, in all steps.
         steps, batch, micro_batch, rank, learning_rate, seed: as in `prunenet.recover.Tuning`.

@@ -148,7 +148,12 @@ def blocks_for(
     assert isinstance(model, PreTrainedModel), "check_streamable comes first"
     with tables.progress(errors, "text") as advance:
         return calibration_for(
-            model, checkpoint.tokenizer, moments, text or "builtin", options, progress=advance
+            model,
+            checkpoint.tokenizer,
+            moments,
+            "builtin" if text is None else text,
+            options,
+            progress=advance,
         )
 
 
@@ -190,13 +195,17 @@ def check_reward_inputs(
             f"{given[0]} belongs to the spectral reward: say --preset spectral without --reward, or"
             " leave it out"
         )
-    check_text(moments, text)
 
 
-def check_text(moments: str | None, text: str | None, tokens: int | None = None) -> None:
-    """Raises ValueError for a text, or an amount of it, that would not be read."""
-    if text and moments != "data":
-        raise ValueError("--text is read with --moments data only: add that, or leave --text out")
+def check_text(
+    moments: str | None, text: str | None, column: str | None = None, tokens: int | None = None
+) -> None:
+    """Raises ValueError for a text, its column, or an amount of it, that would not be read."""
+    for flag, value in (("--text", text), ("--text-column", column)):
+        if value is not None and moments != "data":
+            raise ValueError(
+                f"{flag} is read with --moments data only: add that, or leave {flag} out"
+            )
     if tokens is not None and moments == "none":
         raise ValueError(
             f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self"

@@ -33,11 +33,13 @@ def prune(
         if parallel.is_first():
             Unfinished.beside(out, model).forget_made()
         check_absent(out)
-        check_text(calibration.moments, calibration.text, calibration.tokens)
+        check_text(
+            calibration.moments, calibration.text, calibration.text_column, calibration.tokens
+        )
         measured = calibration.moments != "none"
         check_streamable(reading, measured, "say --moments none as well")
-        check_recoverable(recovering, reading)
         source, facts = Checkpoint(model), dict[str, Any]()
+        check_recoverable(recovering, reading, source, calibration)
         if recovering.recover == "off":
             _cut(source, out, options, calibration, reading, place, policy)
         else:
@@ -68,8 +70,10 @@ def _cut(
     from prunenet.policies.stream import prune_streamed
     from prunenet.refit.blocks import forget_blocks
     from prunenet.runtime import parallel
-    from prunenet.runtime.files import check_room
+    from prunenet.runtime.files import check_home, check_room
 
+    folder = out.with_name(f"{out.name}.blocks")
+    check_home(folder)
     trained, name = source.policy(policy)
     options.filled(trained, calibration.moments != "none")
     dense = open_model(source.source, reading, device)
@@ -83,7 +87,6 @@ def _cut(
         note_overflow(dense)
         return
     blocks = calibration.blocks(dense, source)
-    folder = out.with_name(f"{out.name}.blocks")
     cut = partial(apply.prune, dense, trained, options, blocks=blocks, policy_name=name)
     with tables.stages(errors) as advance:
         pruned = cut(folder=folder, progress=advance)

@@ -38,8 +38,10 @@ class Recovering:
     resume: Resume = False
 
 
-def check_recoverable(recovering: Recovering, reading: Reading) -> None:
-    """Raises ValueError for a training that could not be done behind the cut."""
+def check_recoverable(
+    recovering: Recovering, reading: Reading, source: Checkpoint, calibration: Calibration
+) -> None:
+    """Raises ValueError or ImportError for a training that could not be done behind the cut."""
     if recovering.recover == "off":
         if recovering.resume:
             raise ValueError(
@@ -51,6 +53,16 @@ def check_recoverable(recovering: Recovering, reading: Reading) -> None:
             "--recover trains the model in memory on one device: leave --stream and --device auto"
             " out, or recover the result on a larger machine"
         )
+    from prunenet.checkpoints.streaming import StreamedCheckpoint
+    from prunenet.recover.lora import load_peft
+    from prunenet.text.generate import document_start
+
+    tokenizer = source.tokenizer
+    if calibration.moments != "data":
+        document_start(tokenizer, calibration.bos)
+    dense = StreamedCheckpoint.open(source.source).skeleton
+    if Tuning().chosen(dense.num_parameters()).updates == "lora":
+        load_peft()
 
 
 def say_estimate(found: Estimate) -> None:
@@ -115,9 +127,10 @@ class Unfinished:
         """See `of`."""
         from prunenet.policies.training.state import check_run
         from prunenet.recover.state import STATE
-        from prunenet.runtime.files import make_folders, write_atomic
+        from prunenet.runtime.files import check_home, make_folders, write_atomic
         from prunenet.runtime.json_files import read_json
 
+        check_home(self.folder)
         note, asked = self.folder / _ASKED, json.loads(json.dumps(asked))
         if (note.exists() or (self.folder / STATE).exists()) and not resume:
             raise ValueError(

@@ -14,6 +14,7 @@ from prunenet.cli.inputs import (
     blocks_for,
     check_reward_inputs,
     check_streamable,
+    check_text,
     open_model,
 )
 from prunenet.cli.options import (
@@ -151,6 +152,7 @@ class Training:
         uniform = self.widths == "uniform" or (self.widths is None and self.preset != "default")
         spectral = {"--distance": self.distance, "--spectrum": self.spectrum}
         check_reward_inputs(recipe.reward, recipe.features, self.moments, self.text, spectral)
+        check_text(self.moments, self.text, self.text_column)
         return recipe, None if uniform else widths_recipe(self.seed)
 
 

@@ -21,6 +21,7 @@ from prunenet.compare.spec import RESERVED, Spec, parse_all
 from prunenet.evaluation.task_files import task_files
 from prunenet.models.anatomy import Anatomy
 from prunenet.policies.artifact import policy_for
+from prunenet.recover.options import TOKENS
 from prunenet.text.calibration import block_tokens
 from prunenet.text.corpora import CalibrationText, TestText, load_text
 from prunenet.text.windows import bos_token
@@ -63,6 +64,11 @@ def compare(
     for name in calibration.named:
         check_name(name)
     specs = parse_all(methods, calibration.named)
+    if options.recover_tokens != TOKENS and not any(spec.recovered for spec in specs):
+        raise ValueError(
+            f"`recover_tokens` {options.recover_tokens} is of methods +recovered: name one, or"
+            " leave it out"
+        )
     results = Results(out)
     evaluation = _evaluation(scored)
     wanted = {spec.text for spec in specs if spec.text is not None}

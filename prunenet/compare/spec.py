@@ -133,9 +133,10 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
         ValueError: a part that is unknown (the choices are listed), or parts that make no sense
             together.
     """
-    if text.endswith(_RECOVERED):
-        return replace(parse(text.removesuffix(_RECOVERED), calibration), recovered=True)
-    head, at, tail = text.partition("@")
+    cut = text.removesuffix(_RECOVERED)
+    if cut.endswith(_RECOVERED):
+        raise ValueError(f"{text!r} is recovered twice: say {_RECOVERED} once")
+    head, at, tail = cut.partition("@")
     rest = tail if at else head
     before, plus, refit = rest.rpartition("+")
     # A plus may be part of a file's name.
@@ -164,7 +165,7 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
         tail if at else None,
         refit if plus else own_refit,
     )
-    return replace(spec, heads=heads)
+    return replace(spec, heads=heads, recovered=cut != text)
 
 
 def parse_all(texts: Collection[str], calibration: Collection[str] = ()) -> list[Spec]:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.records import load_provenance
+from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.record import recover, run_folder
 from prunenet.recover.state import STATE
+from prunenet.recover.text import learning_text
 from prunenet.runtime import parallel
 from prunenet.runtime.files import check_absent, expanded
 
@@ -74,6 +77,8 @@ def recover_rungs(
     if not resume:
         for place in places:
             check_absent(place)
+    if text.moments == "data":
+        _check_enough(str(how.get("teacher") or pruned), replace(text, tokens=max(rungs)), tuning)
     found = []
     for place, tokens in places.items():
         started = parallel.broadcast_object(0, (run_folder(place) / STATE).exists)
@@ -83,6 +88,11 @@ def recover_rungs(
         if parallel.is_first():
             found.append(_rung(place, tokens))
     return found
+
+
+def _check_enough(writer: str, text: RecoverText, tuning: Tuning) -> None:
+    """Raises ValueError where external text is shorter than the largest rung, before any is run."""
+    learning_text(StreamedCheckpoint.open(writer).skeleton, load_tokenizer(writer), text, tuning)
 
 
 def _place(out: Path, tokens: int) -> Path:

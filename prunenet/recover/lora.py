@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prunenet.models.layers import decoder_layers
 
@@ -26,10 +27,13 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the rank is above the smaller side of every linear, where it adds nothing.
+        ValueError: the rank is above the smaller side of every linear, where it adds nothing; or
+            there is no linear.
     """
     peft = load_peft()
     linears = _linears(model)
+    if not linears:
+        raise ValueError("no decoder layer has a linear to update; give `updates` full")
     most = max(min(linear.weight.shape) for linear in linears)
     if rank > most:
         raise ValueError(
@@ -41,15 +45,19 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
     student = copy.deepcopy(model, shared)
-    inside = {*_linears(student)}
-    names = [name for name, module in student.named_modules() if module in inside]
-    config = peft.LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names)
+    # the layers alone: of a whole mixture peft takes names for those of fused experts
+    layers, inside = decoder_layers(student), {*_linears(student)}
+    names = [name for name, module in layers.named_modules() if module in inside]
+    turned = any(isinstance(linear, Conv1D) for linear in linears)  # its weight is (in, out)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=_SCALE * rank, target_modules=names, fan_in_fan_out=turned
+    )
     # peft draws from the global generator; what it draws is replaced
     with torch.random.fork_rng(devices=[]):
-        peft.inject_adapter_in_model(config, student)
+        peft.inject_adapter_in_model(config, layers)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        update: Any = student.get_submodule(name)
+        update: Any = layers.get_submodule(name)
         down, up = update.lora_A["default"].weight, update.lora_B["default"].weight
         dtype = torch.promote_types(down.dtype, torch.float32)
         start = (2 * torch.rand(down.shape, generator=generator) - 1) * down.shape[1] ** -0.5
@@ -57,9 +65,9 @@ def adapted(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
     return student
 
 
-def _linears(model: PreTrainedModel) -> list[nn.Linear]:
+def _linears(model: PreTrainedModel) -> list[nn.Linear | Conv1D]:
     """Those of the decoder layers, without empty ones."""
-    found = (m for m in decoder_layers(model).modules() if isinstance(m, nn.Linear))
+    found = (m for m in decoder_layers(model).modules() if isinstance(m, nn.Linear | Conv1D))
     return [linear for linear in found if linear.weight.numel()]
 
 
@@ -80,14 +88,14 @@ def merged(student: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(student.named_modules()):
         if hasattr(module, "lora_A"):
             update: Any = module
-            linear: nn.Linear = update.get_base_layer()
+            linear: nn.Linear | Conv1D = update.get_base_layer()
             delta = update.get_delta_weight("default")
             linear.weight = nn.Parameter(
                 (linear.weight.to(delta) + delta).to(linear.weight), requires_grad=False
             )
             parent, _, last = name.rpartition(".")
             setattr(student.get_submodule(parent), last, linear)
-    vars(student).pop("peft_config", None)
+    vars(decoder_layers(student)).pop("peft_config", None)
     return student.requires_grad_(True)
 
 

@@ -15,6 +15,10 @@ TOKENS = 98304
 """Tokens that are learned from where neither text nor steps say how many."""
 RATES = {"auto": 2e-4, "full": 2e-4, "lora": 5e-4}
 """Learning rate of each kind of update."""
+GENTLE = 0.4
+"""Nats below which the default rate of all weights falls in proportion to what a cut has lost: with
+the full rate light cuts lost more to the training's noise than they gained (docs/log.md).
+"""
 FULL = 10**9
 """Parameters up to which "auto" trains all weights: about 20 bytes of memory each."""
 DECAY = 0.2
@@ -34,6 +38,8 @@ class Tuning:
         micro_batch: blocks that are in memory at once; gradients add up.
         rank: of an update, at least 1; of "lora".
         learning_rate: highest one, above 0; None: 2e-4 of "full", 5e-4 of "lora".
+        gentle: KL before the training, in nats per token, below which the rate is smaller in
+            proportion; 0: nowhere. None: 0.4 of "full" at its default rate, else 0.
         warmup: share of the steps in which the rate rises to it linearly, in [0, 1).
         schedule: how it falls to 0 then: "linear", "cosine", or "stable" (in the last fifth).
         betas: of AdamW, each in [0, 1).
@@ -56,6 +62,7 @@ class Tuning:
     micro_batch: int = 4
     rank: int = 16
     learning_rate: float | None = None
+    gentle: float | None = None
     warmup: float = 0.05
     schedule: Schedule = "linear"
     betas: tuple[float, float] = (0.9, 0.99)
@@ -83,8 +90,9 @@ class Tuning:
         for name, share in (shares | {"betas": min(self.betas)}).items():
             if not 0 <= share < 1 or (name == "betas" and not max(self.betas) < 1):
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
-        if not (self.hidden >= 0 and math.isfinite(self.hidden)):
-            raise ValueError(f"`hidden` must be 0 or more, got {self.hidden}")
+        for name, value in (("hidden", self.hidden), ("gentle", self.gentle or 0.0)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be 0 or more, got {value}")
         if self.embeddings and self.updates != "full":
             raise ValueError("`embeddings` are trained with `updates` full only: add that")
         check_seed(self.seed)
@@ -98,7 +106,9 @@ class Tuning:
         """The same with updates and rate as they are for a model of so many parameters."""
         fitting: Updates = "full" if parameters <= FULL else "lora"
         found = replace(self, updates=fitting) if self.updates == "auto" else self
-        return replace(found, learning_rate=found.rate)
+        own = self.learning_rate is None and found.updates == "full"
+        gentle = (GENTLE if own else 0.0) if self.gentle is None else self.gentle
+        return replace(found, learning_rate=found.rate, gentle=gentle)
 
     def settled(self, blocks: int, parameters: int) -> Tuning:
         """The same with nothing left open, for a text of so many blocks to learn from, and a model
@@ -107,8 +117,14 @@ class Tuning:
         steps = max(1, blocks // self.batch) if self.steps is None else self.steps
         return replace(self.chosen(parameters), steps=steps)
 
-    def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step, counted from 0, of so many."""
+    def rate_at(self, step: int, steps: int, before: float = math.inf) -> float:
+        """The learning rate of a step, counted from 0, of so many; `before` is the KL before them,
+        where there is a teacher.
+        """
+        share = max(before, 0.0) / self.gentle if self.gentle else 1.0
+        return self._scheduled(step, steps) * min(1.0, share)
+
+    def _scheduled(self, step: int, steps: int) -> float:
         rising = round(self.warmup * steps)
         if step < rising:
             return self.rate * (step + 1) / rising
@@ -149,7 +165,10 @@ class RecoverText:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.text and self.moments != "data":
-            raise ValueError(
-                "`text` is read with `moments` data only: add that, or leave `text` out"
-            )
+        if self.moments not in ("self", "data"):
+            raise ValueError(f"`moments` must be self or data, got {self.moments!r}")
+        for name in ("text", "column"):
+            if getattr(self, name) is not None and self.moments != "data":
+                raise ValueError(
+                    f"`{name}` is read with `moments` data only: add that, or leave `{name}` out"
+                )

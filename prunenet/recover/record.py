@@ -27,10 +27,10 @@ from prunenet.recover.estimate import Estimate, writing
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.state import STATE, remove_state
-from prunenet.recover.text import blocks_held, blocks_wanted, learning_text
+from prunenet.recover.text import blocks_held, blocks_wanted, external_text, learning_text
 from prunenet.recover.training import Recovered, estimated, tuned
 from prunenet.runtime import parallel
-from prunenet.runtime.files import CheckpointError, check_absent, check_room, expanded
+from prunenet.runtime.files import CheckpointError, check_absent, check_home, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.tracking import Tracker, check_trackers
 from prunenet.text.calibration import CalibrationSet, block_tokens, token_blocks
@@ -102,8 +102,8 @@ def recover(
     provenance = find_provenance(source) if teacher is not None else _recorded(source)
     check_not_padded(source, _PADDED)
     masks, groups = find_masks(source)
-    if teacher is not None and provenance is not None:
-        _check_base(str(teacher), provenance)
+    if teacher is not None:
+        _check_base(source, str(teacher), provenance)
     load = partial(load_model, device=loading.device, dtype=loading.dtype)
     model, dense = load(source), None if teacher is None else load(teacher)
     tuning = _chosen(tuning, model)
@@ -190,8 +190,8 @@ def _chosen(tuning: Tuning, model: PreTrainedModel) -> Tuning:
 def _check_asked(
     tuning: Tuning, teacher: str | Path | None, text: RecoverText, loading: LoadOptions
 ) -> None:
-    """Raises ValueError for options that contradict each other, ImportError where they need peft
-    and it is not there.
+    """Raises ValueError for options that contradict each other or text that cannot be read,
+    ImportError where they need peft and it is not there.
     """
     if tuning.updates == "lora":
         load_peft()
@@ -201,6 +201,8 @@ def _check_asked(
             " samples the text and teaches (`teacher`), or external text (`moments` data,"
             " `text`)"
         )
+    if text.moments == "data":
+        external_text(text)
     if loading.device == AUTO:
         raise ValueError(
             "recovery trains a model on one device: give that as `device`, such as cuda, in place"
@@ -221,6 +223,7 @@ def _places(out: Path, resume: bool) -> Path:
         ValueError: an unfinished run is there and `resume` is not set, or none and it is.
     """
     run = run_folder(out)
+    check_home(run)
     if parallel.is_first() and _ended(run / STATE, out):
         remove_state(run)
     check_absent(out)
@@ -256,11 +259,18 @@ def _recorded(source: str) -> Provenance:
         raise CheckpointError(f"{error}, or give the dense model (`teacher`)") from None
 
 
-def _check_base(teacher: str, provenance: Provenance) -> None:
-    """Raises ValueError where the teacher is known not to be the base model: before any weight is
-    loaded.
+def _check_base(source: str, teacher: str, provenance: Provenance | None) -> None:
+    """Raises ValueError where the teacher is known not to be the base model, or to be what is to be
+    recovered: before any weight is loaded.
     """
     name, revision = identify(teacher)
+    if provenance is None:
+        if identify(source)[1] == revision:
+            raise ValueError(
+                f"{source} is the dense model that is to teach, so there is nothing to recover;"
+                " give a pruned checkpoint"
+            )
+        return
     known = provenance.revision
     comparable = known != "unknown" and known.startswith("sha256:") == revision.startswith(
         "sha256:"

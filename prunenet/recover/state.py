@@ -141,7 +141,11 @@ class Files:
             check_layout({n: t for n, t in tensors.items() if n not in moments}, layout_of(like))
             cut = {name.removeprefix("optimizer."): t for name, t in moments.items()}
             found = optimizer_states(state.optimizer, cut)
-            state.best = self._best(state, path)
+            path = self.folder / BEST
+            state.best = self._best(state)
+            values = [loss for _, loss in known["history"]]
+            if state.best is None and min(values) < values[0]:
+                raise ContentError("it is missing, and a best state was seen")
         except FileNotFoundError as error:
             raise PolicyError(
                 f"nothing to resume: {error.filename} does not exist; start a new run in another"
@@ -157,11 +161,12 @@ class Files:
         state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": found})
         state.steps, state.history = known["steps"], [(at, loss) for at, loss in known["history"]]
 
-    def _best(self, state: State, path: Path) -> Best | None:
+    def _best(self, state: State) -> Best | None:
         """What the best state's file holds; None where there is none yet."""
-        if not (self.folder / BEST).exists():
+        path = self.folder / BEST
+        if not path.exists():
             return None
-        tensors, facts = unpacked(self.folder / BEST, hashed=True)
+        tensors, facts = unpacked(path, hashed=True)
         known: _BestFacts = convert(facts, _BestFacts)
         check_run(path, known["run"], self.run)
         check_layout(tensors, layout_of(_numbered("best", state.learned)))

@@ -61,8 +61,7 @@ def learning_text(
     learned, held = blocks_wanted(text, tuning, block)
     count = learned + held
     if external and text.tokens is None:
-        read = load_text(text.text or _EXTERNAL, CalibrationText, text.column)
-        count = max(2, min(count, len(tokenise(tokenizer, read)) // block))
+        count = max(2, min(count, len(tokenise(tokenizer, external_text(text))) // block))
 
     def part(number: int, blocks: int) -> CalibrationSet:
         # so many that the filter leaves as many of each kind
@@ -73,14 +72,22 @@ def learning_text(
         )
         before = learned if number == _HELD else number * _PART
         told = None if progress is None else partial(_whole, progress, before, count, block)
-        source = text.text or _EXTERNAL
-        return calibration_for(writer, tokenizer, text.moments, source, options, progress=told)
+        return calibration_for(
+            writer, tokenizer, text.moments, _source(text), options, progress=told
+        )
 
     if external:
-        return part(0, count)
+        drawn = part(0, count)
+        # the first are held back, so that longer texts are judged by the same
+        return replace(drawn, ids=drawn.ids.roll(-blocks_held(count), 0))
     sizes = [min(_PART, learned - first) for first in range(0, learned, _PART)]
     parts = [part(number, size).rows(slice(size)) for number, size in enumerate(sizes)]
     return _joined([*parts, part(_HELD, held).rows(slice(held))])
+
+
+def external_text(text: RecoverText) -> CalibrationText:
+    """Reads the text of `moments` "data". Raises TextError as `load_text`."""
+    return load_text(_source(text), CalibrationText, text.column)
 
 
 def blocks_wanted(text: RecoverText, tuning: Tuning, block: int) -> tuple[int, int]:
@@ -113,6 +120,10 @@ def _joined(parts: list[CalibrationSet]) -> CalibrationSet:
         kinds=torch.cat(kinds) if len(kinds) == len(parts) else None,
         source=dict(first.source) | {"parts": len(parts), "blocks": len(ids)},
     )
+
+
+def _source(text: RecoverText) -> str:
+    return _EXTERNAL if text.text is None else text.text
 
 
 def _seed(seed: int, part: int) -> int:

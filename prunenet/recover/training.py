@@ -227,6 +227,11 @@ class _Run:
     def held_loss(self, model: PreTrainedModel) -> float:
         """On the blocks held back, nats per token."""
         loss = float(self._summed(model, self.held, [])[-1])
+        if not math.isfinite(loss) and model is self.student and self.state.steps:
+            raise ValueError(
+                f"the loss on the text held back is {loss} after step {self.state.steps}; give a"
+                f" smaller `learning_rate` than {self.tuning.rate}"
+            )
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss on the text held back is {loss}: damaged weights, or {model.dtype}"
@@ -234,11 +239,16 @@ class _Run:
             )
         return loss
 
+    @property
+    def before(self) -> float:
+        """The KL of the given model on the blocks held back; infinite without a teacher."""
+        return math.inf if self.teacher is None else self.state.history[0][1]
+
     def _step(self, step: int) -> float:
         """Takes one step; returns its loss."""
         tuning, learned = self.tuning, list(self.state.learned)
         for settings in self.state.optimizer.param_groups:
-            settings["lr"] = tuning.rate_at(step, self.steps)
+            settings["lr"] = tuning.rate_at(step, self.steps, self.before)
         *gradients, loss = self._summed(
             self.student,
             self.fit[batch_of(step, tuning.batch, len(self.fit), tuning.seed)],
@@ -386,6 +396,11 @@ def _check_asked(
             " depth: give one (`teacher`), or leave `hidden` at 0"
         )
     if teacher is None:
+        if tuning.loss != "kl":
+            raise ValueError(
+                f"`loss` {tuning.loss} is of a teacher's predictions: give the dense model"
+                " (`teacher`), or leave `loss` out"
+            )
         return
     rows: list[Any] = [m.get_input_embeddings() for m in (teacher, model)]
     known, taught = (len(table.weight) for table in rows)

@@ -29,6 +29,7 @@ from prunenet.runtime.paths import check_room as check_room
 from prunenet.runtime.paths import expanded as expanded
 
 _HIDDEN = re.compile(r"[0-9a-f]{32}")
+_TRIES = 1000  # to make a lock file in a folder that others remove meanwhile
 
 
 @contextmanager
@@ -200,18 +201,21 @@ def _beside(target: Path, ending: str) -> Path:
 
 def _entered(stack: ExitStack, said: Path, target: Path, made: list[Path]) -> bool:
     """Puts the lock of the target on the stack; see `hold`. Notes the folders that were made."""
+    tries = 0
     while True:
         try:
             made[:0] = make_folders(target.parent)
             return stack.enter_context(hold(_beside(target, "lock")))
-        except FileNotFoundError:
-            continue  # another process had made the folder, and has removed it
         except Busy as error:
             process = f" ({error})" if str(error) else ""
             raise CheckpointError(
                 f"another prunenet{process} is writing {said}; wait for it, or give another `out`"
             ) from None
         except OSError as error:
+            tries += 1
+            # another process had made the folder, and has removed it; /proc takes no file at all
+            if isinstance(error, FileNotFoundError) and tries < _TRIES:
+                continue
             raise CheckpointError(
                 f"{said} cannot be written: {error.strerror}; give another `out`"
             ) from error
