@@ -771,3 +771,9 @@ def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, tmp_path, 
     assert (len(short), len(long), len(long.unique(dim=0))) == (14, 18, 18)
     assert torch.equal(long[:12], short[:12])
     assert torch.equal(long[-2:], short[-2:]), "no longer text learns from what a shorter held back"
+    measured = calibration_for(
+        model, tokenizer, "data", str(words), CalibrationOptions(tokens=32 * block)
+    ).ids
+    assert len(torch.cat((measured, long[-2:])).unique(dim=0)) == 34, (
+        "a cut's text is not held back"
+    )

@@ -64,11 +64,7 @@ def compare(
     for name in calibration.named:
         check_name(name)
     specs = parse_all(methods, calibration.named)
-    if options.recover_tokens != TOKENS and not any(spec.recovered for spec in specs):
-        raise ValueError(
-            f"`recover_tokens` {options.recover_tokens} is of methods +recovered: name one, or"
-            " leave it out"
-        )
+    _check_recovery(specs, options)
     results = Results(out)
     evaluation = _evaluation(scored)
     wanted = {spec.text for spec in specs if spec.text is not None}
@@ -100,6 +96,15 @@ def compare(
         progress = watch.progress
         pruner.progress = lambda done, of: progress("writing text", done, of)
     return run(plan, pruner, results, report=watch.line, progress=watch.progress)
+
+
+def _check_recovery(specs: Sequence[Spec], options: CompareOptions) -> None:
+    """Raises ValueError for an amount of training that no method is trained by."""
+    if options.recover_tokens != TOKENS and not any(spec.recovered for spec in specs):
+        raise ValueError(
+            f"`recover_tokens` {options.recover_tokens} is of methods +recovered: name one, or"
+            " leave it out"
+        )
 
 
 def _plan(

@@ -60,8 +60,9 @@ def learning_text(
     block = block_tokens(writer, front=int(begins))
     learned, held = blocks_wanted(text, tuning, block)
     count = learned + held
+    there = len(tokenise(tokenizer, external_text(text))) // block if external else 0
     if external and text.tokens is None:
-        count = max(2, min(count, len(tokenise(tokenizer, external_text(text))) // block))
+        count = max(2, min(count, there))
 
     def part(number: int, blocks: int) -> CalibrationSet:
         # so many that the filter leaves as many of each kind
@@ -77,9 +78,11 @@ def learning_text(
         )
 
     if external:
-        drawn = part(0, count)
-        # the first are held back, so that longer texts are judged by the same
-        return replace(drawn, ids=drawn.ids.roll(-blocks_held(count), 0))
+        # the last of all are held back: longer trainings are judged by the same, and a cut was
+        # measured on the first
+        drawn, held = part(0, max(count, there)), blocks_held(count)
+        ids = torch.cat((drawn.ids[: count - held], drawn.ids[-held:]))
+        return replace(drawn, ids=ids, source=dict(drawn.source) | {"count": count})
     sizes = [min(_PART, learned - first) for first in range(0, learned, _PART)]
     parts = [part(number, size).rows(slice(size)) for number, size in enumerate(sizes)]
     return _joined([*parts, part(_HELD, held).rows(slice(held))])
