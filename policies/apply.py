@@ -314,6 +314,8 @@ def _settled(
         ids, kinds = blocks.ids, blocks.kinds
         cut = repaired(model, cut, size.refit, ids, kinds, folder=given.folder, progress=shown)
     how = How(widths=chosen, predicted_gain=gain, channels=size.channels, refit=size.refit)
+    if size.round_to != "auto":
+        how["round_to"] = size.round_to
     if kept is not None and not size.exact:
         how |= How(structures=",".join(size.parts), budget=size.budget, reached=kept.reached)
         how |= How(of_all=True) if size.of_all else How()

@@ -28,6 +28,8 @@ _SAID = (
 """Settings of a training that its command always says: defaults may change."""
 _AMOUNTS = (("blocks", "count"), ("tokens", "window"))
 """Of self-written text, and of external text."""
+_USUAL = {"self": 40960, "data": 8192}
+"""Tokens of the text that a cut is measured on where nobody says how many."""
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -235,12 +237,16 @@ def _command(made: Provenance) -> str:
             said += f" --experts {len(next(iter(experts.values())))}"
         if "channels" in how:
             said += f" --channels {how['channels']} --refit {how['refit']}"
-        if made.regime == "self":
+        # a training behind the cut may have read more than the cut
+        own = made.regime == "self" or text.get("text") == "self-generated"
+        if own:
             said += " --moments self"
         elif text.get("text") is not None:
             said += f" --moments data --text {_text_name(text)}"
         else:
             return ""
+        said += _text_flags(text, _USUAL["self" if own else "data"])
+    said += f" --round {how['round_to']}" if "round_to" in how else ""
     policy = "none" if made.policy in ("elimination", how.get("experts_by")) else made.policy
     lines = [f"{said} --policy {policy} --out smaller", *_trainings(made)]
     return "\n```console\n" + "\n".join(lines) + "\n```\n"
@@ -271,6 +277,18 @@ def _trainings(made: Provenance) -> list[str]:
         lines.append(said + (" --embeddings" if step.get("embeddings") else ""))
         given = out
     return lines
+
+
+def _text_flags(text: Mapping[str, Any], usual: int) -> str:
+    """What was asked of the text beside what is usual."""
+    blocks, tokens = (
+        text.get("sequences", text.get("count")),
+        text.get("tokens", text.get("window")),
+    )
+    said = ""
+    if blocks is not None and tokens is not None and blocks * tokens != usual:
+        said += f" --tokens {blocks * tokens}"
+    return said + (f" --seed {text['seed']}" if text.get("seed") else "")
 
 
 def _text_name(text: Mapping[str, Any]) -> str:

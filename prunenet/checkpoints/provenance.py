@@ -49,6 +49,7 @@ class How(TypedDict, total=False):
         predicted_gain: by which share per-layer widths lower perplexity; None: not predicted.
         channels: "policy", "blend" or "elimination".
         refit: "off", "layerwise", "sequential" or "blocks".
+        round_to: what widths were asked to be multiples of; absent where that was left open.
         blocks: of each FFN that was trained, by the number of its group; absent where none was.
         residual_width, slicing, head: of a sliced residual stream: its width, the share of d_model
             that is gone, and "sliced" or "whole" for the LM head.
@@ -71,6 +72,7 @@ class How(TypedDict, total=False):
     predicted_gain: float | None
     channels: str | None
     refit: str | None
+    round_to: Positive
     blocks: dict[str, BlockStep]
     residual_width: Positive
     slicing: float
