@@ -58,8 +58,10 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     even = anatomy.uniform_widths if uniform else anatomy.even_widths
     widths = even(ratio, options.round_to)
     step = step_of(anatomy.groups, ratio, options.round_to)
-    # beside whole experts any multiple is tried
-    check_grouped(anatomy, [step] * len(widths) if options.shares_experts else widths)
+    if not options.shares_experts:
+        check_grouped(anatomy, widths)
+    elif options.parts:  # beside whole experts any multiple is tried
+        check_grouped(anatomy, [step] * len(widths))
     if anatomy.architecture.found and not is_per_layer(anatomy.model):
         check_stock(anatomy, widths)
     return ratio

@@ -293,7 +293,7 @@ def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
         (("--text", "words.txt"), "--text is read with --moments data only"),
         (("--text", ""), "--text is read with --moments data only"),
         (("--text-column", "x"), "--text-column is read with --moments data only"),
-        (("--moments", "data", "--text", ""), "the path is empty (an unset variable?)"),
+        (("--moments", "data", "--text", ""), "--text is empty (an unset variable?)"),
         (
             ("--moments", "none", "--tokens", "4096"),
             "--moments none reads no text: leave --tokens 4096 out",

@@ -388,6 +388,7 @@ def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
 ):
     from prunenet.recover import training
 
+    monkeypatch.setattr("prunenet.recover.state._PATIENCE", 0)  # every state is written
     ask = ("recover", pruned, "--teacher", dense, *SMALL)
     facts(*ask, "--out", tmp_path / "whole")
     step = training._Run._step

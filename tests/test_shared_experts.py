@@ -23,15 +23,22 @@ from prunenet.text.calibration import CalibrationSet
 SHARED = {"widths": "refined", "structures": "channels,experts", "round_to": 1}
 
 
+def any_width(model_type):
+    """A mixture whose experts are multiplied one after another, and so may have any width."""
+    made = mixture(model_type)
+    made.set_experts_implementation("eager")
+    return made
+
+
 @pytest.fixture(scope="module")
 def models():
-    return {name: mixture(name) for name in ("qwen3_moe", "gpt_oss", "deepseek_v3")}
+    return {name: any_width(name) for name in ("qwen3_moe", "gpt_oss", "deepseek_v3")}
 
 
 @pytest.fixture(scope="module")
 def unused():
     """A mixture in which half of the experts are never chosen."""
-    made = mixture("gpt_oss")
+    made = any_width("gpt_oss")
     for layer in made.model.layers:
         layer.mlp.router.bias.data[[0, 2, 5, 7]] = -1e4
     return made
@@ -40,7 +47,7 @@ def unused():
 @pytest.fixture(scope="module")
 def idle():
     """A mixture in which half of the channels of every expert write nothing."""
-    made = mixture("qwen3_moe")
+    made = any_width("qwen3_moe")
     for layer in made.model.layers:
         layer.mlp.experts.down_proj.data[:, :, 8:] = 0
     return made

@@ -206,6 +206,8 @@ def check_text(
             raise ValueError(
                 f"{flag} is read with --moments data only: add that, or leave {flag} out"
             )
+        if value == "":
+            raise ValueError(f"{flag} is empty (an unset variable?): give a name, or leave it out")
     if tokens is not None and moments == "none":
         raise ValueError(
             f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self"
