@@ -207,9 +207,22 @@ def decide(
     advance = stage_of(progress, "ablating")
     refined = refined_sizes(model, policy, sizes, ratios, blocks, scores, advance)
     given = _Given(model, policy, blocks, scores, offsets, folder, progress)
-    made = _decided(given, sizes, ratios, refined)
-    better = partial(_better, given)
-    return [better(*each) for each in zip(sizes, ratios, made, refined, strict=True)]
+    rivals = {
+        number: _own_allocation(size)
+        for number, size in enumerate(sizes)
+        if refined[number] is not None and size.budget == "params"
+    }
+    # In one pass over the layers; the first has the damping that it has alone.
+    found = _decided(
+        given,
+        [*rivals.values(), *sizes],
+        [*(ratios[number] for number in rivals), *ratios],
+        [*(None for _ in rivals), *refined],
+    )
+    made = found[len(rivals) :]
+    for number, own in zip(rivals, found, strict=False):
+        made[number] = _better(given, sizes[number], made[number], own)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +252,8 @@ def _decided(
         allocations(model, given.policy, ratio, size, given.offsets) if found is None else found.way
         for size, ratio, found in zip(sizes, ratios, refined, strict=True)
     ]
-    ((channels, refit),) = {(size.channels, size.refit) for size in sizes}
-    cuts = cuts_of(
-        model, ways, channels, refit != "off", given.scores, given.blocks, given.progress
-    )
+    ((channels, refit),) = {(size.channels, size.refit != "off") for size in sizes}
+    cuts = cuts_of(model, ways, channels, refit, given.scores, given.blocks, given.progress)
     settle = partial(_settled, given)
     return [settle(*each) for each in zip(sizes, ratios, cuts, refined, strict=True)]
 
@@ -262,30 +273,30 @@ def _behind_layers(
     return replace(decision, layers=found.layers)
 
 
-def _better(
-    given: _Given, size: PruneOptions, ratio: float, made: Decision, found: Refined | None
-) -> Decision:
+def _own_allocation(size: PruneOptions) -> PruneOptions:
+    """The same size by the policy's own allocation of channels; none of its FFNs is trained yet."""
+    refit = "layerwise" if size.refit == "blocks" else size.refit
+    return replace(size, widths="per-layer", structures="channels", refit=refit)
+
+
+def _better(given: _Given, size: PruneOptions, made: Decision, own: Decision) -> Decision:
     """The refined decision, or the policy's own allocation of as many channels where its KL is
     lower behind the refit, on blocks that the search has not judged by.
 
     The search measures before the refit, which repairs channels well and heads little: on
     SmolLM2-135M it let heads go and lost 21 % of perplexity (docs/log.md, 2026-11-29).
     """
-    if found is None or size.budget != "params":
-        return made
     model, blocks = given.model, given.blocks
     assert isinstance(model, PreTrainedModel), "a streamed checkpoint measures nothing"
     assert blocks is not None, "PruneOptions.filled"
-    size = replace(size, widths="per-layer", structures="channels")
-    quick = replace(size, refit="layerwise") if size.refit == "blocks" else size
-    (own,) = _decided(given, [quick], [ratio], [None])
     held, front = held_back(blocks.ids)[1], int(blocks.bos is not None)
     judged = held[_JUDGED : 2 * _JUDGED] if len(held) > _JUDGED else held
     ways = [partial(_narrow_of, model, way) for way in (made, own)]
-    kl, other = model_divergences(model, ways, judged, unscored=front).tolist()
-    if kl <= other:
+    refined, other = model_divergences(model, ways, judged, unscored=front).tolist()
+    if refined <= other:
         return made
-    return own if quick == size else _decided(given, [size], [ratio], [None])[0]
+    size = replace(_own_allocation(size), refit=size.refit)
+    return own if size.refit != "blocks" else _decided(given, [size], [own.ratio], [None])[0]
 
 
 @contextmanager

@@ -57,10 +57,10 @@ def ratio_of(model: Weights, options: PruneOptions) -> float:
     uniform = options.widths == "uniform"
     even = anatomy.uniform_widths if uniform else anatomy.even_widths
     widths = even(ratio, options.round_to)
-    step = step_of(anatomy.groups, ratio, options.round_to)
     if not options.shares_experts:
         check_grouped(anatomy, widths)
     elif options.parts:  # beside whole experts any multiple is tried
+        step = step_of(anatomy.groups, ratio, options.round_to)
         check_grouped(anatomy, [step] * len(widths))
     if anatomy.architecture.found and not is_per_layer(anatomy.model):
         check_stock(anatomy, widths)

@@ -601,16 +601,16 @@ def test_the_rate_rises_and_falls_as_asked():
 
 def test_a_light_cut_is_trained_at_a_rate_in_proportion_to_what_it_has_lost():
     chosen = Tuning().chosen(1000)
-    assert (chosen.updates, chosen.gentle, chosen.rate) == ("full", 0.4, 2e-4)
+    assert (chosen.updates, chosen.gentle_below, chosen.rate) == ("full", 0.4, 2e-4)
     whole = chosen.rate_at(50, 100)
     assert [chosen.rate_at(50, 100, kl) for kl in (0.4, 9.0)] == [whole, whole]
     assert chosen.rate_at(50, 100, 0.1) == pytest.approx(whole / 4)
     assert chosen.rate_at(50, 100, -1e-9) == 0.0
-    for given in (Tuning(learning_rate=2e-4), Tuning(updates="lora"), Tuning(gentle=0.0)):
+    for given in (Tuning(learning_rate=2e-4), Tuning(updates="lora"), Tuning(gentle_below=0.0)):
         steady = given.chosen(1000)
-        assert steady.gentle == 0.0
+        assert steady.gentle_below == 0.0
         assert steady.rate_at(50, 100, 0.0) == steady.rate_at(50, 100)
-    assert Tuning(learning_rate=1e-3, gentle=1.0).chosen(1000).gentle == 1.0
+    assert Tuning(learning_rate=1e-3, gentle_below=1.0).chosen(1000).gentle_below == 1.0
     assert chosen.chosen(1000) == chosen
 
 

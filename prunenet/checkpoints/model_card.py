@@ -22,12 +22,12 @@ _LARGEST = 1_000_000
 """Bytes of a source's card that are read at most."""
 _INHERITED = ("license", "license_name", "license_link", "language")
 _SAID = (
-    *("updates", "steps", "batch", "micro_batch", "learning_rate", "gentle", "warmup", "schedule"),
-    *("hidden", "average", "seed"),
+    *("updates", "steps", "batch", "micro_batch", "learning_rate", "gentle_below", "warmup"),
+    *("schedule", "hidden", "average", "seed"),
 )
 """Settings of a training that its command always says: defaults may change."""
-_AMOUNTS = (("blocks", "count"), ("tokens", "window"))
-"""Of self-written text, and of external text."""
+_AMOUNTS = (("blocks", "sequences", "count"), ("tokens", "window"))
+"""Blocks of a text, and tokens of each, by what the sources of texts call them."""
 _USUAL = {"self": 40960, "data": 8192}
 """Tokens of the text that a cut is measured on where nobody says how many."""
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -257,7 +257,7 @@ def _trainings(made: Provenance) -> list[str]:
     lines, given = [], "smaller"
     for number, step in enumerate(made.recovered, 1):
         text: Any = step["text"]
-        blocks, tokens = (text.get(a, text.get(b)) for a, b in _AMOUNTS)
+        blocks, tokens = _amounts(text)
         if "betas" not in step or blocks is None or tokens is None:
             return []
         out = "recovered" if number == 1 else f"recovered-{number}"
@@ -279,12 +279,14 @@ def _trainings(made: Provenance) -> list[str]:
     return lines
 
 
+def _amounts(text: Mapping[str, Any]) -> list[Any]:
+    """Blocks and tokens of each; None where the source does not say."""
+    return [next((text[name] for name in names if name in text), None) for names in _AMOUNTS]
+
+
 def _text_flags(text: Mapping[str, Any], usual: int) -> str:
     """What was asked of the text beside what is usual."""
-    blocks, tokens = (
-        text.get("sequences", text.get("count")),
-        text.get("tokens", text.get("window")),
-    )
+    blocks, tokens = _amounts(text)
     said = ""
     if blocks is not None and tokens is not None and blocks * tokens != usual:
         said += f" --tokens {blocks * tokens}"

@@ -93,7 +93,7 @@ class _Since(TypedDict, total=False):
 
     updates: str
     embeddings: bool
-    gentle: float
+    gentle_below: float
     warmup: float
     schedule: str
     betas: list[float]
@@ -106,7 +106,7 @@ class RecoveryStep(_Since):
     """One training after a cut, see `prunenet.recover`; losses in nats per token on text held back.
 
     Attributes:
-        updates, embeddings, gentle, warmup, schedule, betas, hidden, average: as in
+        updates, embeddings, gentle_below, warmup, schedule, betas, hidden, average: as in
             `prunenet.recover.Tuning`.
         tokens: that were read, in all steps.
         steps, batch, micro_batch, rank, learning_rate, seed: as in `prunenet.recover.Tuning`.

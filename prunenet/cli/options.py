@@ -273,7 +273,7 @@ HELP: dict[str, Any] = {
     "learning_rate": typer.Option(
         help="Highest learning rate of AdamW. Default: 2e-4 of full, 5e-4 of lora."
     ),
-    "gentle": typer.Option(
+    "gentle_below": typer.Option(
         help="KL before, in nats, below which the rate is smaller in proportion; 0: nowhere."
         " Default: 0.4 of full at its default rate, else 0."
     ),

@@ -38,7 +38,7 @@ class Tuning:
         micro_batch: blocks that are in memory at once; gradients add up.
         rank: of an update, at least 1; of "lora".
         learning_rate: highest one, above 0; None: 2e-4 of "full", 5e-4 of "lora".
-        gentle: KL before the training, in nats per token, below which the rate is smaller in
+        gentle_below: KL before the training, in nats per token, below which the rate is smaller in
             proportion; 0: nowhere. None: 0.4 of "full" at its default rate, else 0.
         warmup: share of the steps in which the rate rises to it linearly, in [0, 1).
         schedule: how it falls to 0 then: "linear", "cosine", or "stable" (in the last fifth).
@@ -62,7 +62,7 @@ class Tuning:
     micro_batch: int = 4
     rank: int = 16
     learning_rate: float | None = None
-    gentle: float | None = None
+    gentle_below: float | None = None
     warmup: float = 0.05
     schedule: Schedule = "linear"
     betas: tuple[float, float] = (0.9, 0.99)
@@ -90,7 +90,7 @@ class Tuning:
         for name, share in (shares | {"betas": min(self.betas)}).items():
             if not 0 <= share < 1 or (name == "betas" and not max(self.betas) < 1):
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
-        for name, value in (("hidden", self.hidden), ("gentle", self.gentle or 0.0)):
+        for name, value in (("hidden", self.hidden), ("gentle_below", self.gentle_below or 0.0)):
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be 0 or more, got {value}")
         if self.embeddings and self.updates != "full":
@@ -107,8 +107,8 @@ class Tuning:
         fitting: Updates = "full" if parameters <= FULL else "lora"
         found = replace(self, updates=fitting) if self.updates == "auto" else self
         own = self.learning_rate is None and found.updates == "full"
-        gentle = (GENTLE if own else 0.0) if self.gentle is None else self.gentle
-        return replace(found, learning_rate=found.rate, gentle=gentle)
+        below = (GENTLE if own else 0.0) if self.gentle_below is None else self.gentle_below
+        return replace(found, learning_rate=found.rate, gentle_below=below)
 
     def settled(self, blocks: int, parameters: int) -> Tuning:
         """The same with nothing left open, for a text of so many blocks to learn from, and a model
@@ -121,7 +121,7 @@ class Tuning:
         """The learning rate of a step, counted from 0, of so many; `before` is the KL before them,
         where there is a teacher.
         """
-        share = max(before, 0.0) / self.gentle if self.gentle else 1.0
+        share = max(before, 0.0) / self.gentle_below if self.gentle_below else 1.0
         return self._scheduled(step, steps) * min(1.0, share)
 
     def _scheduled(self, step: int, steps: int) -> float:
