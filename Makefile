@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist workst
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check coverage docs readme bench chaos table wheel clean
+.PHONY: help setup demo test test-long test-slow check coverage docs readme bench chaos table wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ demo: $(READY) ## prune a real model by the policy that ships, train a short one
 
 test: $(READY) ## run the tests (a few minutes)
 	@$(PYTEST) $(ARGS)
+
+test-long: $(READY) ## run the tests that take seconds each: kills, several processes, whole trainings
+	@$(PYTEST) -m long $(ARGS)
 
 test-slow: $(READY) ## run the tests that need the real model (fetch it first: make demo)
 	@$(BIN)/pytest -m slow $(ARGS)

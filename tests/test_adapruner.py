@@ -178,6 +178,7 @@ def test_a_search_starts_where_it_is_told_and_ends_no_worse(strategy) -> None:
     assert other.trials[5:] != found.trials[5:]
 
 
+@pytest.mark.long
 def test_adapruner_and_its_control_cost_the_same_and_cut_as_much_as_llm_pruner(monkeypatch) -> None:
     monkeypatch.setitem(families._FIELDS, "num_hidden_layers", 12)
     model = tiny_model("llama")

@@ -45,6 +45,7 @@ def test_a_checkpoint_written_before_the_move_computes_the_same_logits(answers) 
     assert model(answers["ids"]).logits.equal(answers["logits"])
 
 
+@pytest.mark.long
 def test_a_checkpoint_written_before_the_move_loads_without_prunenet(answers, tmp_path) -> None:
     folder = Path(shutil.copytree(HERE / "per_layer", tmp_path / "per_layer"))
     out = tmp_path / "logits.safetensors"

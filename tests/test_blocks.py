@@ -62,6 +62,7 @@ def same(one, other) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "family",
     [
@@ -137,6 +138,7 @@ def test_an_ffn_that_training_does_not_help_on_the_other_kind_keeps_its_refit():
     assert same(trained.model(model), cut.model(model))
 
 
+@pytest.mark.long
 def test_training_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     model, cut, whole = prepared("llama")
     train, done = module._trained, []
@@ -166,6 +168,7 @@ def test_training_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_experts_keep_their_refit_and_models_without_other_ffns_are_refused():
     model, cut, trained = prepared("deepseek_v3")
     groups = Anatomy.of(model).groups
@@ -185,6 +188,7 @@ def test_a_placed_model_is_refused_before_the_work():
         prune(model, ratio=0.4, refit="blocks", blocks=CalibrationSet(text(), "self", {}))
 
 
+@pytest.mark.long
 def test_prune_records_what_each_ffn_loses_and_repeats_itself():
     blocks = CalibrationSet(text(), "self", {"from": "a test"}, kinds=KINDS)
     model = tiny_model("llama")
@@ -198,6 +202,7 @@ def test_prune_records_what_each_ffn_loses_and_repeats_itself():
     assert same(first.model, second.model)
 
 
+@pytest.mark.long
 def test_training_behind_removed_experts_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     model, folder = model_of("deepseek_v3"), tmp_path / "out.blocks"
     blocks = CalibrationSet(text(), "self", {}, kinds=KINDS)

@@ -407,6 +407,7 @@ def run(*arguments: object) -> dict:
     return json.loads(result.stdout)
 
 
+@pytest.mark.long
 def test_the_command_line_scores_and_calibrates_behind_bos_and_says_so(
     model, tmp_path, monkeypatch
 ) -> None:

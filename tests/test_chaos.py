@@ -43,6 +43,7 @@ def attempted(kinds, name: str, number: int):
     return kind.attempt(number, random.Random(number))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(3))
 def test_a_command_that_is_killed_before_a_file_operation_leaves_nothing_behind(yard, number):
     from disturb import kills
@@ -63,6 +64,7 @@ def test_a_command_whose_disk_is_full_or_broken_says_so_and_leaves_nothing_behin
     assert not made.faults
 
 
+@pytest.mark.long
 def test_mutated_files_are_refused_in_one_sentence_or_read_as_they_say(tmp_path):
     from disturb.fuzz import Reader
     from disturb.targets import made

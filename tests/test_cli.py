@@ -228,6 +228,7 @@ def test_every_choice_of_prune_is_done_and_said(
     assert loaded(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.long
 def test_prune_trains_blocks_and_goes_on_after_a_kill_from_a_folder_that_it_removes(
     model, learned, tmp_path, monkeypatch
 ):
@@ -341,6 +342,7 @@ def test_prune_by_share_of_all_parameters(model, policy, tmp_path):
     assert given["removed"] == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.long
 def test_eval_compares_side_by_side_and_report_draws_it(model, policy, text, tmp_path):
     facts(
         "prune",
@@ -475,6 +477,7 @@ def test_train_refuses_unknown_presets_and_ratios_before_it_makes_a_folder(model
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.long
 def test_train_learns_where_to_cut_too_unless_widths_are_to_be_uniform(model, tmp_path):
     ask = ("train", model, "--updates", 1, "--masks", 2)
     whole = facts(*ask, "--out", tmp_path / "whole")

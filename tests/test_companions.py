@@ -219,6 +219,7 @@ def test_a_tokenizer_in_sentencepiece_s_form_alone_travels_unread(dense, tmp_pat
 # --- what a loader needs ---
 
 
+@pytest.mark.long
 def test_each_command_ends_with_how_its_result_is_loaded(dense, pruned, tmp_path) -> None:
     ask = ("prune", dense, "--moments", "none", "--ratio", 0.3)
     said = {
@@ -256,6 +257,7 @@ def by_peft(pruned: Path, out: Path) -> None:
     peft.get_peft_model(model, config).merge_and_unload().save_pretrained(out)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
 @pytest.mark.parametrize(
     "tuned_by", [pytest.param(by_transformers, marks=pytest.mark.slow), by_peft]
@@ -351,6 +353,7 @@ def test_a_checkpoint_keeps_the_dtype_of_its_weights_whatever_its_configuration_
 # --- names with ~, from Python as from the command line ---
 
 
+@pytest.mark.long
 def test_home_is_expanded_in_every_path_that_python_gives(dense, pruned, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -496,6 +499,7 @@ ALTERED = {
 }
 
 
+@pytest.mark.long
 def test_cached_text_that_somebody_altered_is_written_anew(dense, tmp_path, caplog) -> None:
     model, tokenizer = load_model(dense), load_tokenizer(dense)
 

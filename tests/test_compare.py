@@ -1036,6 +1036,7 @@ def test_tasks_are_scored_shown_and_drawn(folder, tmp_path, monkeypatch):
     assert (tmp_path / "figures" / "zero_shot.png").exists()
 
 
+@pytest.mark.long
 def test_figures_are_pictures(folder, tmp_path):
     matplotlib = pytest.importorskip("matplotlib.image")
     asked = {"out": tmp_path / "r.jsonl", "figures": tmp_path / "figures", "ratios": "0.25,0.5"}

@@ -317,6 +317,7 @@ CASES = {  # (standard output, standard error, whether the result is nowhere els
 }
 
 
+@pytest.mark.long
 def test_the_work_alone_decides_the_exit_code(tmp_path):
     code, output, error = ended(python(REDIRECTED, tmp_path, list(CASES)))
     assert (code, error) == (0, "")

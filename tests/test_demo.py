@@ -52,6 +52,7 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.long
 def test_a_second_run_uses_what_the_first_one_made(run, tmp_path, monkeypatch):
     first = run()
     assert [row["name"] for row in first] == ["dense", "ratio-0.5", "trained-0.5"]
@@ -70,6 +71,7 @@ def test_a_second_run_uses_what_the_first_one_made(run, tmp_path, monkeypatch):
     assert [row["perplexity"] for row in second] == [row["perplexity"] for row in first]
 
 
+@pytest.mark.long
 def test_the_page_shows_the_slider_the_training_and_what_each_model_writes(run, tmp_path):
     rows = run()
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -98,6 +100,7 @@ def test_the_demo_ends_by_opening_the_report_where_somebody_can_see_it(
     assert seen == [str(tmp_path / "demo" / "report.html")] * opened
 
 
+@pytest.mark.long
 def test_results_of_another_recipe_or_model_are_not_passed_off_as_this_one(run, tmp_path):
     run()
     with pytest.raises(ValueError, match="another recipe or model"):
@@ -107,6 +110,7 @@ def test_results_of_another_recipe_or_model_are_not_passed_off_as_this_one(run, 
         run()
 
 
+@pytest.mark.long
 def test_a_checkpoint_pruned_in_another_way_is_not_passed_off_as_the_demo_s(run, tmp_path):
     run()
     policy = Policy.from_pretrained("llama")
@@ -119,6 +123,7 @@ def test_a_checkpoint_pruned_in_another_way_is_not_passed_off_as_the_demo_s(run,
         run()
 
 
+@pytest.mark.long
 def test_a_size_asked_for_later_is_added_to_those_that_are_there(run, tmp_path):
     run()
     made = stamps(tmp_path / "out")

@@ -74,6 +74,7 @@ def test_every_example_has_a_test():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SHOWN)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHOWN)
 def test_an_example_has_at_most_40_lines_and_shows_what_it_says(name):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= 40

@@ -167,6 +167,7 @@ def test_an_expert_that_too_few_tokens_reach_is_measured_on_all_tokens_of_its_la
     torch.testing.assert_close(found.second, h.T @ h / len(h), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_an_expert_that_too_few_tokens_reach_is_refitted_on_those_of_its_layer():
     ids = blocks(2)
     model, _, _ = starved(ids)
@@ -303,6 +304,7 @@ def test_the_divergence_of_down_matrices_is_that_of_the_narrow_model(model_type)
     assert torch.equal(logits(model, ids).log_softmax(-1), dense)
 
 
+@pytest.mark.long
 def test_a_policy_is_trained_on_experts_beside_dense_layers_and_prunes_them_to_one_width():
     model, ids = tiny("deepseek_v3"), blocks(8)
     anatomy = Anatomy.of(model)

@@ -94,6 +94,7 @@ def test_masks_of_an_allocation_cut_what_it_says(one):
             assert int(groups[slot.layer].sum()) == round(float(share) * 2)
 
 
+@pytest.mark.long
 def test_searches_meet_the_budget_and_order_as_they_should(one):
     found = {
         name: search_shares(one, 0.4, name, evaluations=200)
@@ -186,6 +187,7 @@ def test_dynamic_programming_is_exact_where_damages_add_up(one):
     assert float(damages(apart, found[None])) <= best * 1.05
 
 
+@pytest.mark.long
 def test_an_untrained_allocator_cuts_all_slots_alike_and_a_trained_one_serves_other_models():
     games, others = [game(seed) for seed in (0, 1)], [game(seed) for seed in (5, 6, 7)]
     start = untrained()

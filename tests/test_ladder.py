@@ -41,6 +41,7 @@ def _small(tmp_path_factory):
         yield
 
 
+@pytest.mark.long
 def test_one_command_cuts_and_recovers_and_a_killed_one_goes_on_to_the_same_bytes(
     dense, tmp_path, monkeypatch
 ):
@@ -85,6 +86,7 @@ def test_one_command_cuts_and_recovers_and_a_killed_one_goes_on_to_the_same_byte
     assert not [name for name in left if not name.startswith("events")]
 
 
+@pytest.mark.long
 def test_what_a_kill_behind_the_last_step_leaves_goes_with_the_next_command_and_nothing_else(
     dense, tmp_path, monkeypatch
 ):
@@ -110,6 +112,7 @@ def test_what_a_kill_behind_the_last_step_leaves_goes_with_the_next_command_and_
     assert not left.exists()
 
 
+@pytest.mark.long
 def test_a_cut_made_on_external_text_learns_as_many_tokens_from_that_text(dense, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     words = token_ids(1, 2400).flatten().remainder(62).tolist()
@@ -144,6 +147,7 @@ def test_a_training_that_could_not_be_done_is_refused_before_the_cut(dense, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
+@pytest.mark.long
 def test_time_and_memory_are_said_before_the_text_is_written(dense, tmp_path, monkeypatch):
     from prunenet.recover import record
     from prunenet.recover.record import recover
@@ -233,6 +237,7 @@ def test_rungs_that_external_text_is_too_short_for_are_refused_before_any_is_run
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
 
 
+@pytest.mark.long
 def test_the_card_s_commands_cut_and_recover_to_the_same_bytes(dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dense, "tiny")
@@ -254,6 +259,7 @@ def test_the_card_s_commands_cut_and_recover_to_the_same_bytes(dense, tmp_path, 
     assert contents(Path("recovered-2")) == contents(Path("twice"))
 
 
+@pytest.mark.long
 def test_a_mixture_that_lost_whole_experts_learns_from_the_whole_one(dense, tmp_path):
     model, _ = tiny("experts, concat")
     model.save_pretrained(tmp_path / "mixture")

@@ -32,6 +32,7 @@ class PlantedReward:
         return {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
 def test_a_trained_policy_recovers_the_planted_channels_of_a_toy_layer(
     algorithm, tmp_path, monkeypatch

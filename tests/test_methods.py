@@ -213,6 +213,7 @@ def test_wanda_measures_each_layer_behind_the_cut_ones() -> None:
 
 
 # Norms and softmax of Llama and Phi-3 work in float32 whatever the model's dtype.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model_type", "step", "tolerance"),
     [("llama", 2e-2, 2e-3), ("phi3", 2e-2, 2e-3), ("opt", 1e-4, 1e-6)],

@@ -189,6 +189,7 @@ def test_the_published_scorer_is_the_formula_of_the_paper_with_its_gradients() -
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_log_keep_weights_are_binary_concrete() -> None:
     logit = torch.tensor([-1.0, 0.0, 2.0])
     draws = torch.stack(

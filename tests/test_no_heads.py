@@ -282,6 +282,7 @@ def test_layers_in_which_tokens_are_counted_keep_a_group_and_stay(dense) -> None
             refused()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("budget", ["params", pytest.param("kv-bytes", marks=pytest.mark.slow)])
 def test_attention_that_hardly_matters_goes_in_prune(budget, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "cache"))

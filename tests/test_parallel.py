@@ -158,11 +158,13 @@ def stuck(rank: int) -> None:
         parallel.broadcast_object(rank, lambda: 0)
 
 
+@pytest.mark.long
 def test_three_processes_hand_tensors_objects_and_turns_to_each_other(home):
     ended = job(3, home, exchange)
     assert ended.codes == [0, 0, 0], ended.errors
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_ends_the_whole_job_with_its_one_sentence(home):
     ended = job(3, home, stuck, 1, patience=20)
     assert ended.codes == [1, 1, 1]
@@ -181,6 +183,7 @@ def absent(rank: int) -> None:
         pytest.fail("nobody to work with")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_before_the_others_have_met_is_named_soon_and_waited_for_in_bounds(
     home, rank
@@ -195,6 +198,7 @@ def test_a_rank_that_dies_before_the_others_have_met_is_named_soon_and_waited_fo
 # --- the commands ---
 
 
+@pytest.mark.long
 def test_several_processes_cannot_share_one_placed_model_and_say_so_once(home):
     ended = job(
         2,
@@ -217,6 +221,7 @@ def test_several_processes_cannot_share_one_placed_model_and_say_so_once(home):
     )
 
 
+@pytest.mark.long
 def test_training_is_the_same_bit_for_bit_and_goes_on_with_another_number_of_processes(home):
     assert job(1, home, learn, home / "one").codes == [0]
     assert job(2, home, learn, home / "two").codes == [0, 0]
@@ -268,6 +273,7 @@ def cut(home: Path, out: Path) -> None:
     command(home, "prune", home / "tiny", "--out", out / "none", "--ratio", 0.3)
 
 
+@pytest.mark.long
 def test_pruned_checkpoints_are_the_same_byte_for_byte_and_a_mistake_is_said_once(home):
     for ranks in (1, 2):
         ended = job(ranks, home, cut, home, home / f"cut{ranks}")
@@ -382,6 +388,7 @@ def recovered(home: Path, out: Path, death: int = 0, *more: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_recovery_has_the_same_bytes_and_a_killed_one_goes_on_with_another_number_of_processes(
     home,
 ):

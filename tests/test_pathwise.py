@@ -85,6 +85,7 @@ def test_a_policy_learns_scores_and_widths_and_prunes_as_any_other(tmp_path) -> 
     assert prune(model, policy, ratio=0.5, widths="per-layer", refit="off", blocks=None).model
 
 
+@pytest.mark.long
 def test_a_seed_repeats_a_policy_and_a_killed_run_ends_with_the_same_one(tmp_path) -> None:
     recipe = replace(SHORT, allocation=WHERE)
     whole = train(tiny_model("llama"), recipe, blocks=TEXT).policy

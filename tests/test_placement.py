@@ -141,6 +141,7 @@ def test_weights_stay_until_the_last_of_overlapping_blocks_ends_even_by_an_error
     assert devices(placed) == {"meta"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "limit"), [("llama", LIMITS[0]), ("opt", LIMITS[1]), ("phi3", LIMITS[0])]
 )
@@ -215,6 +216,7 @@ def written(folder: Path) -> str:
     return str(folder / "words.txt")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "moments", "refit"), [("llama", "self", "layerwise"), ("opt", "data", "sequential")]
 )
@@ -259,6 +261,7 @@ def test_a_policy_trained_on_a_placed_model_is_the_one_trained_in_memory(tmp_pat
     assert mine.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.long
 def test_eval_gives_the_same_perplexity_and_says_where_the_weights_were(tmp_path):
     models = [save_tiny(tmp_path / "one"), save_tiny(tmp_path / "two", "opt")]
     ask = (
@@ -279,6 +282,7 @@ def test_eval_gives_the_same_perplexity_and_says_where_the_weights_were(tmp_path
         assert {name: value for name, value in mine.items() if name != "device"} == theirs
 
 
+@pytest.mark.long
 def test_compare_scores_the_same_and_says_what_cannot_be_done_on_a_placed_model(tmp_path):
     model = save_tiny(tmp_path / "dense")
     (tmp_path / "scored.txt").write_text(" ".join(f"w{i * 7 % 61}" for i in range(100)))

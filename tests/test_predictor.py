@@ -86,6 +86,7 @@ def test_the_best_predicted_candidates_are_the_ones_that_are_measured() -> None:
     assert float(predictor(chosen).max()) < float(np.quantile(predictor(others), 0.1))
 
 
+@pytest.mark.long
 def test_a_seed_repeats_the_search_and_another_one_takes_another_way() -> None:
     budget = room(8, 1536)
     one, same, other = (
@@ -95,6 +96,7 @@ def test_a_seed_repeats_the_search_and_another_one_takes_another_way() -> None:
     assert one.best.pairs != other.best.pairs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [10, 17])
 def test_a_killed_search_goes_on_to_the_same_result_without_measuring_twice(
     tmp_path, after

@@ -305,6 +305,7 @@ SMALL = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("widths", [[24] * LAYERS, PER_LAYER])
 def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(
     dense, tmp_path, widths
@@ -345,6 +346,7 @@ def test_the_command_writes_an_ordinary_pruned_checkpoint_and_twice_the_same(
         )
 
 
+@pytest.mark.long
 def test_text_from_outside_needs_no_teacher_and_the_story_says_so(dense, pruned, words, tmp_path):
     from prunenet.checkpoints.load import load_tokenizer
 
@@ -383,6 +385,7 @@ def test_where_nothing_is_better_the_checkpoint_has_the_pruned_model_s_own_weigh
     assert "nothing was better" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
     dense, pruned, tmp_path, monkeypatch
 ):
@@ -499,6 +502,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
     assert not out.with_name("out.recovery").exists()
 
 
+@pytest.mark.long
 def test_cut_heads_and_sliced_residual_streams_are_kept(dense, tmp_path):
     model, keep, groups = (
         load_model(dense),
@@ -739,6 +743,7 @@ def test_large_states_are_written_a_twentieth_of_the_time(tmp_path, monkeypatch)
     assert clock[0] - saved[-1] == 0
 
 
+@pytest.mark.long
 def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, tmp_path, monkeypatch):
     from prunenet.checkpoints.load import load_tokenizer
     from prunenet.recover import text as module

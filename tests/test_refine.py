@@ -89,6 +89,7 @@ def test_refined_widths_lower_the_measured_divergence_at_as_many_parameters(
     assert (pruned.groups is None) == (structures == "channels")
 
 
+@pytest.mark.long
 def test_refining_is_never_worse_than_the_policy_on_its_own_measure_and_deterministic(
     model, policy
 ):
@@ -103,6 +104,7 @@ def test_refining_is_never_worse_than_the_policy_on_its_own_measure_and_determin
     assert all(torch.equal(a, b) for a, b in zip(first.keep, second.keep, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("refit", ["layerwise", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_a_search_that_loses_behind_the_refit_gives_way_to_the_policys_own_allocation(
     model, policy, monkeypatch, refit
@@ -149,6 +151,7 @@ def test_a_refreshed_matrix_and_a_cap_refine_too(model, policy):
     assert ablated[-1] == ablated[len(ablated) // 2 - 1], "as many passes as the first matrix"
 
 
+@pytest.mark.long
 def test_a_fixed_number_of_cuts_is_measured_and_the_matrix_only_once(model, policy, monkeypatch):
     cuts = []
     real = refining.mask_divergences

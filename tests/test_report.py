@@ -30,6 +30,7 @@ def test_a_report_is_a_png_with_something_in_it_and_leaves_no_figure_open(tmp_pa
     assert pyplot.get_fignums() == []
 
 
+@pytest.mark.long
 def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
     rows = [row(0, 134_000_000), row(0.2, 118_000_000, 50.0), row(0.4, 102_000_000, 90.0)]
     draw_report(rows, tmp_path / "a.png")

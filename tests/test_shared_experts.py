@@ -85,6 +85,7 @@ def test_experts_that_are_never_chosen_pay_for_the_budget(unused, structures) ->
     assert story.policy == "reap"  # no channels went
 
 
+@pytest.mark.long
 def test_where_the_budget_is_deeper_channels_of_the_experts_that_stay_go_too(
     unused, tmp_path
 ) -> None:
@@ -111,6 +112,7 @@ def test_where_the_budget_is_deeper_channels_of_the_experts_that_stay_go_too(
     assert "--policy none" in card
 
 
+@pytest.mark.long
 def test_channels_that_write_nothing_pay_for_it_where_all_experts_matter(idle) -> None:
     share = half_of_the_experts(idle)
     made = prunenet.prune(idle, blocks=BLOCKS, params=share, **SHARED)
@@ -213,6 +215,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(models, monkeyp
         prunenet.prune(models["qwen3_moe"], **asked | {"params": 0.6, "structures": "experts"})
 
 
+@pytest.mark.long
 def test_the_command_shares_a_budget_and_says_what_it_tried(idle, tmp_path) -> None:
     save_tiny(tmp_path / "tiny")  # for its tokenizer
     idle.save_pretrained(tmp_path / "tiny")

@@ -118,6 +118,7 @@ def test_the_bound_is_narrow_where_values_are_spread_and_says_where_they_are_not
     assert spread.bound(keep, "energy") == 0
 
 
+@pytest.mark.long
 def test_more_probes_bring_the_estimate_nearer() -> None:
     keep, off = masks(320, [224] * 8), torch.zeros(2)
     for seed in range(6):

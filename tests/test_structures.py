@@ -76,6 +76,7 @@ def logits(model):
         return model(token_ids()).logits
 
 
+@pytest.mark.long
 def test_a_layer_that_hardly_matters_goes_and_the_parameters_are_met(model, policy, tmp_path):
     made = prunenet.prune(
         model, policy, blocks=BLOCKS, ratio=0.4, structures="layers,heads,channels", **PLAIN
@@ -115,6 +116,7 @@ def test_a_layer_that_hardly_matters_goes_and_the_parameters_are_met(model, poli
     assert "--params 0.4 --widths refined --structures channels,heads,layers --budget" in of_all
 
 
+@pytest.mark.long
 def test_a_record_whose_masks_name_other_layers_is_refused(model, policy, tmp_path):
     made = prunenet.prune(
         model, policy, blocks=BLOCKS, ratio=0.4, structures="channels,layers", **PLAIN
@@ -143,6 +145,7 @@ def test_a_refit_behind_the_layers_that_go_repairs_and_repeats(model, policy):
     assert errors[0] < errors[1]
 
 
+@pytest.mark.long
 def test_layers_alone_go_until_the_budget_is_met_from_below(model, policy):
     made = prunenet.prune(model, policy, blocks=BLOCKS, ratio=0.3, structures="layers", **PLAIN)
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())

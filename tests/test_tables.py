@@ -113,6 +113,7 @@ def test_the_bootstrap_covers_the_mean_and_is_narrower_for_more_windows() -> Non
     assert bootstrap([1.0], [5]) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
 )

@@ -116,6 +116,7 @@ def test_the_policy_returned_is_the_best_one_seen():
     assert value > trained.history[0][1]
 
 
+@pytest.mark.long
 def test_a_policy_that_starts_from_another_goes_on_from_its_rewards(tmp_path):
     both = replace(SHORT, allocation=WHERE)
     first = train(tiny_model("llama"), both, blocks=own_text())
@@ -146,6 +147,7 @@ def test_the_model_is_as_it_was_after_training():
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("algorithm", ["a2c", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_run_killed_in_each_stage_in_turn_resumes_to_the_same_policy_bit_for_bit(
     tmp_path, algorithm
@@ -334,6 +336,7 @@ def test_a_policy_that_has_learned_where_to_cut_reloads_to_the_same_bits(tmp_pat
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_the_regime_is_the_most_that_either_stage_looked_at():
     from prunenet.envs import SpectralReward
 
@@ -361,6 +364,7 @@ def test_a_second_stage_without_text_is_refused_before_the_first_one_runs(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_resuming_with_another_second_stage_is_refused(tmp_path):
     train(tiny_model("llama"), replace(SHORT, allocation=WHERE), blocks=own_text(), out=tmp_path)
     for other in (None, replace(WHERE, updates=5)):

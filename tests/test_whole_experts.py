@@ -344,6 +344,7 @@ def compare(folder, out, *asked, code=0):
     return [json.loads(line) for line in lines], " ".join(result.output.split())
 
 
+@pytest.mark.long
 def test_a_comparison_says_both_sizes_at_equal_parameters_and_at_equal_active_ones(
     folder, tmp_path
 ) -> None:

@@ -244,6 +244,7 @@ def test_a_judge_that_is_given_the_wrong_things_says_so() -> None:
 # By name.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["predictor", "evolution"])
 def test_searched_allocations_are_reached_by_name_and_are_no_worse_than_uniform(how) -> None:
     if how == "predictor":

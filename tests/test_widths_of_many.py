@@ -32,6 +32,7 @@ def measured(policy, *families):
     return [Measured.of(tiny_model(family), TEXT, policy) for family in families]
 
 
+@pytest.mark.long
 def test_channels_stay_and_widths_lower_what_every_matrix_predicts(start):
     known = measured(start, "llama", "qwen3")
     learned = train_widths(start, known, SHORT)
@@ -50,6 +51,7 @@ def test_channels_stay_and_widths_lower_what_every_matrix_predicts(start):
         assert sum(widths) == sum(start.widths(other, ratio, round_to=1))
 
 
+@pytest.mark.long
 def test_anew_forgets_the_widths_of_the_start_and_otherwise_they_are_the_start(start):
     known = measured(start, "llama")
     first = train_widths(start, known, SHORT)
@@ -60,6 +62,7 @@ def test_anew_forgets_the_widths_of_the_start_and_otherwise_they_are_the_start(s
     assert max(map(abs, train_widths(first, known, none, anew=True).offsets(model))) < 1e-6
 
 
+@pytest.mark.long
 def test_the_command_writes_a_policy_that_prunes_and_twice_the_same(start, tmp_path):
     folders = [save_tiny(tmp_path / family, family) for family in ("llama", "qwen3")]
     start.save_pretrained(tmp_path / "start")
