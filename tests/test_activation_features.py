@@ -230,6 +230,7 @@ def test_no_statistic_alone_reconstructs_more_on_other_text_than_the_prior():
     assert paid[prior] > 1.1 * paid["moment_energy"]
 
 
+@pytest.mark.long
 def test_training_improves_on_its_start_on_text_that_neither_half_saw():
     model = tiny_model("llama")
     # twelve quiet channels that say the same: together they write most
@@ -289,6 +290,7 @@ def test_the_scorer_reads_one_half_of_the_text_and_the_rewards_the_other(monkeyp
     assert torch.equal(seen["reward"], blocks.ids)
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_resumes_to_the_same_policy_bit_for_bit(tmp_path):
     class Stopped(Exception):
         pass
@@ -428,6 +430,7 @@ def test_pruning_by_it_is_of_the_regime_of_its_text(regime, refit):
     assert all(torch.equal(a, b) for a, b in zip(given.keep, expected, strict=True))
 
 
+@pytest.mark.long
 def test_training_on_moments_is_of_the_regime_of_its_text_whatever_the_reward():
     model = tiny_model("llama")
     spectral = train(
@@ -440,6 +443,7 @@ def test_training_on_moments_is_of_the_regime_of_its_text_whatever_the_reward():
     assert own.regime == "self"
 
 
+@pytest.mark.long
 def test_the_command_line_trains_it_prunes_by_it_and_asks_for_text(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(artifact, "ZOO", tmp_path / "zoo")

@@ -149,6 +149,7 @@ def test_the_objective_is_the_loss_of_the_narrow_model() -> None:
     assert masked_loss(model, keep, ids) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["tpe", "random"])
 def test_a_search_starts_where_it_is_told_and_ends_no_worse(strategy) -> None:
     model = tiny_model("llama")

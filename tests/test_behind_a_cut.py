@@ -141,6 +141,7 @@ def test_a_bin_that_is_partly_gone_counts_its_rest(model, scores, dense):
     )
 
 
+@pytest.mark.long
 def test_episodes_and_searches_price_with_the_form_behind_the_cut(model, near, base):
     one = game(model, near)
     episodes, paid = Episodes(one, 8, 0.4), torch.zeros(8)

@@ -380,6 +380,7 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
     return str(folder)
 
 
+@pytest.mark.long
 def test_models_side_by_side_share_the_tokens_of_one_text(model, tmp_path, monkeypatch) -> None:
     folders = [saved(model, with_bos(words()), tmp_path / name) for name in "ab"]
     folders.append(saved(model, words(), tmp_path / "c"))

@@ -221,6 +221,7 @@ def test_games_of_several_models_are_drawn_and_padded_to_one_length(game):
         env.reset(options={"game": 2})
 
 
+@pytest.mark.long
 def test_gymnasium_makes_both_on_a_tiny_model_and_writes_the_spec(tmp_path):
     env = gymnasium.make(BUDGET_ENV_ID, ratio=0.4, bins=3, render_mode="rgb_array")
     again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json()))

@@ -55,6 +55,7 @@ def test_a_command_that_is_killed_before_a_file_operation_leaves_nothing_behind(
     assert not made.faults
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(3))
 def test_a_command_whose_disk_is_full_or_broken_says_so_and_leaves_nothing_behind(yard, number):
     from disturb import disks
@@ -81,6 +82,7 @@ def test_mutated_files_are_refused_in_one_sentence_or_read_as_they_say(tmp_path)
         reader.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["code 0", "'../secret/s.safetensors'"])
 def test_a_hostile_folder_runs_nothing_and_shows_nothing_of_what_is_outside(yard, name):
     from disturb.folders import hostile, kinds
@@ -108,6 +110,7 @@ def test_what_is_left_over_or_differs_or_is_torn_is_seen(yard, reference):
         assert ("torn", "t.txt is gone") in torn(place, reference)
 
 
+@pytest.mark.long
 def test_a_traceback_a_hang_and_a_read_outside_are_seen(yard, reference, monkeypatch):
     from disturb import children
 

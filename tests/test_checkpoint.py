@@ -160,6 +160,7 @@ def test_an_attention_implementation_of_choice_does_not_fail_the_verification(tm
     save_pruned(narrow, tmp_path / "narrow", keep, provenance_of(dense, narrow))
 
 
+@pytest.mark.long
 def test_the_export_with_zero_channels_is_a_stock_checkpoint_of_the_same_function(tmp_path) -> None:
     source = save(tmp_path / "narrow", PER_LAYER, model_type="phi3")
     out = export_padded(source, tmp_path / "padded")

@@ -130,6 +130,7 @@ def test_prune_makes_a_checkpoint_that_loads_everywhere_and_twice_the_same(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.long
 def test_prune_by_itself_eliminates_and_refits_on_the_model_s_own_text(model, tmp_path):
     before = contents(model)
     done = facts("prune", model, "--ratio", 0.5, "--out", tmp_path / "out")
@@ -153,6 +154,7 @@ def test_prune_by_itself_eliminates_and_refits_on_the_model_s_own_text(model, tm
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("moments", "widths", "channels", "refit"),
     [
@@ -252,6 +254,7 @@ def test_prune_trains_blocks_and_goes_on_after_a_kill_from_a_folder_that_it_remo
     assert "Each FFN was trained by itself after the cut" in (out / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(4000)))
@@ -318,6 +321,7 @@ def test_prune_refuses_what_it_cannot_do_before_any_text_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_an_unknown_policy_lists_the_zoo_and_a_known_one_is_found_by_name_or_family(
     model, learned, tmp_path, monkeypatch
 ):

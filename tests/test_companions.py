@@ -290,6 +290,7 @@ def test_a_pruned_model_that_another_tool_has_tuned_is_padded_recovered_scored_a
 # --- by its name on the hub ---
 
 
+@pytest.mark.long
 def test_a_pruned_model_is_known_by_its_name_on_the_hub(
     dense, pruned, tmp_path, monkeypatch
 ) -> None:
@@ -314,6 +315,7 @@ def test_a_pruned_model_is_known_by_its_name_on_the_hub(
 # --- padded, and in another dtype ---
 
 
+@pytest.mark.long
 def test_a_padded_model_is_not_cut_for_its_zeros_are_no_channels(pruned, tmp_path) -> None:
     padded = export_padded(pruned, tmp_path / "padded")
     for model in (load_model(padded), StreamedCheckpoint.open(padded)):

@@ -281,6 +281,7 @@ def test_a_wrong_name_is_refused_in_one_sentence_with_the_choices(text, words):
 # --- combinations ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [
@@ -320,6 +321,7 @@ def runs(specs, benches) -> None:
             ), spec.name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ON_DENSE)  # experts: test_whole_experts
 def test_every_method_runs_with_every_allocation_that_is_no_search_and_with_a_refit(
     method, benches, monkeypatch
@@ -381,6 +383,7 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("spec", "widths"), [("prunenet", "auto"), ("prunenet:learned+sequential", "per-layer")]
 )
@@ -483,6 +486,7 @@ def test_prefixes_are_never_taken_from_a_test_text(model, tokenizer, unchecked):
         prefix_blocks(model, tokenizer, TestText("t", "w1 w2 w3 w4"), SHORT)
 
 
+@pytest.mark.long
 def test_what_is_measured_on_a_text_is_measured_once_and_dropped_when_its_cells_are_done(
     folder, monkeypatch, tmp_path
 ):
@@ -593,6 +597,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.long
 def test_every_line_has_every_field(folder, tmp_path):
     lines, _ = compare(folder, *ASKED, seeds="0,1", ratios="0.25,0.5", out=tmp_path / "r.jsonl")
     assert len(lines) == 1 + 3 * 2 * 2
@@ -665,6 +670,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_does_each_cell_once(folder, tmp_
     assert out.read_bytes() == before
 
 
+@pytest.mark.long
 def test_another_question_is_another_cell_and_another_name_is_not(folder, tmp_path):
     out = tmp_path / "r.jsonl"
     first, _ = compare(folder, "flap@words", out=out)
@@ -960,6 +966,7 @@ def test_slicegpt_is_left_out_of_all_and_refused_by_name_where_the_family_cannot
 # --- what is shown ---
 
 
+@pytest.mark.long
 def test_the_markdown_parses_and_holds_every_cell(folder, tmp_path):
     asked = {
         "out": tmp_path / "r.jsonl",
@@ -1009,6 +1016,7 @@ def test_json_holds_every_line(folder, tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_tasks_are_scored_shown_and_drawn(folder, tmp_path, monkeypatch):
     (tmp_path / "copa.jsonl").write_text(
         json.dumps(
@@ -1147,6 +1155,7 @@ def test_dense_weights_are_not_touched(model, benches):
     )
 
 
+@pytest.mark.long
 def test_every_method_can_be_recovered_on_the_same_text_and_its_line_says_so(folder, tmp_path):
     options = {"ratios": 0.25, "recover_tokens": 256, "out": tmp_path / "a.jsonl"}
     names = ("magnitude", "magnitude+recovered", "wanda_sp+recovered")

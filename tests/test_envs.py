@@ -313,6 +313,7 @@ def test_information_of_the_batched_environment_comes_with_masks_and_ends_with_t
         assert all(known[f"_{key}"].all() for key in known if not key.startswith("_"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["PPO", "A2C"])
 def test_a_stock_trainer_plays_the_single_and_the_batched_environment(model, name):
     import stable_baselines3

@@ -90,6 +90,7 @@ def test_an_example_has_at_most_40_lines_and_shows_what_it_says(name):
         assert trained < 0.7 * random
 
 
+@pytest.mark.long
 def test_the_python_of_the_page_about_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_model("llama").save_pretrained("model")

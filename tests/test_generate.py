@@ -65,6 +65,7 @@ def test_the_filter_judges_what_was_sampled_behind_the_prefix():
     assert torch.equal(kept, everything[best])
 
 
+@pytest.mark.long
 def test_a_strong_penalty_keeps_tokens_from_coming_again():
     def repeats(rows: torch.Tensor) -> int:
         return sum(len(row) - len(set(row)) for row in rows.tolist())
@@ -136,6 +137,7 @@ def test_text_that_always_comes_out_the_same_is_kept_once():
     assert all(now <= whole for now, whole in calls)
 
 
+@pytest.mark.long
 def test_repeated_text_is_written_anew_until_no_sequence_shares_too_much_with_an_earlier_one():
     options = {"top_p": 0.3, "hot": 0.4, "temperature": 0.4, "sequences": 8, "tokens": 24}
     rows = written(**options, overlap=0.3)

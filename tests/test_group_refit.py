@@ -62,6 +62,7 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model_type",
     [

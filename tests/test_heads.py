@@ -382,6 +382,7 @@ def test_magnitude_multiplies_the_norms_of_the_slices_of_a_group(evidence) -> No
     torch.testing.assert_close(METHODS["magnitude"].with_heads(evidence).groups[1][2], expected)
 
 
+@pytest.mark.long
 def test_taylor_sums_of_groups_are_those_of_finite_differences() -> None:
     model = tiny().double()
     windows, layer, group, step = token_ids(2, 6), decoder_layers(model)[1].self_attn, 2, 2e-2

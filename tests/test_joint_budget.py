@@ -206,6 +206,7 @@ def test_an_untrained_allocator_cuts_all_slots_alike_and_a_trained_one_serves_ot
     assert after < before - 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_the_same_seed_trains_the_same_allocator(one, cap, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

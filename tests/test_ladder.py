@@ -186,6 +186,7 @@ def test_an_estimate_grows_with_steps_and_with_what_is_trained():
     assert averaged.bytes > full.bytes - weights
 
 
+@pytest.mark.long
 def test_repeated_text_is_told_from_text_that_does_not_repeat(dense, tmp_path):
     from prunenet.evaluation.repetition import counted
     from prunenet.evaluation.side_by_side import evaluate
@@ -227,6 +228,7 @@ def test_each_rung_is_a_checkpoint_and_those_that_are_there_are_not_done_again(
     ]
 
 
+@pytest.mark.long
 def test_rungs_that_external_text_is_too_short_for_are_refused_before_any_is_run(dense, tmp_path):
     facts("prune", dense, "--policy", "none", "--ratio", 0.5, "--out", tmp_path / "cut")
     text = tmp_path / "text.txt"
@@ -281,6 +283,7 @@ def test_a_mixture_that_lost_whole_experts_learns_from_the_whole_one(dense, tmp_
     assert load_provenance(tmp_path / "out").how["experts"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["experts, concat", "wrapper"])
 @pytest.mark.parametrize("updates", ["lora", "full"])
 def test_mixtures_and_wrappers_are_recovered_by_either_kind_of_update(kind, updates):

@@ -51,6 +51,7 @@ def test_widths_of_256_are_stated_so_that_older_readers_compute_them(tmp_path) -
         assert below + -below % 256 == width
 
 
+@pytest.mark.long
 def test_a_configuration_saved_again_says_the_same(tmp_path) -> None:
     folder, _ = saved(tmp_path / "cut")
     export_nemotron(folder, tmp_path / "out")

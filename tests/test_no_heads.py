@@ -123,6 +123,7 @@ def test_what_has_lost_its_attention_is_cut_again_and_filled_up_again(dense) -> 
         cut(Evidence(once), "magnitude", 0.3, heads=True)
 
 
+@pytest.mark.long
 def test_a_placed_model_loses_attention_like_one_in_memory(dense, checkpoint, tmp_path) -> None:
     pytest.importorskip("accelerate")
     dense.save_pretrained(tmp_path / "dense")

@@ -189,6 +189,7 @@ def test_a_placed_model_writes_the_same_text(tmp_path, family):
     assert torch.equal(mine, theirs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize(
     ("family", "tied", "widths"), [("llama", True, "per-layer"), ("opt", None, "uniform")]

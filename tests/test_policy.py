@@ -297,6 +297,7 @@ def test_measuring_and_refitting_leave_the_dense_model_alone(channels, refit):
         )
 
 
+@pytest.mark.long
 def test_a_refit_comes_nearer_to_the_dense_model_than_none():
     model, blocks = tiny_model("llama"), CalibrationSet(token_ids(40, 24), "self", {})
     ids = token_ids(8, 24, seed=1)

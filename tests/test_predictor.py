@@ -40,6 +40,7 @@ def pairs_of(
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_it_finds_the_planted_optimum(seed) -> None:
     budget = room(5, 48)
@@ -122,6 +123,7 @@ def test_importance_is_a_share_and_points_at_the_sensitive_layers() -> None:
     assert set(np.argsort(predictor.importance)[-3:].tolist()) == {0, 8, 9}
 
 
+@pytest.mark.long
 def test_the_rank_correlation_is_spearmans_and_that_of_unseen_architectures() -> None:
     budget, draws = room(10, 1536), np.random.default_rng(0)
     first, second = draws.integers(0, 9, 30).astype(float).tolist(), draws.normal(size=30).tolist()
@@ -153,6 +155,7 @@ def test_narrowing_keeps_the_sensitive_layers_wide_and_the_others_free() -> None
     )
 
 
+@pytest.mark.long
 def test_losses_that_do_not_differ_or_are_not_positive_are_no_obstacle() -> None:
     budget = room(6, 96)
     flat = predictor_search(budget, lambda widths: 1.0, options=FEW)

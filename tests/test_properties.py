@@ -74,6 +74,7 @@ def assert_spends(budget: Budget, widths: list[int]) -> None:
         assert width == d_ff or cost * (following - width) > left
 
 
+@pytest.mark.long
 @given(layers(), RATIOS, RATIOS)
 def test_a_width_is_the_nearest_multiple_and_falls_with_the_ratio(some, first, second) -> None:
     round_to, widths = some

@@ -42,6 +42,7 @@ def test_the_readme_lists_the_supported_models_of_the_table():
     assert listed == sorted(ARCHITECTURES)
 
 
+@pytest.mark.long
 def test_the_readme_s_table_of_types_is_the_one_that_the_code_makes(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path))  # what ships, and nothing of this machine
     table = README.partition("<!--types-->\n")[2].partition("<!--/types-->")[0]

@@ -371,6 +371,7 @@ def test_text_from_outside_needs_no_teacher_and_the_story_says_so(dense, pruned,
     assert (tmp_path / "twice" / "tokenizer.json").exists()
 
 
+@pytest.mark.long
 def test_where_nothing_is_better_the_checkpoint_has_the_pruned_model_s_own_weights_and_says_so(
     dense, pruned, tmp_path
 ):
@@ -422,6 +423,7 @@ def test_a_killed_command_goes_on_with_resume_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_state_that_a_kill_left_beside_its_result_is_removed_and_no_other_is(
     dense, pruned, tmp_path, monkeypatch
 ):

@@ -69,6 +69,7 @@ def test_the_three_distances_are_what_they_are_called(model):
     assert 2 * float(found.tv) ** 2 <= float(found.kl)  # Pinsker, of the means by Jensen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("structures", ["channels", "channels,heads"])
 def test_refined_widths_lower_the_measured_divergence_at_as_many_parameters(
     model, policy, structures
@@ -135,6 +136,7 @@ def test_a_search_that_loses_behind_the_refit_gives_way_to_the_policys_own_alloc
         assert searched.isdisjoint(map(tuple, judged.tolist()))
 
 
+@pytest.mark.long
 def test_a_refreshed_matrix_and_a_cap_refine_too(model, policy):
     ablated = []
     found = refine(
@@ -173,6 +175,7 @@ def test_a_fixed_number_of_cuts_is_measured_and_the_matrix_only_once(model, poli
     assert ablated == [(n, 2 * units) for n in range(1, 2 * units + 1)]
 
 
+@pytest.mark.long
 def test_a_checkpoint_with_refined_heads_reloads_and_says_which(model, policy, tmp_path):
     made = prunenet.prune(
         model,

@@ -40,6 +40,7 @@ def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
+@pytest.mark.long
 def test_a_report_of_one_model_and_of_nothing_measured_can_be_drawn(tmp_path: Path) -> None:
     draw_report([row(0, 134)], tmp_path / "one.png")
     draw_report([row(0, 134, None) | {"prefill_tokens_per_second": None}], tmp_path / "none.png")

@@ -147,6 +147,7 @@ def test_dead_channels_are_last_and_do_not_shape_the_other_scores() -> None:
     assert found[1].argmin() == 7
 
 
+@pytest.mark.long
 def test_one_sort_cuts_all_layers_but_the_first_three_and_the_last_two(monkeypatch) -> None:
     monkeypatch.setitem(families._FIELDS, "num_hidden_layers", 12)
     model = tiny_model("llama")

@@ -64,6 +64,7 @@ def half_of_the_experts(model):
     return 1 - price.whole(4) / price.total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("structures", ["channels,experts", "experts"])
 def test_experts_that_are_never_chosen_pay_for_the_budget(unused, structures) -> None:
     share = half_of_the_experts(unused)

@@ -85,6 +85,7 @@ def test_masks_of_zeros_and_ones_cut_every_kind_of_ffn_and_gradients_reach_them(
     assert float(judge.costs.sum()) == pytest.approx(1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("divergence", ["kl", "tv"])
 def test_learned_masks_meet_the_budget_lose_what_does_nothing_and_beat_magnitude(divergence):
     model = tiny_model("llama")
@@ -114,6 +115,7 @@ def test_a_seed_repeats_its_masks_and_another_one_has_others() -> None:
     assert not same(found[0], found[2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_killed_run_goes_on_and_ends_with_the_same_masks(damaged, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(soft_masks, "_SECONDS", -1.0)

@@ -116,6 +116,7 @@ def test_a_streamed_cut_writes_the_bytes_of_the_cut_in_memory(
     } == {dtype}
 
 
+@pytest.mark.long
 def test_what_is_too_large_for_one_file_is_written_as_shards_that_load_and_can_be_streamed_again(
     tmp_path, policy
 ) -> None:
@@ -372,6 +373,7 @@ def test_writing_holds_one_slab_in_memory(tmp_path, policy, monkeypatch) -> None
     assert 1024 <= ledger.most <= 2 * 1024, "the slab that is written and the one that is read"
 
 
+@pytest.mark.long
 def test_training_on_a_streamed_checkpoint_gives_the_policy_of_training_in_memory_and_keeps_no_weights(
     tmp_path,
 ) -> None:
@@ -413,6 +415,7 @@ def test_a_shard_s_bytes_are_those_that_safetensors_writes(tmp_path) -> None:
         )
 
 
+@pytest.mark.long
 def test_the_command_streams_to_the_same_bytes_and_refuses_what_needs_activations(
     tmp_path, policy
 ) -> None:

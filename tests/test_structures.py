@@ -156,6 +156,7 @@ def test_layers_alone_go_until_the_budget_is_met_from_below(model, policy):
     assert set(made.provenance.widths) == {48}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("budget", "structures"),
     [
@@ -332,6 +333,7 @@ def test_costs_by_latency_bend_where_the_table_does(model):
         unit_costs(units, model.config, "latency")
 
 
+@pytest.mark.long
 def test_where_only_a_layer_can_meet_the_budget_one_goes_and_heads_stay(model, policy, monkeypatch):
     slow = LatencyTable((24, 48), (98.0, 100.0), (1, 2), (99.0, 100.0))
     monkeypatch.setattr(refining, "latency_table", lambda model: slow)

@@ -81,6 +81,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_same_recipe_same_policy_and_another_seed_another_one(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(tiny_model("llama"), replace(SHORT, seed=seed), out=tmp_path / name)
@@ -282,6 +283,7 @@ def test_a_policy_trained_on_one_width_applies_to_another():
     assert isinstance(trained.policy, Policy)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("important", [0, 1, 2])
 def test_the_second_stage_leaves_most_channels_to_the_layer_that_matters_most(important):
     model = tiny_model("llama")
@@ -303,6 +305,7 @@ def test_the_second_stage_leaves_most_channels_to_the_layer_that_matters_most(im
     assert config.gain > 0
 
 
+@pytest.mark.long
 def test_the_second_stage_leaves_the_channels_scores_as_they_are():
     model = tiny_model("llama")
     first = train(model, SHORT)
@@ -319,6 +322,7 @@ def test_the_second_stage_leaves_the_channels_scores_as_they_are():
     )
 
 
+@pytest.mark.long
 def test_a_policy_that_has_learned_where_to_cut_reloads_to_the_same_bits(tmp_path):
     model = tiny_model("llama")
     trained = train(
@@ -378,6 +382,7 @@ def test_resuming_with_another_second_stage_is_refused(tmp_path):
             )
 
 
+@pytest.mark.long
 def test_a_reward_of_one_s_own_says_its_regime_and_is_recorded():
     from prunenet.envs import SpectralReward
 

@@ -105,6 +105,7 @@ def test_layers_of_other_widths_compute_as_masked(model_type, models) -> None:
     assert Anatomy.of(whole).widths == [8] * len(keep)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", some(SAVED.values()))
 def test_a_folder_of_other_widths_is_reloaded_by_us_and_by_transformers(
     model_type, models, tmp_path
