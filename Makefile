@@ -42,13 +42,13 @@ test: $(READY) ## run the tests (a few minutes)
 	@$(PYTEST) $(ARGS)
 
 test-long: $(READY) ## run the tests that take seconds each: kills, several processes, whole trainings
-	@$(PYTEST) -m long $(ARGS)
+	@$(PYTEST) -m 'long and not slow and not gpu' $(ARGS)
 
 test-slow: $(READY) ## run the tests that need the real model (fetch it first: make demo)
 	@$(BIN)/pytest -m slow $(ARGS)
 
-coverage: $(READY) ## run the tests and list the lines that none of them runs
-	@$(PYTEST) --cov=prunenet --cov-report=term-missing:skip-covered $(ARGS)
+coverage: $(READY) ## run the tests, long ones too, and list the lines that none of them runs
+	@$(PYTEST) -m 'not slow and not gpu' --cov=prunenet --cov-report=term-missing:skip-covered $(ARGS)
 
 check: $(READY) ## ruff, mypy --strict, import floors
 	@failed=; \
