@@ -865,6 +865,22 @@ def test_a_file_that_is_too_large_for_a_comparison_is_not_read(tmp_path, monkeyp
         (["random"], {"round": 64}, ["64"]),
         (["random"], {"tasks": "piqa"}, ["--task-data"]),
         (["random"], {"recover_tokens": 256}, ["--recover-tokens 256 is of methods +recovered"]),
+        (["random"], {"recover_window": 32}, ["--recover-window 32 is of methods +recovered"]),
+        (
+            ["random+recovered"],
+            {"recover_window": 2},
+            ["--recover-window must be at least 4, got 2"],
+        ),
+        (
+            ["random+recovered"],
+            {"recover_window": 512},
+            ["--recover-window must be at most 32, what the model has positions for, got 512"],
+        ),
+        (
+            ["random+recovered"],
+            {"recover_tokens": 30, "recover_window": 16},
+            ["--recover-tokens must be at least 32, 2 blocks of 16, got 30"],
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_file(specs, options, words, folder, tmp_path):
@@ -1172,5 +1188,7 @@ def test_every_method_can_be_recovered_on_the_same_text_and_its_line_says_so(fol
     assert recovered["perplexity"] != plain["perplexity"]
     assert recovered["recovery"]["loss_after"] < recovered["recovery"]["loss_before"]
     assert recovered["recovery"]["text"] == other["recovery"]["text"]
-    longer, _ = compare(folder, names[1], **options | {"recover_tokens": 320})
-    assert longer[-1]["cell"] != recovered["cell"], "another training is another cell"
+    for changed in ({"recover_tokens": 320}, {"recover_window": 16}):
+        again, _ = compare(folder, names[1], **options | changed)
+        assert again[-1]["cell"] != recovered["cell"], "another training is another cell"
+    assert again[-1]["recovery"]["text"]["tokens"] == 16

@@ -235,7 +235,7 @@ def test_rungs_that_external_text_is_too_short_for_are_refused_before_any_is_run
     text.write_text(" ".join(f"w{number % 60}" for number in range(2000)))
     ask = ("recover", tmp_path / "cut", "--teacher", dense, "--out", tmp_path / "out")
     ask += ("--rungs", "1280,12800", "--moments", "data", "--text", text)
-    assert "has 31 windows of 64 tokens, fewer than the 216 asked for" in refused(*ask)
+    assert "has 31 windows of 64 tokens, fewer than the 250 asked for" in refused(*ask)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
 
 
@@ -246,7 +246,19 @@ def test_the_card_s_commands_cut_and_recover_to_the_same_bytes(dense, tmp_path, 
     Path("words.txt").write_text(" ".join(f"w{n * n % 61}" for n in range(2600)))
     own = ("--tokens", 1280, "--seed", 3, "--round", 4)
     facts("prune", "tiny", "--policy", "none", "--ratio", 0.55, *own, "--out", "smaller")
-    first = ("--embeddings", "--updates", "full", "--tokens", 1000, "--loss", "top256", "--seed", 1)
+    first = (
+        "--embeddings",
+        "--updates",
+        "full",
+        "--tokens",
+        1000,
+        "--window",
+        32,
+        "--loss",
+        "top256",
+        "--seed",
+        1,
+    )
     facts("recover", "smaller", "--teacher", "tiny", "--out", "once", *first)
     read = ("--moments", "data", "--text", "words.txt", "--steps", 3, "--batch", 2, "--betas", 0.8)
     facts("recover", "once", "--out", "twice", *read, 0.9, "--updates", "lora", "--rank", 3)

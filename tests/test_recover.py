@@ -236,6 +236,12 @@ def test_a_number_out_of_range_is_named_with_its_value(field, value):
         Tuning(**{field: value})
 
 
+@pytest.mark.parametrize(("window", "blocks"), [(32, 8), (63, 4), (64, 4), (256, 1), (1024, 1)])
+def test_a_step_reads_about_256_tokens_whatever_the_blocks_are(window, blocks):
+    assert Tuning().settled(64, window, 1000).batch == blocks
+    assert Tuning(batch=3).settled(64, window, 1000).batch == 3
+
+
 def test_text_and_teacher_must_suit_the_model():
     dense, narrow = cut()
     with pytest.raises(ValueError, match="2 blocks or more"):
@@ -491,6 +497,11 @@ def test_mistakes_are_one_sentence_and_leave_nothing(dense, pruned, words, tmp_p
         (
             (pruned, *taught, "--moments", "data", "--text", words, "--tokens", 4096),
             "give more text",
+        ),
+        ((pruned, *taught, "--window", 3), "--window must be at least 4, got 3"),
+        (
+            (pruned, *taught, "--window", 65),
+            "--window must be at most 64, what the model has positions for, got 65",
         ),
         ((pruned, *taught, "--resume"), "nothing to resume in"),
         ((pruned, *taught, "--device", "auto"), "one device"),
@@ -752,8 +763,8 @@ def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, tmp_path, 
     from prunenet.recover.options import RecoverText
     from prunenet.text.calibration import CalibrationOptions, calibration_for
 
-    monkeypatch.setattr(module, "_PART", 8)
-    monkeypatch.setattr(module, "MOST_HELD", 2)
+    monkeypatch.setattr(module, "_PART", 512)
+    monkeypatch.setattr(module, "MOST_HELD", 128)
     model, tokenizer = load_model(dense), load_tokenizer(dense)
     block, tuning = 64, Tuning(batch=4)
     short, long = (
@@ -767,7 +778,10 @@ def test_text_is_read_once_and_longer_text_begins_with_shorter(dense, tmp_path, 
         model, tokenizer, "self", "builtin", CalibrationOptions(tokens=10 * block)
     )
     assert torch.equal(long.ids[:8], first.ids[:8])
-    assert tuning.settled(24, 1000).steps == 6
+    assert tuning.settled(24, block, 1000).steps == 6
+    halves = RecoverText(tokens=12 * block, window=32)
+    learned = module.learning_text(model, tokenizer, halves, tuning)
+    assert learned.ids.shape == (24 + 4, 32), "as many tokens are learned from, and held back"
     by_steps = module.learning_text(model, tokenizer, RecoverText(), Tuning(batch=4, steps=3))
     assert torch.equal(by_steps.ids, short.ids)
     assert torch.equal(long.ids[-2:], short.ids[-2:]), "held back is the same text"

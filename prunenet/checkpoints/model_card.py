@@ -266,8 +266,9 @@ def _trainings(made: Provenance) -> list[str]:
             said += f" --teacher {made.base_model}"
         if step["regime"] == "data":
             said += f" --moments data --text {_text_name(text)}"
-        # a fifth, at most 16 blocks, was held back
-        said += f" --tokens {(blocks - min(16, max(1, round(0.2 * blocks)))) * tokens}"
+        # a fifth, at most 4,096 tokens, was held back
+        held = max(1, min(4096 // tokens, round(0.2 * blocks)))
+        said += f" --tokens {(blocks - held) * tokens} --window {tokens}"
         flags = {name: step[name] for name in _SAID if name in step}  # type: ignore[literal-required]
         flags |= {"rank": step["rank"]} if step.get("updates") == "lora" else {}
         flags |= {"loss": "top256"} if "top 256" in step["loss"] else {}

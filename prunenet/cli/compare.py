@@ -71,6 +71,9 @@ class Varied:
     recover_tokens: Annotated[
         int, typer.Option(help="Tokens that methods +recovered learn from, self-written.")
     ] = TOKENS
+    recover_window: Annotated[
+        int | None, typer.Option(help="Tokens of a block of it. Default: 64.")
+    ] = None
 
     def options(self) -> CompareOptions:
         """Raises ValueError where ratios or seeds are no numbers between commas."""
@@ -82,6 +85,7 @@ class Varied:
             round_to=cast(RoundTo, self.round_to),  # what the option's parser makes
             policy=self.policy,
             recover_tokens=self.recover_tokens,
+            recover_window=self.recover_window,
         )
 
 

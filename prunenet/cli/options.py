@@ -267,7 +267,7 @@ HELP: dict[str, Any] = {
     ),
     "embeddings": typer.Option(help="With full: train embeddings and LM head too."),
     "steps": typer.Option(help="Steps of training. Default: one pass over the text."),
-    "batch": typer.Option(help="Blocks of a step."),
+    "batch": typer.Option(help="Blocks of a step. Default: as many as have about 256 tokens."),
     "micro_batch": typer.Option(help="Blocks in memory at once."),
     "rank": typer.Option(help="Rank of the low-rank updates."),
     "learning_rate": typer.Option(
@@ -302,9 +302,12 @@ HELP: dict[str, Any] = {
         help="External text for --moments data: builtin, a file, or id[:config[:split]]."
     ),
     "tokens": typer.Option(
-        help="Tokens to learn from, in blocks of 256, once each unless --steps says otherwise; a"
-        " quarter as many, at most 16 blocks, are held back to choose by. Default: as many as the"
-        " steps read, 98304 without them."
+        help="Tokens to learn from, once each unless --steps says otherwise; a quarter as many, at"
+        " most 4096, are held back to choose by. Default: as many as the steps read, 98304 without"
+        " them."
+    ),
+    "RecoverText.window": typer.Option(
+        help="Tokens of a block. Default: 64 of self-written text, 256 of external text."
     ),
 }
 

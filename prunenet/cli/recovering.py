@@ -190,7 +190,7 @@ class Unfinished:
         external = calibration.moments == "data"
         # Of external text as much, or again and again what there is.
         steps = FAST // BLOCK if external else None
-        tuning = Tuning(seed=calibration.seed, steps=steps)  # the text that the cut was measured on
+        tuning = Tuning(seed=calibration.seed, steps=steps)
         text = RecoverText(
             moments="data" if external else "self",
             text=calibration.text,

@@ -99,12 +99,14 @@ def compare(
 
 
 def _check_recovery(specs: Sequence[Spec], options: CompareOptions) -> None:
-    """Raises ValueError for an amount of training that no method is trained by."""
-    if options.recover_tokens != TOKENS and not any(spec.recovered for spec in specs):
-        raise ValueError(
-            f"`recover_tokens` {options.recover_tokens} is of methods +recovered: name one, or"
-            " leave it out"
-        )
+    """Raises ValueError for a training that no method is trained by, or a text that is none."""
+    usual = {"recover_tokens": TOKENS, "recover_window": None}
+    for name, value in usual.items():
+        given = getattr(options, name)
+        if given != value and not any(spec.recovered for spec in specs):
+            raise ValueError(
+                f"`{name}` {given} is of methods +recovered: name one, or leave it out"
+            )
 
 
 def _plan(
@@ -122,7 +124,7 @@ def _plan(
         evaluation,
         amount,
         options.round_to,
-        (options.tuning, options.recover_tokens),
+        (options.tuning, options.recover_text),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
-from prunenet.recover.options import TOKENS, Tuning
+from prunenet.recover.options import TOKENS, RecoverText, Tuning
 from prunenet.runtime.choices import ROUND_TO, RoundTo
 
 ShareOf = Literal["channels", "parameters", "active"]
@@ -26,7 +26,8 @@ class CompareOptions:
         round_to: widths are multiples of this; "auto": see `prunenet.policies.PruneOptions`.
         policy: a policy that ships, the folder of a trained one, or "none"; None: the family's,
             else the universal one where FFNs are gated and dense.
-        recover_tokens: of self-written text that methods `+recovered` learn from.
+        recover_tokens, recover_window: of the self-written text that methods `+recovered` learn
+            from, and of a block of it; see `prunenet.recover.RecoverText`.
         tuning: how they are trained; the seed is the cell's.
     """
 
@@ -36,7 +37,16 @@ class CompareOptions:
     round_to: RoundTo = ROUND_TO
     policy: str | None = None
     recover_tokens: int = TOKENS
+    recover_window: int | None = None
     tuning: Tuning = field(default_factory=Tuning)
+
+    @property
+    def recover_text(self) -> RecoverText:
+        """What methods `+recovered` learn from. Raises ValueError for blocks that are too short."""
+        from prunenet.text.calibration import check_window
+
+        check_window(self.recover_window, "recover_window")
+        return RecoverText(tokens=self.recover_tokens, window=self.recover_window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ from prunenet.compare.results import Line
 from prunenet.compare.spec import Spec
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
 from prunenet.evaluation.zeroshot import read_task
-from prunenet.recover.options import TOKENS, Tuning
+from prunenet.recover.options import TOKENS, RecoverText, Tuning
+from prunenet.recover.text import window_of
 from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.text.corpora import TestText, content_sha256
 from prunenet.text.windows import bos_token
@@ -59,7 +60,7 @@ class Plan:
         evaluation: how every cell is scored.
         amount: of calibration text.
         round_to: widths are multiples of this.
-        recovery: how methods `+recovered` are trained, and on how many tokens.
+        recovery: how methods `+recovered` are trained, and on what.
     """
 
     source: str
@@ -69,7 +70,9 @@ class Plan:
     evaluation: Evaluation
     amount: Amount = field(default_factory=Amount)
     round_to: RoundTo = ROUND_TO
-    recovery: tuple[Tuning, int] = field(default_factory=lambda: (Tuning(), TOKENS))
+    recovery: tuple[Tuning, RecoverText] = field(
+        default_factory=lambda: (Tuning(), RecoverText(tokens=TOKENS))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +123,12 @@ def asked(plan: Plan, cell: Cell, pruner: Pruner) -> Line:
         fields |= {"heads": True} if spec.heads else {}
         fields |= {} if pruner.share_of == "channels" else {"share_of": pruner.share_of}
         if spec.recovered:
-            tuning, tokens = plan.recovery
-            how = asdict(replace(tuning, seed=cell.seed, learning_rate=tuning.rate))
-            fields["recovered"] = how | {"betas": list(tuning.betas), "tokens": tokens}
+            tuning, text = plan.recovery
+            window = window_of(text, pruner.model)
+            batch = tuning.blocks_of_step(window)
+            how = asdict(replace(tuning, seed=cell.seed, batch=batch, learning_rate=tuning.rate))
+            how |= {"betas": list(tuning.betas), "tokens": text.tokens, "window": window}
+            fields["recovered"] = how
         policy = pruner.policy if spec.asks_policy else None
     amount = (
         None

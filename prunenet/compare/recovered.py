@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,9 +13,9 @@ from prunenet.checkpoints.regimes import most
 from prunenet.compare.pruner import Made, Pruner
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
-from prunenet.recover.text import learning_text
+from prunenet.recover.text import blocks_wanted, learning_text, window_of
 from prunenet.recover.training import tuned
-from prunenet.text.calibration import CalibrationSet, block_tokens
+from prunenet.text.calibration import CalibrationSet
 from prunenet.text.generate import document_start
 
 
@@ -25,13 +26,13 @@ class Recovery:
     Attributes:
         pruner: has the dense model, which writes the text and teaches.
         tuning: of every cell, with the cell's seed.
-        tokens: of self-written text that each learns from.
+        text: that each learns from, self-written; its `tokens` are given.
         progress: called with (stage, done, in all).
     """
 
     pruner: Pruner
     tuning: Tuning
-    tokens: int
+    text: RecoverText
     progress: Callable[[str, int, int], None] | None = None
     _texts: dict[int, CalibrationSet] = field(default_factory=dict)
 
@@ -40,12 +41,10 @@ class Recovery:
         if self.tuning.chosen(self.pruner.model.num_parameters()).updates == "lora":
             load_peft()
         document_start(self.pruner.tokenizer, self.pruner.bos)
-        block = block_tokens(self.pruner.model)
-        if self.tokens < 2 * block:
-            raise ValueError(
-                f"`recover_tokens` must be at least {2 * block}, 2 blocks of {block}, got"
-                f" {self.tokens}"
-            )
+        try:
+            blocks_wanted(self.text, self.tuning, window_of(self.text, self.pruner.model))
+        except ValueError as error:
+            raise ValueError(re.sub("^`", "`recover_", str(error))) from None
 
     def write(self, seeds: Sequence[int]) -> None:
         """Has the dense model write the texts of these seeds, once for all processes."""
@@ -53,7 +52,7 @@ class Recovery:
             self._texts[seed] = learning_text(
                 self.pruner.model,
                 self.pruner.tokenizer,
-                RecoverText(tokens=self.tokens, bos=self.pruner.bos),
+                replace(self.text, bos=self.pruner.bos),
                 replace(self.tuning, seed=seed),
                 self._told("writing text to recover by"),
             )

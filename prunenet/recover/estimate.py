@@ -18,7 +18,7 @@ from prunenet.recover.options import Tuning
 from prunenet.runtime.placement import home
 from prunenet.text.calibration import SEQUENCES
 from prunenet.text.choices import Bos
-from prunenet.text.generate import KEEP, SamplingOptions, document_start, generate_blocks
+from prunenet.text.generate import BLOCK, KEEP, SamplingOptions, document_start, generate_blocks
 
 JUDGED = 0.5
 """Time of a token that is judged, of one that is learned from: no gradients."""
@@ -113,7 +113,7 @@ def writing(
         tokens: of a block.
         bos: as for `prunenet.text.calibration.self_blocks`.
     """
-    many = min(SEQUENCES // 2, max(1, round(blocks / KEEP)))
+    many = min(SEQUENCES * BLOCK // tokens // 2, max(1, round(blocks / KEEP)))
     options = SamplingOptions(sequences=many, batch=many, tokens=min(_SAMPLED, tokens))
     start = document_start(tokenizer, bos)
     seconds = timed(lambda: generate_blocks(writer, start, options), home(writer))

@@ -13,6 +13,13 @@ Schedule = Literal["linear", "cosine", "stable"]
 Loss = Literal["kl", "top256"]
 TOKENS = 98304
 """Tokens that are learned from where neither text nor steps say how many."""
+STEP = 256
+"""Tokens of a step, about, where no `batch` is given."""
+WINDOW = 64
+"""Tokens of a block of self-written text, where the model reads as many. As much text in shorter
+blocks begins more often: 1 to 3 % less perplexity, and it is written and learned from in three
+quarters of the time (docs/log.md, 2026-11-29).
+"""
 RATES = {"auto": 2e-4, "full": 2e-4, "lora": 5e-4}
 """Learning rate of each kind of update."""
 GENTLE = 0.4
@@ -34,7 +41,7 @@ class Tuning:
             their linears), or "auto": full up to a billion parameters.
         embeddings: whether "full" trains token embeddings and LM head too.
         steps: of AdamW, at least 1; None: one pass over the text.
-        batch: blocks of each step, at least 1.
+        batch: blocks of each step, at least 1; None: as many as have about 256 tokens.
         micro_batch: blocks that are in memory at once; gradients add up.
         rank: of an update, at least 1; of "lora".
         learning_rate: highest one, above 0; None: 2e-4 of "full", 5e-4 of "lora".
@@ -58,7 +65,7 @@ class Tuning:
     updates: Updates = "auto"
     embeddings: bool = False
     steps: int | None = None
-    batch: int = 1
+    batch: int | None = None
     micro_batch: int = 4
     rank: int = 16
     learning_rate: float | None = None
@@ -110,12 +117,17 @@ class Tuning:
         below = (GENTLE if own else 0.0) if self.gentle_below is None else self.gentle_below
         return replace(found, learning_rate=found.rate, gentle_below=below)
 
-    def settled(self, blocks: int, parameters: int) -> Tuning:
-        """The same with nothing left open, for a text of so many blocks to learn from, and a model
-        of so many parameters.
+    def blocks_of_step(self, window: int) -> int:
+        """How many blocks of so many tokens a step reads."""
+        return max(1, round(STEP / window)) if self.batch is None else self.batch
+
+    def settled(self, blocks: int, window: int, parameters: int) -> Tuning:
+        """The same with nothing left open, for a text of so many blocks of so many tokens to learn
+        from, and a model of so many parameters.
         """
-        steps = max(1, blocks // self.batch) if self.steps is None else self.steps
-        return replace(self.chosen(parameters), steps=steps)
+        batch = self.blocks_of_step(window)
+        steps = max(1, blocks // batch) if self.steps is None else self.steps
+        return replace(self.chosen(parameters), batch=batch, steps=steps)
 
     def rate_at(self, step: int, steps: int, before: float = math.inf) -> float:
         """The learning rate of a step, counted from 0, of so many; `before` is the KL before them,
@@ -135,9 +147,9 @@ class Tuning:
 
 
 FAST = 32768
-"""Tokens that `prunenet prune --recover fast` learns from: those that the cut was measured on. The
-amount is fixed, so that a command gives the same bytes everywhere; with the cut it is to take a
-model of 135 million parameters and two cores about a quarter of an hour, writing included.
+"""Tokens that `prunenet prune --recover fast` learns from. The amount is fixed, so that a command
+gives the same bytes everywhere; with the cut it is to take a model of 135 million parameters and
+two cores about a quarter of an hour, writing included.
 """
 
 
@@ -150,12 +162,14 @@ class RecoverText:
         text: source of external text; None: the built-in one.
         column: of external text in rows, see `prunenet.text.corpora.load_text`.
         bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
-        tokens: that are learned from, in blocks of 256: once each, unless `Tuning.steps` says
-            otherwise. A quarter as many, at most 16 blocks, are held back to choose by. None: as
-            many as the steps read; 98,304 without steps, or what external text has.
+        tokens: that are learned from: once each, unless `Tuning.steps` says otherwise. A quarter as
+            many, at most 4,096, are held back to choose by. None: as many as the steps read; 98,304
+            without steps, or what external text has.
+        window: tokens of a block. None: 64 of self-written text, 256 of external text, or as many
+            as the model has positions for.
 
     Raises:
-        ValueError: a text that would not be read.
+        ValueError: a text that would not be read, or blocks that are too short.
     """
 
     moments: Literal["self", "data"] = "self"
@@ -163,8 +177,12 @@ class RecoverText:
     column: str | None = None
     bos: Bos = "auto"
     tokens: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
+        from prunenet.text.calibration import check_window
+
+        check_window(self.window)
         if self.moments not in ("self", "data"):
             raise ValueError(f"`moments` must be self or data, got {self.moments!r}")
         for name in ("text", "column"):

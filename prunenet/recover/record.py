@@ -27,13 +27,13 @@ from prunenet.recover.estimate import Estimate, writing
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.state import STATE, remove_state
-from prunenet.recover.text import blocks_held, blocks_wanted, external_text, learning_text
-from prunenet.recover.training import Recovered, estimated, tuned
+from prunenet.recover.text import blocks_wanted, external_text, learning_text, window_of
+from prunenet.recover.training import Recovered, estimated, settled, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_home, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
 from prunenet.runtime.tracking import Tracker, check_trackers
-from prunenet.text.calibration import CalibrationSet, block_tokens, token_blocks
+from prunenet.text.calibration import CalibrationSet, token_blocks
 
 Progress = Callable[[str, int, int], None]
 _LOSSES = {"kl": "KL(dense || pruned)", "top256": "KL(dense || pruned), top 256 and rest"}
@@ -141,7 +141,7 @@ def expected(
     tuning: Tuning,
 ) -> Estimate:
     """What a recovery is going to take, before there is any text."""
-    block = block_tokens(model)
+    block = window_of(text, model)
     count = sum(blocks_wanted(text, tuning, block))
     stand_in = token_blocks(model, count=count, window=block)
     found = estimated(model, stand_in, tuning, teacher=teacher)
@@ -160,9 +160,9 @@ def recorded(
     taught: bool,
 ) -> Provenance:
     """The provenance of a recovered model; its regime is the most that any step looked at."""
-    learned = len(blocks.ids) - blocks_held(len(blocks.ids))
-    tuning = tuning.settled(learned, found.model.num_parameters())
+    tuning = settled(tuning, blocks, found.model)
     assert tuning.steps is not None, "Tuning.settled"
+    assert tuning.batch is not None, "Tuning.settled"
     step = dataclasses.asdict(tuning) | {
         "betas": list(tuning.betas),
         "tokens": blocks.ids[0].numel() * tuning.batch * tuning.steps,

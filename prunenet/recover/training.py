@@ -82,7 +82,7 @@ def tuned(
 
     Args:
         model: usually a narrow one; in eval mode.
-        blocks: of text, never test text. A fifth, at most 16, is held back to choose by.
+        blocks: of text, never test text. A fifth, at most 4,096 tokens, is held back to choose by.
         tuning: how.
         teacher: of the same vocabulary. The loss is KL(teacher || model) with one, as `tuning`
             says, that of the next token without. States are judged by the KL or that loss alone.
@@ -98,7 +98,7 @@ def tuned(
         ImportError: peft, or a tracker, is not installed.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = tuning.settled(len(blocks.ids) - blocks_held(len(blocks.ids)), model.num_parameters())
+    tuning = settled(tuning, blocks, model)
     settings = {"tuning": asdict(tuning), "text": dict(blocks.source)}
     called = "recovery" if folder is None else folder.name
     with tracking(report_to, called, settings) as track:
@@ -124,12 +124,12 @@ def estimated(
     blocks may be of random tokens: only their number and length count.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = tuning.settled(len(blocks.ids) - blocks_held(len(blocks.ids)), model.num_parameters())
+    tuning = settled(tuning, blocks, model)
     run = _Run(model, teacher, blocks, tuning, None, None, NOTHING)
     learned, ids = list(run.state.learned), run.fit[: tuning.micro_batch]
     seconds = timed(lambda: run._part(run.student, ids, learned), home(model))
     each = seconds / ids.numel() / parallel.size()
-    tokens = run.steps * tuning.batch * ids.shape[1]
+    tokens = run.steps * run.batch * ids.shape[1]
     judged = (1 + math.ceil(run.steps / run.every)) * (1 + bool(tuning.average)) * run.held.numel()
     return Estimate(
         tokens=tokens,
@@ -137,6 +137,12 @@ def estimated(
         seconds=each * (tokens + JUDGED * judged),
         bytes=memory(model, teacher, list(learned), ids, tuning),
     )
+
+
+def settled(tuning: Tuning, blocks: CalibrationSet, model: PreTrainedModel) -> Tuning:
+    """How a model is trained on these blocks, with nothing left open."""
+    learned = len(blocks.ids) - blocks_held(len(blocks.ids), blocks.window)
+    return tuning.settled(learned, blocks.window, model.num_parameters())
 
 
 class _Run:
@@ -155,11 +161,12 @@ class _Run:
         self.track, self.given = track, model
         self.teacher, self.tuning, self.progress = teacher, tuning, progress
         assert tuning.steps is not None, "Tuning.settled"
-        self.steps = tuning.steps
+        assert tuning.batch is not None, "Tuning.settled"
+        self.steps, self.batch = tuning.steps, tuning.batch
         # judging costs a third of learning from as many tokens
         self.every = min(math.ceil(self.steps / 5), 200)
         self.front = int(blocks.bos is not None)
-        held = blocks_held(len(blocks.ids))
+        held = blocks_held(len(blocks.ids), blocks.window)
         self.fit, self.held = blocks.ids[:-held], blocks.ids[-held:]
         self.student = (
             adapted(model, tuning.rank, tuning.seed)
@@ -251,7 +258,7 @@ class _Run:
             settings["lr"] = tuning.rate_at(step, self.steps, self.before)
         *gradients, loss = self._summed(
             self.student,
-            self.fit[batch_of(step, tuning.batch, len(self.fit), tuning.seed)],
+            self.fit[batch_of(step, self.batch, len(self.fit), tuning.seed)],
             learned,
         )
         if not math.isfinite(loss):

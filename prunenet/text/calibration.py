@@ -33,6 +33,8 @@ DATA_BLOCKS = 32
 """Windows drawn from external text."""
 RANDOM_BLOCKS = 64
 """Blocks of random tokens."""
+SHORTEST = 4
+"""Tokens of the shortest block that is written: start, opening, and text behind them."""
 PREFIX_SAMPLING = SamplingOptions(sequences=80, hot=0.7, temperature=0.7, penalty=1.1)
 """How text behind document prefixes is sampled (arXiv 2410.17711)."""
 
@@ -59,6 +61,12 @@ class CalibrationSet:
     bos: int | None = None
     kinds: Int[Tensor, " n"] | None = None
 
+    @property
+    def window(self) -> int:
+        """Tokens of a row as it was written or drawn: without a BOS token put in front."""
+        said = (self.source.get(name) for name in ("tokens", "window"))
+        return next((int(tokens) for tokens in said if tokens), self.ids.shape[1])
+
     def rows(self, which: slice) -> CalibrationSet:
         """Some of the rows, with their kinds."""
         kinds = None if self.kinds is None else self.kinds[which]
@@ -73,20 +81,23 @@ class CalibrationOptions:
         seed: of the sampling, or of the windows drawn; in [0, 2^32).
         tokens: in all, of self-written text before its filter; None: 160 blocks of self-written
             text, 32 of external text.
+        window: tokens of a block; None: 256, or as many as the model has positions for.
         bos: whether blocks begin with the BOS token, see `prunenet.text.windows`.
         column: of external text in rows, see `prunenet.text.corpora.load_text`.
 
     Raises:
-        ValueError: the seed is out of range.
+        ValueError: the seed or the window is out of range.
     """
 
     seed: int = 0
     tokens: int | None = None
+    window: int | None = None
     bos: Bos = "auto"
     column: str | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_window(self.window)
 
 
 def self_blocks(
@@ -262,12 +273,30 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def block_tokens(model: PreTrainedModel, front: int = 0) -> int:
-    """Tokens of a calibration block: 256, or as many as the model has positions for behind `front`
-    others.
+def check_window(window: int | None, name: str = "window") -> None:
+    """Raises ValueError, by the name of the option, where blocks of so many tokens are too short to
+    be written.
+    """
+    if window is not None and window < SHORTEST:
+        raise ValueError(f"`{name}` must be at least {SHORTEST}, got {window}")
+
+
+def block_tokens(model: PreTrainedModel, front: int = 0, window: int | None = None) -> int:
+    """Tokens of a calibration block: `window`, by default 256 or as many as the model has positions
+    for behind `front` others.
+
+    Raises:
+        ValueError: the model has not so many positions.
     """
     most = positions(model)
-    return BLOCK if most is None else min(BLOCK, most - front)
+    if window is None:
+        return BLOCK if most is None else min(BLOCK, most - front)
+    if most is not None and window > most - front:
+        raise ValueError(
+            f"`window` must be at most {most - front}, what the model has positions for, got"
+            f" {window}"
+        )
+    return window
 
 
 def calibration_for(
@@ -289,16 +318,17 @@ def calibration_for(
         model, tokenizer: of the model to calibrate.
         moments: "self" or "data".
         text: for "data", see `prunenet.text.corpora.load_text`.
-        options: amount, seed, BOS, column.
+        options: amount, length of a block, seed, BOS, column.
         progress: as for `self_blocks`.
 
     Raises:
-        ValueError: fewer tokens than 2 blocks; see also `self_blocks` and `data_blocks`.
+        ValueError: fewer tokens than 2 blocks, or blocks that the model cannot read; see also
+            `self_blocks` and `data_blocks`.
     """
     options = options or CalibrationOptions()
     seed, bos = options.seed, options.bos
     begins = moments == "data" and bos_token(tokenizer, bos) is not None
-    block, total = block_tokens(model, front=int(begins)), options.tokens
+    block, total = block_tokens(model, int(begins), options.window), options.tokens
     if total is not None and total < 2 * block:
         raise ValueError(f"`tokens` must be at least {2 * block}, 2 blocks of {block}, got {total}")
     count = None if total is None else total // block
