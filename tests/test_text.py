@@ -1,6 +1,7 @@
 """Where text comes from, how it is cut into windows, and that test text never calibrates."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -178,6 +179,21 @@ def test_a_split_that_does_not_exist_is_one_clear_sentence(dataset_folder: Path)
     with pytest.raises(TextError, match="split 'nope'") as caught:
         load_text(f"{dataset_folder}::nope", TestText)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_far_too_many_files_is_not_searched(
+    dataset_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunenet.text.hub._MOST_FILES", 2)
+    with pytest.raises(TextError, match="corpus' holds more than 2 files; give the folder"):
+        load_text(dataset_folder, TestText)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TextError, match="is a pipe or a device, which is read once"):
+        load_text(tmp_path / "pipe", TestText)
 
 
 def test_a_dataset_out_of_reach_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

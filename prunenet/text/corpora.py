@@ -111,6 +111,10 @@ def load_text(source: str | Path, kind: type[Text], column: str | None = None) -
     path = expanded(source)
     if path.is_file():
         content = _file_content(path, column)
+    elif path.exists() and not path.is_dir():
+        raise TextError(
+            f"{name!r} is a pipe or a device, which is read once; write it to a file, and give that"
+        )
     elif _looks_like_a_file(name) and not split_source(name)[0].is_dir():
         raise TextError(
             f"text file {name!r} does not exist; give a file, a dataset id or 'builtin'"

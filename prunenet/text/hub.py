@@ -5,12 +5,15 @@ that `datasets.save_to_disk` wrote.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prunenet.runtime.paths import expanded
 from prunenet.text.formats import Row, Table, TextError, column_texts
+
+_MOST_FILES = 20_000  # of a dataset in a folder
 
 
 def dataset_texts(source: str, *, test: bool, column: str | None) -> Iterator[str]:
@@ -31,6 +34,7 @@ def dataset_texts(source: str, *, test: bool, column: str | None) -> Iterator[st
     if place.is_dir() and (saved := _saved(place)):
         rows = _saved_rows(place, saved, split, asked, test=test)
     else:
+        _check_size(place)
         rows = _rows(place.as_posix(), config or None, asked)
     table = Table(f"dataset {place.as_posix()!r}", enumerate(rows, 1))
     return column_texts(table, column)
@@ -104,6 +108,18 @@ def _check_files(folder: Path) -> None:
         raise TextError(
             f"dataset {str(folder)!r} is damaged: its state.json does not name the files beside it"
         )
+
+
+def _check_size(place: Path) -> None:
+    """Raises TextError for a folder such as `/`, which `datasets` would search for hours."""
+    many = 0
+    for _, _, files in os.walk(place):  # nothing where it is no folder
+        many += len(files)
+        if many > _MOST_FILES:
+            raise TextError(
+                f"folder {str(place)!r} holds more than {_MOST_FILES:,} files; give the folder of"
+                " the dataset's files alone, or one file"
+            )
 
 
 def _rows(name: str, config: str | None, split: str) -> Iterator[Row]:
