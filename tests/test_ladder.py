@@ -1,5 +1,6 @@
 """Recovery as one command with the cut, and what it is said to take."""
 
+import json
 import shlex
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import LAYERS, random_keep, tiny_model, token_ids
+from test_bos import counting, with_bos, words
 from test_cli import contents, facts, refused, run, save_tiny
 from test_kinds import masks, tiny
 
@@ -18,8 +20,8 @@ from prunenet.cli import recovering
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import Pruned
-from prunenet.recover import training
-from prunenet.recover.options import Tuning
+from prunenet.recover import record, training
+from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.record import Watch
 from prunenet.recover.training import estimated, tuned
 from prunenet.text.calibration import CalibrationSet
@@ -149,7 +151,6 @@ def test_a_training_that_could_not_be_done_is_refused_before_the_cut(dense, tmp_
 
 @pytest.mark.long
 def test_time_and_memory_are_said_before_the_text_is_written(dense, tmp_path, monkeypatch):
-    from prunenet.recover import record
     from prunenet.recover.record import recover
 
     facts("prune", dense, "--policy", "none", "--ratio", 0.5, "--out", tmp_path / "cut")
@@ -165,6 +166,12 @@ def test_time_and_memory_are_said_before_the_text_is_written(dense, tmp_path, mo
     (found,) = said
     assert found.tokens == 98304
     assert found.text_seconds > 0
+    monkeypatch.undo()
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number % 60}" for number in range(500)))
+    external = RecoverText(moments="data", text=str(text))
+    recover(tmp_path / "cut", tmp_path / "out", QUICK, text=external, watch=watch)
+    assert said[1].tokens == 4 * 64, "one step: the text has no more"
     assert "98,304 tokens at about" in str(found)
     assert "GB of memory" in str(found)
 
@@ -235,15 +242,42 @@ def test_rungs_that_external_text_is_too_short_for_are_refused_before_any_is_run
     text.write_text(" ".join(f"w{number % 60}" for number in range(2000)))
     ask = ("recover", tmp_path / "cut", "--teacher", dense, "--out", tmp_path / "out")
     ask += ("--rungs", "1280,12800", "--moments", "data", "--text", text)
-    assert "has 31 windows of 64 tokens, fewer than the 250 asked for" in refused(*ask)
+    said = "--tokens 12800 need 16000 with those held back, and text"
+    assert said in refused(*ask)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
+
+
+@pytest.mark.long
+def test_rungs_count_the_text_alone_and_what_a_kill_behind_one_leaves_goes(tmp_path, monkeypatch):
+    dense = save_tiny(tmp_path / "tiny")
+    with_bos(words()).save_pretrained(dense)
+    facts("prune", dense, "--ratio", 0.5, "--moments", "none", "--out", tmp_path / "cut")
+    text = tmp_path / "text.txt"
+    text.write_text(counting(0, 3000))
+    ask = ("recover", tmp_path / "cut", "--teacher", dense, "--out", tmp_path / "out")
+    ask += ("--moments", "data", "--text", text, "--rungs", 1000, "--batch", 64)
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "remove_state", killed)
+        assert run(*ask).exit_code == 130
+    assert (tmp_path / "out-1k.recovery" / "state.safetensors").exists()
+    (found,) = facts(*ask, "--resume")["rungs"]
+    assert found["tokens"] == 1000
+    (step,) = load_provenance(found["folder"]).recovered
+    assert (step["window"], step["learned"]) == (63, 15 * 63), "BOS is no text"
+    assert step["tokens"] == 64 * 63, "a batch that is asked for is read, again and again"
+    assert not list((tmp_path / "out-1k.recovery").glob("*.safetensors"))
 
 
 @pytest.mark.long
 def test_the_card_s_commands_cut_and_recover_to_the_same_bytes(dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dense, "tiny")
-    Path("words.txt").write_text(" ".join(f"w{n * n % 61}" for n in range(2600)))
+    rows = ({"other": " ".join(f"w{n * n % 61}" for n in range(2600)), "text": "w1"},)
+    Path("words.jsonl").write_text("".join(json.dumps(row) for row in rows))
     own = ("--tokens", 1280, "--seed", 3, "--round", 4)
     facts("prune", "tiny", "--policy", "none", "--ratio", 0.55, *own, "--out", "smaller")
     first = (
@@ -254,13 +288,28 @@ def test_the_card_s_commands_cut_and_recover_to_the_same_bytes(dense, tmp_path, 
         1000,
         "--window",
         32,
+        "--bos",
+        "no",
         "--loss",
         "top256",
         "--seed",
         1,
     )
     facts("recover", "smaller", "--teacher", "tiny", "--out", "once", *first)
-    read = ("--moments", "data", "--text", "words.txt", "--steps", 3, "--batch", 2, "--betas", 0.8)
+    read = (
+        "--moments",
+        "data",
+        "--text",
+        "words.jsonl",
+        "--text-column",
+        "other",
+        "--steps",
+        3,
+        "--batch",
+        2,
+        "--betas",
+        0.8,
+    )
     facts("recover", "once", "--out", "twice", *read, 0.9, "--updates", "lora", "--rank", 3)
     lines = Path("twice/README.md").read_text().splitlines()
     cut, *trainings = [line for line in lines if line.startswith("prunenet ")]

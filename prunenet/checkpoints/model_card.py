@@ -7,6 +7,7 @@ model's own card, and results as `model-index`.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -257,8 +258,7 @@ def _trainings(made: Provenance) -> list[str]:
     lines, given = [], "smaller"
     for number, step in enumerate(made.recovered, 1):
         text: Any = step["text"]
-        blocks, tokens = _amounts(text)
-        if "betas" not in step or blocks is None or tokens is None:
+        if not {"betas", "learned", "window"} <= step.keys():
             return []
         out = "recovered" if number == 1 else f"recovered-{number}"
         said = f"prunenet recover {given} --out {out}"
@@ -266,9 +266,7 @@ def _trainings(made: Provenance) -> list[str]:
             said += f" --teacher {made.base_model}"
         if step["regime"] == "data":
             said += f" --moments data --text {_text_name(text)}"
-        # a fifth, at most 4,096 tokens, was held back
-        held = max(1, min(4096 // tokens, round(0.2 * blocks)))
-        said += f" --tokens {(blocks - held) * tokens} --window {tokens}"
+        said += f" --tokens {step['learned']} --window {step['window']}{_reading_flags(text)}"
         flags = {name: step[name] for name in _SAID if name in step}  # type: ignore[literal-required]
         flags |= {"rank": step["rank"]} if step.get("updates") == "lora" else {}
         flags |= {"loss": "top256"} if "top 256" in step["loss"] else {}
@@ -291,7 +289,15 @@ def _text_flags(text: Mapping[str, Any], usual: int) -> str:
     said = ""
     if blocks is not None and tokens is not None and blocks * tokens != usual:
         said += f" --tokens {blocks * tokens}"
-    return said + (f" --seed {text['seed']}" if text.get("seed") else "")
+    return said + (f" --seed {text['seed']}" if text.get("seed") else "") + _reading_flags(text)
+
+
+def _reading_flags(text: Mapping[str, Any]) -> str:
+    """How the text was asked to be read, where it was."""
+    asked = {"bos": "bos_asked", "text-column": "column"}
+    return "".join(
+        f" --{flag} {shlex.quote(str(text[name]))}" for flag, name in asked.items() if name in text
+    )
 
 
 def _text_name(text: Mapping[str, Any]) -> str:

@@ -100,6 +100,8 @@ class _Since(TypedDict, total=False):
     hidden: float
     average: float
     tokens: Count
+    learned: Count
+    window: Positive
 
 
 class RecoveryStep(_Since):
@@ -109,6 +111,8 @@ class RecoveryStep(_Since):
         updates, embeddings, gentle_below, warmup, schedule, betas, hidden, average: as in
             `prunenet.recover.Tuning`.
         tokens: that were read, in all steps.
+        learned, window: tokens of the text that was learned from, without those held back, and of a
+            block of it.
         steps, batch, micro_batch, rank, learning_rate, seed: as in `prunenet.recover.Tuning`.
         loss: "KL(dense || pruned)", the same over the "top 256 and rest", or "next token".
         loss_before, loss_after: of the model before the training, and as saved.

@@ -113,7 +113,7 @@ def writing(
         tokens: of a block.
         bos: as for `prunenet.text.calibration.self_blocks`.
     """
-    many = min(SEQUENCES * BLOCK // tokens // 2, max(1, round(blocks / KEEP)))
+    many = max(1, min(SEQUENCES * BLOCK // tokens // 2, round(blocks / KEEP)))
     options = SamplingOptions(sequences=many, batch=many, tokens=min(_SAMPLED, tokens))
     start = document_start(tokenizer, bos)
     seconds = timed(lambda: generate_blocks(writer, start, options), home(writer))

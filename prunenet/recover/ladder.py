@@ -1,7 +1,8 @@
 """Recovery by several amounts of text, each measured: what more training buys.
 
 Every rung is a training of its own, whose learning rate ends at 0; texts of later rungs begin with
-those of earlier ones, and all are judged on the same blocks where 64 or more are learned from.
+those of earlier ones, and all are judged on the same blocks where 16,384 tokens or more are learned
+from.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from prunenet.checkpoints.load import load_tokenizer
 from prunenet.checkpoints.records import load_provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.recover.options import RecoverText, Tuning
-from prunenet.recover.record import recover, run_folder
+from prunenet.recover.record import forget_made, recover, run_folder
 from prunenet.recover.state import STATE
 from prunenet.recover.text import learning_text
 from prunenet.runtime import parallel
@@ -81,6 +82,8 @@ def recover_rungs(
         _check_enough(str(how.get("teacher") or pruned), replace(text, tokens=max(rungs)), tuning)
     found = []
     for place, tokens in places.items():
+        if parallel.is_first():
+            forget_made(place)
         started = parallel.broadcast_object(0, (run_folder(place) / STATE).exists)
         if not parallel.broadcast_object(0, place.exists):
             asked = replace(text, tokens=tokens)
@@ -102,7 +105,9 @@ def _place(out: Path, tokens: int) -> Path:
 def _rung(folder: Path, tokens: int) -> Rung:
     """What the record of a finished rung says. Raises ValueError where it is another one's."""
     steps = load_provenance(folder).recovered
-    if not steps or not 0 < steps[-1].get("tokens", 0) <= tokens:
+    # a rung is rounded down to whole blocks
+    left = tokens - steps[-1].get("learned", 0) if steps else -1
+    if not 0 <= left < steps[-1].get("window", 0):
         raise ValueError(f"{folder} is not the rung of {tokens:,} tokens; give another `out`")
     last = steps[-1]
     return Rung(folder, tokens, last["loss_before"], last["loss_after"], last["best_step"])

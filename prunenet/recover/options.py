@@ -126,6 +126,7 @@ class Tuning:
         from, and a model of so many parameters.
         """
         batch = self.blocks_of_step(window)
+        batch = min(batch, blocks) if self.batch is None else batch
         steps = max(1, blocks // batch) if self.steps is None else self.steps
         return replace(self.chosen(parameters), batch=batch, steps=steps)
 

@@ -27,8 +27,14 @@ from prunenet.recover.estimate import Estimate, writing
 from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.state import STATE, remove_state
-from prunenet.recover.text import blocks_wanted, external_text, learning_text, window_of
-from prunenet.recover.training import Recovered, estimated, settled, tuned
+from prunenet.recover.text import (
+    blocks_held,
+    blocks_wanted,
+    external_text,
+    learning_text,
+    window_of,
+)
+from prunenet.recover.training import Recovered, estimated, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_home, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
@@ -115,10 +121,12 @@ def recover(
         _check_shapes(str(teacher), dense, provenance)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
     tokenizer = load_tokenizer(str(tokens_of))
-    if watch.estimate is not None:
-        watch.estimate(expected(model, dense, tokenizer, text, tuning))
     told = None if progress is None else partial(progress, "text")
-    blocks = learning_text(writer, tokenizer, text, tuning, told)
+    write = partial(learning_text, writer, tokenizer, text, tuning, told)
+    drawn = write() if text.moments == "data" else None  # costs nothing, and can be too short
+    if watch.estimate is not None:
+        watch.estimate(expected(model, dense, tokenizer, text, tuning, drawn))
+    blocks = write() if drawn is None else drawn
 
     def advance(done: int, total: int, loss: float) -> None:
         if progress is not None:
@@ -139,14 +147,18 @@ def expected(
     tokenizer: PreTrainedTokenizerBase,
     text: RecoverText,
     tuning: Tuning,
+    drawn: CalibrationSet | None = None,
 ) -> Estimate:
-    """What a recovery is going to take, before there is any text."""
+    """What a recovery is going to take: on external text that is drawn, or before the teacher has
+    written any.
+    """
+    if drawn is not None or teacher is None:
+        assert drawn is not None, "_check_asked"
+        return estimated(model, drawn, tuning, teacher=teacher)
     block = window_of(text, model)
     count = sum(blocks_wanted(text, tuning, block))
     stand_in = token_blocks(model, count=count, window=block)
     found = estimated(model, stand_in, tuning, teacher=teacher)
-    if teacher is None or text.moments == "data":
-        return found
     seconds = writing(teacher, tokenizer, count, block, text.bos)
     return dataclasses.replace(found, text_seconds=seconds)
 
@@ -160,12 +172,16 @@ def recorded(
     taught: bool,
 ) -> Provenance:
     """The provenance of a recovered model; its regime is the most that any step looked at."""
-    tuning = settled(tuning, blocks, found.model)
+    window = blocks.window
+    learned = len(blocks.ids) - blocks_held(len(blocks.ids), window)
+    tuning = tuning.settled(learned, window, found.model.num_parameters())
     assert tuning.steps is not None, "Tuning.settled"
     assert tuning.batch is not None, "Tuning.settled"
     step = dataclasses.asdict(tuning) | {
         "betas": list(tuning.betas),
-        "tokens": blocks.ids[0].numel() * tuning.batch * tuning.steps,
+        "tokens": window * tuning.batch * tuning.steps,
+        "learned": window * learned,
+        "window": window,
         "loss": _LOSSES[tuning.loss] if taught else "next token",
         "loss_before": found.before,
         "loss_after": found.after,
@@ -224,8 +240,8 @@ def _places(out: Path, resume: bool) -> Path:
     """
     run = run_folder(out)
     check_home(run)
-    if parallel.is_first() and _ended(run / STATE, out):
-        remove_state(run)
+    if parallel.is_first():
+        forget_made(out)
     check_absent(out)
     unfinished = (run / STATE).exists()
     if unfinished and not resume:
@@ -237,8 +253,15 @@ def _places(out: Path, resume: bool) -> Path:
     return run
 
 
+def forget_made(out: Path) -> None:
+    """Removes the state of the run that has made `out`: a kill behind the last step left it."""
+    run = run_folder(out)
+    if _ended(run / STATE, out):
+        remove_state(run)
+
+
 def _ended(state: Path, out: Path) -> bool:
-    """Whether the state is of the run that has made `out`: a kill behind the last step left it."""
+    """Whether the state is of the run that has made `out`."""
     if not (state.exists() and out.is_dir()):
         return False
     try:

@@ -64,6 +64,12 @@ def learning_text(
     there = len(tokenise(tokenizer, external_text(text))) // block if external else 0
     if external and text.tokens is None:
         count = max(2, min(count, there))
+    elif external and there < count:
+        raise ValueError(
+            f"`tokens` {text.tokens} need {count * block} with those held back, and text"
+            f" {_source(text)!r} has {there * block} in blocks of {block}; give more text, or"
+            f" smaller `tokens`"
+        )
 
     def part(number: int, blocks: int) -> CalibrationSet:
         # so many that the filter leaves as many of each kind

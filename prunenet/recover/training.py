@@ -98,7 +98,7 @@ def tuned(
         ImportError: peft, or a tracker, is not installed.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = settled(tuning, blocks, model)
+    tuning = _settled(tuning, blocks, model)
     settings = {"tuning": asdict(tuning), "text": dict(blocks.source)}
     called = "recovery" if folder is None else folder.name
     with tracking(report_to, called, settings) as track:
@@ -124,11 +124,14 @@ def estimated(
     blocks may be of random tokens: only their number and length count.
     """
     _check_asked(model, blocks, teacher, tuning)
-    tuning = settled(tuning, blocks, model)
+    tuning = _settled(tuning, blocks, model)
     run = _Run(model, teacher, blocks, tuning, None, None, NOTHING)
     learned, ids = list(run.state.learned), run.fit[: tuning.micro_batch]
     seconds = timed(lambda: run._part(run.student, ids, learned), home(model))
-    each = seconds / ids.numel() / parallel.size()
+    # of a step, micro-batches are split over the processes, and no part of one
+    parts = math.ceil(run.batch / tuning.micro_batch)
+    turns = math.ceil(parts / parallel.size())
+    each = seconds / ids.numel() * turns / parts
     tokens = run.steps * run.batch * ids.shape[1]
     judged = (1 + math.ceil(run.steps / run.every)) * (1 + bool(tuning.average)) * run.held.numel()
     return Estimate(
@@ -139,7 +142,7 @@ def estimated(
     )
 
 
-def settled(tuning: Tuning, blocks: CalibrationSet, model: PreTrainedModel) -> Tuning:
+def _settled(tuning: Tuning, blocks: CalibrationSet, model: PreTrainedModel) -> Tuning:
     """How a model is trained on these blocks, with nothing left open."""
     learned = len(blocks.ids) - blocks_held(len(blocks.ids), blocks.window)
     return tuning.settled(learned, blocks.window, model.num_parameters())

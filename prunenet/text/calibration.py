@@ -348,7 +348,10 @@ def calibration_for(
         external, many = load_text(text, CalibrationText, options.column), count or DATA_BLOCKS
         return data_blocks(tokenizer, external, count=many, window=block, seed=seed, bos=bos)
 
-    return blocks_from(0, made)
+    asked: dict[str, str] = {} if bos == "auto" else {"bos_asked": bos}
+    asked |= {} if options.column is None else {"column": options.column}
+    found = blocks_from(0, made)
+    return replace(found, source={**found.source, **asked})
 
 
 def blocks_from(source: int, make: Callable[[], CalibrationSet]) -> CalibrationSet:
