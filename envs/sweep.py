@@ -162,7 +162,13 @@ class Sweep:
         self.start(0.0)
 
     def start(self, ratio: float) -> None:
-        """Begins a sweep at the first layer.
+        """Begins a sweep at the first layer. Raises ValueError as `budget_at`."""
+        self.ratio, self.budget, self.layer = float(ratio), self.budget_at(ratio), 0
+        self.left = torch.full((self.masks,), self.budget, dtype=torch.int64, device=self.device)
+        self.kept: list[Bool[Tensor, "masks d_ff"]] = []
+
+    def budget_at(self, ratio: float) -> int:
+        """Channels that stay at a ratio.
 
         Raises:
             ValueError: ratio not in [0, 1), or so high that layers cannot keep `min_width`.
@@ -174,9 +180,7 @@ class Sweep:
                 f"at ratio {ratio} the {self.view.layers} layers cannot keep {self.min_width}"
                 " channels each"
             )
-        self.ratio, self.budget, self.layer = float(ratio), budget, 0
-        self.left = torch.full((self.masks,), self.budget, dtype=torch.int64, device=self.device)
-        self.kept: list[Bool[Tensor, "masks d_ff"]] = []
+        return budget
 
     @property
     def done(self) -> bool:

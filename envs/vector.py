@@ -83,7 +83,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         every = channel_parameters(self.model)
         self._channel_parameters = [every[number] for number in self.view.groups]
         self._number = 0
-        self._seed = 0
+        self._seed: int | None = None
         self._removed: NDArray[np.int64] | None = None
         self._channels = channels
         self._sweep = Sweep(
@@ -93,6 +93,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
             min_width=min_width,
             slack=slack,
         )
+        self._sweep.budget_at(draw_ratio(ratio, 1.0))
         self.metadata = {**self.metadata, "n_stats": self.view.statistics[0].shape[1]}
         self.single_observation_space = observation_space(self.view, channels=channels)
         self.single_action_space = spaces.MultiBinary(self.view.d_ff)
@@ -105,13 +106,15 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         """Starts all sweeps.
 
         Args:
-            seed: counts sweeps from 0 again.
+            seed: counts sweeps from 0 again; drawn at the first reset where it is None.
             options: `ratio` of this sweep; `sweep`, the number to count from.
         """
         super().reset(seed=seed)
         options = dict(check_reset_options(options, "ratio", "sweep"))
         if seed is not None:
             self._seed, self._number = seed, 0
+        elif self._seed is None:
+            self._seed = int(self.np_random.integers(2**31))
         self._number = whole_number(options.get("sweep", self._number))
         if self._number < 0:
             raise ValueError(f"sweeps are counted from 0, got {self._number}")
@@ -165,6 +168,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         return self._observe(), reward.double().cpu().numpy(), ended, np.zeros_like(ended), infos
 
     def _start(self, options: Info) -> None:
+        assert self._seed is not None, "reset"
         uniform = float(np.random.default_rng([self._seed, self._number]).random())
         self._number += 1
         self._removed = np.zeros(self.num_envs, dtype=np.int64)

@@ -39,6 +39,7 @@ from prunenet.runtime.choices import ROUND_TO, RoundTo
 from prunenet.runtime.files import expanded, make_folders, write_atomic
 from prunenet.runtime.json_files import JsonError, Within, convert, read_json
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
+from prunenet.runtime.paths import named
 from prunenet.text.calibration import CalibrationSet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -165,8 +166,12 @@ class Policy:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `config.json` and `model.safetensors`; an existing policy in the folder is
         replaced file by file.
+
+        Raises:
+            PolicyError: the folder holds a model, or something else that is not a policy.
         """
         folder = expanded(folder)
+        _check_free(folder)
         make_folders(folder)
         config = json.dumps(_fields(self.config), indent=2, sort_keys=True) + "\n"
         facts = {"config": _sha256_of(self.config)}
@@ -335,7 +340,23 @@ def policy_for(
             return Policy.from_pretrained(shipped[choice]), choice
     if choice == "none":
         return None, "none"
-    return Policy.from_pretrained(choice), Path(choice).name
+    return Policy.from_pretrained(choice), named(choice)
+
+
+def _check_free(folder: Path) -> None:
+    """Raises PolicyError where a policy would replace other files of the same names."""
+    try:
+        said: dict[str, Any] = read_json(folder / CONFIG, dict, remedy="")
+        free = "statistics" in said
+    except FileNotFoundError:
+        free = not (folder / WEIGHTS).exists()
+    except (OSError, ValueError):
+        free = True  # a damaged policy's, as far as anything says
+    if not free:
+        raise PolicyError(
+            f"{folder} holds files that are no policy ({CONFIG} or {WEIGHTS}), which would be"
+            " replaced; give another folder"
+        )
 
 
 def _find(source: str | Path) -> Path:

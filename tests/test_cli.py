@@ -402,6 +402,12 @@ def test_the_folder_s_name_does_not_matter(policy, tmp_path):
     assert facts("prune", folder, *ask, "--out", tmp_path / "out")["width"] == 24
 
 
+def test_options_that_would_be_ignored_are_refused(model):
+    said = refused("eval", model, "--no-speed", "--repeats", 7)
+    assert "--no-speed measures no speed: leave it out" in said
+    assert "--markdown is of the list of known types" in refused("models", model, "--markdown")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -204,6 +204,18 @@ def test_batched_sweeps_restart_by_themselves_and_hand_over_the_last_observation
     assert env._sweep.ratio != first["ratio"][0]
 
 
+def test_batches_without_a_seed_differ(model):
+    batches = [LayerwisePruningVectorEnv(model, 1, ratio=(0.1, 0.6)) for _ in range(2)]
+    first, second = (batch.reset()[1]["ratio"] for batch in batches)
+    assert (first != second).all()
+
+
+@pytest.mark.parametrize("kind", [LayerwisePruningEnv, LayerwisePruningVectorEnv])
+def test_ratios_at_which_layers_cannot_keep_the_least_width_are_refused_at_once(model, kind):
+    with pytest.raises(ValueError, match=r"at ratio 0\.9 the \d+ layers cannot keep 40 channels"):
+        kind(model, ratio=(0.1, 0.9), min_width=40)
+
+
 def test_the_ratio_of_a_sweep_depends_on_seed_and_number_alone(model):
     env = LayerwisePruningVectorEnv(model, 2, ratio=(0.1, 0.6))
     env.reset(seed=7)

@@ -90,6 +90,46 @@ def test_results_of_other_models_are_refused(cut) -> None:
         write_card(cut, [{**ROW, "folder": "another"}])
 
 
+def test_of_several_folders_of_one_name_the_measured_one_is_taken_and_none_by_chance(cut) -> None:
+    rows = [{**ROW, "folder": "/a/cut", "perplexity": 9.0}, {**ROW, "folder": str(cut)}]
+    write_card(cut, rows)
+    (result,) = ModelCard.load(cut / "README.md").data.eval_results
+    assert result.metric_value == 23.5
+    with pytest.raises(ValueError, match="of several folders that are called cut"):
+        write_card(cut, [rows[0], {**ROW, "folder": "/b/cut"}])
+
+
+def test_a_base_without_a_card_is_refused_and_one_that_says_nothing_takes_nothing(cut) -> None:
+    before = ModelCard.load(cut / "README.md").data
+    with pytest.raises(CheckpointError, match="nowhere has no model card"):
+        write_card(cut, base=cut.parent / "nowhere")
+    bare = cut.parent / "bare"
+    bare.mkdir()
+    (bare / "README.md").write_text("nothing")
+    write_card(cut, base=bare)
+    assert ModelCard.load(cut / "README.md").data.license == before.license == "other"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("perplexity", 0), ("perplexity", "x"), ("ratio", "x"), ("ratio", 2), ("tokens", "y")],
+)
+def test_results_that_are_no_results_are_one_sentence(cut, tmp_path, field, value) -> None:
+    before = (cut / "README.md").read_bytes()
+    (tmp_path / "eval.json").write_text(json.dumps({"models": [{**ROW, field: value}]}))
+    asked = ["card", str(cut), "--results", str(tmp_path / "eval.json")]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 1
+    assert field in " ".join(result.stderr.split())
+    assert result.stderr.count("error:") == 1
+    assert (cut / "README.md").read_bytes() == before
+
+
+def test_a_text_s_name_stays_in_its_cell(cut) -> None:
+    write_card(cut, [{**ROW, "text": "a | b\n# hi"}])
+    assert "| a \\| b # hi | 23.50 |" in (cut / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "content", ["no metadata", "---\n: [\n---\n", "---\nlicense: {a: 1}\n---\n", b"\xff\xfe---"]
 )

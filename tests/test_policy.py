@@ -176,6 +176,19 @@ def test_a_model_s_folder_is_not_taken_for_a_policy(tmp_path):
         Policy.from_pretrained(tmp_path)
 
 
+def test_a_policy_replaces_a_policy_and_nothing_else(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"x")
+    for name in ("model", "weights"):
+        before = (tmp_path / name / "model.safetensors").read_bytes()
+        with pytest.raises(PolicyError, match="files that are no policy"):
+            some_policy().save_pretrained(tmp_path / name)
+        assert (tmp_path / name / "model.safetensors").read_bytes() == before
+    folder = some_policy().save_pretrained(tmp_path / "policy")
+    assert some_policy().save_pretrained(folder) == folder
+
+
 def test_a_policy_s_files_can_be_read_by_whoever_may_read_its_folder(tmp_path):
     folder = some_policy().save_pretrained(tmp_path / "policy")
     (tmp_path / "plain").write_text("")

@@ -14,6 +14,7 @@ from prunenet.checkpoints.model_card import CARD, card_of, inherited_fields
 from prunenet.checkpoints.records import how_to_load, load_provenance
 from prunenet.checkpoints.sources import in_short
 from prunenet.runtime.files import CheckpointError, write_atomic
+from prunenet.runtime.paths import named
 
 
 def write_card(
@@ -23,32 +24,58 @@ def write_card(
 
     Args:
         folder: that prunenet wrote.
-        results: rows of `prunenet eval`; those of this folder are taken.
-        base: folder of the base model, whose card states licence and languages. None: what the card
-            says already stays.
+        results: rows of `prunenet eval`; those of this folder are taken, by its place or, where
+            none is, by its name.
+        base: folder of the base model, whose card states licence and languages. None, or where it
+            states neither: what the card says already stays.
 
     Returns:
         The card.
 
     Raises:
-        CheckpointError: no such checkpoint.
-        ValueError: there are results, and none of this folder.
+        CheckpointError: no such checkpoint, or no card in `base`.
+        ValueError: there are results, and none of this folder, or of several of its name.
     """
     folder = Path(folder).expanduser()
     made = load_provenance(folder)
-    own = [row for row in results if Path(str(row.get("folder", ""))).name == folder.resolve().name]
-    if results and not own:
-        named = ", ".join(str(row.get("folder"))[:60] for row in results[:5])
-        raise ValueError(f"the results are of {named}, and none is of {folder}: measure it first")
+    own = _of(folder, results)
+    inherited = inherited_fields(folder)
+    if base is not None:
+        base = Path(base).expanduser()
+        if not (base / CARD).is_file():
+            raise CheckpointError(
+                f"base {base} has no model card ({CARD}) to take licence and languages from; give"
+                " the folder of the base model, or leave it out"
+            )
+        inherited = inherited_fields(base) or inherited
     text = card_of(
         made,
         code=any(folder.glob("*.py")),
         loading=how_to_load(folder),
-        inherited=inherited_fields(folder if base is None else Path(base).expanduser()),
+        inherited=inherited,
         results=own,
     )
     write_atomic(folder / CARD, text.encode())
     return folder / CARD
+
+
+def _of(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of a folder. Raises ValueError as `write_card`."""
+    measured = [(row, Path(str(row.get("folder", ""))).expanduser()) for row in results]
+    here = folder.resolve()
+    own = [row for row, place in measured if place.resolve() == here]
+    # the results may be of another machine, or of another working directory
+    alike = [(row, place) for row, place in measured if named(place) == here.name]
+    if len({place for _, place in alike}) > 1 and not own:
+        raise ValueError(
+            f"the results are of several folders that are called {here.name}: run it where they"
+            " were measured, or measure this one alone"
+        )
+    own = own or [row for row, _ in alike]
+    if results and not own:
+        others = ", ".join(str(row.get("folder"))[:60] for row in results[:5])
+        raise ValueError(f"the results are of {others}, and none is of {folder}: measure it first")
+    return own
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:

@@ -208,12 +208,17 @@ def _eval_results(row: Mapping[str, Any]) -> list[EvalResult]:
 
 def _results_table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = "".join(
-        f"| {row['text']} | {row['perplexity']:,.2f} | {row.get('tokens', 0):,} |"
+        f"| {_cell(row['text'])} | {row['perplexity']:,.2f} | {row.get('tokens', 0):,} |"
         f" {row.get('window', '')} |\n"
         for row in results
         if row.get("perplexity") is not None
     )
     return f"| text | perplexity | tokens | window |\n|---|---|---|---|\n{lines}"
+
+
+def _cell(text: Any) -> str:
+    """A text in one cell of a table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def _command(made: Provenance) -> str:
@@ -222,9 +227,12 @@ def _command(made: Provenance) -> str:
     if made.policy == UNRECORDED or not how.keys() & {"channels", "tried"} or made.residual_widths:
         return ""
     amount = "--params" if how.get("of_all") else "--ratio"
-    said = f"prunenet prune {made.base_model} {amount} {made.ratio:.10g} --widths {how['widths']}"
+    # the damping was chosen before the widths were
+    auto = how["widths"] == "per-layer" and "text" in how and how.get("predicted_gain") is not None
+    base, widths = shlex.quote(made.base_model), "auto" if auto else how["widths"]
+    said = f"prunenet prune {base} {amount} {made.ratio:.10g} --widths {widths}"
     if how["widths"] == "ordered":
-        said = f"prunenet order {made.base_model}"
+        said = f"prunenet order {base}"
     elif (text := how.get("text")) is None:
         said += " --moments none"
     else:
@@ -249,7 +257,7 @@ def _command(made: Provenance) -> str:
         said += _text_flags(text, _USUAL["self" if own else "data"])
     said += f" --round {how['round_to']}" if "round_to" in how else ""
     policy = "none" if made.policy in ("elimination", how.get("experts_by")) else made.policy
-    lines = [f"{said} --policy {policy} --out smaller", *_trainings(made)]
+    lines = [f"{said} --policy {shlex.quote(policy)} --out smaller", *_trainings(made)]
     return "\n```console\n" + "\n".join(lines) + "\n```\n"
 
 
@@ -263,7 +271,7 @@ def _trainings(made: Provenance) -> list[str]:
         out = "recovered" if number == 1 else f"recovered-{number}"
         said = f"prunenet recover {given} --out {out}"
         if step["loss"] != "next token":
-            said += f" --teacher {made.base_model}"
+            said += f" --teacher {shlex.quote(made.base_model)}"
         if step["regime"] == "data":
             said += f" --moments data --text {_text_name(text)}"
         said += f" --tokens {step['learned']} --window {step['window']}{_reading_flags(text)}"

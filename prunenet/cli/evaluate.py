@@ -64,6 +64,11 @@ def evaluate(
         from prunenet.evaluation.side_by_side import evaluate as measured
         from prunenet.text.corpora import TestText, load_text
 
+        if not besides.speed and besides.serve is None and pace != SpeedOptions():
+            raise ValueError(
+                "--no-speed measures no speed: leave it out, or --prompt, --new-tokens, --repeats,"
+                " --most-repeats, --compile and the batch of speed"
+            )
         text = load_text(scored.text, TestText, scored.text_column)
         with tables.progress(errors, "scoring") as advance:
             found = measured(

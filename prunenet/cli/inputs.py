@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from rich.markup import escape
 
@@ -16,6 +16,7 @@ from prunenet.checkpoints.options import AUTO
 from prunenet.cli import tables
 from prunenet.cli.console import errors
 from prunenet.cli.options import Reading
+from prunenet.runtime.json_files import Count, Positive, Within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,8 +158,27 @@ def blocks_for(
         )
 
 
+_Perplexity = Annotated[float, Within(1)] | None
+
+
+class _Row(TypedDict, total=False):
+    """What cards and reports read of a row."""
+
+    name: str
+    folder: str
+    text: str
+    ratio: Annotated[float, Within(0, 1)] | None
+    perplexity: _Perplexity
+    perplexity_low: _Perplexity
+    perplexity_high: _Perplexity
+    parameters: Positive
+    bytes: Positive
+    tokens: Count | None
+    window: Positive | None
+
+
 class _Printed(TypedDict):
-    models: list[dict[str, Any]]
+    models: list[_Row]
 
 
 def printed_rows(results: Path) -> list[dict[str, Any]]:
@@ -171,7 +191,7 @@ def printed_rows(results: Path) -> list[dict[str, Any]]:
 
     remedy = "it is not what 'prunenet eval --json' prints, so make it anew"
     printed: _Printed = read_json(results, _Printed, remedy=remedy)
-    return printed["models"]
+    return [dict(row) for row in printed["models"]]
 
 
 def check_reward_inputs(

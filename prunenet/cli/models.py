@@ -28,6 +28,8 @@ def models(
             from prunenet.models.listing import known_types, table_of
 
             typer.echo(table_of(known_types()), nl=False)
+        elif markdown:
+            raise ValueError("--markdown is of the list of known types: leave it or the model out")
         elif model is None:
             _show_types(as_json)
         else:

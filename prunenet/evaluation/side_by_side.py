@@ -25,6 +25,7 @@ from prunenet.evaluation.result import ModelResult, summarise
 from prunenet.evaluation.serving import check_servable, serve_side_by_side
 from prunenet.evaluation.speed import speed_side_by_side
 from prunenet.models.layers import check_positions
+from prunenet.runtime.paths import named
 from prunenet.text.corpora import TestText, load_text
 
 
@@ -122,7 +123,7 @@ def _together(
             repetition=_repeated(model, tokenizers[source], options, openings),
             folder=find_folder(source, CONFIG, RECORD),  # of a hub id, where its files are
         )
-        name, ratio = Path(source).expanduser().name, recorded_ratio(source)
+        name, ratio = named(source), recorded_ratio(source)
         rows.append(ModelResult(**asdict(result), name=name, folder=source, ratio=ratio))
     return rows
 

@@ -114,11 +114,7 @@ def recover(
     model, dense = load(source), None if teacher is None else load(teacher)
     tuning = _chosen(tuning, model)
     check_room(out, bytes_to_write(model))
-    if provenance is None:
-        assert dense is not None, "_recorded"
-        provenance = Provenance.unrecorded(dense, model, *identify(str(teacher)))
-    elif dense is not None:
-        _check_shapes(str(teacher), dense, provenance)
+    provenance = _of_base(provenance, str(teacher), dense, model)
     writer, tokens_of = (model, pruned) if dense is None else (dense, teacher)
     tokenizer = load_tokenizer(str(tokens_of))
     told = None if progress is None else partial(progress, "text")
@@ -272,6 +268,23 @@ def _ended(state: Path, out: Path) -> bool:
         return any(run["text"] == step["text"] and tuning.items() <= step.items() for step in last)
     except (CheckpointError, ContentError, OSError, KeyError):
         return False
+
+
+def _of_base(
+    provenance: Provenance | None,
+    teacher: str,
+    dense: PreTrainedModel | None,
+    model: PreTrainedModel,
+) -> Provenance:
+    """What is known of the cut, by the dense model where nothing is recorded. Raises as
+    `_check_shapes`.
+    """
+    if provenance is None:
+        assert dense is not None, "_recorded"
+        return Provenance.unrecorded(dense, model, *identify(teacher))
+    if dense is not None:
+        _check_shapes(teacher, dense, provenance)
+    return provenance
 
 
 def _recorded(source: str) -> Provenance:

@@ -14,6 +14,12 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or written; the message is one sentence that says what to do."""
 
 
+def named(place: str | Path) -> str:
+    """The last part of a path or of a hub id; of "." and "..", the name of the folder meant."""
+    path = Path(place).expanduser()
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
 def expanded(path: str | Path) -> Path:
     """Expand a leading `~`, as shells do only where it begins a word: not in `--out=~/x`.
 
