@@ -340,7 +340,10 @@ def policy_for(
             return Policy.from_pretrained(shipped[choice]), choice
     if choice == "none":
         return None, "none"
-    return Policy.from_pretrained(choice), named(choice)
+    shipped, name = zoo(), named(choice)
+    # one's own policy is not called as the one that ships
+    own = name in shipped and _find(choice).resolve() != shipped[name].resolve()
+    return Policy.from_pretrained(choice), f"./{name}" if own else name
 
 
 def _check_free(folder: Path) -> None:

@@ -17,6 +17,7 @@ from prunenet.features.from_weights import CONTEXT, STATISTICS
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels
 from prunenet.policies import apply, artifact
+from prunenet.policies.apply import _check_loaded
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer
 from prunenet.text.calibration import CalibrationSet
@@ -174,6 +175,23 @@ def test_a_model_s_folder_is_not_taken_for_a_policy(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match="not the configuration of a policy"):
         Policy.from_pretrained(tmp_path)
+
+
+def test_one_s_own_policy_is_not_recorded_as_the_one_that_ships(tmp_path, monkeypatch):
+    some_policy().save_pretrained(tmp_path / "llama")
+    assert policy_for(str(tmp_path / "llama"), "llama")[1] == "./llama"
+    assert policy_for("llama", "llama")[1] == policy_for(None, "llama")[1] == "llama"
+    monkeypatch.chdir(tmp_path / "llama")
+    assert policy_for(".", "llama")[1] == "./llama"
+    monkeypatch.chdir(tmp_path)
+    assert policy_for("./llama", "llama")[0].sha256 == some_policy().sha256
+
+
+def test_names_in_place_of_what_is_loaded_are_one_sentence():
+    with pytest.raises(TypeError, match=r"give prunenet.load_model\('some/model'\)"):
+        _check_loaded("some/model", some_policy())
+    with pytest.raises(TypeError, match=r"give prunenet.Policy.from_pretrained\('llama'\)"):
+        _check_loaded(tiny_model("llama"), "llama")
 
 
 def test_a_policy_replaces_a_policy_and_nothing_else(tmp_path):
