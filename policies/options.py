@@ -208,6 +208,11 @@ def _check_structures(options: PruneOptions) -> None:
         check_choice("structures", name, Cuttable)
     if options.shares_experts:
         _check_shared_experts(options)
+    elif options.experts_by is not None and options.experts is None:
+        raise ValueError(
+            f"`experts_by` {options.experts_by} says which whole experts go: give `experts`, how"
+            " many stay, or `structures` channels,experts, or leave it out"
+        )
     if options.parts == ("channels",) and options.budget == "kv-bytes":
         raise ValueError("FFN channels hold nothing of the KV cache; say heads too, or layers")
     plain = (*options.parts, options.budget) == ("channels", "params")

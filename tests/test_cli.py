@@ -405,6 +405,8 @@ def test_the_folder_s_name_does_not_matter(policy, tmp_path):
 def test_options_that_would_be_ignored_are_refused(model):
     said = refused("eval", model, "--no-speed", "--repeats", 7)
     assert "--no-speed measures no speed: leave it out" in said
+    ask = ("prune", model, "--ratio", 0.3, "--moments", "none", "--experts-by", "random")
+    assert "--experts-by random says which whole experts go" in refused(*ask, "--out", "out")
     assert "--markdown is of the list of known types" in refused("models", model, "--markdown")
 
 
