@@ -144,7 +144,7 @@ class LayerwisePruningEnv(gymnasium.Env[Observation, NDArray[Any]]):
         self._sweep = Sweep(
             self._view, reward or SpectralReward(self.model), min_width=min_width, slack=slack
         )
-        self._sweep.budget_at(draw_ratio(ratio, 1.0))
+        self._sweep.budget_at(draw_ratio(ratio, 1.0))  # the highest one can be met
         every = channel_parameters(self.model)
         self._channel_parameters = [every[number] for number in self._view.groups]
         self._removed: int | None = None

@@ -93,7 +93,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
             min_width=min_width,
             slack=slack,
         )
-        self._sweep.budget_at(draw_ratio(ratio, 1.0))
+        self._sweep.budget_at(draw_ratio(ratio, 1.0))  # the highest one can be met
         self.metadata = {**self.metadata, "n_stats": self.view.statistics[0].shape[1]}
         self.single_observation_space = observation_space(self.view, channels=channels)
         self.single_action_space = spaces.MultiBinary(self.view.d_ff)

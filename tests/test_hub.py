@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,9 +12,9 @@ from huggingface_hub.utils import close_session as close_sessions
 from typer.testing import CliRunner
 
 from prunenet.checkpoints.hub import push, write_card
-from prunenet.checkpoints.model_card import inherited_fields
+from prunenet.checkpoints.model_card import card_of, inherited_fields
 from prunenet.checkpoints.provenance import Provenance
-from prunenet.checkpoints.save import save_pruned
+from prunenet.checkpoints.save import load_provenance, save_pruned
 from prunenet.cli.app import app
 from prunenet.models.surgery import narrowed
 from prunenet.runtime.files import CheckpointError
@@ -66,6 +67,15 @@ def test_the_card_names_base_relation_licence_languages_command_and_limits(cut) 
     command = "prunenet prune owner/dense --ratio 0.3 --widths uniform --moments none"
     assert f"{command} --policy llama --out smaller" in card.text
     assert "## Limits" in card.text
+
+
+def test_a_command_whose_widths_were_chosen_says_so(cut) -> None:
+    made = load_provenance(cut)
+    text = {"text": "self-generated", "sequences": 160, "tokens": 256, "seed": 0}
+    how = {**made.how, "widths": "per-layer", "refit": "layerwise", "text": text}
+    for gain, said in ((0.1, "auto"), (None, "per-layer")):
+        card = card_of(replace(made, regime="self", how={**how, "predicted_gain": gain}))
+        assert f"prunenet prune owner/dense --ratio 0.3 --widths {said} " in card
 
 
 def test_results_become_the_model_index_and_what_was_inherited_stays(cut) -> None:

@@ -20,7 +20,7 @@ from prunenet.cli import recovering
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.models.surgery import narrowed
 from prunenet.policies.apply import Pruned
-from prunenet.recover import record, training
+from prunenet.recover import estimate, record, training
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.record import Watch
 from prunenet.recover.training import estimated, tuned
@@ -191,6 +191,13 @@ def test_an_estimate_grows_with_steps_and_with_what_is_trained():
     assert full.bytes - few.bytes > 3 * held
     weights = 4 * sum(p.numel() for p in model.parameters())
     assert averaged.bytes > full.bytes - weights
+
+
+def test_the_time_of_writing_is_estimated_for_blocks_longer_than_a_part(monkeypatch):
+    asked = []
+    monkeypatch.setattr(estimate, "generate_blocks", lambda *given: asked.append(given[2]))
+    assert estimate.writing(tiny_model("llama"), words(), 3, 100_000, "auto") > 0
+    assert asked[0].sequences == 1
 
 
 @pytest.mark.long

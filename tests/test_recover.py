@@ -242,6 +242,10 @@ def test_a_step_reads_about_256_tokens_whatever_the_blocks_are(window, blocks):
     assert Tuning(batch=3).settled(64, window, 1000).batch == 3
 
 
+def test_a_step_reads_no_block_twice_where_there_are_few():
+    assert Tuning().settled(2, 64, 1000).batch == 2
+
+
 def test_text_and_teacher_must_suit_the_model():
     dense, narrow = cut()
     with pytest.raises(ValueError, match="2 blocks or more"):

@@ -38,6 +38,7 @@ from prunenet.models.layers import count_parameters, ffn_widths, probe_tokens
 from prunenet.models.surgery import zero_padded
 from prunenet.runtime.files import CheckpointError, expanded, new_folder
 from prunenet.runtime.own_files import packed
+from prunenet.runtime.paths import named
 from prunenet.runtime.placement import is_placed, parameters
 
 Masks = Sequence[Bool[Tensor, " _"]]
@@ -167,7 +168,7 @@ def export_padded(source: str | Path, out: str | Path) -> Path:
     if provenance is None:
         with new_folder(expanded(out), bytes_to_write(model)) as folder:
             _write_model(model, folder, None)
-            name = Path(source).expanduser().resolve().name  # of a hub id, too
+            name = named(source)
             card = bare_card(name, total, width, how_to_load(folder))
             (folder / CARD).write_text(card, encoding="utf-8")
             _verify(model, folder)

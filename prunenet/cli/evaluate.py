@@ -67,7 +67,7 @@ def evaluate(
         if not besides.speed and besides.serve is None and pace != SpeedOptions():
             raise ValueError(
                 "--no-speed measures no speed: leave it out, or --prompt, --new-tokens, --repeats,"
-                " --most-repeats, --compile and the batch of speed"
+                " --most-repeats, --compile and --batch"
             )
         text = load_text(scored.text, TestText, scored.text_column)
         with tables.progress(errors, "scoring") as advance:

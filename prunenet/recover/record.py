@@ -28,9 +28,9 @@ from prunenet.recover.lora import load_peft
 from prunenet.recover.options import RecoverText, Tuning
 from prunenet.recover.state import STATE, remove_state
 from prunenet.recover.text import (
-    blocks_held,
     blocks_wanted,
     external_text,
+    held_back,
     learning_text,
     window_of,
 )
@@ -148,9 +148,9 @@ def expected(
     """What a recovery is going to take: on external text that is drawn, or before the teacher has
     written any.
     """
-    if drawn is not None or teacher is None:
-        assert drawn is not None, "_check_asked"
+    if drawn is not None:
         return estimated(model, drawn, tuning, teacher=teacher)
+    assert teacher is not None, "_check_asked"
     block = window_of(text, model)
     count = sum(blocks_wanted(text, tuning, block))
     stand_in = token_blocks(model, count=count, window=block)
@@ -169,7 +169,7 @@ def recorded(
 ) -> Provenance:
     """The provenance of a recovered model; its regime is the most that any step looked at."""
     window = blocks.window
-    learned = len(blocks.ids) - blocks_held(len(blocks.ids), window)
+    learned = len(blocks.ids) - held_back(blocks)
     tuning = tuning.settled(learned, window, found.model.num_parameters())
     assert tuning.steps is not None, "Tuning.settled"
     assert tuning.batch is not None, "Tuning.settled"

@@ -68,7 +68,7 @@ def learning_text(
         raise ValueError(
             f"`tokens` {text.tokens} need {count * block} with those held back, and text"
             f" {_source(text)!r} has {there * block} in blocks of {block}; give more text, or"
-            f" smaller `tokens`"
+            " smaller `tokens`"
         )
 
     def part(number: int, blocks: int) -> CalibrationSet:
@@ -126,6 +126,11 @@ def blocks_wanted(text: RecoverText, tuning: Tuning, block: int) -> tuple[int, i
     read = TOKENS // block if tuning.steps is None else tuning.steps * batch
     learned = read if text.tokens is None else text.tokens // block
     return learned, blocks_held(learned + max(1, round(learned / 4)), block)
+
+
+def held_back(blocks: CalibrationSet) -> int:
+    """How many of these blocks, the last ones, are held back to choose by."""
+    return blocks_held(len(blocks.ids), blocks.window)
 
 
 def blocks_held(blocks: int, window: int) -> int:

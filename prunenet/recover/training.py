@@ -31,7 +31,7 @@ from prunenet.recover.losses import teaching_loss
 from prunenet.recover.options import Tuning
 from prunenet.recover.state import STATE as STATE
 from prunenet.recover.state import Best, Files, State
-from prunenet.recover.text import blocks_held
+from prunenet.recover.text import held_back
 from prunenet.runtime import parallel
 from prunenet.runtime.batches import batch_of
 from prunenet.runtime.placement import home
@@ -144,7 +144,7 @@ def estimated(
 
 def _settled(tuning: Tuning, blocks: CalibrationSet, model: PreTrainedModel) -> Tuning:
     """How a model is trained on these blocks, with nothing left open."""
-    learned = len(blocks.ids) - blocks_held(len(blocks.ids), blocks.window)
+    learned = len(blocks.ids) - held_back(blocks)
     return tuning.settled(learned, blocks.window, model.num_parameters())
 
 
@@ -169,7 +169,7 @@ class _Run:
         # judging costs a third of learning from as many tokens
         self.every = min(math.ceil(self.steps / 5), 200)
         self.front = int(blocks.bos is not None)
-        held = blocks_held(len(blocks.ids), blocks.window)
+        held = held_back(blocks)
         self.fit, self.held = blocks.ids[:-held], blocks.ids[-held:]
         self.student = (
             adapted(model, tuning.rank, tuning.seed)

@@ -15,9 +15,8 @@ class CheckpointError(ValueError):
 
 
 def named(place: str | Path) -> str:
-    """The last part of a path or of a hub id; of "." and "..", the name of the folder meant."""
-    path = Path(place).expanduser()
-    return path.name if path.name not in ("", "..") else path.resolve().name
+    """The name of a folder, that of "." too, or the last part of a hub id."""
+    return Path(place).expanduser().resolve().name
 
 
 def expanded(path: str | Path) -> Path:

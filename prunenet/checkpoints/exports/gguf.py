@@ -31,6 +31,7 @@ from prunenet.checkpoints.model_card import CARD, gguf_card, inherited_fields
 from prunenet.checkpoints.records import find_provenance
 from prunenet.checkpoints.sources import find_folder
 from prunenet.runtime.files import CheckpointError, new_folder
+from prunenet.runtime.paths import named
 
 _ROOM = 64_000_000
 """Bytes for tokens, merges and names, at most."""
@@ -84,7 +85,7 @@ def export_gguf(source: str | Path, out: str | Path, type: GgufType = "f32") -> 
     tokenizer = load_tokenizer(source)
     form = form_of(model)
     made = parts(model, form)
-    name = Path(source).expanduser().resolve().name  # of a hub id, too
+    name = named(source)
     words = vocabulary(tokenizer, model.config.vocab_size)
     called = _called(name, form, words["ggml.tokens"])
     stated: dict[str, Value] = {"general.name": called, "general.type": "model"}
