@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from prunenet.envs.drawing import RENDER_MODES, drawn
 from prunenet.envs.shared import (
     Named,
-    check_num_envs,
     check_render_mode,
     check_reset_options,
+    counted_envs,
     opened,
     whole_number,
     with_masks,
@@ -377,7 +377,7 @@ class BudgetPruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]])
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
-        check_num_envs(num_envs)
+        num_envs = counted_envs(num_envs)
         self.render_mode = check_render_mode(render_mode, RENDER_MODES)
         self._rules = _Rules(model, games, ratio, worst, cap, options)
         self.num_envs = num_envs

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from prunenet.checkpoints.load import load_model
 from prunenet.envs.rewards import Reward
 from prunenet.models.layers import Weights
+from prunenet.runtime.choices import is_whole
 
 Named = Weights | str | Path | None
 """A model; or its folder or hub id; or None, the tiny one."""
@@ -85,10 +86,11 @@ def whole_number(value: Any) -> int:
         raise ValueError(f"this is a whole number, got {value!r}") from None
 
 
-def check_num_envs(count: Any) -> None:
-    """Raises ValueError unless it is a whole number, at least 1."""
-    if not (isinstance(count, int) and count >= 1):
+def counted_envs(count: Any) -> int:
+    """Returns a number of environments. Raises ValueError unless it is whole and at least 1."""
+    if not (is_whole(count) and count >= 1):
         raise ValueError(f"num_envs must be at least 1, a whole number, got {count!r}")
+    return int(count)
 
 
 def check_reset_options(options: Mapping[str, Any] | None, *known: str) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import Weights, ffn_widths, structure
 from prunenet.models.masks import check_keep
-from prunenet.runtime.choices import check_ratio
+from prunenet.runtime.choices import check_ratio, is_whole
 
 PROGRESS = ("ratio", "target", "budget_left")
 """Position in the sweep, appended to the layer's context in an observation; each in [0, 1].
@@ -149,14 +149,14 @@ class Sweep:
     def __init__(
         self, view: View, reward: Reward, masks: int = 1, *, min_width: int = 1, slack: float = 0.25
     ) -> None:
-        if not (isinstance(min_width, int) and 1 <= min_width <= view.d_ff):
+        if not (is_whole(min_width) and 1 <= min_width <= view.d_ff):
             raise ValueError(f"min_width must be in [1, {view.d_ff}], got {min_width}")
         if not 0 <= slack <= 1:
             raise ValueError(f"slack must be in [0, 1], got {slack}")
         self.view = view
         self.reward = reward
         self.masks = masks
-        self.min_width = min_width
+        self.min_width = int(min_width)
         self.overdraft = int(slack * view.d_ff)
         self.device = view.statistics[0].device
         self.start(0.0)

@@ -25,10 +25,10 @@ from prunenet.envs.layerwise import (
 from prunenet.envs.rewards import Reward, SpectralReward
 from prunenet.envs.shared import (
     Named,
-    check_num_envs,
     check_render_mode,
     check_reset_options,
     check_reward,
+    counted_envs,
     opened,
     whole_number,
     with_masks,
@@ -72,7 +72,7 @@ class LayerwisePruningVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any
         channels: bool = True,
         render_mode: str | None = None,
     ) -> None:
-        check_num_envs(num_envs)
+        num_envs = counted_envs(num_envs)
         draw_ratio(ratio, 0.5)
         self.render_mode = check_render_mode(render_mode, RENDER_MODES)
         reward = None if reward is None else check_reward(reward)

@@ -13,6 +13,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from prunenet.envs import ENV_ID, LayerwisePruningEnv, LayerwisePruningVectorEnv, SpectralReward
 from prunenet.envs.sweep import Sweep, View
+from prunenet.evaluation.units import units_of
 
 D_FF = 48
 
@@ -287,6 +288,13 @@ def test_a_step_before_the_first_reset_and_numbers_that_are_none_are_refused(mod
         LayerwisePruningVectorEnv(model, 1.5)
     with pytest.raises(ValueError, match=r"min_width must be in \[1, 48\], got 1.5"):
         LayerwisePruningEnv(model, min_width=1.5)
+
+
+def test_whole_numbers_of_numpy_count_as_those_of_python(model, unchecked):
+    batch = LayerwisePruningVectorEnv(model, np.int64(2), min_width=np.int32(3))
+    assert batch.reset(seed=0)[1]["ratio"].shape == (2,)
+    assert type(batch.num_envs) is int
+    assert units_of(model, bins=np.int64(4)) == units_of(model, bins=4)
 
 
 def test_widths_are_drawn_bar_by_bar(model):

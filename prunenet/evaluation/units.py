@@ -24,7 +24,7 @@ from prunenet.models.groups import Group
 from prunenet.models.heads import attentions
 from prunenet.models.hooks import zeroing
 from prunenet.models.layers import decoder_layers, ffn_at
-from prunenet.runtime.choices import check_choice
+from prunenet.runtime.choices import check_choice, is_whole
 from prunenet.runtime.placement import device_of
 
 Cut = tuple[Masks, Masks | None]
@@ -65,7 +65,7 @@ def units_of(
     for structure in structures:
         check_choice("structure", structure, Structure)
     anatomy = Anatomy.of(model)
-    if not (isinstance(bins, int) and 1 <= bins <= min(anatomy.widths)):
+    if not (is_whole(bins) and 1 <= bins <= min(anatomy.widths)):
         raise ValueError(f"bins must be in [1, {min(anatomy.widths)}], got {bins}")
     try:
         heads: Sequence[Any] = attentions(model)

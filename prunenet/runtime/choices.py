@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 RoundTo = int | Literal["auto"]
@@ -24,6 +25,11 @@ def check_choice(what: str, given: object, choices: Any) -> None:
     allowed = get_args(choices)
     if given not in allowed:
         raise ValueError(f"unknown {what} {given!r}; it is one of {', '.join(allowed)}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of Python or numpy."""
+    return isinstance(value, Integral)
 
 
 def check_ratio(ratio: float) -> float:
