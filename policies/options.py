@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from prunenet.evaluation.choices import STRUCTURES, Cost, Cuttable, Structure
-from prunenet.runtime.choices import RoundTo, check_choice, check_ratio
+from prunenet.runtime.choices import RoundTo, check_choice, check_ratio, own_numbers
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy
@@ -91,6 +91,7 @@ class PruneOptions:
     refit: Refit | None = None
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         if self.ratio is None and self.params is None and self.active is None and self.experts:
             object.__setattr__(self, "ratio", 0.0)  # experts alone
         shares = (self.ratio, self.params, self.active)

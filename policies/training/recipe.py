@@ -16,7 +16,7 @@ from prunenet.policies.training.choices import (
     RewardName,
     Subset,
 )
-from prunenet.runtime.choices import check_choice, check_ratio
+from prunenet.runtime.choices import check_choice, check_ratio, own_numbers
 from prunenet.spectra.choices import Distance, Form, Matrix, Spectrum
 from prunenet.text.calibration import check_seed
 
@@ -105,6 +105,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown name or a number out of range."""
+        own_numbers(self)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for matrix in self.matrices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prunenet.runtime.choices import own_numbers
 from prunenet.text.choices import Bos, check_bos, check_window
 
 
@@ -30,6 +31,7 @@ class EvaluationOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         check_window(self.window, self.stride)
         check_bos(self.bos)
         for name in ("max_windows", "batch_size"):
@@ -72,6 +74,7 @@ class SpeedOptions:
     compiled: bool = False
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         for name in ("prompt", "new_tokens", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}")

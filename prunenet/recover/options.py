@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from prunenet.runtime.choices import own_numbers
 from prunenet.text.choices import Bos
 
 Updates = Literal["auto", "full", "lora"]
@@ -81,6 +82,7 @@ class Tuning:
     def __post_init__(self) -> None:
         from prunenet.text.calibration import check_seed
 
+        own_numbers(self)
         for name in ("steps", "batch", "micro_batch", "rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
@@ -183,6 +185,7 @@ class RecoverText:
     def __post_init__(self) -> None:
         from prunenet.text.calibration import check_window
 
+        own_numbers(self)
         check_window(self.window)
         if self.moments not in ("self", "data"):
             raise ValueError(f"`moments` must be self or data, got {self.moments!r}")

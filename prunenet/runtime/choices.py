@@ -1,8 +1,9 @@
-"""Refuses options: names that are not among the choices of a Literal type, shares out of range."""
+"""Checks options: names among the choices of a Literal type, shares in range, Python's numbers."""
 
 from __future__ import annotations
 
-from numbers import Integral
+from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 RoundTo = int | Literal["auto"]
@@ -30,6 +31,16 @@ def check_choice(what: str, given: object, choices: Any) -> None:
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, of Python or numpy."""
     return isinstance(value, Integral)
+
+
+def own_numbers(options: Any) -> None:
+    """Replaces numpy's numbers in a frozen dataclass by Python's, which JSON can hold."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        foreign = isinstance(value, Real) and not isinstance(value, (int, float))
+        if foreign:
+            own = int(value) if is_whole(value) else float(value)
+            object.__setattr__(options, field.name, own)
 
 
 def check_ratio(ratio: float) -> float:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.checkpoints.regimes import TextRegime
 from prunenet.models.layers import positions, text_config
 from prunenet.runtime import parallel
+from prunenet.runtime.choices import own_numbers
 from prunenet.text.cached import Wanted, cached_text
 from prunenet.text.choices import Bos
 from prunenet.text.corpora import CalibrationText, content_sha256, load_text
@@ -96,6 +97,7 @@ class CalibrationOptions:
     column: str | None = None
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         check_seed(self.seed)
         check_window(self.window)
 
