@@ -302,6 +302,10 @@ def test_prune_measures_on_as_much_text_as_asked_for(model, learned, tmp_path):
             ("--moments", "none", "--tokens", "4096"),
             "--moments none reads no text: leave --tokens 4096 out",
         ),
+        (
+            ("--moments", "none", "--bos", "no"),
+            "--moments none reads no text: leave --bos no out",
+        ),
         (("--params", "0.99"), "the FFN channels hold"),
         (("--round", "0"), "got 0"),
         (("--round", "64"), "has no multiple of 64"),

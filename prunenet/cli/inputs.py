@@ -17,6 +17,7 @@ from prunenet.cli import tables
 from prunenet.cli.console import errors
 from prunenet.cli.options import Reading
 from prunenet.runtime.json_files import Count, Positive, Within
+from prunenet.text.choices import Bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -218,9 +219,15 @@ def check_reward_inputs(
 
 
 def check_text(
-    moments: str | None, text: str | None, column: str | None = None, tokens: int | None = None
+    moments: str | None,
+    text: str | None,
+    column: str | None = None,
+    tokens: int | None = None,
+    bos: Bos = "auto",
 ) -> None:
-    """Raises ValueError for a text, its column, or an amount of it, that would not be read."""
+    """Raises ValueError for a text, its column, an amount or a beginning of it, that would not be
+    read.
+    """
     for flag, value in (("--text", text), ("--text-column", column)):
         if value is not None and moments != "data":
             raise ValueError(
@@ -228,7 +235,10 @@ def check_text(
             )
         if value == "":
             raise ValueError(f"{flag} is empty (an unset variable?): give a name, or leave it out")
-    if tokens is not None and moments == "none":
-        raise ValueError(
-            f"--moments none reads no text: leave --tokens {tokens} out, or say --moments self"
-        )
+    if moments != "none":
+        return
+    for flag, asked, usual in (("--tokens", tokens, None), ("--bos", bos, "auto")):
+        if asked != usual:
+            raise ValueError(
+                f"--moments none reads no text: leave {flag} {asked} out, or say --moments self"
+            )

@@ -34,7 +34,12 @@ def prune(
             Unfinished.beside(out, model).forget_made()
         check_absent(out)
         check_text(
-            calibration.moments, calibration.text, calibration.text_column, calibration.tokens
+            calibration.moments,
+            calibration.text,
+            calibration.text_column,
+            calibration.tokens,
+            # what recovery reads begins so too
+            calibration.bos if recovering.recover == "off" else "auto",
         )
         measured = calibration.moments != "none"
         check_streamable(reading, measured, "say --moments none as well")
