@@ -41,6 +41,7 @@ from prunenet.refit.moments import LayerWalk, check_activations
 from prunenet.refit.ridge import ridge
 from prunenet.runtime import parallel
 from prunenet.runtime.batches import drawn_order
+from prunenet.runtime.choices import own_numbers
 from prunenet.runtime.files import make_folders, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 from prunenet.runtime.placement import check_together
@@ -74,6 +75,7 @@ class BlockTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         for name, value in (("passes", self.passes), ("batch", self.batch)):
             if value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value}")

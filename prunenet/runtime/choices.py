@@ -34,13 +34,20 @@ def is_whole(value: Any) -> bool:
 
 
 def own_numbers(options: Any) -> None:
-    """Replaces numpy's numbers in a frozen dataclass by Python's, which JSON can hold."""
+    """Replaces numpy's numbers in a frozen dataclass, and in its tuples, by Python's, which JSON
+    can hold.
+    """
     for field in fields(options):
         value = getattr(options, field.name)
-        foreign = isinstance(value, Real) and not isinstance(value, (int, float))
-        if foreign:
-            own = int(value) if is_whole(value) else float(value)
-            object.__setattr__(options, field.name, own)
+        own = tuple(map(_own, value)) if type(value) is tuple else _own(value)
+        object.__setattr__(options, field.name, own)
+
+
+def _own(value: Any) -> Any:
+    foreign = isinstance(value, Real) and not isinstance(value, (int, float))
+    if not foreign:
+        return value
+    return int(value) if is_whole(value) else float(value)
 
 
 def check_ratio(ratio: float) -> float:
