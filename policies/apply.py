@@ -43,6 +43,7 @@ from prunenet.policies.repair import repaired
 from prunenet.refit.cut import Cut
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
+from prunenet.runtime.paths import check_loaded
 from prunenet.text.calibration import CalibrationSet
 
 AUTO_GAIN = 0.05
@@ -133,7 +134,7 @@ def prune(
         ValueError: see `PruneOptions`; or a choice that needs a policy or text where there is none.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
-    _check_loaded(model, policy)
+    check_loaded(model=model, policy=policy)
     asked = options_of(options, choices)
     if asked.experts is not None or asked.shares_experts:
         return _without_experts(model, policy, asked, blocks, policy_name, folder, progress)
@@ -141,17 +142,6 @@ def prune(
         model, policy, [asked], blocks=blocks, scores=scores, folder=folder, progress=progress
     )
     return pruned_by(model, decision, policy, policy_name)
-
-
-def _check_loaded(model: object, policy: object) -> None:
-    """Raises TypeError where a name was given in place of what it names."""
-    loads = {"model": "prunenet.load_model", "policy": "prunenet.Policy.from_pretrained"}
-    for what, given in (("model", model), ("policy", policy)):
-        if isinstance(given, str | Path):
-            raise TypeError(
-                f"`{what}` is a {what} that is loaded, got a name; give"
-                f" {loads[what]}({str(given)!r})"
-            )
 
 
 def _without_experts(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from prunenet.evaluation.choices import STRUCTURES, Cost, Cuttable, Structure
-from prunenet.runtime.choices import RoundTo, check_choice, check_ratio, own_numbers
+from prunenet.runtime.choices import RoundTo, check_choice, check_fields, check_ratio
 
 if TYPE_CHECKING:
     from prunenet.policies.artifact import Policy
@@ -91,7 +91,7 @@ class PruneOptions:
     refit: Refit | None = None
 
     def __post_init__(self) -> None:
-        own_numbers(self)
+        check_fields(self)
         if self.ratio is None and self.params is None and self.active is None and self.experts:
             object.__setattr__(self, "ratio", 0.0)  # experts alone
         shares = (self.ratio, self.params, self.active)
@@ -107,17 +107,6 @@ class PruneOptions:
         for name, share in (("params", self.params), ("active", self.active)):
             if not 0 <= (share or 0) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {share}")
-        choices: tuple[tuple[str, str | None, Any], ...] = (
-            ("widths", self.widths, Widths),
-            ("budget", self.budget, Cost),
-            ("channels", self.channels, Channels),
-            ("refit", self.refit, Refit),
-            ("experts_by", self.experts_by, ExpertsBy),
-        )
-        for name, value, allowed in choices:
-            if value is not None and value not in get_args(allowed):
-                known = ", ".join(get_args(allowed))
-                raise ValueError(f"unknown {name} {value!r}; it is one of {known}")
         _check_structures(self)
         if self.active is not None and self.budget not in ("params", "active"):
             raise ValueError(

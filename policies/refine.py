@@ -47,6 +47,7 @@ from prunenet.models.layers import Weights, decoder_layers, ffn_widths, structur
 from prunenet.policies.artifact import Policy
 from prunenet.policies.options import PruneOptions
 from prunenet.refit.folds import folds_of, held_back
+from prunenet.runtime.choices import check_fields
 from prunenet.text.calibration import CalibrationSet
 
 Progress = Callable[[int, int], None]
@@ -124,6 +125,7 @@ class Refining:
     refreshed: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.refreshed and "layers" in self.structures:
             raise ValueError("no matrix is measured behind layers that go: leave `refreshed` out")
         check_attention(self.structures)

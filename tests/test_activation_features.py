@@ -400,7 +400,7 @@ def test_training_without_enough_text_is_refused_before_it_starts(tmp_path, bloc
 
 def test_features_that_a_recipe_does_not_know_are_refused(unchecked):
     with pytest.raises(
-        ValueError, match="unknown features 'activations'; it is one of weights, moments"
+        ValueError, match="`features` must be one of weights, moments, got 'activations'"
     ):
         replace(SHORT, features="activations")
 

@@ -342,7 +342,7 @@ def test_a_search_says_nothing_and_leaves_optunas_log_as_it_was(capfd) -> None:
         ({"tokens": 1}, "tokens >= 2"),
         ({"widths": adapruner.as_llm_pruner}, "protect fewer layers"),
         ({"ratio": 1.0}, "`ratio` must be in"),
-        ({"strategy": "grid"}, "unknown strategy 'grid'; it is one of tpe, random"),
+        ({"strategy": "grid"}, "`strategy` must be one of tpe, random, got 'grid'"),
     ],
 )
 def test_what_cannot_be_searched_is_said(unchecked, changes, message) -> None:

@@ -354,9 +354,18 @@ def test_scores_that_the_caller_has_are_not_computed_again(monkeypatch):
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"widths": "wide"}, "unknown widths 'wide'; it is one of auto, uniform, per-layer"),
-        ({"channels": "best"}, "unknown channels 'best'; it is one of policy, blend, elimination"),
-        ({"refit": "on"}, "unknown refit 'on'; it is one of off, layerwise, sequential, blocks"),
+        (
+            {"widths": "wide"},
+            "`widths` must be one of auto, uniform, per-layer, refined, got 'wide'",
+        ),
+        (
+            {"channels": "best"},
+            "`channels` must be one of policy, blend, elimination or None, got 'best'",
+        ),
+        (
+            {"refit": "on"},
+            "`refit` must be one of off, layerwise, sequential, blocks or None, got 'on'",
+        ),
         ({"refit": "layerwise"}, "give text"),
         ({"channels": "elimination"}, "give text"),
         ({"policy": None}, "no policy to choose the channels"),

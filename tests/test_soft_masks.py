@@ -157,7 +157,7 @@ def test_masks_of_a_ratio_are_learned_at_that_ratio(tmp_path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"divergence": "js"}, "unknown divergence 'js'"),
+        ({"divergence": "js"}, "`divergence` must be one of kl, tv, got 'js'"),
         ({"steps": 0}, "`steps` must be 1 or more, got 0"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0 and finite, got 0.0"),
         ({"binary": -1.0}, "`binary` must be 0 or more and finite, got -1.0"),

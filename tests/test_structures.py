@@ -250,7 +250,10 @@ def test_the_command_writes_no_text_for_a_cut_that_cannot_be(tmp_path):
         ({"structures": "layers", "widths": "auto"}, "only refined widths cut layers; say"),
         ({"budget": "flops", "widths": "uniform"}, "only refined widths cut by flops; say"),
         ({"budget": "kv-bytes"}, "channels hold nothing of the KV cache; say heads too"),
-        ({"budget": "joules"}, "unknown budget 'joules'; it is one of params, active, flops"),
+        (
+            {"budget": "joules"},
+            "`budget` must be one of params, active, flops, kv-bytes, latency, got 'joules'",
+        ),
     ],
 )
 def test_choices_that_do_not_go_together_are_one_sentence(choices, message):

@@ -257,10 +257,10 @@ def test_recipes_out_of_range_are_refused(changes, message):
     [
         (
             {"reward": "specktral"},
-            "unknown reward 'specktral'; it is one of spectral, reconstruction, divergence",
+            "`reward` must be one of spectral, reconstruction, divergence, got 'specktral'",
         ),
-        ({"algorithm": "sac"}, "unknown algorithm 'sac'; it is one of a2c, ppo"),
-        ({"subset": "best"}, "unknown subset 'best'; it is one of fixed, bernoulli, widths"),
+        ({"algorithm": "sac"}, "`algorithm` must be one of a2c, ppo, got 'sac'"),
+        ({"subset": "best"}, "`subset` must be one of fixed, bernoulli, widths, got 'best'"),
     ],
 )
 def test_names_that_a_recipe_does_not_know_are_refused(unchecked, changes, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from prunenet.policies.training.choices import (
     RewardName,
     Subset,
 )
-from prunenet.runtime.choices import check_choice, check_ratio, own_numbers
+from prunenet.runtime.choices import check_fields, check_ratio
 from prunenet.spectra.choices import Distance, Form, Matrix, Spectrum
 from prunenet.text.calibration import check_seed
 
@@ -105,17 +106,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown name or a number out of range."""
-        own_numbers(self)
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        for matrix in self.matrices:
-            check_choice("matrix", matrix, Matrix)
+        check_fields(self)
         if self.allocation is not None and self.allocation.allocation is not None:
             raise ValueError("a training has two stages at most: an allocation has none of its own")
         draw_ratio(self.ratio, 0.5)
         for ratio in self.evaluate_at:
             check_ratio(ratio)
         check_seed(self.seed)
+        if not self.evaluate_at or min(self.hidden, default=1) < 1:
+            raise ValueError(
+                "a policy is evaluated at one ratio or more, and has layers of one unit or more,"
+                f" got evaluate_at={self.evaluate_at} and hidden={self.hidden}"
+            )
+        if not 0 <= self.entropy < math.inf:
+            raise ValueError(f"entropy must be 0 or more and finite, got {self.entropy}")
         if self.entropy and self.subset == "fixed":
             raise ValueError(
                 "an entropy bonus needs subset 'bernoulli': the entropy of fixed-width masks is"
@@ -148,19 +152,6 @@ class Recipe:
             raise ValueError(
                 f"learning_rate must be above 0 and at most 1, got {self.learning_rate}"
             )
-
-
-_CHOICES = {
-    "reward": RewardName,
-    "gradient": GradientName,
-    "features": Features,
-    "distance": Distance,
-    "form": Form,
-    "spectrum": Spectrum,
-    "algorithm": Algorithm,
-    "baseline": Baseline,
-    "subset": Subset,
-}
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

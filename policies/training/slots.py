@@ -29,7 +29,7 @@ from prunenet.policies.scorer import SlotAllocator
 from prunenet.policies.training.actor_critic import SweepRolloutBuffer
 from prunenet.policies.training.swept_widths import mean_shares
 from prunenet.policies.training.vec_env import SB3VecEnv, quiet
-from prunenet.runtime.choices import check_ratio
+from prunenet.runtime.choices import check_fields, check_ratio
 from prunenet.text.calibration import check_seed
 
 
@@ -65,6 +65,7 @@ class AllocatorRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_seed(self.seed)
         check_cap(self.cap)
         for ratio in (*self.ratio, *self.evaluate_at):

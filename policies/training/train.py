@@ -43,6 +43,7 @@ from prunenet.policies.training.run import Run, Saving, Stage
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import check_home, expanded, lock
+from prunenet.runtime.paths import check_loaded
 from prunenet.runtime.tracking import Track, check_trackers, tracking
 from prunenet.text.calibration import CalibrationSet
 
@@ -112,6 +113,7 @@ def train(
         ImportError: a tracker is not installed.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
+    check_loaded(model=model, policy=start)
     recipe, reports = recipe or Recipe(), reports or Reports()
     check_trackers(reports.report_to)
     read = recipe.features == "moments"

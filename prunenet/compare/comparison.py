@@ -22,6 +22,7 @@ from prunenet.evaluation.task_files import task_files
 from prunenet.models.anatomy import Anatomy
 from prunenet.policies.artifact import policy_for
 from prunenet.recover.options import TOKENS
+from prunenet.runtime.paths import source_name
 from prunenet.text.calibration import block_tokens
 from prunenet.text.corpora import CalibrationText, TestText, load_text
 from prunenet.text.windows import bos_token
@@ -60,7 +61,7 @@ def compare(
     """
     options, scored = options or CompareOptions(), scored or Scored()
     calibration, loading = calibration or CalibrationTexts(), loading or LoadOptions()
-    watch = watch or Watch()
+    watch, source = watch or Watch(), source_name(model)
     for name in calibration.named:
         check_name(name)
     specs = parse_all(methods, calibration.named)
@@ -70,12 +71,12 @@ def compare(
     wanted = {spec.text for spec in specs if spec.text is not None}
     texts = _calibration_texts(wanted, calibration.named, scored.column, evaluation)
     dense = load_model(
-        str(model), dtype=loading.dtype, device=loading.device, max_memory=loading.max_memory
+        source, dtype=loading.dtype, device=loading.device, max_memory=loading.max_memory
     )
     check_channels(dense, "compare on the checkpoint that it was exported from")
     gated = Anatomy.of(dense).architecture.gated
     policy, policy_name = policy_for(options.policy, dense.config.model_type, gated=gated)
-    tokenizer, bos = load_tokenizer(str(model)), scored.options.bos
+    tokenizer, bos = load_tokenizer(source), scored.options.bos
     amount = amount_of(calibration, dense, int(bos_token(tokenizer, bos) is not None))
     pruner = Pruner(
         dense,
@@ -90,7 +91,7 @@ def compare(
     )
     # "all" means what can be done; what was asked for by name is refused by `check`.
     specs = [spec for spec in specs if spec.name in methods or _possible(spec, pruner)]
-    plan = _plan(str(model), specs, options, evaluation, amount)
+    plan = _plan(source, specs, options, evaluation, amount)
     check(plan, pruner)
     if watch.progress is not None:
         progress = watch.progress
@@ -182,7 +183,7 @@ def _task_files(tasks: Sequence[str], folder: Path | None) -> dict[str, Path]:
 
 
 def _calibration_texts(
-    wanted: set[str], named: Mapping[str, str], column: str | None, evaluation: Evaluation
+    wanted: set[str], named: Mapping[str, str | Path], column: str | None, evaluation: Evaluation
 ) -> dict[str, CalibrationText]:
     found = {
         name: load_text(named.get(name, name), CalibrationText, column) for name in sorted(wanted)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from prunenet.evaluation.options import EVALUATION, EvaluationOptions
 from prunenet.recover.options import TOKENS, RecoverText, Tuning
-from prunenet.runtime.choices import ROUND_TO, RoundTo
+from prunenet.runtime.choices import ROUND_TO, RoundTo, check_fields
 
 ShareOf = Literal["channels", "parameters", "active"]
 
@@ -40,6 +40,9 @@ class CompareOptions:
     recover_window: int | None = None
     tuning: Tuning = field(default_factory=Tuning)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def recover_text(self) -> RecoverText:
         """What methods `+recovered` learn from. Raises ValueError for blocks that are too short."""
@@ -62,12 +65,15 @@ class Scored:
         limit: questions of each task; None: all.
     """
 
-    texts: Sequence[str] = ("builtin",)
+    texts: Sequence[str | Path] = ("builtin",)
     column: str | None = None
     options: EvaluationOptions = EVALUATION
     tasks: Sequence[str] = ()
     task_data: Path | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +86,12 @@ class CalibrationTexts:
         window: tokens of a block; None: 256, or what the model reads.
     """
 
-    named: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, str | Path] = field(default_factory=dict)
     tokens: int = 16384
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

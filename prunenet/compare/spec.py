@@ -169,11 +169,13 @@ def parse(text: str, calibration: Collection[str] = ()) -> Spec:
 
 
 def parse_all(texts: Collection[str], calibration: Collection[str] = ()) -> list[Spec]:
-    """`parse` of each, every spec once; `all` stands for every method as it is published.
+    """`parse` of each, or of the one, every spec once; `all` stands for every method as it is
+    published.
 
     Raises:
         ValueError: as `parse`; or none given.
     """
+    texts = [texts] if isinstance(texts, str) else texts
     if not texts:
         raise ValueError(
             f"nothing to compare: give methods as {_FORM}, or all; methods: {', '.join(methods())}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunenet.runtime.choices import own_numbers
-from prunenet.text.choices import Bos, check_bos, check_window
+from prunenet.runtime.choices import check_fields
+from prunenet.text.choices import Bos, check_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,8 @@ class EvaluationOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        own_numbers(self)
+        check_fields(self)
         check_window(self.window, self.stride)
-        check_bos(self.bos)
         for name in ("max_windows", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}")
@@ -74,7 +73,7 @@ class SpeedOptions:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        own_numbers(self)
+        check_fields(self)
         for name in ("prompt", "new_tokens", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}")

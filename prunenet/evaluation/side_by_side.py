@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ from prunenet.evaluation.result import ModelResult, summarise
 from prunenet.evaluation.serving import check_servable, serve_side_by_side
 from prunenet.evaluation.speed import speed_side_by_side
 from prunenet.models.layers import check_positions
-from prunenet.runtime.paths import named
+from prunenet.runtime.paths import named, source_name
 from prunenet.text.corpora import TestText, load_text
 
 
@@ -60,7 +61,9 @@ def evaluate(
         CheckpointError, TextError, ValueError: see those functions, and `perplexity` and
             `speed_side_by_side`; a model given twice.
     """
-    sources = [str(source) for source in ([models] if isinstance(models, str | Path) else models)]
+    several = isinstance(models, Sequence) and not isinstance(models, str)
+    given: Any = models if several else [models]
+    sources = list(map(source_name, given))
     if len(set(sources)) < len(sources):
         raise ValueError(f"each model is measured once, got one twice among {', '.join(sources)}")
     if serve is not None:

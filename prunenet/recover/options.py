@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
-from prunenet.runtime.choices import own_numbers
+from prunenet.runtime.choices import check_fields
 from prunenet.text.choices import Bos
 
 Updates = Literal["auto", "full", "lora"]
@@ -82,14 +82,10 @@ class Tuning:
     def __post_init__(self) -> None:
         from prunenet.text.calibration import check_seed
 
-        own_numbers(self)
+        check_fields(self)
         for name in ("steps", "batch", "micro_batch", "rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name, kind in (("updates", Updates), ("schedule", Schedule), ("loss", Loss)):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}")
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ValueError(
                 f"`learning_rate` must be above 0, got {self.rate}; {RATES[self.updates]:g} is the"
@@ -185,10 +181,8 @@ class RecoverText:
     def __post_init__(self) -> None:
         from prunenet.text.calibration import check_window
 
-        own_numbers(self)
+        check_fields(self)
         check_window(self.window)
-        if self.moments not in ("self", "data"):
-            raise ValueError(f"`moments` must be self or data, got {self.moments!r}")
         for name in ("text", "column"):
             if getattr(self, name) is not None and self.moments != "data":
                 raise ValueError(

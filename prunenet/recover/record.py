@@ -38,6 +38,7 @@ from prunenet.recover.training import Recovered, estimated, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_home, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
+from prunenet.runtime.paths import source_name
 from prunenet.runtime.tracking import Tracker, check_trackers
 from prunenet.text.calibration import CalibrationSet, token_blocks
 
@@ -102,7 +103,8 @@ def recover(
     watch, loading = watch or Watch(), loading or LoadOptions()
     check_trackers(watch.report_to)
     tuning, text, progress = tuning or Tuning(), text or RecoverText(), watch.progress
-    source, out = str(pruned), expanded(out)
+    source, out = source_name(pruned), expanded(out)
+    teacher = None if teacher is None else source_name(teacher)
     _check_asked(tuning, teacher, text, loading)
     run = _places(out, resume)
     provenance = find_provenance(source) if teacher is not None else _recorded(source)

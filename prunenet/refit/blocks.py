@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,7 @@ from prunenet.refit.moments import LayerWalk, check_activations
 from prunenet.refit.ridge import ridge
 from prunenet.runtime import parallel
 from prunenet.runtime.batches import drawn_order
-from prunenet.runtime.choices import own_numbers
+from prunenet.runtime.choices import check_fields
 from prunenet.runtime.files import make_folders, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, layout_of, packed, unpacked
 from prunenet.runtime.placement import check_together
@@ -75,13 +75,10 @@ class BlockTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        own_numbers(self)
+        check_fields(self)
         for name, value in (("passes", self.passes), ("batch", self.batch)):
             if value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value}")
-        if self.weights not in get_args(Weights):
-            known = ", ".join(get_args(Weights))
-            raise ValueError(f"unknown weights {self.weights!r}; it is one of {known}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate}")
 

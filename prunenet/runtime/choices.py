@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import repeat
+from numbers import Integral
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 RoundTo = int | Literal["auto"]
 """A multiple that widths are rounded to, or the rule of `prunenet.models.knobs.rounding`."""
@@ -33,21 +36,76 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral)
 
 
-def own_numbers(options: Any) -> None:
-    """Replaces numpy's numbers in a frozen dataclass, and in its tuples, by Python's, which JSON
-    can hold.
+def own(value: Any) -> Any:
+    """Python's number in place of numpy's or torch's, and a tuple in place of a list, range or
+    array of them, which JSON can hold; anything else as it is.
     """
-    for field in fields(options):
-        value = getattr(options, field.name)
-        own = tuple(map(_own, value)) if type(value) is tuple else _own(value)
-        object.__setattr__(options, field.name, own)
+    if type(value) in (tuple, list, range) or getattr(value, "ndim", None) == 1:
+        return tuple(map(own, value))
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def _own(value: Any) -> Any:
-    foreign = isinstance(value, Real) and not isinstance(value, (int, float))
-    if not foreign:
-        return value
-    return int(value) if is_whole(value) else float(value)
+def check_fields(options: Any) -> None:
+    """Replaces the values of a frozen dataclass by their `own`, and checks them by its annotations.
+
+    Raises:
+        ValueError: a value is not what the annotation of its field says.
+    """
+    schema: Any = type(options)
+    for name, kind in _kinds(schema).items():
+        value = own(getattr(options, name))
+        if not _is(value, kind):
+            raise ValueError(f"`{name}` must be {_in_words(kind)}, got {value!r}")
+        object.__setattr__(options, name, value)
+
+
+@cache
+def _kinds(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says; whole numbers are numbers too, and truth values
+    are not.
+    """
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (int, float):
+        return isinstance(value, int | origin) and not isinstance(value, bool)
+    if not isinstance(value, origin) or (origin is Sequence and isinstance(value, str)):
+        return False
+    if origin is Mapping:
+        return all(map(_is, value.values(), repeat(inner[1])))
+    if origin not in (tuple, Sequence):
+        return True
+    wanted = inner if origin is tuple and ... not in inner else inner[:1] * len(value)
+    return len(value) == len(wanted) and all(map(_is, value, wanted))
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    NoneType: "None",
+}
+
+
+def _in_words(kind: Any) -> str:
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, inner))
+    if origin is Literal:
+        return "one of " * (len(inner) > 1) + ", ".join(inner)
+    if origin is Mapping:
+        return f"a mapping, each value {_in_words(inner[1])}"
+    if origin in (tuple, Sequence):
+        some = "a sequence" if origin is Sequence or ... in inner else f"{len(inner)} values"
+        return f"{some}, each {_in_words(inner[0])}"
+    return _WORDS.get(origin) or str(origin.__name__)
 
 
 def check_ratio(ratio: float) -> float:

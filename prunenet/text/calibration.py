@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.checkpoints.regimes import TextRegime
 from prunenet.models.layers import positions, text_config
 from prunenet.runtime import parallel
-from prunenet.runtime.choices import own_numbers
+from prunenet.runtime.choices import check_fields
 from prunenet.text.cached import Wanted, cached_text
 from prunenet.text.choices import Bos
 from prunenet.text.corpora import CalibrationText, content_sha256, load_text
@@ -97,7 +97,7 @@ class CalibrationOptions:
     column: str | None = None
 
     def __post_init__(self) -> None:
-        own_numbers(self)
+        check_fields(self)
         check_seed(self.seed)
         check_window(self.window)
 

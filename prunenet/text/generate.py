@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunenet.models.layers import check_tokens
-from prunenet.runtime.choices import own_numbers
+from prunenet.runtime.choices import check_fields
 from prunenet.runtime.placement import home
 from prunenet.text.choices import Bos
 from prunenet.text.windows import bos_token
@@ -82,7 +82,7 @@ class SamplingOptions:
     batch: int = 40
 
     def __post_init__(self) -> None:
-        own_numbers(self)
+        check_fields(self)
         for name in ("keep", "top_p", "overlap"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}")

@@ -60,6 +60,7 @@ from prunenet.policies.methods.papers.tpe import (
     search,
 )
 from prunenet.policies.methods.widths.allocation import Budget, protected
+from prunenet.runtime.choices import check_fields
 from prunenet.runtime.placement import home
 
 PROTECTS = (4, 2)
@@ -186,6 +187,9 @@ class AdaPrunerOptions:
     widths: Callable[[Budget], Sequence[int]] = as_llm_pruner
     round_to: int = 8
     log: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def scores(

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from prunenet.evaluation.losses import next_token_loss
 from prunenet.models.layers import check_tokens, decoder_layers
+from prunenet.runtime.choices import check_fields
 from prunenet.runtime.placement import home
 
 
@@ -74,6 +75,7 @@ class GroupTuning:
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (
             self.steps < 0
             or min(self.batch, self.rank, self.group) < 1

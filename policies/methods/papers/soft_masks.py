@@ -39,7 +39,7 @@ from prunenet.models.anatomy import Anatomy
 from prunenet.policies.methods.evidence.measurements import Evidence
 from prunenet.policies.relaxed import WIDEST, RelaxedModel, budgeted, sharpened
 from prunenet.runtime.batches import batch_of
-from prunenet.runtime.choices import check_choice, check_ratio
+from prunenet.runtime.choices import check_fields, check_ratio
 from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.json_files import Count, JsonError, convert
 from prunenet.runtime.own_files import ContentError, check_layout, packed, unpacked
@@ -77,7 +77,7 @@ class SoftMaskOptions:
     binary: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("divergence", self.divergence, Divergence)
+        check_fields(self)
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}")

@@ -35,6 +35,7 @@ from prunenet.policies.methods.widths.evaluations import (
     fresh,
 )
 from prunenet.policies.methods.widths.space import Space, level_step
+from prunenet.runtime.choices import check_fields
 
 _SIZES = 4  # a switch moves 1, 2, 4 or 8 levels
 _TRIES = 200  # draws for one child
@@ -73,6 +74,7 @@ class Evolution:
     screens: tuple[Screen, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         survivors = [screen.survivors for screen in self.screens]
         if min(self.generations, self.initial) < 0 or min(self.offspring, *survivors, 1) < 1:
             raise ValueError(

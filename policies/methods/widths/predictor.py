@@ -41,6 +41,7 @@ from prunenet.policies.methods.widths.evaluations import (
     fresh,
 )
 from prunenet.policies.methods.widths.space import Space
+from prunenet.runtime.choices import check_fields
 
 _FOLDS = 5
 _MATTER = 0.8  # share of the importance that the layers to be narrowed carry
@@ -166,6 +167,7 @@ class Prediction:
     tied: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         enough = self.samples >= 2 * _FOLDS and self.candidates >= self.measured
         if not enough or min(self.measured, self.rounds, self.tied) < 1:
             raise ValueError(
