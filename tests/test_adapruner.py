@@ -348,6 +348,6 @@ def test_a_search_says_nothing_and_leaves_optunas_log_as_it_was(capfd) -> None:
 def test_what_cannot_be_searched_is_said(unchecked, changes, message) -> None:
     evidence = Evidence(tiny_model("llama"), changes.pop("blocks", BLOCKS))
     ratio = changes.pop("ratio", 0.3)
-    options = replace(QUICK, **({"strategy": "random", "trials": 1} | changes))
+    changes = {"strategy": "random", "trials": 1} | changes
     with pytest.raises(ValueError, match=message):
-        searched(evidence, ratio=ratio, options=options)
+        searched(evidence, ratio=ratio, options=replace(QUICK, **changes))

@@ -17,9 +17,9 @@ from prunenet.features.from_weights import CONTEXT, STATISTICS
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels
 from prunenet.policies import apply, artifact
-from prunenet.policies.apply import _check_loaded
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer
+from prunenet.runtime.paths import check_loaded
 from prunenet.text.calibration import CalibrationSet
 
 RATIOS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -189,9 +189,9 @@ def test_one_s_own_policy_is_not_recorded_as_the_one_that_ships(tmp_path, monkey
 
 def test_names_in_place_of_what_is_loaded_are_one_sentence():
     with pytest.raises(TypeError, match=r"give prunenet.load_model\('some/model'\)"):
-        _check_loaded("some/model", some_policy())
+        check_loaded(model="some/model", policy=some_policy())
     with pytest.raises(TypeError, match=r"give prunenet.Policy.from_pretrained\('llama'\)"):
-        _check_loaded(tiny_model("llama"), "llama")
+        check_loaded(model=tiny_model("llama"), policy="llama")
 
 
 def test_a_policy_replaces_a_policy_and_nothing_else(tmp_path):

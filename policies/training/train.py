@@ -113,7 +113,6 @@ def train(
         ImportError: a tracker is not installed.
         UnsupportedArchitecture: see `prunenet.models.architectures`.
     """
-    check_loaded(model=model, policy=start)
     recipe, reports = recipe or Recipe(), reports or Reports()
     check_trackers(reports.report_to)
     read = recipe.features == "moments"
@@ -250,9 +249,8 @@ def _check_asked(
     regime: str | None,
     reports: Reports,
 ) -> None:
-    """Raises ValueError where blocks or the regime are missing or unknown, blocks cannot be read,
-    or the model cannot be trained on.
-    """
+    """Raises ValueError where the model, the regime or the blocks are none to be trained on."""
+    check_loaded(model=model)
     check_trainable(model)
     _check_pathwise(recipe, reward, reports)
     if recipe.allocation is not None and not learns_widths(model):
