@@ -18,7 +18,7 @@ from prunenet.features.from_weights import layer_context, observe
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.layers import Weights, ffn_widths, structure
 from prunenet.models.masks import check_keep
-from prunenet.runtime.choices import check_ratio, is_whole, own
+from prunenet.runtime.choices import as_python, check_ratio, is_whole
 
 PROGRESS = ("ratio", "target", "budget_left")
 """Position in the sweep, appended to the layer's context in an observation; each in [0, 1].
@@ -283,7 +283,7 @@ def draw_ratio(ratio: float | Sequence[float], uniform: float) -> float:
 
 def check_ratios(ratio: float | Sequence[float]) -> tuple[float, float]:
     """Returns the bounds of a ratio or a range. Raises as `draw_ratio`."""
-    given = own(ratio)
+    given = as_python(ratio)
     bounds = [*given] if isinstance(given, Sequence) else [given, given]
     if len(bounds) != 2 or not all(isinstance(bound, Real) for bound in bounds):
         raise ValueError(

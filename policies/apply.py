@@ -24,6 +24,7 @@ from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.provenance import BlockStep, How, Provenance
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import save_pruned
+from prunenet.checkpoints.sources import check_loaded
 from prunenet.evaluation.divergence import divergence, model_divergences
 from prunenet.models.anatomy import Anatomy
 from prunenet.models.depth import without_layers
@@ -43,7 +44,6 @@ from prunenet.policies.repair import repaired
 from prunenet.refit.cut import Cut
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
-from prunenet.runtime.paths import check_loaded
 from prunenet.text.calibration import CalibrationSet
 
 AUTO_GAIN = 0.05

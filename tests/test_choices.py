@@ -109,6 +109,14 @@ def test_a_recipe_that_trains_nothing_is_refused_before_the_training(changes):
         Recipe(subset="bernoulli", **changes)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"evaluate_at": ()}, {"spread": float("nan")}, {"spread": 0.0}]
+)
+def test_an_allocation_that_trains_nothing_is_refused_before_the_training(changes):
+    with pytest.raises(ValueError, match="1 ratio or more to evaluate at and a spread above 0"):
+        AllocatorRecipe(**changes)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "call",

@@ -13,13 +13,13 @@ from families import FAMILIES, tiny_model, token_ids
 
 import prunenet
 from prunenet.checkpoints.regimes import REGIMES, Regime
+from prunenet.checkpoints.sources import check_loaded
 from prunenet.features.from_weights import CONTEXT, STATISTICS
 from prunenet.models.layers import down_linears, ffn_widths
 from prunenet.models.masks import top_channels
 from prunenet.policies import apply, artifact
 from prunenet.policies.artifact import Policy, PolicyConfig, PolicyError, policy_for, zoo
 from prunenet.policies.scorer import ChannelScorer
-from prunenet.runtime.paths import check_loaded
 from prunenet.text.calibration import CalibrationSet
 
 RATIOS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

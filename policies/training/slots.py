@@ -10,6 +10,7 @@ the mean over episodes of the same game, ratio and slot.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,11 @@ class AllocatorRecipe:
         check_cap(self.cap)
         for ratio in (*self.ratio, *self.evaluate_at):
             check_ratio(ratio)
+        if not self.evaluate_at or not 0 < self.spread < math.inf:
+            raise ValueError(
+                "training takes 1 ratio or more to evaluate at and a spread above 0, got"
+                f" {self.evaluate_at} and {self.spread}"
+            )
         if min(self.updates, self.evaluate_every) < 1 or self.episodes < 2:
             raise ValueError(
                 "training takes 1 or more updates between evaluations and 2 or more episodes, got"

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.checkpoints.records import check_channels
 from prunenet.checkpoints.regimes import Regime, most
-from prunenet.checkpoints.sources import local_folder
+from prunenet.checkpoints.sources import check_loaded, local_folder
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.envs.divergence import DivergenceReward
 from prunenet.envs.rewards import ReconstructionReward, Reward, SpectralReward
@@ -43,7 +43,6 @@ from prunenet.policies.training.run import Run, Saving, Stage
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import check_home, expanded, lock
-from prunenet.runtime.paths import check_loaded
 from prunenet.runtime.tracking import Track, check_trackers, tracking
 from prunenet.text.calibration import CalibrationSet
 

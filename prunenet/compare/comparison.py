@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.options import LoadOptions
 from prunenet.checkpoints.records import check_channels
+from prunenet.checkpoints.sources import source_name
 from prunenet.compare.options import CalibrationTexts, CompareOptions, Scored, Watch
 from prunenet.compare.plan import Evaluation, Plan
 from prunenet.compare.pruner import Amount, Pruner
@@ -22,7 +23,6 @@ from prunenet.evaluation.task_files import task_files
 from prunenet.models.anatomy import Anatomy
 from prunenet.policies.artifact import policy_for
 from prunenet.recover.options import TOKENS
-from prunenet.runtime.paths import source_name
 from prunenet.text.calibration import block_tokens
 from prunenet.text.corpora import CalibrationText, TestText, load_text
 from prunenet.text.windows import bos_token

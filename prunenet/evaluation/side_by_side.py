@@ -17,7 +17,7 @@ from prunenet.checkpoints.exports.choices import GgufType
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.options import AUTO, LoadOptions
 from prunenet.checkpoints.records import recorded_ratio
-from prunenet.checkpoints.sources import find_folder
+from prunenet.checkpoints.sources import find_folder, source_name
 from prunenet.evaluation.options import EVALUATION, SPEED, EvaluationOptions, SpeedOptions
 from prunenet.evaluation.perplexity import check_fits, perplexity
 from prunenet.evaluation.repetition import Repetition, sampled_openings
@@ -26,7 +26,7 @@ from prunenet.evaluation.result import ModelResult, summarise
 from prunenet.evaluation.serving import check_servable, serve_side_by_side
 from prunenet.evaluation.speed import speed_side_by_side
 from prunenet.models.layers import check_positions
-from prunenet.runtime.paths import named, source_name
+from prunenet.runtime.paths import named
 from prunenet.text.corpora import TestText, load_text
 
 

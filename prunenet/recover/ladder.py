@@ -20,7 +20,7 @@ from prunenet.recover.record import forget_made, recover, run_folder
 from prunenet.recover.state import STATE
 from prunenet.recover.text import learning_text
 from prunenet.runtime import parallel
-from prunenet.runtime.choices import own
+from prunenet.runtime.choices import as_python
 from prunenet.runtime.files import check_absent, expanded
 
 
@@ -68,7 +68,7 @@ def recover_rungs(
         ValueError: rungs that have the same name, or steps or tokens beside them; or as
             `prunenet.recover`.
     """
-    tuning, text, rungs = tuning or Tuning(), text or RecoverText(), own(rungs)
+    tuning, text, rungs = tuning or Tuning(), text or RecoverText(), as_python(rungs)
     if tuning.steps is not None or text.tokens is not None:
         raise ValueError("`rungs` say how much is learned: leave `steps` and `tokens` out")
     places = {_place(expanded(out), tokens): tokens for tokens in sorted(set(rungs))}

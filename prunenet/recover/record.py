@@ -22,6 +22,7 @@ from prunenet.checkpoints.records import (
 )
 from prunenet.checkpoints.regimes import most
 from prunenet.checkpoints.save import bytes_to_write, save_pruned
+from prunenet.checkpoints.sources import source_name
 from prunenet.models.layers import count_parameters, ffn_widths
 from prunenet.recover.estimate import Estimate, writing
 from prunenet.recover.lora import load_peft
@@ -38,7 +39,6 @@ from prunenet.recover.training import Recovered, estimated, tuned
 from prunenet.runtime import parallel
 from prunenet.runtime.files import CheckpointError, check_absent, check_home, check_room, expanded
 from prunenet.runtime.own_files import ContentError, unpacked
-from prunenet.runtime.paths import source_name
 from prunenet.runtime.tracking import Tracker, check_trackers
 from prunenet.text.calibration import CalibrationSet, token_blocks
 

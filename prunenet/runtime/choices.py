@@ -36,41 +36,42 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral)
 
 
-def own(value: Any) -> Any:
-    """Python's number in place of numpy's or torch's, and a tuple in place of a list, range or
-    array of them, which JSON can hold; anything else as it is.
+def as_python(value: Any) -> Any:
+    """Python's number in place of numpy's or torch's, and a tuple in place of a list, a range or an
+    array of one dimension; any other value as it is.
     """
-    if type(value) in (tuple, list, range) or getattr(value, "ndim", None) == 1:
-        return tuple(map(own, value))
-    return value.item() if getattr(value, "ndim", None) == 0 else value
+    axes = getattr(value, "ndim", None)
+    if axes == 0:
+        return value.item()
+    return tuple(map(as_python, value)) if axes == 1 or type(value) in _LISTS else value
 
 
 def check_fields(options: Any) -> None:
-    """Replaces the values of a frozen dataclass by their `own`, and checks them by its annotations.
+    """Converts the values of a frozen dataclass by `as_python`, and checks each by its annotation.
 
     Raises:
         ValueError: a value is not what the annotation of its field says.
     """
     schema: Any = type(options)
-    for name, kind in _kinds(schema).items():
-        value = own(getattr(options, name))
-        if not _is(value, kind):
+    for name, kind in _annotations(schema).items():
+        value = as_python(getattr(options, name))
+        if not _fits(value, kind):
             raise ValueError(f"`{name}` must be {_in_words(kind)}, got {value!r}")
         object.__setattr__(options, name, value)
 
 
 @cache
-def _kinds(schema: Any) -> dict[str, Any]:
+def _annotations(schema: Any) -> dict[str, Any]:
     return get_type_hints(schema)
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is what an annotation says; whole numbers are numbers too, and truth values
     are not.
     """
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType):
-        return any(_is(value, one) for one in inner)
+        return any(_fits(value, one) for one in inner)
     if origin is Literal:
         return isinstance(value, str) and value in inner
     if origin in (int, float):
@@ -78,13 +79,14 @@ def _is(value: Any, kind: Any) -> bool:
     if not isinstance(value, origin) or (origin is Sequence and isinstance(value, str)):
         return False
     if origin is Mapping:
-        return all(map(_is, value.values(), repeat(inner[1])))
+        return all(map(_fits, value.values(), repeat(inner[1])))
     if origin not in (tuple, Sequence):
         return True
     wanted = inner if origin is tuple and ... not in inner else inner[:1] * len(value)
-    return len(value) == len(wanted) and all(map(_is, value, wanted))
+    return len(value) == len(wanted) and all(map(_fits, value, wanted))
 
 
+_LISTS = (tuple, list, range)
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",

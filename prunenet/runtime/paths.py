@@ -19,30 +19,6 @@ def named(place: str | Path) -> str:
     return Path(place).expanduser().resolve().name
 
 
-def source_name(source: str | Path) -> str:
-    """A folder or hub id as a text.
-
-    Raises:
-        TypeError: it is something else, such as a model that is loaded.
-    """
-    if not isinstance(source, str | Path):
-        raise TypeError(
-            f"a model is given by its folder or hub id, got {type(source).__name__}; save it"
-            " (`save_pretrained`) and give the folder"
-        )
-    return str(source)
-
-
-def check_loaded(**given: object) -> None:
-    """Raises TypeError where the name of a model or a policy was given in place of it."""
-    loads = {"model": "prunenet.load_model", "policy": "prunenet.Policy.from_pretrained"}
-    for what, one in given.items():
-        if isinstance(one, str | Path):
-            raise TypeError(
-                f"`{what}` is a {what} that is loaded, got a name; give {loads[what]}({str(one)!r})"
-            )
-
-
 def expanded(path: str | Path) -> Path:
     """Expand a leading `~`, as shells do only where it begins a word: not in `--out=~/x`.
 
