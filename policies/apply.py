@@ -166,9 +166,9 @@ def _without_experts(
         )
     ratio = decision.ratio if gone.ratio is None else gone.ratio
     decision = replace(decision, regime=most([decision.regime, read]), ratio=ratio)
-    made = pruned_by(fewer, decision, policy, policy_name)
+    made = pruned_by(fewer, decision, policy, policy_name, whole=model)
     how: How = {**made.provenance.how, **said_of(model, made.model, asked, gone, blocks)}
-    story = replace(_of_base(model, made.provenance), how=how)
+    story = replace(made.provenance, how=how)
     if gone.size.ratio == 0:  # no channels were chosen
         story = replace(story, policy=gone.by, policy_sha256=None)
     return replace(made, provenance=story)
@@ -346,23 +346,25 @@ def _settled(
 
 
 def pruned_by(
-    model: PreTrainedModel, decision: Decision, policy: Policy | None, policy_name: str
+    model: PreTrainedModel,
+    decision: Decision,
+    policy: Policy | None,
+    policy_name: str,
+    whole: PreTrainedModel | None = None,
 ) -> Pruned:
-    """The narrow model of a decision, with its provenance."""
+    """The narrow model of a decision, with its provenance; `whole` is the model before experts
+    were removed from it.
+    """
+    whole = model if whole is None else whole
     base = model if decision.layers is None else without_layers(model, decision.layers)
     narrow = decision.cut.model(base)
-    provenance = provenance_of(base, narrow, decision, policy, policy_name)
+    provenance = provenance_of(base, narrow, decision, policy, policy_name, base_of(whole))
     if decision.layers is not None:
         left = tuple(decision.layers.nonzero().flatten().tolist())
         provenance = replace(provenance, dense_layers=len(decision.layers), layers=left)
-    provenance = _of_base(model, provenance)
+    total, body = count_parameters(whole)
+    provenance = replace(provenance, parameters_before=total, non_embedding_before=body)
     return Pruned(narrow, decision.cut.keep, provenance, decision.cut.groups)
-
-
-def _of_base(model: PreTrainedModel, provenance: Provenance) -> Provenance:
-    """The provenance, with the parameters of the model before whole parts of it went."""
-    total, body = count_parameters(model)
-    return replace(provenance, parameters_before=total, non_embedding_before=body)
 
 
 def provenance_of(
@@ -371,8 +373,13 @@ def provenance_of(
     decision: Decision,
     policy: Policy | None,
     policy_name: str,
+    origin: dict[str, str],
 ) -> Provenance:
-    """The provenance of a narrow model; of both models only shapes and configuration are read."""
+    """The provenance of a narrow model; of both models only shapes and configuration are read.
+
+    Args:
+        origin: of the dense model, see `prunenet.checkpoints.identity.base_of`.
+    """
     return Provenance.of(
         dense,
         narrow,
@@ -382,7 +389,7 @@ def provenance_of(
         regime=decision.regime,
         ratio=decision.ratio,
         how=decision.how,
-        **base_of(dense),
+        **origin,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunenet.checkpoints.identity import base_of
 from prunenet.checkpoints.offload import SHARD
 from prunenet.checkpoints.provenance import Provenance
 from prunenet.checkpoints.streaming import StreamedCheckpoint, save_streamed
@@ -74,7 +75,7 @@ def prune_streamed(
     (decision,) = decide(source, policy, [asked], progress=progress)
 
     def describe(narrow: PreTrainedModel) -> Provenance:
-        return provenance_of(dense, narrow, decision, policy, policy_name)
+        return provenance_of(dense, narrow, decision, policy, policy_name, base_of(dense))
 
     keep = decision.cut.keep
     if not parallel.is_first():

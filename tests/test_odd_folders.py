@@ -17,11 +17,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from prunenet.checkpoints.contents import model_files
-from prunenet.checkpoints.identity import identify, tokenizer_sha256, weights_sha256
+from prunenet.checkpoints.identity import (
+    base_of,
+    identify,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from prunenet.checkpoints.load import load_model, load_tokenizer
 from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.evaluation.result import bytes_on_disk
 from prunenet.models.architectures import UnsupportedArchitecture
+from prunenet.policies.apply import prune
+from prunenet.policies.artifact import Policy
 from prunenet.runtime.files import CheckpointError
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -404,6 +411,41 @@ def test_a_folder_is_the_same_under_each_of_its_names(folder, monkeypatch) -> No
         assert model.config._name_or_path == str(folder)
     (folder.parent / "link").symlink_to("odd")
     assert identify(folder.parent / "link") == expected
+
+
+def nudged(model) -> None:
+    model.get_parameter(UP).data[0, 0] += 1
+
+
+def rounded(model) -> None:
+    model.bfloat16()
+
+
+@pytest.mark.parametrize("source", ["folder", "hub"])
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [(nothing, True), (rounded, True), (nudged, False)],
+    ids=["as stored", "rounded", "changed"],
+)
+def test_a_model_that_was_changed_in_memory_is_recorded_without_a_revision(
+    folder, offline, caplog, change, known, source
+) -> None:
+    cache = Cache(offline, folder, ["params.json"])
+    name = str(folder) if source == "folder" else "owner/name"
+    revision = identify(folder)[1] if source == "folder" else cache.snapshot.name
+    model = load_model(name)
+    change(model)
+    made = prune(model, Policy.from_pretrained("llama"), ratio=0.5, widths="uniform").provenance
+    assert made.base_model == ("odd" if source == "folder" else name)
+    assert made.revision == (revision if known else "unknown")
+    assert ("are not those stored in" in caplog.text) == (not known)
+
+
+def test_a_model_that_only_has_the_configuration_of_a_folder_is_recorded_without_a_revision(
+    folder,
+) -> None:
+    random = type(load_model(folder))(load_model(folder).config)
+    assert base_of(random) == {"base_model": "odd", "revision": "unknown"}
 
 
 def test_a_tokenizer_is_another_one_when_its_files_change(folder) -> None:

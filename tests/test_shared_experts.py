@@ -9,6 +9,7 @@ from test_cli import facts, refused, save_tiny
 from test_whole_experts import BLOCKS, IDS, mixture
 
 import prunenet
+from prunenet.checkpoints.identity import identify
 from prunenet.checkpoints.load import load_model
 from prunenet.checkpoints.records import load_provenance
 from prunenet.models.anatomy import Anatomy
@@ -62,6 +63,18 @@ def half_of_the_experts(model):
     """As share of all parameters."""
     price = MixtureCost.of(model, active=False)
     return 1 - price.whole(4) / price.total
+
+
+@pytest.mark.long
+def test_the_revision_is_that_of_the_model_with_all_its_experts(unused, tmp_path) -> None:
+    unused.save_pretrained(tmp_path / "dense")
+    model = load_model(tmp_path / "dense")
+    half = half_of_the_experts(model)
+    made = prunenet.prune(
+        model, blocks=BLOCKS, params=half, **SHARED | {"structures": "experts"}
+    ).provenance
+    assert "experts" in made.how
+    assert (made.base_model, made.revision) == identify(tmp_path / "dense")
 
 
 @pytest.mark.long

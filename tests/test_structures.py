@@ -157,6 +157,15 @@ def test_layers_alone_go_until_the_budget_is_met_from_below(model, policy):
 
 
 @pytest.mark.long
+def test_the_revision_is_that_of_the_model_with_all_its_layers(model, policy, tmp_path):
+    model.save_pretrained(tmp_path / "dense")
+    whole = load_model(tmp_path / "dense")
+    made = prunenet.prune(whole, policy, blocks=BLOCKS, ratio=0.3, structures="layers", **PLAIN)
+    assert made.provenance.layers is not None
+    assert (made.provenance.base_model, made.provenance.revision) == identify(tmp_path / "dense")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("budget", "structures"),
     [

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunenet.checkpoints.contents import CONFIG, TOKENIZER, model_files, tokenizer_files
+from prunenet.checkpoints.skeleton import Stored
 from prunenet.checkpoints.sources import find_folder, local_folder
 from prunenet.checkpoints.streaming import StreamedCheckpoint
+from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.layers import structure
+from prunenet.runtime.files import CheckpointError
 from prunenet.runtime.placement import parameters, tensor_of
+
+_log = logging.getLogger(__name__)
 
 
 def identify(source: str | Path) -> tuple[str, str]:
@@ -74,13 +81,59 @@ def weights_sha256(model: PreTrainedModel | StreamedCheckpoint) -> str:
     return digest.hexdigest()
 
 
-def base_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Base model and revision, for `Provenance`."""
+def base_of(model: PreTrainedModel) -> dict[str, str]:
+    """Base model and revision, for `Provenance`: what the model's configuration says it comes from.
+
+    The revision is "unknown" where the weights are not those that are stored there: a model that
+    was trained, changed or never loaded has the name of its configuration all the same. On the
+    "meta" device, as of a streamed checkpoint, there is nothing to compare.
+    """
     source = model.config._name_or_path
-    if source and local_folder(source) is not None:
-        name, revision = identify(source)
-        return {"base_model": name, "revision": revision}
-    return {
-        "base_model": source or type(model).__name__,
-        "revision": getattr(model.config, "_commit_hash", None) or "unknown",
-    }
+    commit = getattr(model.config, "_commit_hash", None)
+    folder = _stored_in(source, commit)
+    local = bool(source) and local_folder(source) is not None
+    name, revision = identify(source) if local else (source or type(model).__name__, commit)
+    if folder is not None and not _as_stored(model, folder):
+        _log.warning("the weights are not those stored in %s, so no revision is recorded", folder)
+        revision = None
+    return {"base_model": name, "revision": revision or "unknown"}
+
+
+def _stored_in(source: str, commit: str | None) -> Path | None:
+    """The folder of a source, if it is on this machine; nothing is fetched."""
+    if not source:
+        return None
+    if (folder := local_folder(source)) is not None:
+        return folder
+    try:
+        return Path(snapshot_download(source, revision=commit, local_files_only=True))
+    except (OSError, HFValidationError) as error:  # of a listing that names more than is there
+        return getattr(error, "snapshot_path", None) and Path(error.snapshot_path)
+
+
+def _as_stored(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether the parameters have the values of the files, rounded to their dtype; true of what no
+    file states in plain numbers.
+    """
+    try:
+        stored = StreamedCheckpoint.open(folder).stored
+    except (CheckpointError, UnsupportedArchitecture):  # quantised, pickled or gone
+        return True
+    return all(
+        _same(tensor_of(model, name), stored[name])
+        for name, _ in parameters(model)
+        if name in stored
+    )
+
+
+def _same(tensor: Tensor, stored: Stored) -> bool:
+    """Whether a parameter holds the rows of a file."""
+    if tensor.is_meta:
+        return True
+    if tensor.shape != stored.shape:
+        return False
+    rows = tensor.view(len(stored), *stored.shape[1:])
+    return all(
+        torch.equal(rows[start : start + len(slab)].cpu(), slab.to(tensor.dtype))
+        for start, slab in stored.slabs()
+    )
