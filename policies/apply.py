@@ -44,6 +44,7 @@ from prunenet.policies.repair import repaired
 from prunenet.refit.cut import Cut
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
+from prunenet.runtime.floats import dtype_name
 from prunenet.text.calibration import CalibrationSet
 
 AUTO_GAIN = 0.05
@@ -388,7 +389,7 @@ def provenance_of(
         seed=None if policy is None else policy.config.recipe.get("seed"),
         regime=decision.regime,
         ratio=decision.ratio,
-        how=decision.how,
+        how={"dtype": dtype_name(dense.dtype), **decision.how},
         **origin,
     )
 

@@ -23,6 +23,7 @@ from prunenet.models.layers import ffn_widths
 from prunenet.models.surgery import pick
 from prunenet.policies.artifact import Policy
 from prunenet.runtime.files import write_atomic
+from prunenet.runtime.floats import dtype_name
 from prunenet.runtime.own_files import packed
 from prunenet.runtime.placement import shared_copy
 
@@ -100,7 +101,7 @@ def save_ordered(
         seed=policy.config.recipe.get("seed"),
         regime=policy.config.regime,
         ratio=0.0,
-        how=How(widths="ordered", channels="policy"),
+        how=How(dtype=dtype_name(model.dtype), widths="ordered", channels="policy"),
         **base_of(model),
     )
     keep = [torch.ones(width, dtype=torch.bool) for width in ffn_widths(model)]

@@ -1,6 +1,7 @@
 """Recovery as one command with the cut, and what it is said to take."""
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -285,7 +286,7 @@ def test_the_card_s_commands_cut_and_recover_to_the_same_bytes(dense, tmp_path, 
     shutil.copytree(dense, "tiny")
     rows = ({"other": " ".join(f"w{n * n % 61}" for n in range(2600)), "text": "w1"},)
     Path("words.jsonl").write_text("".join(json.dumps(row) for row in rows))
-    own = ("--tokens", 1280, "--seed", 3, "--round", 4)
+    own = ("--tokens", 1280, "--seed", 3, "--round", 4, "--dtype", "bfloat16")
     facts("prune", "tiny", "--policy", "none", "--ratio", 0.55, *own, "--out", "smaller")
     first = (
         "--embeddings",
@@ -317,10 +318,27 @@ def test_the_card_s_commands_cut_and_recover_to_the_same_bytes(dense, tmp_path, 
         "--betas",
         0.8,
     )
-    facts("recover", "once", "--out", "twice", *read, 0.9, "--updates", "lora", "--rank", 3)
+    facts(
+        "recover",
+        "once",
+        "--out",
+        "twice",
+        *read,
+        0.9,
+        "--updates",
+        "lora",
+        "--rank",
+        3,
+        "--dtype",
+        "float32",
+    )
     lines = Path("twice/README.md").read_text().splitlines()
     cut, *trainings = [line for line in lines if line.startswith("prunenet ")]
-    assert cut.endswith("--policy none --out smaller")
+    assert cut.endswith("--dtype bfloat16 --policy none --out smaller")
+    assert [re.findall("--dtype ([a-z0-9]+)", said) for said in trainings] == [
+        ["auto"],
+        ["float32"],
+    ]
     Path("smaller").rename("first")
     for command in (cut, *trainings):
         facts(*shlex.split(command)[1:])

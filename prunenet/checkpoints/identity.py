@@ -108,7 +108,8 @@ def _stored_in(source: str, commit: str | None) -> Path | None:
     try:
         return Path(snapshot_download(source, revision=commit, local_files_only=True))
     except (OSError, HFValidationError) as error:  # of a listing that names more than is there
-        return getattr(error, "snapshot_path", None) and Path(error.snapshot_path)
+        found = getattr(error, "snapshot_path", None)
+        return None if found is None else Path(found)
 
 
 def _as_stored(model: PreTrainedModel, folder: Path) -> bool:

@@ -24,7 +24,7 @@ _LARGEST = 1_000_000
 _INHERITED = ("license", "license_name", "license_link", "language")
 _SAID = (
     *("updates", "steps", "batch", "micro_batch", "learning_rate", "gentle_below", "warmup"),
-    *("schedule", "hidden", "average", "seed"),
+    *("schedule", "hidden", "average", "seed", "dtype"),
 )
 """Settings of a training that its command always says: defaults may change."""
 _AMOUNTS = (("blocks", "sequences", "count"), ("tokens", "window"))
@@ -256,6 +256,7 @@ def _command(made: Provenance) -> str:
             return ""
         said += _text_flags(text, _USUAL["self" if own else "data"])
     said += f" --round {how['round_to']}" if "round_to" in how else ""
+    said += f" --dtype {how['dtype']}" if "dtype" in how else ""
     policy = "none" if made.policy in ("elimination", how.get("experts_by")) else made.policy
     lines = [f"{said} --policy {shlex.quote(policy)} --out smaller", *_trainings(made)]
     return "\n```console\n" + "\n".join(lines) + "\n```\n"

@@ -45,6 +45,7 @@ class How(TypedDict, total=False):
     """The steps of a cut.
 
     Attributes:
+        dtype: of the base model when it was cut, such as "bfloat16"; absent in older records.
         widths: "uniform", "per-layer" or "refined".
         predicted_gain: by which share per-layer widths lower perplexity; None: not predicted.
         channels: "policy", "blend" or "elimination".
@@ -68,6 +69,7 @@ class How(TypedDict, total=False):
             was tried, by the number; channels alone are the greatest. Behind the refit.
     """
 
+    dtype: str
     widths: str
     predicted_gain: float | None
     channels: str | None
@@ -91,6 +93,7 @@ class How(TypedDict, total=False):
 class _Since(TypedDict, total=False):
     """What records of versions before do not say: they were LoRA's, with a linear schedule."""
 
+    dtype: str
     updates: str
     embeddings: bool
     gentle_below: float
@@ -108,6 +111,7 @@ class RecoveryStep(_Since):
     """One training after a cut, see `prunenet.recover`; losses in nats per token on text held back.
 
     Attributes:
+        dtype: that models were loaded in, as asked for: "auto" is the stored one of each.
         updates, embeddings, gentle_below, warmup, schedule, betas, hidden, average: as in
             `prunenet.recover.Tuning`.
         tokens: that were read, in all steps.

@@ -37,6 +37,7 @@ from prunenet.models.heads import group_counts
 from prunenet.models.layers import count_parameters, ffn_widths, probe_tokens
 from prunenet.models.surgery import zero_padded
 from prunenet.runtime.files import CheckpointError, expanded, new_folder
+from prunenet.runtime.floats import dtype_name
 from prunenet.runtime.own_files import packed
 from prunenet.runtime.paths import named
 from prunenet.runtime.placement import is_placed, parameters
@@ -289,7 +290,7 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     finally:
         model.train(training)
     if not bool(first.isfinite().all()):
-        kind = str(model.dtype).removeprefix("torch.")
+        kind = dtype_name(model.dtype)
         raise CheckpointError(
             f"{folder.name} was not saved: the model's logits are not finite in {kind}; its weights"
             " are damaged, or load it in float32"

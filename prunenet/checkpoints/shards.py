@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from prunenet.runtime.files import CheckpointError
+from prunenet.runtime.floats import dtype_name
 from prunenet.runtime.json_files import Count, JsonError, convert, parse_json
 
 SLAB = 32 * 2**20
@@ -61,7 +62,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def not_finite(where: str, name: str, dtype: torch.dtype) -> str:
     """The sentence on a tensor that `is_finite` refuses."""
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     hint = "" if dtype in (torch.float32, torch.float64) else ", or load it in float32"
     return (
         f"tensor {name} of {where} holds numbers that are not finite in {kind}; fetch it"

@@ -32,6 +32,7 @@ from prunenet.models.layers import (
 from prunenet.policies.methods import METHODS
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_ratio
+from prunenet.runtime.floats import dtype_name
 from prunenet.runtime.memory import peak_memory
 from prunenet.runtime.placement import home, where
 from prunenet.text.calibration import check_seed
@@ -183,7 +184,7 @@ def _of_model(plan: Plan, pruner: Pruner) -> Line:
         "model": name,
         "revision": revision,
         "tokenizer": tokenizer_sha256(plan.source),
-        "dtype": str(pruner.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pruner.model.dtype),
     }
 
 

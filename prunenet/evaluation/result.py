@@ -18,6 +18,7 @@ from prunenet.evaluation.speed import Speed
 from prunenet.models.architectures import architecture_for
 from prunenet.models.heads import attentions
 from prunenet.models.layers import count_parameters
+from prunenet.runtime.floats import dtype_name
 from prunenet.runtime.placement import parameters, where
 
 JsonValue = float | int | str | bool | None
@@ -152,7 +153,7 @@ def summarise(
         parameters=parameters,
         non_embedding_parameters=non_embedding,
         bytes=own if folder is None else bytes_on_disk(folder),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         device=where(model),
         threads=torch.get_num_threads(),
         kv_bytes_per_token=_kv_bytes(model),

@@ -132,7 +132,8 @@ def recover(
 
     learn = partial(tuned, teacher=dense, folder=run, resume=resume, report_to=watch.report_to)
     found = learn(model, blocks, tuning, progress=advance)
-    provenance = recorded(provenance, found, tuning, blocks, taught=dense is not None)
+    taught = dense is not None
+    provenance = recorded(provenance, found, tuning, blocks, taught=taught, dtype=loading.dtype)
     if parallel.is_first():
         save_pruned(found.model, out, masks, provenance, groups=groups)
         remove_state(run)
@@ -168,6 +169,7 @@ def recorded(
     blocks: CalibrationSet,
     *,
     taught: bool,
+    dtype: str,
 ) -> Provenance:
     """The provenance of a recovered model; its regime is the most that any step looked at."""
     window = blocks.window
@@ -176,6 +178,7 @@ def recorded(
     assert tuning.steps is not None, "Tuning.settled"
     assert tuning.batch is not None, "Tuning.settled"
     step = dataclasses.asdict(tuning) | {
+        "dtype": dtype,
         "betas": list(tuning.betas),
         "tokens": window * tuning.batch * tuning.steps,
         "learned": window * learned,

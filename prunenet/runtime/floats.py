@@ -1,9 +1,14 @@
-"""Double precision on devices that lack it."""
+"""Names of dtypes, and double precision on devices that lack it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype as options and records give it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def float64_device(device: torch.device) -> torch.device:
