@@ -33,6 +33,7 @@ from prunenet.refit.moments import LayerWalk, check_activations
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.placement import is_placed
+from prunenet.runtime.products import with_fast_products
 from prunenet.spectra.choices import Distance, Form, Matrix, Spectrum
 from prunenet.spectra.estimated import SpectralSketch
 from prunenet.spectra.exact import SpectralReference
@@ -219,6 +220,7 @@ class ReconstructionReward:
 
     split: ClassVar[Mapping[str, str]] = {"layer": "layers"}  # see `prunenet.envs.split`
 
+    @with_fast_products
     def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "n tokens"]) -> None:
         anatomy, walk = Anatomy.of(model), LayerWalk(model, blocks)
         weights = squared_weights(model, blocks)

@@ -45,6 +45,7 @@ from prunenet.refit.cut import Cut
 from prunenet.refit.folds import held_back
 from prunenet.runtime import parallel
 from prunenet.runtime.floats import dtype_name
+from prunenet.runtime.products import with_fast_products
 from prunenet.text.calibration import CalibrationSet
 
 AUTO_GAIN = 0.05
@@ -175,6 +176,7 @@ def _without_experts(
     return replace(made, provenance=story)
 
 
+@with_fast_products
 @torch.no_grad()
 def decide(
     model: Weights,

@@ -43,6 +43,7 @@ from prunenet.policies.training.run import Run, Saving, Stage
 from prunenet.runtime import parallel
 from prunenet.runtime.choices import check_choice
 from prunenet.runtime.files import check_home, expanded, lock
+from prunenet.runtime.products import with_fast_products
 from prunenet.runtime.tracking import Track, check_trackers, tracking
 from prunenet.text.calibration import CalibrationSet
 
@@ -66,6 +67,7 @@ class Training:
     widths_history: list[tuple[int, float]]
 
 
+@with_fast_products
 def train(
     model: PreTrainedModel | StreamedCheckpoint,
     recipe: Recipe | None = None,
@@ -203,9 +205,8 @@ def _continued(config: PolicyConfig, start: Policy | None) -> PolicyConfig:
 
 def _steps(view: View, recipe: Recipe) -> int:
     """Environment steps of a stage; updates of one by the pathwise gradient."""
-    if recipe.gradient == "pathwise":
-        return recipe.updates
-    return recipe.updates * view.layers * recipe.masks
+    each = 1 if recipe.gradient == "pathwise" else view.layers * recipe.masks
+    return recipe.updates * each
 
 
 def _spectral_alone(recipe: Recipe) -> bool:

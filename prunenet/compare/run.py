@@ -35,6 +35,7 @@ from prunenet.runtime.choices import check_ratio
 from prunenet.runtime.floats import dtype_name
 from prunenet.runtime.memory import peak_memory
 from prunenet.runtime.placement import home, where
+from prunenet.runtime.products import fast_products
 from prunenet.text.calibration import check_seed
 
 # What every line has, besides what identifies its cell; None until it is known.
@@ -167,7 +168,7 @@ def compare(
                 **dict.fromkeys(_MEASURED),
                 **about,
             }
-            with parallel.apart():
+            with parallel.apart(), fast_products(pruner.model):
                 _measure(cell, plan.evaluation, recovery, line)
             add(line)
     _forget(pruner, last, None)

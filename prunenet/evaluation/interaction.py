@@ -39,6 +39,7 @@ from prunenet.models.surgery import check_masks
 from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, packed, unpacked
 from prunenet.runtime.placement import home
+from prunenet.runtime.products import with_fast_products
 
 _FORMAT = "interaction matrix"
 
@@ -142,6 +143,7 @@ class Ablation:
     behind: Cut | None = None
 
 
+@with_fast_products
 @torch.no_grad()
 def measure_interaction(
     model: PreTrainedModel,

@@ -22,6 +22,7 @@ from prunenet.evaluation.options import EVALUATION, EvaluationOptions
 from prunenet.evaluation.speed import evaluating, last_logits
 from prunenet.models.layers import check_positions, check_tokens
 from prunenet.runtime.placement import home
+from prunenet.runtime.products import with_fast_products
 from prunenet.text.corpora import TestText, TextError, content_sha256
 from prunenet.text.windows import (
     bos_token,
@@ -65,6 +66,7 @@ class Perplexity:
     windows: int | None = None
 
 
+@with_fast_products
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.evaluation.speed import continued, evaluating
 from prunenet.models.layers import positions
 from prunenet.runtime.placement import home
+from prunenet.runtime.products import with_fast_products
 from prunenet.text.choices import Bos
 from prunenet.text.generate import SamplingOptions, document_start, generate_blocks
 
@@ -43,6 +44,7 @@ def sampled_openings(
         return generate_blocks(model, document_start(tokenizer, bos), options).cpu()
 
 
+@with_fast_products
 def repetition(model: PreTrainedModel, openings: Int[Tensor, "texts tokens"]) -> Repetition:
     """Continues each opening greedily by 128 tokens (or what the model has positions for), and
     counts 4-grams of what is written.

@@ -40,6 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.evaluation.speed import evaluating, last_logits
 from prunenet.evaluation.task_files import COLUMNS, Row, TaskError, read_task, task_files
 from prunenet.runtime.placement import home
+from prunenet.runtime.products import with_fast_products
 from prunenet.text.choices import Bos
 from prunenet.text.windows import bos_token
 
@@ -288,6 +289,7 @@ def _question(pairs: list[_Pair], positions: int) -> Question:
 # --- what we do instead of it: forward passes ---
 
 
+@with_fast_products
 @torch.inference_mode()
 def answer_all(
     model: PreTrainedModel,

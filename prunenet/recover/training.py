@@ -35,6 +35,7 @@ from prunenet.recover.text import held_back
 from prunenet.runtime import parallel
 from prunenet.runtime.batches import batch_of
 from prunenet.runtime.placement import home
+from prunenet.runtime.products import lacks, with_fast_products
 from prunenet.runtime.tracking import NOTHING, Track, Tracker, tracking
 from prunenet.text.calibration import CalibrationSet
 
@@ -63,6 +64,7 @@ class Recovered:
     history: list[tuple[int, float]]
 
 
+@with_fast_products
 def tuned(
     model: PreTrainedModel,
     blocks: CalibrationSet,
@@ -113,6 +115,7 @@ def tuned(
     return Recovered(narrow, before, after, best.step, run.state.history)
 
 
+@with_fast_products
 def estimated(
     model: PreTrainedModel,
     blocks: CalibrationSet,
@@ -360,13 +363,13 @@ class _Run:
 @contextmanager
 def _computing(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Inside, attention of CUDA adds up its gradients in a fixed order, and float32 copies of low
-    precision compute in that precision.
+    precision compute in that precision, unless the CPU lacks it.
     """
     place = home(model)
     with ExitStack() as stack:
         if place.type == "cuda":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if dtype in _LOW and model.dtype not in _LOW:
+        if dtype in _LOW and model.dtype not in _LOW and not (place.type == "cpu" and lacks(dtype)):
             stack.enter_context(torch.autocast(place.type, dtype))
         yield
 

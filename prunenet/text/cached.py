@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prunenet.checkpoints.identity import weights_sha256
 from prunenet.runtime.files import cache_folder, write_atomic
 from prunenet.runtime.own_files import ContentError, check_layout, packed, unpacked
+from prunenet.runtime.products import fast_products
 from prunenet.text.formats import TextError
 
 _FORMAT = "self-written text"
@@ -79,7 +80,8 @@ def cached_text(
             return ids
         _log.warning("note: the cached text %s is written anew: %s", path, fault)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ids = write()
+    with fast_products(model, unchanged=True):
+        ids = write()
     write_atomic(path, packed({"ids": ids}, {"format": _FORMAT}))
     return ids
 
