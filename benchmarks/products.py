@@ -10,8 +10,6 @@ those of the same turn.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from statistics import median
@@ -21,6 +19,7 @@ from _common import append_line, is_measured, opened, parser, read_lines, settin
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunenet.recover.estimate import timed
 from prunenet.runtime.products import fast_products, lacks
 from prunenet.text.generate import SamplingOptions, document_start, generate_blocks
 
@@ -39,13 +38,6 @@ def write(model: PreTrainedModel, ids: Tensor, start: int) -> None:
     generate_blocks(model, start, WRITTEN)
 
 
-def timed(call: Callable[[], None]) -> float:
-    """Seconds of a call."""
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
-
-
 def main() -> None:
     """Measures both parts."""
     asked = parser(__doc__)
@@ -62,12 +54,10 @@ def main() -> None:
         turns: dict[str, list[float]] = {"float32": [], "stock": [], "fast": []}
         for _ in range(TURNS):
             for name, model in (("float32", wide), ("stock", low), ("fast", low)):
-                with (
-                    fast_products(model, unchanged=part is write)
-                    if name == "fast"
-                    else nullcontext()
-                ):
-                    turns[name].append(timed(partial(part, model, ids, start)))
+                fast = fast_products(model, unchanged=part is write)
+                with fast if name == "fast" else nullcontext():
+                    call = partial(part, model, ids, start)
+                    turns[name].append(timed(call, torch.device("cpu")))
         saved = [a / b for a, b in zip(turns["stock"], turns["fast"], strict=True)]
         line = {f"seconds_{name}": median(times) for name, times in turns.items()}
         line |= {"ratio": median(saved), "ratio_low": min(saved), "ratio_high": max(saved)}

@@ -441,6 +441,12 @@ def test_a_model_that_was_changed_in_memory_is_recorded_without_a_revision(
     assert ("are not those stored in" in caplog.text) == (not known)
 
 
+def test_a_model_whose_files_cannot_be_read_any_more_is_recorded_without_a_revision(folder) -> None:
+    model = load_model(folder)
+    weigh(**{UP: lambda tensor: tensor * math.nan})(folder)
+    assert base_of(model)["revision"] == "unknown"
+
+
 def test_a_model_that_only_has_the_configuration_of_a_folder_is_recorded_without_a_revision(
     folder,
 ) -> None:

@@ -7,11 +7,13 @@ from test_evaluate import TEXT, word_tokenizer
 from torch.nn import functional as F
 
 import prunenet
+from prunenet.evaluation.divergence import divergence
 from prunenet.evaluation.options import EvaluationOptions
 from prunenet.evaluation.perplexity import perplexity
 from prunenet.evaluation.repetition import repetition
 from prunenet.policies.artifact import Policy, PolicyConfig
 from prunenet.recover import training
+from prunenet.recover.estimate import writing
 from prunenet.recover.options import Tuning
 from prunenet.recover.training import tuned
 from prunenet.runtime import products
@@ -113,12 +115,22 @@ def test_a_block_ends_with_an_error_too(model, widened) -> None:
 
 
 def test_weights_that_nothing_changes_are_converted_once_and_others_each_time(model) -> None:
-    (x, _), weight = pairs(), torch.nn.Parameter(pairs()[1], requires_grad=False)
+    (x, _), linear = pairs(), torch.nn.Linear(8, 3).to(LOW).requires_grad_(False)
+    weight = linear.weight
     for unchanged in (True, False):
-        with fast_products(model, unchanged=unchanged):
+        with fast_products(linear, unchanged=unchanged):
             before = F.linear(x, weight)
             weight.data.mul_(2)
             assert F.linear(x, weight).equal(before if unchanged else 2 * before)
+
+
+def test_weights_that_offloading_makes_anew_are_never_taken_for_earlier_ones(model) -> None:
+    x, w = pairs()
+    with fast_products(model, unchanged=True):
+        for size in range(1, 9):  # each at the place in memory of the one before
+            weight = torch.nn.Parameter(w * size, requires_grad=False)
+            assert F.linear(x, weight).equal((x.float() @ (w * size).float().T).to(LOW))
+            del weight
 
 
 def cut(model):
@@ -137,13 +149,25 @@ def written(model):
         written,
         lambda model: perplexity(model, word_tokenizer(), TEXT, EvaluationOptions(window=12)),
         lambda model: repetition(model, IDS[:2, :4]),
+        lambda model: divergence(model, lambda _, down: down, IDS),
+        lambda model: writing(model, word_tokenizer(), blocks=2, tokens=8, bos="auto"),
         lambda model: tuned(model, BLOCKS, TUNING, teacher=tiny_model("llama").to(LOW)),
         lambda model: tuned(tiny_model("llama"), BLOCKS, TUNING, teacher=model),
         lambda model: prunenet.train(
             model, prunenet.Recipe(updates=1, masks=2, evaluate_at=(0.5,)), blocks=BLOCKS
         ),
     ],
-    ids=["prune", "write", "perplexity", "repetition", "recover", "teach", "train"],
+    ids=[
+        "prune",
+        "write",
+        "perplexity",
+        "repetition",
+        "divergence",
+        "estimate",
+        "recover",
+        "teach",
+        "train",
+    ],
 )
 def test_what_runs_a_model_runs_it_in_fast_products(model, use, widened, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNENET_CACHE", str(tmp_path))

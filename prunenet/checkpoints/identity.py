@@ -21,7 +21,7 @@ from prunenet.checkpoints.streaming import StreamedCheckpoint
 from prunenet.models.architectures import UnsupportedArchitecture
 from prunenet.models.layers import structure
 from prunenet.runtime.files import CheckpointError
-from prunenet.runtime.placement import parameters, tensor_of
+from prunenet.runtime.placement import is_placed, parameters, tensor_of
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ def base_of(model: PreTrainedModel) -> dict[str, str]:
     """
     source = model.config._name_or_path
     commit = getattr(model.config, "_commit_hash", None)
-    folder = _stored_in(source, commit)
+    streamed = not is_placed(model) and next(model.parameters()).is_meta
+    folder = None if streamed else _stored_in(source, commit)
     local = bool(source) and local_folder(source) is not None
     name, revision = identify(source) if local else (source or type(model).__name__, commit)
     if folder is not None and not _as_stored(model, folder):
@@ -114,23 +115,24 @@ def _stored_in(source: str, commit: str | None) -> Path | None:
 
 def _as_stored(model: PreTrainedModel, folder: Path) -> bool:
     """Whether the parameters have the values of the files, rounded to their dtype; true of what no
-    file states in plain numbers.
+    file states in plain numbers, and false of what cannot be read any more.
     """
     try:
         stored = StreamedCheckpoint.open(folder).stored
     except (CheckpointError, UnsupportedArchitecture):  # quantised, pickled or gone
         return True
-    return all(
-        _same(tensor_of(model, name), stored[name])
-        for name, _ in parameters(model)
-        if name in stored
-    )
+    try:
+        return all(
+            _same(tensor_of(model, name), stored[name])
+            for name, _ in parameters(model)
+            if name in stored
+        )
+    except CheckpointError:  # damaged since, or not finite
+        return False
 
 
 def _same(tensor: Tensor, stored: Stored) -> bool:
     """Whether a parameter holds the rows of a file."""
-    if tensor.is_meta:
-        return True
     if tensor.shape != stored.shape:
         return False
     rows = tensor.view(len(stored), *stored.shape[1:])

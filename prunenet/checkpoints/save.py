@@ -41,12 +41,14 @@ from prunenet.runtime.floats import dtype_name
 from prunenet.runtime.own_files import packed
 from prunenet.runtime.paths import named
 from prunenet.runtime.placement import is_placed, parameters
+from prunenet.runtime.products import with_fast_products
 
 Masks = Sequence[Bool[Tensor, " _"]]
 _TEXTS, _ENTRY = 12_000, 120
 """Bytes of configuration, provenance, card and code together; and of a tensor's header entry."""
 
 
+@with_fast_products
 def save_pruned(
     model: PreTrainedModel,
     out: str | Path,

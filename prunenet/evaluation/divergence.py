@@ -21,6 +21,7 @@ from prunenet.models.hooks import calling
 from prunenet.models.layers import check_tokens
 from prunenet.models.surgery import masking
 from prunenet.runtime.placement import home, present
+from prunenet.runtime.products import with_fast_products
 
 Downs = Callable[[int, Tensor], Tensor]
 """(number of a group, its dense down matrix (d_model, d_ff)) -> that of the cut group, with zeros
@@ -138,6 +139,7 @@ def mask_divergences(
     return mask_distances(model, cuts, blocks, unscored=unscored).kl
 
 
+@with_fast_products
 def _compared(
     model: PreTrainedModel, contexts: Sequence[Context], blocks: Tensor, unscored: int
 ) -> Distances:

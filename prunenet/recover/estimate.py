@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunenet.models.layers import decoder_layers, text_config
 from prunenet.recover.options import Tuning
 from prunenet.runtime.placement import home
+from prunenet.runtime.products import fast_products, lacks
 from prunenet.text.calibration import SEQUENCES
 from prunenet.text.choices import Bos
 from prunenet.text.generate import BLOCK, KEEP, SamplingOptions, document_start, generate_blocks
@@ -95,7 +96,10 @@ def memory(
     widest = max(max(p.shape) for p in layers.parameters())
     activations = ids.numel() * item * len(layers) * (_KEPT * config.hidden_size + 4 * widest)
     logits = ids.numel() * item * config.vocab_size * _COPIES
-    return int(sum(sizes.values()) + states + activations + logits)
+    # gradients that pass frozen weights keep them as they are multiplied, in float32
+    widened = tuning.updates == "lora" and home(model).type == "cpu" and lacks(model.dtype)
+    frozen = model.num_parameters() * item * widened
+    return int(sum(sizes.values()) + states + activations + logits + frozen)
 
 
 def writing(
@@ -116,7 +120,8 @@ def writing(
     many = max(1, min(SEQUENCES * BLOCK // tokens // 2, round(blocks / KEEP)))
     options = SamplingOptions(sequences=many, batch=many, tokens=min(_SAMPLED, tokens))
     start = document_start(tokenizer, bos)
-    seconds = timed(lambda: generate_blocks(writer, start, options), home(writer))
+    with fast_products(writer, unchanged=True):
+        seconds = timed(lambda: generate_blocks(writer, start, options), home(writer))
     return seconds * tokens / options.tokens * (blocks / KEEP) / many
 
 

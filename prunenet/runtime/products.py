@@ -1,15 +1,15 @@
 """Products in a low precision that the processor has no arithmetic for.
 
 Checkpoints are mostly stored in bfloat16. On a CPU without instructions for it, torch multiplies
-such matrices eight times as slowly as in float32 (AVX2, 256 x 576 by 576 x 1536: 47 and 5.6 ms).
+such matrices several times as slowly as in float32 (docs/results.md, bfloat16 on a CPU without it).
 Inside `fast_products` operands are converted to float32, multiplied, and the result is rounded
 back, which is what processors with such instructions do: they too add up in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
@@ -36,7 +36,8 @@ def fast_products(*models: nn.Module, unchanged: bool = False) -> Iterator[None]
     """Inside, products of models on the CPU are nearly as fast in their dtype as in float32.
 
     Nothing changes for float32, and where the CPU has arithmetic of the dtype. Memory holds one
-    matrix in float32 besides. Blocks may be nested.
+    matrix in float32 besides; where gradients pass, all matrices that they pass. Blocks may be
+    nested.
 
     Args:
         models: that are computed.
@@ -44,9 +45,11 @@ def fast_products(*models: nn.Module, unchanged: bool = False) -> Iterator[None]
             converted once.
     """
     weights = [parameter for model in models for parameter in model.parameters()]
+    if _Widened.entered or not any(map(_slow, weights)):
+        yield
+        return
     small = sum(weight.numel() for weight in weights) <= _HELD
-    slow = any(map(_slow, weights)) and not _Widened.entered
-    with _Widened(held=unchanged and small) if slow else nullcontext():
+    with _Widened(weights if unchanged and small else ()):
         yield
 
 
@@ -80,9 +83,10 @@ class _Widened(TorchFunctionMode):
 
     entered = False
 
-    def __init__(self, *, held: bool) -> None:
+    def __init__(self, held: Sequence[Tensor]) -> None:
         super().__init__()
-        self._held: dict[int, Tensor] | None = {} if held else None
+        # by identity, which the caller keeps theirs: offloading makes other weights and drops them
+        self._held = dict[int, Tensor | None].fromkeys(map(id, held))
 
     def __enter__(self) -> Any:
         _Widened.entered = True
@@ -106,11 +110,12 @@ class _Widened(TorchFunctionMode):
     def _wide(self, value: Any) -> Any:
         if not (isinstance(value, Tensor) and _slow(value)):
             return value
-        if self._held is None or not isinstance(value, nn.Parameter):
-            return value.float()
-        if id(value) not in self._held:
-            self._held[id(value)] = value.float()
-        return self._held[id(value)]
+        wide = self._held.get(id(value))
+        if wide is None:
+            wide = value.float()
+            if id(value) in self._held:
+                self._held[id(value)] = wide
+        return wide
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:
